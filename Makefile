@@ -1,0 +1,66 @@
+# make demo and make test do all the set-up: they need Python 3.11 (or newer) and make.
+#   VENV=DIR     the virtual environment to make and use (default .venv)
+#   PYTHON=FILE  the Python to make it with (default: python3.11, else python3)
+#   ARGS=...     more arguments for pytest or the demo: make test ARGS="-k metrics -x"
+SHELL := /bin/sh
+VENV ?= .venv
+PYTHON ?=
+ARGS ?=
+
+PY = "$(VENV)/bin/python"
+
+.PHONY: help demo test test-slow lint venv clean
+.DEFAULT_GOAL := help
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+demo: venv  ## train, predict and evaluate on embedded data; prints where the pictures are
+	@$(PY) scripts/demo.py $(ARGS)
+
+test: venv  ## run the tests (ISBI2012_DIR and MNIST_DIR, when set, name folders of real data)
+	@$(PY) -m pytest $(ARGS)
+
+test-slow: venv  ## run the tests marked slow
+	@$(PY) -m pytest -m slow $(ARGS)
+
+lint: venv  ## ruff check, ruff format --check, mypy
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@$(PY) -m mypy
+
+# The stamp holds the place of the tree (an editable install points at it) and the checksum of the
+# two files that say what to install: while both are unchanged there is nothing to do.
+venv:  ## make or refresh the virtual environment
+	@set -eu; \
+	venv="$(VENV)"; \
+	stamp="$$(pwd) $$(cat pyproject.toml constraints.txt | cksum)"; \
+	if [ "$$(cat "$$venv/.stamp" 2>/dev/null)" = "$$stamp" ] && [ -x "$$venv/bin/python" ]; then \
+		exit 0; \
+	fi; \
+	if [ ! -x "$$venv/bin/python" ]; then \
+		python=; \
+		for candidate in $(if $(PYTHON),"$(PYTHON)",python3.11 python3); do \
+			if "$$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' \
+				2>/dev/null; then python="$$candidate"; break; fi; \
+		done; \
+		if [ -z "$$python" ]; then \
+			echo "error: no Python 3.11 or newer with its venv module was found as" \
+				"$(or $(PYTHON),python3.11 or python3): install one (on Debian: apt install" \
+				"python3.11 python3.11-venv) or name it with make PYTHON=/path/to/python3.11" >&2; \
+			exit 2; \
+		fi; \
+		echo "making $$venv with $$("$$python" --version)"; \
+		"$$python" -m venv "$$venv"; \
+	fi; \
+	rm -f "$$venv/.stamp"; \
+	echo "installing the packages of constraints.txt into $$venv (a few minutes, once)"; \
+	"$$venv/bin/python" -m pip install -qq --disable-pip-version-check \
+		-c constraints.txt -e ".[test,lint]"; \
+	printf '%s' "$$stamp" > "$$venv/.stamp"
+
+clean:  ## remove the virtual environment and the caches, never a run
+	@if [ -f "$(VENV)/pyvenv.cfg" ]; then rm -rf "$(VENV)"; fi
+	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	@find unet diffusion segmentation scripts tests benchmarks -name __pycache__ -prune \
+		-exec rm -rf {} + 2>/dev/null || true

@@ -1,0 +1,1 @@
+"""Segmentation of images with the U-Net: data, training, metrics, prediction."""

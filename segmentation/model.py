@@ -1,0 +1,39 @@
+"""`SegmentationUNet`: the trunk with a head that gives one logit a class and pixel."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from unet.config import UNetConfig
+from unet.folder import FolderModel
+from unet.layers import make_activation, make_norm, unpatch
+
+
+class SegmentationUNet(FolderModel):
+    """Logits for every pixel.
+
+    Args:
+        config: the trunk's shape, without time and context.
+        out_channels: classes, or 1 for a single logit (sigmoid) of two classes.
+        info: see `FolderModel`.
+    """
+
+    task: ClassVar[str] = "segmentation"
+
+    def __init__(
+        self, config: UNetConfig, out_channels: int, info: Mapping[str, Any] | None = None
+    ) -> None:
+        super().__init__(config, out_channels, info)
+        channels = config.out_channels
+        self.head = nn.Sequential()
+        if config.block == "res":  # whose output is neither normalised nor activated yet
+            self.head.add_module("norm", make_norm(channels, config))
+            self.head.add_module("act", make_activation(config))
+        self.head.add_module("conv", nn.Conv2d(channels, out_channels * config.patch**2, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_channels, H, W) to logits (B, out_channels, H, W), smaller with valid padding."""
+        return unpatch(self.head(self.trunk(x)), self.config.patch, x.shape[-2:])

@@ -1,0 +1,91 @@
+"""`SegmentationOptions`: the command line of `scripts/train_seg.py`. Free of torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from unet.errors import InputError
+from unet.training.options import FitOptions
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentationOptions(FitOptions):
+    """Train a U-Net that labels every pixel of an image."""
+
+    data: str = "phantom"
+    """A folder with images and masks (image/ label/, images/ masks/, ... or the two ISBI 2012
+    stacks), or phantom: generated membrane images."""
+
+    images: Path | None = None
+    """Folder of the images, where --data does not hold both; with --masks."""
+
+    masks: Path | None = None
+    """Folder of the masks; with --images."""
+
+    ignore_value: int | None = None
+    """Mask value of pixels that do not count."""
+
+    val: float = 0.2
+    """Share of the images, from the end, that is held out from training."""
+
+    fold: str | None = None
+    """Hold out a contiguous fold instead, such as 2/5 for the second of five."""
+
+    val_names: tuple[str, ...] = ()
+    """Hold out these images instead: names, or ranges of their numbers such as 24-29."""
+
+    network: str = "segmentation"
+    """Preset of the network (scripts/describe.py --list shows them)."""
+
+    width: int | None = None
+    """Channels of the finest level, instead of the preset's."""
+
+    init: str | None = None
+    """Model folder whose weights to start from: a whole model, or only its trunk where the heads
+    differ."""
+
+    loss: Literal["ce", "dice", "dice-ce", "focal", "tversky", "lovasz"] = "ce"
+    """Loss: ce is the binary cross-entropy where there are two classes."""
+
+    crop: int = 256
+    """Side of the square training crops, in pixels; 0: whole images of one size."""
+
+    flips: bool = True
+    """Flip and turn the crops by quarters."""
+
+    rotation: float = 0.0
+    """Turn the crops by up to that many degrees either way."""
+
+    scale: float = 0.0
+    """Zoom the crops by up to a factor of 1 + this either way."""
+
+    elastic: float = 0.0
+    """Standard deviation in pixels of random displacements at 3 x 3 points (2015: 10)."""
+
+    brightness: float = 0.0
+    """Shift the grey values by up to that many of their standard deviations."""
+
+    contrast: float = 0.0
+    """Stretch the grey values by up to a factor of 1 + this either way."""
+
+    gamma: float = 0.0
+    """Bend the grey values by an exponent of up to 1 + this either way."""
+
+    blur: float = 0.0
+    """Blur by a Gaussian of up to that many pixels."""
+
+    noise: float = 0.0
+    """Add noise of up to that many standard deviations of the grey values."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.images is None) != (self.masks is None):
+            raise InputError("--images and --masks name one folder each: give both, or only --data")
+        if self.crop < 0:
+            raise InputError(f"--crop {self.crop} must be 0 (whole images) or the side in pixels")
+        if self.width is not None and self.width < 1:
+            raise InputError(f"--width {self.width} must be at least 1")

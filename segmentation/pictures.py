@@ -1,0 +1,94 @@
+"""Pictures to judge a segmentation by: overlays, error maps, panels of samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from segmentation.classes import IGNORE
+
+RGB = NDArray[np.uint8]
+
+# Okabe and Ito's colours, which readers with any colour vision can tell apart.
+_COLOURS = np.array(
+    [
+        [0, 114, 178],
+        [230, 159, 0],
+        [0, 158, 115],
+        [204, 121, 167],
+        [86, 180, 233],
+        [213, 94, 0],
+        [240, 228, 66],
+    ]
+)
+_GAP = 4  # white pixels between the tiles of a panel
+
+
+def grey_or_rgb(image: NDArray[Any]) -> RGB:
+    """An image (H, W, C) of any type as (H, W, 3) uint8, stretched to its 0.5 and 99.5 percentiles.
+
+    8-bit images stay as they are.
+    """
+    if image.dtype != np.uint8:
+        low, high = np.percentile(image, [0.5, 99.5])
+        image = (np.clip((image - low) / max(high - low, 1e-12), 0, 1) * 255).astype(np.uint8)
+    return np.repeat(image, 3, axis=2) if image.shape[2] == 1 else image[..., :3]
+
+
+def class_colours(classes: NDArray[np.integer], count: int) -> RGB:
+    """Class indices (H, W) as (H, W, 3): black to white where there are two, else colours."""
+    table = np.zeros((256, 3), np.uint8)
+    if count == 2:
+        table[1] = 255
+    else:
+        table[1:count] = [_COLOURS[(i - 1) % len(_COLOURS)] for i in range(1, count)]
+    table[IGNORE] = 128
+    return table[classes]
+
+
+def overlay(image: RGB, classes: NDArray[np.integer], count: int, alpha: float = 0.5) -> RGB:
+    """The image with its segmentation over it.
+
+    Of two classes the one with fewer pixels is tinted, otherwise every class but the first.
+    """
+    tint = np.zeros_like(image)
+    if count == 2:
+        shown = classes == int(np.mean(classes == 1) < 0.5)
+        tint[:] = _COLOURS[5]
+    else:
+        shown = (classes > 0) & (classes != IGNORE)
+        tint = class_colours(classes, count)
+    mixed = (1 - alpha) * image + alpha * tint
+    return np.where(shown[..., None], mixed, image).astype(np.uint8)
+
+
+def errors(image: RGB, prediction: NDArray[np.integer], target: NDArray[np.integer]) -> RGB:
+    """The image, paled, with wrong pixels coloured: orange for a class too high, blue too low."""
+    out = 128 + image // 2
+    valid = target != IGNORE
+    out[valid & (prediction > target)] = _COLOURS[5]
+    out[valid & (prediction < target)] = _COLOURS[0]
+    return out
+
+
+def panel(rows: Sequence[Sequence[RGB]], largest: int = 512) -> Image.Image:
+    """Pictures (H, W, 3) in rows, each scaled down to at most `largest` pixels a side."""
+    pictures = [[Image.fromarray(p) for p in row] for row in rows]
+    for row in pictures:
+        for picture in row:
+            picture.thumbnail((largest, largest), Image.Resampling.LANCZOS)
+    width = max(sum(p.width + _GAP for p in row) for row in pictures) + _GAP
+    heights = [max(p.height for p in row) + _GAP for row in pictures]
+    sheet = Image.new("RGB", (width, sum(heights) + _GAP), "white")
+    top = _GAP
+    for row, height in zip(pictures, heights, strict=True):
+        left = _GAP
+        for picture in row:
+            sheet.paste(picture, (left, top))
+            left += picture.width + _GAP
+        top += height
+    return sheet

@@ -1,0 +1,256 @@
+"""Training a segmentation: the task that `fit` is handed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+
+from segmentation.augment import Augmentation, augmented_crop
+from segmentation.classes import IGNORE
+from segmentation.data import SegmentationData, find_pairs, pairs_from_arrays, split_pairs
+from segmentation.losses import cross_entropy, make_loss
+from segmentation.metrics import THRESHOLDS, ConfusionMatrix
+from segmentation.model import SegmentationUNet
+from segmentation.options import SegmentationOptions
+from segmentation.phantom import phantom_stack
+from segmentation.pictures import class_colours, errors, grey_or_rgb, panel
+from segmentation.predict import classes, predict_logits, probabilities
+from unet import PRESETS, UNetConfig
+from unet.errors import InputError
+from unet.folder import load_strictly, read_config, read_weights
+from unet.model import output_size
+from unet.training.batches import Key, sample_rng
+from unet.training.fit import fit
+from unet.training.run import run_folder
+from unet.training.task import Batch, Processes, Task
+
+PHANTOM_SLICES, PHANTOM_SIZE = 30, (256, 256)
+PICTURED = 4  # held-out images in the pictures of a run
+
+
+def train(options: SegmentationOptions) -> dict[str, float]:
+    """Reads the data, says what was found, trains, and returns the best held-out figures.
+
+    Raises:
+        InputError: a mistake in the options or the data, before anything is trained.
+    """
+    data = load_data(options)
+    print(data.describe(), flush=True)
+    model = make_model(options, data)
+    size, target = _crop(options, data, model.config)
+    print(_describe_model(model, size, options.network), flush=True)
+    augmentation = Augmentation(
+        **{name: getattr(options, name) for name in Augmentation.__dataclass_fields__}
+    )
+    task = SegmentationTask(options, data, model)
+    samples = CropSamples(data, augmentation, size, target, options.seed)
+    with run_folder(options):
+        figures = fit(
+            Task(
+                model=model,
+                samples=samples,
+                loss=task.loss,
+                evaluate=task.evaluate,
+                pictures=task.pictures,
+            ),
+            options,
+        )
+    return figures
+
+
+def load_data(options: SegmentationOptions) -> SegmentationData:
+    """The training and held-out images that the options name."""
+    if options.images is None and options.data == "phantom":
+        pairs = pairs_from_arrays(*phantom_stack(PHANTOM_SLICES, PHANTOM_SIZE, options.seed))
+    elif options.images is not None:
+        pairs = find_pairs(images=options.images, masks=options.masks)
+    else:
+        pairs = find_pairs(Path(options.data))
+    names = options.val_names or None
+    train, val = split_pairs(pairs, options.val, options.fold, names)
+    return SegmentationData(train, val, ignore_value=options.ignore_value)
+
+
+def make_model(options: SegmentationOptions, data: SegmentationData) -> SegmentationUNet:
+    """The network that the options name, for these images and classes, with random weights."""
+    torch.manual_seed(options.seed)
+    if options.network not in PRESETS:
+        raise InputError(
+            f"--network {options.network!r} is no preset: choose from {', '.join(PRESETS)}"
+        )
+    config = replace(PRESETS[options.network].config, in_channels=data.channels)
+    if options.width:
+        config = replace(config, channels=options.width)
+    if config.time or config.context_channels:
+        raise InputError(
+            f"--network {options.network} is a diffusion network, which needs a timestep: choose "
+            f"from {', '.join(n for n, p in PRESETS.items() if not p.config.time)}"
+        )
+    count = len(data.table.values)
+    info = {
+        "classes": data.table.to_dict(),
+        "normalisation": data.normalisation.to_dict(),
+        "threshold": 0.5,
+    }
+    model = SegmentationUNet(config, 1 if count == 2 else count, info)
+    if options.init:
+        _initialise(model, options.init)
+    return model
+
+
+def _describe_model(model: SegmentationUNet, size: tuple[int, int], name: str) -> str:
+    parameters = sum(p.numel() for p in model.parameters())
+    return f"network {name}: {parameters / 1e6:.2f} M parameters, crops of {size[0]} x {size[1]}"
+
+
+def _initialise(model: SegmentationUNet, path: str) -> None:
+    """Starts from a model of either task: its trunk, and its head where that fits, too."""
+    read_config(Path(path))
+    state = read_weights(Path(path))
+    own = model.state_dict()
+    head = {k: v for k, v in own.items() if not k.startswith("trunk.")}
+    head |= {k: v for k, v in state.items() if k in head and v.shape == head[k].shape}
+    trunk = {k: v for k, v in state.items() if k.startswith("trunk.")}
+    load_strictly(model, {**trunk, **head}, path)
+
+
+def _crop(
+    options: SegmentationOptions, data: SegmentationData, config: UNetConfig
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Height and width of the training crops, and of the part of them that is labelled."""
+    if options.crop:
+        size = (options.crop, options.crop)
+    else:
+        shapes = {shape(data, i) for i in data.train}
+        if len(shapes) > 1 and options.batch_size > 1:
+            raise InputError(
+                f"--crop 0 takes whole images, but the training images have {len(shapes)} sizes: "
+                "give the side of a crop, or --batch-size 1"
+            )
+        size = max(shapes)
+    return size, (output_size(config, size[0]), output_size(config, size[1]))
+
+
+def shape(data: SegmentationData, index: int) -> tuple[int, int]:
+    """Height and width of an image."""
+    info = data.pairs[index].info
+    return info.height, info.width
+
+
+class CropSamples:
+    """Augmented crops of the training images; an epoch sees each image as often as crops fit."""
+
+    def __init__(
+        self,
+        data: SegmentationData,
+        augmentation: Augmentation,
+        size: tuple[int, int],
+        target_size: tuple[int, int],
+        seed: int,
+    ) -> None:
+        self.data, self.augmentation, self.seed = data, augmentation, seed
+        self.size, self.target_size = size, target_size
+        self.images: list[int] = []
+        for i in data.train:
+            fits = (max(1, round(n / t)) for n, t in zip(shape(data, i), target_size, strict=True))
+            self.images += [i] * math.prod(fits)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, key: Key) -> dict[str, Tensor]:
+        epoch, index = key
+        image, mask = (torch.tensor(a) for a in self.data.load(self.images[index]))
+        rng = sample_rng(self.seed, epoch, index)
+        image, mask = augmented_crop(
+            image, mask, rng, self.augmentation, self.size, self.target_size
+        )
+        return {"image": image, "mask": mask}
+
+    def name(self, index: int) -> str:
+        return self.data.pairs[self.images[index]].name
+
+
+class SegmentationTask:
+    """Loss, held-out figures and pictures of a segmentation."""
+
+    def __init__(
+        self, options: SegmentationOptions, data: SegmentationData, model: SegmentationUNet
+    ) -> None:
+        self.data = data
+        self.count = len(data.table.values)
+        self.loss_function = make_loss(options.loss, model.out_channels)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        return self.loss_function(model(batch["image"]), batch["mask"])
+
+    def evaluate(self, model: SegmentationUNet, processes: Processes) -> Mapping[str, float]:
+        """Figures over all held-out pixels: cross-entropy, accuracy, mean Dice and IoU.
+
+        With two classes also the pixel error of ISBI 2012, 1 - the best F1 of class 1.
+        """
+        part = HeldOut(self.count)
+        for i in processes.share(self.data.val):
+            image, mask = self.data.load(i)
+            part.add(predict_logits(model, torch.tensor(image)).cpu(), mask)
+        whole = HeldOut(self.count)
+        for other in processes.gather(part):
+            whole.merge(other)
+        return whole.figures()
+
+    def pictures(self, model: SegmentationUNet) -> Mapping[str, Image.Image]:
+        """Held-out images: image, mask, probability of the last class, errors."""
+        rows = []
+        for i in self.data.val[:PICTURED]:
+            image, mask = self.data.load(i)
+            probability = probabilities(predict_logits(model, torch.tensor(image)).cpu()).numpy()
+            found = classes(probability)
+            grey = grey_or_rgb(self.data.pairs[i].read_image())
+            shown = grey_or_rgb((probability[-1] * 255).astype(np.uint8)[..., None])
+            rows.append([grey, class_colours(mask, self.count), shown, errors(grey, found, mask)])
+        return {"held-out": panel(rows)}
+
+
+class HeldOut:
+    """Figures accumulated over held-out images."""
+
+    def __init__(self, count: int) -> None:
+        self.confusion = ConfusionMatrix(count)
+        self.at_threshold = [ConfusionMatrix(2) for _ in THRESHOLDS] if count == 2 else []
+        self.entropy, self.pixels = 0.0, 0
+
+    def add(self, logits: Tensor, mask: NDArray[np.uint8]) -> None:
+        """Counts one image: logits (K, H, W), class indices (H, W)."""
+        pixels = int((mask != IGNORE).sum())
+        self.entropy += pixels * float(cross_entropy(logits[None], torch.tensor(mask)[None]))
+        self.pixels += pixels
+        probability = probabilities(logits).numpy()
+        self.confusion.add(classes(probability), mask, ignore=IGNORE)
+        for confusion, threshold in zip(self.at_threshold, THRESHOLDS, strict=False):
+            confusion.add(classes(probability, threshold), mask, ignore=IGNORE)
+
+    def merge(self, other: HeldOut) -> None:
+        self.confusion.merge(other.confusion)
+        for mine, theirs in zip(self.at_threshold, other.at_threshold, strict=True):
+            mine.merge(theirs)
+        self.entropy += other.entropy
+        self.pixels += other.pixels
+
+    def figures(self) -> dict[str, float]:
+        found = {
+            "loss": self.entropy / max(self.pixels, 1),
+            "accuracy": self.confusion.accuracy,
+            "dice": self.confusion.mean_dice,
+            "iou": self.confusion.mean_iou,
+        }
+        if self.at_threshold:
+            found["pixel_error"] = 1 - max(float(c.dice[1]) for c in self.at_threshold)
+        return found

@@ -1,0 +1,35 @@
+"""Fixtures that all tests share: the folders of real data, where this machine has them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+# A machine under load is no failure. (Hypothesis makes its choices repeatable by itself under CI.)
+settings.register_profile("project", deadline=None)
+settings.load_profile("project")
+
+
+def _data_folder(variable: str, holds: str) -> Path:
+    value = os.environ.get(variable)
+    if not value:
+        pytest.skip(f"{variable} is not set: it names a folder with {holds}")
+    folder = Path(value)
+    if not (folder / holds).exists():
+        pytest.fail(f"{variable} is {value}, which has no {holds}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def isbi2012() -> Path:
+    """The ISBI 2012 training slices: image/0.png ... 29.png and label/0.png ... 29.png."""
+    return _data_folder("ISBI2012_DIR", "image/0.png")
+
+
+@pytest.fixture(scope="session")
+def mnist() -> Path:
+    """MNIST as mnist_train.npz and mnist_test.npz."""
+    return _data_folder("MNIST_DIR", "mnist_train.npz")

@@ -1,0 +1,171 @@
+"""The rules of the house, read from the source: who imports whom, what is never called, sizes."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MAY_IMPORT = {
+    "unet": {"unet"},
+    "segmentation": {"segmentation", "unet"},
+    "diffusion": {"diffusion", "unet"},
+    "scripts": {"segmentation", "diffusion", "unet"},
+}
+OURS = {*MAY_IMPORT, "tests", "benchmarks"}
+PICKLES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
+MAX_LINES = {"unet": 380, "segmentation": 380, "diffusion": 380, "scripts": 170}
+
+SOURCES = [path for package in MAY_IMPORT for path in sorted((ROOT / package).rglob("*.py"))]
+SCRIPTS = [path for path in SOURCES if path.parent == ROOT / "scripts"]
+
+
+def package_of(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0]
+
+
+def imports(tree: ast.AST, path: Path) -> Iterator[str]:
+    """The modules that a source imports, at any depth, absolute."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            if [alias.name for alias in node.names] == ["UnpicklingError"]:
+                continue  # what torch.load raises, and nothing that reads
+            here = ".".join(path.relative_to(ROOT).parent.parts)
+            name = "." * node.level + (node.module or "")
+            yield importlib.util.resolve_name(name, here) if node.level else name
+        elif isinstance(node, ast.Call) and called(node).split(".")[-1] == "import_module":
+            yield from (arg.value for arg in node.args if isinstance(arg, ast.Constant))
+
+
+def called(call: ast.Call) -> str:
+    """The dotted name of what is called, or nothing where it has none."""
+    return ast.unparse(call.func) if isinstance(call.func, (ast.Name, ast.Attribute)) else ""
+
+
+def violations(source: str, path: Path) -> list[str]:
+    """What the source text of the file at `path` does that the house does not allow."""
+    tree, package, found = ast.parse(source), package_of(path), []
+    for module in imports(tree, path):
+        top = module.split(".")[0]
+        if top in OURS - MAY_IMPORT[package]:
+            found.append(f"imports {module}")
+        if top in PICKLES:
+            found.append(f"imports {module}")
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        given = {word.arg: ast.unparse(word.value) for word in node.keywords}
+        name = called(node)
+        if name in ("eval", "exec", "__import__", "builtins.eval", "builtins.exec"):
+            found.append(f"calls {name}")
+        if name == "torch.load" and given.get("weights_only") != "True":
+            found.append("calls torch.load without weights_only=True")
+        if given.get("allow_pickle", "False") != "False":
+            found.append(f"calls {name} with allow_pickle")
+        if name in ("yaml.load", "yaml.unsafe_load", "yaml.full_load"):
+            found.append(f"calls {name} instead of yaml.safe_load")
+    if len(source.splitlines()) > MAX_LINES[package]:
+        found.append(f"has more than {MAX_LINES[package]} lines")
+    return found
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_source_keeps_the_rules(path: Path) -> None:
+    assert violations(path.read_text(encoding="utf-8"), path) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [
+        ("unet/a.py", "import segmentation.data"),
+        ("unet/a.py", "def f():\n    from diffusion import schedule"),
+        ("unet/training/a.py", "from scripts.demo import main"),
+        ("segmentation/a.py", "from diffusion.text import Encoder"),
+        ("segmentation/a.py", "importlib.import_module('diffusion')"),
+        ("diffusion/a.py", "import segmentation"),
+        ("diffusion/a.py", "import tests.conftest"),
+        ("scripts/a.py", "import scripts.demo"),
+        ("scripts/a.py", "x = eval('1')"),
+        ("unet/a.py", "exec('x = 1')"),
+        ("unet/a.py", "import pickle"),
+        ("unet/a.py", "from pickle import load, UnpicklingError"),
+        ("unet/a.py", "torch.load(path)"),
+        ("unet/a.py", "torch.load(path, weights_only=safe)"),
+        ("unet/a.py", "np.load(path, allow_pickle=True)"),
+        ("unet/a.py", "yaml.load(text, Loader)"),
+        ("unet/a.py", "x = 1\n" * 381),
+        ("scripts/a.py", "x = 1\n" * 171),
+    ],
+)
+def test_each_rule_finds_its_violation(file: str, source: str) -> None:
+    assert len(violations(source, ROOT / file)) == 1
+
+
+def test_what_is_allowed_is_not_found() -> None:
+    source = """
+from unet.model import UNet
+from . import data
+model.eval()
+from pickle import UnpicklingError
+torch.load(path, weights_only=True)
+np.load(path, allow_pickle=False)
+yaml.safe_load(text)
+"""
+    assert violations(source, ROOT / "segmentation/a.py") == []
+
+
+def options_class(script: Path) -> str | None:
+    """The name of the dataclass that a script hands to run_script."""
+    for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and called(node).split(".")[-1] == "run_script":
+            return ast.unparse(node.args[1])
+    return None
+
+
+def undocumented(name: str) -> Iterator[str]:
+    """The fields of the class `name`, and of the bases that are ours, without a string below."""
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.ClassDef) or node.name != name:
+                continue
+            for base in node.bases:
+                yield from undocumented(ast.unparse(base).split(".")[-1])
+            for field, below in zip(node.body, [*node.body[1:], ast.Pass()], strict=True):
+                text = below.value if isinstance(below, ast.Expr) else None
+                documented = isinstance(text, ast.Constant) and isinstance(text.value, str)
+                if isinstance(field, ast.AnnAssign) and not documented:
+                    yield f"{name}.{ast.unparse(field.target)}"
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_every_option_of_a_script_is_documented(script: Path) -> None:
+    name = options_class(script)
+    if name is None:
+        pytest.skip("takes no options")
+    assert list(undocumented(name)) == []
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_help_of_a_script_does_not_load_torch(script: Path) -> None:
+    if options_class(script) is None:
+        pytest.skip("takes no options")
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = [{str(script)!r}, '--help']\n"
+        "try:\n"
+        f"    runpy.run_path({str(script)!r}, run_name='__main__')\n"
+        "except SystemExit as stop:\n"
+        "    assert not stop.code\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "--help" in done.stdout

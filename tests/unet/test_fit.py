@@ -1,0 +1,340 @@
+"""Laws of the training loop: order, randomness, resumption, processes, budgets."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import nn
+
+from segmentation.model import SegmentationUNet
+from unet import InputError, UNetConfig
+from unet.training.batches import BatchKeys, sample_rng
+from unet.training.ema import EMA
+from unet.training.options import FitOptions
+from unet.training.plan import Budget, Progress
+from unet.training.run import RunFolder, read_log
+
+TOY = Path(__file__).parent / "toy_training.py"
+ROOT = Path(__file__).parents[2]
+
+
+def toy(*arguments: object, launch: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *launch, str(TOY), *map(str, arguments)]
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
+
+
+def losses(run: Path) -> list[tuple[int, float]]:
+    return [(e["step"], e["loss"]) for e in read_log(run / "metrics.jsonl") if "loss" in e]
+
+
+def without_times(run: Path) -> list[dict[str, float]]:
+    return [{k: v for k, v in e.items() if k != "seconds"} for e in read_log(run / "metrics.jsonl")]
+
+
+# -- order and randomness -------------------------------------------------------------------------
+
+
+@given(st.integers(1, 30), st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.data())
+def test_processes_and_parts_share_the_batches_of_one(length, part, accumulate, processes, data):
+    batch = part * accumulate * processes
+    start = data.draw(st.integers(0, 5))
+
+    def stream(process: int, count: int, parts: int, first: int) -> list[list[tuple[int, int]]]:
+        keys = BatchKeys(
+            length,
+            batch,
+            seed=1,
+            start_step=first,
+            accumulate=parts,
+            process=process,
+            processes=count,
+        )
+        iterator = iter(keys)
+        return [next(iterator) for _ in range(4 * parts)]
+
+    whole = stream(0, 1, 1, start)
+    split = [stream(p, processes, accumulate, start) for p in range(processes)]
+    for step, keys in enumerate(whole):
+        turns = range(step * accumulate, (step + 1) * accumulate)
+        assert [k for turn in turns for p in split for k in p[turn]] == keys
+
+
+@given(st.integers(1, 20), st.integers(1, 8))
+def test_every_epoch_holds_every_sample_once_and_its_order_is_its_own(length, batch):
+    iterator = iter(BatchKeys(length, batch, seed=3))
+    keys = [k for _ in range(3 * length) for k in next(iterator)][: 3 * length]
+    for epoch in range(3):
+        part = keys[epoch * length : (epoch + 1) * length]
+        assert Counter(part) == Counter((epoch, i) for i in range(length))
+    if length > 12:
+        assert [i for _, i in keys[:length]] != [i for _, i in keys[length : 2 * length]]
+
+
+def test_a_later_start_is_the_tail_of_an_earlier_one():
+    early, late = iter(BatchKeys(7, 3, seed=0)), iter(BatchKeys(7, 3, seed=0, start_step=5))
+    for _ in range(5):
+        next(early)
+    assert [next(early) for _ in range(9)] == [next(late) for _ in range(9)]
+
+
+def test_a_batch_that_cannot_be_shared_equally_is_refused():
+    with pytest.raises(InputError, match=r"--batch-size 6 .* multiple of 4"):
+        BatchKeys(10, 6, seed=0, accumulate=2, processes=2)
+
+
+def test_samples_draw_from_generators_of_their_own():
+    draws = {key: sample_rng(*key).random() for key in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]}
+    assert len(set(draws.values())) == 4
+    assert sample_rng(0, 1, 0).random() == draws[0, 1, 0]
+
+
+# -- averaging ------------------------------------------------------------------------------------
+
+
+def test_ema_is_the_weighted_sum_with_warm_up_and_averages_buffers():
+    model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2))
+    ema = EMA(model, decay=0.5)
+    expected = {k: v.clone() for k, v in model.state_dict().items()}
+    for n in range(12):
+        with torch.no_grad():
+            model(torch.randn(4, 1, 3, 3))  # moves the running statistics and their counter
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        ema.update(model, n)
+        decay = min(0.5, (1 + n) / (10 + n))
+        for key, value in model.state_dict().items():
+            if value.is_floating_point():
+                expected[key] = decay * expected[key] + (1 - decay) * value
+            else:
+                expected[key] = value
+    torch.testing.assert_close(ema.model.state_dict(), expected)
+    assert not ema.model.training
+    assert not any(p.requires_grad for p in ema.model.parameters())
+
+
+# -- the budget -----------------------------------------------------------------------------------
+
+
+def test_the_rate_warms_up_and_falls_to_zero():
+    budget = Budget(FitOptions(out=Path("x"), steps=100, warmup=0.1), samples=10)
+    rates = [budget.rate(Progress(step=s)) for s in range(101)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9] == pytest.approx(1.0)
+    assert rates[55] == pytest.approx(0.5)
+    assert rates[100] == pytest.approx(0.0)
+    assert rates[9:] == sorted(rates[9:], reverse=True)
+    flat = Budget(FitOptions(out=Path("x"), steps=9, warmup=0, schedule="constant"), samples=10)
+    assert {flat.rate(Progress(step=s)) for s in range(9)} == {1.0}
+
+
+def test_epochs_are_counted_in_samples():
+    assert Budget(FitOptions(out=Path("x"), epochs=1.5, batch_size=4), samples=9).steps == 4
+
+
+def test_minutes_set_the_time_of_an_evaluation_aside_and_space_slow_ones():
+    options = FitOptions(out=Path("x"), max_minutes=1, evaluations=10)
+    budget = Budget(options, samples=10)
+    assert budget.share(Progress(seconds=48, evaluation_seconds=12)) == 1.0
+    progress = Progress(seconds=9.6, evaluation_seconds=12)
+    budget.plan_evaluation(progress)
+    assert progress.next_evaluation == pytest.approx(0.2 + 12 / 60 / 0.1)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"steps": 3, "epochs": 1}, "--steps and --epochs are both budgets"),
+        ({"steps": 0}, "--steps 0 must be above 0"),
+        ({"max_minutes": math.nan}, "--max-minutes nan must be above 0"),
+        ({"batch_size": 0}, "--batch-size 0 must be at least 1"),
+        ({"lr": -1.0}, "--lr -1.0 must be above 0"),
+        ({"ema": 1.0}, r"--ema 1.0 must be in \[0, 1\)"),
+        ({"clip": -1.0}, "--clip -1.0 must be 0 or more"),
+        ({"workers": -1}, "--workers -1 must be 0 or more"),
+    ],
+)
+def test_impossible_options_are_refused(wrong, message):
+    with pytest.raises(InputError, match=message):
+        FitOptions(out=Path("x"), **wrong)
+
+
+# -- whole runs -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """40 steps with shuffling, random samples, dropout and averaging."""
+    run = tmp_path_factory.mktemp("fit") / "uninterrupted"
+    done = toy("--out", run, "--steps", 40, "--dropout", 0.3, "--norm", "batch", "--log-every", 7)
+    assert done.returncode == 0, done.stderr
+    return run
+
+
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_killed_and_resumed_run_ends_bit_identical(uninterrupted, tmp_path, signum):
+    run = tmp_path / "run"
+    options = ("--steps", 40, "--dropout", 0.3, "--norm", "batch", "--log-every", 7)
+    killed = toy("--out", run, *options, "--die-at", 24, "--with-signal", int(signum))
+    if signum == signal.SIGKILL:  # the last state is that of the evaluation at step 20
+        assert killed.returncode == -signal.SIGKILL
+        at = 20
+    else:
+        assert killed.returncode == 128 + signum
+        assert f"--out {run} --resume" in killed.stdout
+        at = 24
+    resumed = toy("--out", run, *options, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"at step {at}" in resumed.stdout
+
+    for state in (uninterrupted / "state/state.pt", run / "state/state.pt"):
+        assert state.exists()
+    ours, theirs = (
+        torch.load(r / "state/state.pt", weights_only=True) for r in (run, uninterrupted)
+    )
+    for part in ("model", "ema"):
+        assert all(torch.equal(ours[part][k], v) for k, v in theirs[part].items())
+    best, expected = (load_file(r / "model/model.safetensors") for r in (run, uninterrupted))
+    assert all(torch.equal(best[k], v) for k, v in expected.items())
+    assert without_times(run) == without_times(uninterrupted)
+
+
+def test_a_run_killed_before_its_first_state_starts_again(uninterrupted, tmp_path):
+    run = tmp_path / "run"
+    options = ("--steps", 40, "--dropout", 0.3, "--norm", "batch", "--log-every", 7)
+    assert toy("--out", run, *options, "--die-at", 3).returncode == -signal.SIGKILL
+    resumed = toy("--out", run, *options, "--resume")
+    assert "starting at the first step" in resumed.stdout
+    assert without_times(run) == without_times(uninterrupted)
+
+
+def test_two_processes_and_two_parts_give_the_losses_of_one(tmp_path):
+    options = ("--steps", 12, "--log-every", 1, "--evaluations", 2, "--device", "cpu")
+    assert toy("--out", tmp_path / "one", *options).returncode == 0
+    assert toy("--out", tmp_path / "parts", *options, "--accumulate", 2).returncode == 0
+    launch = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2")
+    launch += ("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no")
+    launch += ("--main_process_port", "0")
+    both = toy("--out", tmp_path / "two", *options, launch=launch)
+    assert both.returncode == 0, both.stderr
+    one = losses(tmp_path / "one")
+    assert len(one) == 12
+    for other in ("parts", "two"):
+        curve = losses(tmp_path / other)
+        assert [s for s, _ in curve] == [s for s, _ in one]
+        assert [v for _, v in curve] == pytest.approx([v for _, v in one], abs=1e-5)
+    held_out = [
+        [e["val_loss"] for e in read_log(tmp_path / run / "metrics.jsonl") if "val_loss" in e]
+        for run in ("one", "two")
+    ]
+    assert held_out[0] == pytest.approx(held_out[1], abs=1e-5)
+
+
+def test_workers_do_not_change_a_run(uninterrupted, tmp_path):
+    options = ("--steps", 40, "--dropout", 0.3, "--norm", "batch", "--log-every", 7)
+    assert toy("--out", tmp_path / "run", *options, "--workers", 2).returncode == 0
+    assert without_times(tmp_path / "run") == without_times(uninterrupted)
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_file(tmp_path):
+    run = tmp_path / "run"
+    done = toy("--out", run, "--steps", 40, "--nan-at", 5)
+    assert done.returncode == 1
+    message = done.stderr.strip()
+    assert re.search(r"error: the loss is nan at step [123],.*disc-5\.png.*--lr", message)
+    assert "Traceback" not in message
+    assert not (run / "model").exists()
+
+
+def test_a_budget_in_minutes_ends_in_time_with_its_last_evaluation(tmp_path):
+    run = tmp_path / "run"
+    assert toy("--out", run, "--max-minutes", 0.05).returncode == 0
+    entries = read_log(run / "metrics.jsonl")
+    assert "val_loss" in entries[-1]
+    training = [e for e in entries if "loss" in e]
+    assert 2.0 < training[-1]["seconds"] < 4.0
+    assert training[-1]["lr"] < 1e-4
+
+
+# -- the run folder -------------------------------------------------------------------------------
+
+
+def test_a_folder_that_holds_a_run_is_refused(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("")
+    with (
+        pytest.raises(InputError, match="holds a run already"),
+        RunFolder(tmp_path).locked(resume=False),
+    ):
+        pass
+
+
+def test_nothing_to_resume(tmp_path):
+    with (
+        pytest.raises(InputError, match="holds no run to resume"),
+        RunFolder(tmp_path / "none").locked(resume=True),
+    ):
+        pass
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_second_process_is_kept_out(tmp_path):
+    with RunFolder(tmp_path / "run").locked(resume=False):
+        done = toy("--out", tmp_path / "run", "--steps", 2, "--resume")
+    assert done.returncode == 2
+    assert "another process is training" in done.stderr
+
+
+def test_a_file_in_the_place_of_the_folder(tmp_path):
+    (tmp_path / "run").write_text("")
+    with (
+        pytest.raises(InputError, match="cannot be a folder"),
+        RunFolder(tmp_path / "run").locked(resume=False),
+    ):
+        pass
+
+
+def test_the_log_drops_what_a_resumed_run_writes_again(tmp_path):
+    folder = RunFolder(tmp_path)
+    for step in (10, 20, 30):
+        folder.log(step=step, loss=1 / step)
+    with folder.metrics.open("a") as file:
+        file.write('{"step": 40, "lo')  # a kill in the middle of a line
+    folder.cut_log(20)
+    assert [e["step"] for e in map(json.loads, folder.metrics.read_text().splitlines())] == [10, 20]
+
+
+def test_a_damaged_or_foreign_state_is_refused(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.save_state({"step": 3, "model": {}})
+    whole = folder.state.read_bytes()
+    assert folder.load_state() == {"step": 3, "model": {}}
+    for damaged in (b"", whole[: len(whole) // 2], b"not a state"):
+        folder.state.write_bytes(damaged)
+        with pytest.raises(InputError, match="cannot be read as a saved state"):
+            folder.load_state()
+    torch.save([1, 2], folder.state)
+    with pytest.raises(InputError, match="is no saved state"):
+        folder.load_state()
+
+
+def test_a_state_of_another_network_is_refused(uninterrupted):
+    from unet.folder import check_fit
+
+    state = torch.load(uninterrupted / "state/state.pt", weights_only=True)
+    other = SegmentationUNet(UNetConfig(channels=4, multipliers=(1, 2)), 1)
+    with pytest.raises(InputError, match=r"state.pt does not fit .* instead of"):
+        check_fit(other.state_dict(), state["model"], "state.pt")

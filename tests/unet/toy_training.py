@@ -1,0 +1,108 @@
+"""A small training run as a script: toy_training.py --out DIR [options] [--die-at STEP]."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from segmentation.model import SegmentationUNet
+from unet import UNetConfig
+from unet.training.batches import Key, sample_rng
+from unet.training.cli import run_script
+from unet.training.fit import fit
+from unet.training.options import FitOptions
+from unet.training.run import RunFolder
+from unet.training.task import Batch, Processes, Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToyOptions(FitOptions):
+    """Options of the toy run."""
+
+    norm: str = "group"
+    """Normalisation of the network."""
+
+    dropout: float = 0.0
+    """Dropout of the network."""
+
+    die_at: int = 0
+    """Kill this process in the middle of that step; 0: never."""
+
+    with_signal: int = signal.SIGKILL
+    """The signal to die of."""
+
+    nan_at: int = -1
+    """Index of a sample that is not a number; -1: none."""
+
+
+class ToySamples:
+    """Noisy discs to be told from noise, each drawn from (seed, epoch, index)."""
+
+    def __init__(self, options: ToyOptions) -> None:
+        self.options = options
+
+    def __len__(self) -> int:
+        return 24
+
+    def __getitem__(self, key: Key) -> dict[str, Any]:
+        epoch, index = key
+        rng = sample_rng(self.options.seed, epoch, index)
+        row, column = rng.uniform(3, 13, 2)
+        y, x = torch.meshgrid(torch.arange(16.0), torch.arange(16.0), indexing="ij")
+        disc = ((y - row) ** 2 + (x - column) ** 2 < 9).float()[None]
+        image = disc + 0.5 * torch.from_numpy(rng.standard_normal((1, 16, 16))).float()
+        if index == self.options.nan_at:
+            image = image * torch.nan
+        return {"image": image, "mask": disc}
+
+    def name(self, index: int) -> str:
+        return f"disc-{index}.png"
+
+
+def toy_task(options: ToyOptions) -> Task:
+    torch.manual_seed(options.seed)
+    config = UNetConfig(
+        channels=8, multipliers=(1, 2), norm=options.norm, groups=4, dropout=options.dropout
+    )
+    samples = ToySamples(options)
+    held_out = [samples[10_000, i] for i in range(7)]
+    steps = 0
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        nonlocal steps
+        steps += 1
+        if steps == options.die_at:
+            os.kill(os.getpid(), options.with_signal)
+        return F.binary_cross_entropy_with_logits(model(batch["image"]), batch["mask"])
+
+    def evaluate(model: nn.Module, processes: Processes) -> Mapping[str, float]:
+        part = [
+            float(F.binary_cross_entropy_with_logits(model(s["image"][None]), s["mask"][None]))
+            for s in processes.share(held_out)
+        ]
+        losses = [value for given in processes.gather(part) for value in given]
+        assert len(losses) == len(held_out)
+        return {"loss": sum(losses) / len(losses)}
+
+    return Task(model=SegmentationUNet(config, 1), samples=samples, loss=loss, evaluate=evaluate)
+
+
+def main(options: ToyOptions) -> None:
+    torch.set_num_threads(1)
+    if int(os.environ.get("RANK", 0)) == 0:
+        with RunFolder(options.out).locked(resume=options.resume):
+            fit(toy_task(options), options)
+    else:
+        fit(toy_task(options), options)
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main, ToyOptions))

@@ -1,0 +1,23 @@
+"""One U-Net for segmentation and for diffusion: the network, and what every training run needs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from unet.config import UNetConfig
+from unet.errors import InputError
+from unet.presets import PRESETS, Preset
+
+if TYPE_CHECKING:
+    from unet.model import UNet, output_size
+
+__all__ = ["PRESETS", "InputError", "Preset", "UNet", "UNetConfig", "output_size"]
+
+
+def __getattr__(name: str) -> Any:
+    # Importing torch takes seconds, which a command line's --help need not wait for.
+    if name in ("UNet", "output_size"):
+        from unet import model
+
+        return getattr(model, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,134 @@
+"""Attention over the pixels of a map: plain self-attention, and Stable Diffusion's transformer."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from unet.config import UNetConfig
+from unet.layers import Conditioning, GroupNorm, make_norm, zero_init
+
+
+def head_count(channels: int, config: UNetConfig) -> int:
+    """Attention heads at a width of `channels`, from `heads` or `head_channels`."""
+    if config.head_channels is not None:
+        return channels // config.head_channels
+    return config.heads or 1
+
+
+class Attention(nn.Module):
+    """Multi-head attention, softmax(Q K^T / sqrt(d)) V (arXiv 1706.03762, eq. 1).
+
+    Goes through `scaled_dot_product_attention`, whose memory grows linearly with the tokens.
+    """
+
+    def __init__(
+        self, channels: int, heads: int, context_channels: int | None = None, *, bias: bool = False
+    ) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(channels, channels, bias=bias)
+        self.k = nn.Linear(context_channels or channels, channels, bias=bias)
+        self.v = nn.Linear(context_channels or channels, channels, bias=bias)
+        self.out = nn.Linear(channels, channels)
+
+    def forward(
+        self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """x (B, N, C) attends to context (B, L, D), or to itself; mask (B, L), True = attend."""
+        source = x if context is None else context
+        q, k, v = self.q(x), self.k(source), self.v(source)
+        q, k, v = (rearrange(y, "b n (h d) -> b h n d", h=self.heads) for y in (q, k, v))
+        if mask is not None:
+            mask = mask[:, None, None, :]  # (B, 1, 1, L)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.out(rearrange(y, "b h n d -> b n (h d)"))
+
+
+class SelfAttention(nn.Module):
+    """Normalised self-attention over all pixels, with a residual (DDPM, appendix B)."""
+
+    def __init__(self, channels: int, config: UNetConfig) -> None:
+        super().__init__()
+        self.norm = make_norm(channels, config)
+        self.attention = Attention(channels, head_count(channels, config), bias=True)
+        if config.zero_init:
+            zero_init(self.attention.out)
+
+    def forward(self, x: Tensor, cond: Conditioning) -> Tensor:
+        tokens = rearrange(self.norm(x), "b c h w -> b (h w) c")
+        y = self.attention(tokens)
+        return x + rearrange(y, "b (h w) c -> b c h w", h=x.shape[-2])
+
+
+class FeedForward(nn.Module):
+    """Position-wise MLP with a gated GELU (GEGLU, arXiv 2002.05202), four times as wide inside."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(channels, 8 * channels)
+        self.out = nn.Linear(4 * channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, gate = self.proj(x).chunk(2, dim=-1)
+        return self.out(x * F.gelu(gate))
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention where the config has a context, feed-forward; pre-norm."""
+
+    def __init__(self, channels: int, config: UNetConfig) -> None:
+        super().__init__()
+        heads = head_count(channels, config)
+        self.norm1 = nn.LayerNorm(channels)
+        self.self_attention = Attention(channels, heads)
+        self.cross_attention: nn.Module | None = None
+        if config.context_channels is not None:
+            self.norm2 = nn.LayerNorm(channels)
+            self.cross_attention = Attention(channels, heads, config.context_channels)
+        self.norm3 = nn.LayerNorm(channels)
+        self.feed_forward = FeedForward(channels)
+
+    def forward(self, x: Tensor, cond: Conditioning) -> Tensor:
+        x = x + self.self_attention(self.norm1(x))
+        if self.cross_attention is not None:
+            x = x + self.cross_attention(self.norm2(x), cond.context, cond.mask)
+        return x + self.feed_forward(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """Transformer blocks over the pixels of a map, with a residual (LDM, arXiv 2112.10752, app. E).
+
+    The projections around the blocks are 1x1 convolutions (SD v1) or linear layers (SD v2): the
+    same function, weights of another shape.
+    """
+
+    def __init__(self, channels: int, config: UNetConfig) -> None:
+        super().__init__()
+        # Always group normalisation with this epsilon, whatever the residual blocks have: as LDM.
+        self.norm = GroupNorm(config.groups, channels, eps=1e-6)
+        self.linear = config.linear_projections
+        self.proj_in = _projection(channels, linear=self.linear)
+        self.blocks = nn.ModuleList(
+            TransformerBlock(channels, config) for _ in range(config.transformer_depth)
+        )
+        self.proj_out = _projection(channels, linear=self.linear)
+        if config.zero_init:
+            zero_init(self.proj_out)
+
+    def forward(self, x: Tensor, cond: Conditioning) -> Tensor:
+        h = self.norm(x)
+        tokens = rearrange(h if self.linear else self.proj_in(h), "b c h w -> b (h w) c")
+        if self.linear:
+            tokens = self.proj_in(tokens)
+        for block in self.blocks:
+            tokens = block(tokens, cond)
+        if self.linear:
+            tokens = self.proj_out(tokens)
+        h = rearrange(tokens, "b (h w) c -> b c h w", h=x.shape[-2])
+        return x + (h if self.linear else self.proj_out(h))
+
+
+def _projection(channels: int, *, linear: bool) -> nn.Module:
+    return nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)

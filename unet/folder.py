@@ -1,0 +1,178 @@
+"""A model folder: `config.json`, which rebuilds the model, and `model.safetensors`."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from huggingface_hub import ModelHubMixin, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from unet.config import MOST_CHANNELS, UNetConfig
+from unet.errors import InputError
+from unet.files import replacing, write_text
+from unet.model import UNet
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+Model = TypeVar("Model", bound="FolderModel")
+
+
+class FolderModel(nn.Module, ModelHubMixin):
+    """A trunk with the head of one task, that saves to and loads from a model folder.
+
+    Args:
+        config: the trunk's shape.
+        out_channels: what the head puts out.
+        info: what else using the model needs, as JSON values (class values, image statistics, a
+            noise schedule ...); saved with it.
+    """
+
+    task: ClassVar[str]
+
+    def __init__(
+        self, config: UNetConfig, out_channels: int, info: Mapping[str, Any] | None = None
+    ) -> None:
+        super().__init__()
+        if not 1 <= out_channels <= MOST_CHANNELS:
+            raise InputError(f"out_channels={out_channels} must be from 1 to {MOST_CHANNELS}")
+        self.config = config
+        self.out_channels = out_channels
+        self.info: dict[str, Any] = dict(info or {})
+        self.trunk = UNet(config)
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *,
+        repo_id: str | None = None,
+        push_to_hub: bool = False,
+        **hub: Any,
+    ) -> str | None:
+        """Writes the folder; each file is replaced whole. `push_to_hub` uploads it as well."""
+        folder = Path(save_directory)
+        described = {
+            "task": self.task,
+            "out_channels": self.out_channels,
+            "unet": self.config.to_dict(),
+            "info": self.info,
+        }
+        # contiguous() also for channels_last weights: the file holds plain NCHW.
+        state = {k: v.detach().contiguous() for k, v in self.state_dict().items()}
+        with replacing(folder / WEIGHTS) as temporary:
+            save_file(state, temporary, metadata={"format": "pt"})
+        write_text(folder / CONFIG, json.dumps(described, indent=2) + "\n")
+        if push_to_hub:
+            return str(self.push_to_hub(repo_id=repo_id or folder.name, **hub))
+        return None
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]  # fewer options: the rest go to the download
+        cls: type[Model], path: str | Path, *, revision: str | None = None, **download: Any
+    ) -> Model:
+        """The model of a folder, or of a repository on the Hugging Face Hub, in evaluation mode.
+
+        Raises:
+            InputError: no such folder; a file is missing or unreadable; the model of another task;
+                weights that do not fit the config.
+        """
+        folder = Path(path)
+        if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+            folder = _download(str(path), revision=revision, **download)
+        described = read_config(folder)
+        if described["task"] != cls.task:
+            raise InputError(
+                f"{folder} holds a model for {described['task']}, but {cls.task} is asked for: "
+                "give the folder of such a model"
+            )
+        with torch.device("meta"):  # nothing is allocated before the shapes are checked
+            config = UNetConfig.from_dict(described["unet"])
+            model = cls(config, described["out_channels"], described["info"])
+        load_strictly(model, read_weights(folder), str(folder / WEIGHTS))
+        return model.eval()
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The checked `config.json` of a model folder: task, out_channels, unet, info."""
+    if not folder.is_dir():
+        raise InputError(f"{folder} is no folder: give a model folder, such as RUN/model")
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise InputError(
+                f"{folder} is no model folder, {name} is missing: a model folder holds {CONFIG} "
+                f"and {WEIGHTS}, as training writes them to RUN/model"
+            )
+    file = folder / CONFIG
+    try:
+        described = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{file} cannot be read as JSON: {error}") from error
+    kinds = {"task": str, "out_channels": int, "unet": dict, "info": dict}
+    for name, kind in kinds.items():
+        if not isinstance(described, dict) or not isinstance(described.get(name), kind):
+            raise InputError(f"{file} lacks a valid {name!r}: it is no config of this project")
+    return described
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The weights of a model folder, by name."""
+    file = folder / WEIGHTS
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{file} cannot be read as safetensors weights: {error}") from error
+
+
+def load_strictly(model: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
+    """Loads weights that must fit the model key by key and shape by shape.
+
+    Tensors are taken over, not copied, so that a model built on the meta device becomes real.
+
+    Raises:
+        InputError: names the missing and superfluous keys and the shapes that differ.
+    """
+    check_fit(model.state_dict(), state, where)
+    model.load_state_dict(dict(state), assign=True)
+
+
+def check_fit(model: Mapping[str, Tensor], state: Mapping[str, Tensor], where: str) -> None:
+    """Compares the keys and shapes of a state dict with those of a model.
+
+    Raises:
+        InputError: names the missing and superfluous keys, and the shapes that differ; integers
+            where the model has floating-point numbers, of any precision, and the reverse.
+    """
+    wanted = {k: tuple(v.shape) for k, v in model.items()}
+    given = {k: tuple(v.shape) for k, v in state.items()}
+    differences = [f"lacks {k} {wanted[k]}" for k in wanted if k not in given]
+    differences += [f"has an unknown {k} {given[k]}" for k in given if k not in wanted]
+    differences += [
+        f"has {k} with shape {given[k]} instead of {wanted[k]}"
+        for k in wanted
+        if k in given and given[k] != wanted[k]
+    ]
+    differences += [
+        f"has {k} of type {state[k].dtype} instead of {model[k].dtype}"
+        for k in wanted
+        if k in given and state[k].is_floating_point() != model[k].is_floating_point()
+    ]
+    if differences:
+        shown = "; ".join(differences[:8])
+        more = f"; and {len(differences) - 8} more" if len(differences) > 8 else ""
+        raise InputError(f"{where} does not fit the model: it {shown}{more}")
+
+
+def _download(repo_id: str, **options: Any) -> Path:
+    try:
+        files = [hf_hub_download(repo_id, name, **options) for name in (CONFIG, WEIGHTS)]
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise InputError(
+            f"{repo_id} is neither a folder here nor a model that the Hub gives: {error}"
+        ) from error
+    return Path(files[0]).parent

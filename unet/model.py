@@ -1,0 +1,336 @@
+"""`UNet`: the assembly of the parts, and its forward."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from unet.attention import SelfAttention, SpatialTransformer
+from unet.config import UNetConfig
+from unet.errors import InputError
+from unet.layers import (
+    Conditioning,
+    ConvBlock,
+    Downsample,
+    ResBlock,
+    Stem,
+    TimeEmbedding,
+    Upsample,
+    join_behind,
+    join_cropped,
+    join_padded,
+    make_activation,
+)
+
+
+class Step(nn.ModuleDict):
+    """A few named parts in a row, each called with (x, cond), and its part in the skips."""
+
+    def __init__(
+        self, parts: dict[str, nn.Module], *, keeps: bool = False, joins: bool = False
+    ) -> None:
+        super().__init__(parts)
+        self.keeps = keeps  # encoder: the output is kept
+        self.joins = joins  # decoder: the last kept map is joined first
+
+    def forward(self, x: Tensor, cond: Conditioning) -> Tensor:
+        for part in self.values():
+            x = part(x, cond)
+        return x
+
+
+class UNet(nn.Module):
+    """A U-Net trunk: image, and timestep and context where the config has them, to features.
+
+    The 2015 network (arXiv 1505.04597), DDPM's (arXiv 2006.11239) and Stable Diffusion's
+    (arXiv 2112.10752) are the same forward over different lists of steps. The heads are
+    `segmentation.model.SegmentationUNet` and `diffusion.model.DiffusionUNet`.
+
+    Args:
+        config: the network's shape.
+
+    Attributes:
+        checkpointing: recompute the steps' activations in the backward pass instead of keeping
+            them (arXiv 1604.06174): the same gradients in less memory, for about a third more time.
+    """
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.checkpointing = False
+        same = join_behind if config.skips == "block" else join_padded
+        self.join = join_cropped if config.padding == "valid" else same
+        width = config.embedding_channels
+        self.time_embedding = TimeEmbedding(config) if config.time else None
+        self.class_embedding = nn.Embedding(config.classes, width) if config.classes else None
+        self.act = make_activation(config)
+        encoder, self.middle, decoder = _plan(config)
+        self.encoder, self.decoder = nn.ModuleList(encoder), nn.ModuleList(decoder)
+        if config.init == "he":
+            _he_init(self)
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor | None = None,
+        context: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        classes: Tensor | None = None,
+    ) -> Tensor:
+        """Features of an image, (B, config.out_channels, H / patch, W / patch) with same padding.
+
+        Args:
+            x: (B, in_channels, H, W), any height and width; with valid padding see `output_size`.
+            t: (B,) timesteps, where the config has time.
+            context: (B, L, context_channels) tokens, where the config has cross-attention.
+            mask: (B, L) bool, True where a token of the context counts; None: all of them.
+            classes: (B,) class indices, where the config has classes.
+
+        Raises:
+            InputError: an argument that does not fit the config.
+        """
+        self._check(x, t, context, mask, classes)
+        cond = Conditioning(self._embed(t, classes), context, mask)
+        kept: list[Tensor] = []
+        for step in self.encoder:
+            x = self._run(step, x, cond)
+            if step.keeps:
+                kept.append(x)
+        x = self._run(self.middle, x, cond)
+        for step in self.decoder:
+            if step.joins:
+                x = self.join(x, kept.pop())
+            h, w = kept[-1].shape[-2:] if kept else x.shape[-2:]
+            x = self._run(step, x, cond._replace(size=(h, w)))
+        return x
+
+    def _embed(self, t: Tensor | None, classes: Tensor | None) -> Tensor | None:
+        """The activated sum of the embeddings, (B, 4 * channels): once here, not in every block."""
+        terms = []
+        if self.time_embedding is not None:
+            terms.append(self.time_embedding(t))
+        if self.class_embedding is not None:
+            terms.append(self.class_embedding(classes))
+        return self.act(sum(terms)) if terms else None
+
+    def _run(self, step: nn.Module, x: Tensor, cond: Conditioning) -> Tensor:
+        if not (self.checkpointing and torch.is_grad_enabled()):
+            return step(x, cond)
+        if torch.compiler.is_compiling():  # a compiled step changes its statistics once anyway
+            return checkpoint(step, x, cond, use_reentrant=False)
+        contexts = lambda: (contextlib.nullcontext(), _spare_statistics(step))  # noqa: E731
+        return checkpoint(step, x, cond, use_reentrant=False, context_fn=contexts)
+
+    def _check(
+        self,
+        x: Tensor,
+        t: Tensor | None,
+        context: Tensor | None,
+        mask: Tensor | None,
+        classes: Tensor | None,
+    ) -> None:
+        config = self.config
+        if x.ndim != 4 or x.shape[1] != config.in_channels or 0 in x.shape[2:]:
+            raise InputError(
+                f"the image has shape {tuple(x.shape)}, but this network takes (B, "
+                f"{config.in_channels}, H, W) of at least one pixel: change the image, or build "
+                "with another in_channels"
+            )
+        if config.padding == "valid":
+            for n in x.shape[-2:]:
+                output_size(config, n)
+        cross = config.context_channels is not None
+        for name, value, wanted, cure in (
+            ("timestep t", t, config.time, "time=True"),
+            ("context", context, cross, "context_channels and attention='transformer'"),
+            ("class vector", classes, config.classes > 0, "classes=N"),
+        ):
+            if wanted and value is None:
+                raise InputError(f"this network needs a {name}: pass it to forward")
+            if value is not None and not wanted:
+                raise InputError(f"this network takes no {name}: drop it, or build with {cure}")
+        batch = x.shape[0]
+        for name, value in (("t", t), ("classes", classes)):
+            if value is not None and value.shape != (batch,):
+                raise InputError(
+                    f"{name} has shape {tuple(value.shape)}, but a batch of {batch} images needs "
+                    f"({batch},): one value an image"
+                )
+        width = config.context_channels
+        if context is not None and (
+            context.ndim != 3 or context.shape[0] != batch or context.shape[2] != width
+        ):
+            raise InputError(
+                f"the context has shape {tuple(context.shape)}, but this network and a batch of "
+                f"{batch} images need ({batch}, L, {width})"
+            )
+        if mask is not None:
+            if context is None:
+                raise InputError("a mask says which context tokens count: pass a context too")
+            if mask.dtype != torch.bool or mask.shape != context.shape[:2]:
+                raise InputError(
+                    f"the mask has shape {tuple(mask.shape)} and type {mask.dtype}, but this "
+                    f"context needs {tuple(context.shape[:2])} and torch.bool"
+                )
+
+
+def output_size(config: UNetConfig, n: int) -> int:
+    """Height (or width) that comes out for height (or width) n: n itself with same padding.
+
+    Raises:
+        InputError: valid convolutions cannot make anything of n; names the nearest sizes.
+    """
+    if config.padding == "same":
+        return n
+    if (size := _valid_size(config, n)) is not None:
+        return size
+    step = 2 ** (config.levels - 1)
+    near = [m for m in range(n - step, n) if _valid_size(config, m) is not None][-1:]
+    above = (m for m in range(max(n, 0) + 1, n + 10_000_000) if _valid_size(config, m) is not None)
+    near.append(next(above))
+    raise InputError(
+        f"valid convolutions reach no output from size {n}: the nearest sizes that work are "
+        f"{' and '.join(map(str, near))}, then in steps of {step}"
+    )
+
+
+def input_size(config: UNetConfig, n: int) -> int:
+    """The smallest height (or width) from which at least n comes out; n with same padding."""
+    if config.padding == "same":
+        return n
+    return next(size for size in itertools.count(n) if (_valid_size(config, size) or 0) >= n)
+
+
+def _valid_size(config: UNetConfig, n: int) -> int | None:
+    loss, levels = 4 * config.blocks, config.levels - 1
+    for _ in range(levels):
+        n -= loss
+        if n < 2 or n % 2:
+            return None
+        n //= 2
+    n -= loss
+    for _ in range(levels):
+        if n < 1:
+            return None
+        n = 2 * n - loss
+    return n if n > 0 else None
+
+
+def _plan(config: UNetConfig) -> tuple[list[Step], Step, list[Step]]:
+    """The network as data: the encoder's steps, the middle, the decoder's steps."""
+    by_block = config.skips == "block"
+    widths, bottom = config.encoder_channels, config.levels - 1
+    encoder: list[Step] = []
+    decoder: list[Step] = []
+    channels = config.in_channels
+    kept: list[int] = []  # channels of the maps kept so far
+
+    def keep(step: Step) -> None:
+        encoder.append(step)
+        if step.keeps:
+            kept.append(channels)
+
+    if config.block == "res" or by_block or config.patch > 1:
+        channels = widths[0]
+        keep(Step({"stem": Stem(config)}, keeps=by_block))
+    for level in range(config.levels if by_block else bottom):
+        at_bottom = level >= (bottom if by_block else bottom - 1)
+        for i in range(config.blocks):
+            parts = _block(channels, widths[level], config, level, at_bottom=at_bottom)
+            channels = widths[level]
+            keep(Step(parts, keeps=by_block or i == config.blocks - 1))
+        if level < bottom:
+            keep(Step({"down": Downsample(channels, config)}, keeps=by_block))
+
+    middle = _middle(channels, config)
+    channels = widths[-1]
+
+    for level in reversed(range(config.levels if by_block else bottom)):
+        width = config.decoder_channels[level]
+        if level < bottom:
+            reduced = width if config.up == "transposed" else channels
+            decoder.append(Step({"up": Upsample(channels, reduced, config)}))
+            channels = reduced
+        for i in range(config.blocks + by_block):
+            joins = by_block or i == 0
+            channels += kept.pop() if joins else 0
+            mid = channels // 2 if joins and config.decoder_mid == "half-in" else width
+            decoder.append(Step(_block(channels, width, config, level, mid=mid), joins=joins))
+            channels = width
+    return encoder, middle, decoder
+
+
+def _block(
+    in_channels: int,
+    out_channels: int,
+    config: UNetConfig,
+    level: int,
+    *,
+    mid: int | None = None,
+    at_bottom: bool = False,
+) -> dict[str, nn.Module]:
+    """A block, and the attention behind it where its level has one."""
+    dropout = config.dropout if config.dropout_at == "blocks" or at_bottom else 0.0
+    parts: dict[str, nn.Module] = {}
+    if config.block == "conv":
+        mid = mid or out_channels
+        parts["block"] = ConvBlock(in_channels, mid, out_channels, config, dropout)
+    else:
+        parts["block"] = ResBlock(in_channels, out_channels, config, dropout)
+    if level in config.attention_levels:
+        parts["attention"] = _attention(out_channels, config)
+    return parts
+
+
+def _attention(channels: int, config: UNetConfig) -> nn.Module:
+    if config.attention == "self":
+        return SelfAttention(channels, config)
+    return SpatialTransformer(channels, config)
+
+
+def _middle(channels: int, config: UNetConfig) -> Step:
+    """Skips by level: the coarsest level's blocks. Skips by block: block, attention, block."""
+    by_block, bottom = config.skips == "block", config.levels - 1
+    width = config.encoder_channels[-1]
+    attends = config.middle_attention or (not by_block and bottom in config.attention_levels)
+    parts: dict[str, nn.Module] = {}
+    for i in range(2 if by_block else config.blocks):
+        block = _block(channels, width, config, level=-1, at_bottom=True)
+        parts[f"block{i + 1}"] = block["block"]
+        if attends and (i == 0 or not by_block):
+            parts[f"attention{i + 1}"] = _attention(width, config)
+        channels = width
+    return Step(parts)
+
+
+def _he_init(model: nn.Module) -> None:
+    """Normal weights, std sqrt(2 / N) for N incoming nodes a neuron (arXiv 1505.04597, sec. 3)."""
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+            if not (module.weight.is_meta or module.weight.any()):
+                continue  # stays as zero_init made it
+            # Each output pixel of a 2x2, stride 2 transposed convolution sees one input pixel.
+            taps = math.prod(module.kernel_size) if isinstance(module, nn.Conv2d) else 1
+            nn.init.normal_(module.weight, std=math.sqrt(2 / (module.in_channels * taps)))
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+@contextlib.contextmanager
+def _spare_statistics(step: nn.Module) -> Iterator[None]:
+    """Lets batch normalisation update copies of its statistics, so that a batch counts once."""
+    buffers = [(m, k, v) for m in step.modules() for k, v in m.named_buffers(recurse=False)]
+    for module, name, value in buffers:
+        setattr(module, name, value.clone())
+    try:
+        yield
+    finally:
+        for module, name, value in buffers:
+            setattr(module, name, value)

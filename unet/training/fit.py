@@ -1,0 +1,339 @@
+"""`fit`: the one training loop."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import set_seed
+from torch import Tensor
+from tqdm import tqdm
+
+from unet.errors import InputError, RunError
+from unet.folder import check_fit
+from unet.training.batches import BatchKeys, make_loader
+from unet.training.ema import EMA
+from unet.training.options import FitOptions
+from unet.training.plan import Budget, Progress, make_optimizer
+from unet.training.run import RunFolder, resume_command, signals_caught
+from unet.training.task import Batch, Processes, Task
+
+
+class Interrupted(SystemExit):
+    """SIGINT or SIGTERM ended the run after its state was saved; the code is 128 + the signal."""
+
+
+def fit(task: Task, options: FitOptions) -> dict[str, float]:
+    """Trains a model and leaves its best weights in the run folder's model/.
+
+    The caller holds the lock of the run folder (`RunFolder.locked`). The learning rate is planned
+    over the budget. With a budget in steps or epochs, a run that is killed and resumed ends with
+    the very same weights as one that is not. Losses do not depend on the number of processes, with
+    a network that does not mix samples: batch norm takes its statistics over a process's share.
+
+    Returns:
+        The figures of the best evaluation; empty where nothing is held out.
+
+    Raises:
+        InputError: options that do not fit the data, the model or the saved state.
+        RunError: the loss or the gradient is not finite.
+        Interrupted: SIGINT or SIGTERM came; the state is saved.
+    """
+    return Trainer(task, options).run()
+
+
+class Trainer:
+    """The state of `fit`, with a method for each part of the loop."""
+
+    def __init__(self, task: Task, options: FitOptions) -> None:
+        self.task, self.options = task, options
+        self.folder = RunFolder(options.out)
+        self.accelerator = Accelerator(
+            cpu=options.device == "cpu",
+            mixed_precision=_precision(options),
+            gradient_accumulation_steps=options.accumulate,
+        )
+        self.device = self.accelerator.device
+        self.main = self.accelerator.is_main_process
+        self.processes = Processes(self.accelerator.process_index, self.accelerator.num_processes)
+        self.keys = BatchKeys(
+            len(task.samples),
+            options.batch_size,
+            seed=options.seed,
+            accumulate=options.accumulate,
+            process=self.processes.rank,
+            processes=self.processes.count,
+        )
+        self.budget = Budget(options, len(task.samples))
+
+        model = task.model.to(self.device).train()
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # stubs lack it
+        model.trunk.checkpointing = options.checkpointing
+        self.ema = EMA(model, options.ema) if options.ema else None
+        optimizer = make_optimizer(model, options)
+        if options.compile:
+            model.compile()
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.progress = Progress()
+        self.figures: dict[str, float] = {}  # of the best evaluation
+        self.gradient_norm = 0.0
+        set_seed(options.seed, device_specific=True)  # dropout differs between processes
+        if options.resume:
+            self._restore()
+        if self.progress.step == 0:
+            self.budget.plan_evaluation(self.progress)
+        self.board = _tensorboard(options) if self.main else None
+
+    def run(self) -> dict[str, float]:
+        progress, options = self.progress, self.options
+        self.keys.start_step = progress.step
+        on_gpu = self.device.type == "cuda"
+        workers = options.workers if options.workers is not None else (4 if on_gpu else 0)
+        batches = iter(make_loader(self.task.samples, self.keys, workers, pin=on_gpu))
+        self.started = time.monotonic() - progress.seconds
+        with signals_caught() as caught, self._bar() as bar:
+            while self.budget.share(progress) < 1:
+                loss = self._step(batches)
+                progress.step += 1
+                progress.loss_sum += loss
+                progress.loss_count += 1
+                signum = self._agree(max(caught, default=0))
+                self._advance(bar)
+                if progress.step % options.log_every == 0:
+                    self._log_training()
+                due = self.budget.evaluation_due(progress)
+                if due:
+                    self._evaluate()
+                if due or signum or progress.step % options.save_every == 0:
+                    self._save_state()
+                if signum:
+                    command = resume_command(options.out)
+                    self._say(f"stopped at step {progress.step}; go on with: {command}")
+                    raise Interrupted(128 + signum)
+        self._finish()
+        return self.figures
+
+    # -- a step -----------------------------------------------------------------------------------
+
+    def _step(self, batches: Iterator[Batch]) -> float:
+        """One optimizer step; the mean loss over the batch of all processes."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.options.lr * self.budget.rate(self.progress)
+        total = 0.0
+        for _ in range(self.options.accumulate):
+            batch = next(batches)
+            inputs = {
+                k: v.to(self.device, non_blocking=True) if isinstance(v, Tensor) else v
+                for k, v in batch.items()
+            }
+            with self.accelerator.accumulate(self.model):
+                loss = self.task.loss(self.model, inputs)
+                value = float(self.accelerator.reduce(loss.detach(), "mean"))
+                if not math.isfinite(value):
+                    self._not_finite("loss", value, batch)
+                total += value / self.options.accumulate
+                self.accelerator.backward(loss)
+                if self.accelerator.sync_gradients:
+                    limit = self.options.clip or math.inf
+                    norm = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
+                    self.gradient_norm = float(norm)
+                    # With fp16 an overflow is normal: the loss scaler skips the step.
+                    if not math.isfinite(self.gradient_norm) and self.accelerator.scaler is None:
+                        self._not_finite("gradient", self.gradient_norm, batch)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+        if self.ema:
+            self.ema.update(self.accelerator.unwrap_model(self.model), self.progress.step)
+        return total
+
+    def _not_finite(self, what: str, value: float, batch: Batch) -> None:
+        names = [self.task.samples.name(int(i)) for i in batch["index"]]
+        names = sorted({n for part in self.processes.gather(names) for n in part})
+        raise RunError(
+            f"the {what} is {value} at step {self.progress.step + 1}, in a batch of "
+            f"{', '.join(names)}: look at these files, or try a lower --lr than {self.options.lr}, "
+            f"a lower --clip than {self.options.clip}, or --precision fp32"
+        )
+
+    def _agree(self, signum: int) -> int:
+        """The signal that any process caught, and the main process's clock, for all of them."""
+        seconds = time.monotonic() - self.started
+        if self.processes.count > 1:
+            parts = self.processes.gather((signum, seconds))
+            signum, seconds = max(p[0] for p in parts), parts[0][1]
+        self.progress.seconds = seconds
+        return signum
+
+    # -- evaluation -------------------------------------------------------------------------------
+
+    def _evaluate(self) -> None:
+        """Evaluates the averaged weights, keeps them where they are the best, logs and draws."""
+        task, progress, start = self.task, self.progress, time.monotonic()
+        model: Any = self.ema.model if self.ema else self.accelerator.unwrap_model(self.model)
+        model.eval()
+        figures: dict[str, float] = {}
+        devices = [self.device] if self.device.type == "cuda" else []
+        # Training goes on with the random numbers that it would have had without an evaluation.
+        with torch.no_grad(), self.accelerator.autocast(), torch.random.fork_rng(devices):
+            if task.evaluate:
+                figures = dict(task.evaluate(model, self.processes))
+            pictures = task.pictures(model) if task.pictures and self.main else {}
+        score = figures.get(task.score, -math.inf)  # nothing held out: the last weights
+        if score < progress.best or score == -math.inf:
+            progress.best, self.figures = score, figures
+            if self.main:
+                model.save_pretrained(self.folder.model)
+        if not self.ema:
+            model.train()
+        progress.evaluated_step = progress.step
+        progress.evaluation_seconds = self.processes.gather(time.monotonic() - start)[0]
+        self.budget.plan_evaluation(progress)
+        if self.main:
+            for name, picture in pictures.items():
+                picture.save(self.folder.samples / f"{name}-{progress.step:06d}.png")
+            self.folder.log(step=progress.step, **{f"val_{k}": v for k, v in figures.items()})
+            self._board(figures, "val")
+            if figures:
+                shown = "  ".join(f"{k} {v:.4f}" for k, v in figures.items())
+                self._say(f"step {progress.step}: held out: {shown}")
+
+    def _finish(self) -> None:
+        if self.progress.loss_count:
+            self._log_training()
+        if self.progress.evaluated_step != self.progress.step:
+            self._evaluate()
+        self._agree(0)
+        self._save_state()
+        if self.board:
+            self.board.close()
+
+    # -- state ------------------------------------------------------------------------------------
+
+    def _save_state(self) -> None:
+        rng = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(self.device)
+        rngs = self.processes.gather(rng)
+        if not self.main:
+            return
+        scaler = self.accelerator.scaler
+        self.folder.save_state(
+            {
+                **dataclasses.asdict(self.progress),
+                "figures": self.figures,
+                "model": self.accelerator.unwrap_model(self.model).state_dict(),
+                "ema": self.ema.model.state_dict() if self.ema else None,
+                "optimizer_name": self.options.optimizer,
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": scaler.state_dict() if scaler else None,
+                "rng": rngs,
+            }
+        )
+
+    def _restore(self) -> None:
+        state = self.folder.load_state()
+        if state is None:
+            self._say("no state was saved before the run ended: starting at the first step")
+            if self.main:
+                self.folder.cut_log(-1)
+            return
+        where = str(self.folder.state)
+        model = self.accelerator.unwrap_model(self.model)
+        check_fit(model.state_dict(), state["model"], where)
+        for key, mine in (("optimizer_name", self.options.optimizer), ("ema", self.ema)):
+            theirs = state[key]
+            if (theirs is None) != (mine is None) or (key == "optimizer_name" and theirs != mine):
+                raise InputError(
+                    f"{where} was saved with other settings of --optimizer or --ema: resume with "
+                    f"those of {self.folder.path / 'config.yaml'}"
+                )
+        model.load_state_dict(state["model"])
+        if self.ema:
+            self.ema.model.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.accelerator.scaler and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.progress = Progress(**{f.name: state[f.name] for f in dataclasses.fields(Progress)})
+        self.figures = state["figures"]
+        if len(state["rng"]) == self.processes.count:
+            rng = state["rng"][self.processes.rank]
+            torch.set_rng_state(rng["cpu"])
+            if "cuda" in rng and self.device.type == "cuda":
+                torch.cuda.set_rng_state(rng["cuda"], self.device)
+        else:
+            self._say("resuming with another number of processes: dropout starts from the seed")
+        if self.main:
+            self.folder.cut_log(self.progress.step)
+        self._say(f"resuming {self.folder.path} at step {self.progress.step}")
+
+    # -- what a person sees -----------------------------------------------------------------------
+
+    def _say(self, text: str) -> None:
+        if self.main:
+            tqdm.write(text)
+
+    def _bar(self) -> tqdm[Any]:
+        """One line with loss, speed and time left; none where nobody watches (no terminal)."""
+        total = self.budget.steps or round(self.budget.seconds)
+        unit = "step" if self.budget.steps else "s"
+        hidden = None if self.main else True
+        return tqdm(total=total, unit=unit, disable=hidden, dynamic_ncols=True, smoothing=0.1)
+
+    def _advance(self, bar: tqdm[Any]) -> None:
+        progress = self.progress
+        done = progress.step if self.budget.steps else min(progress.seconds, self.budget.seconds)
+        bar.set_postfix_str(
+            f"loss {progress.loss_sum / progress.loss_count:.4f}, step {progress.step}, "
+            f"{progress.step / max(progress.seconds, 1e-9):.2f} steps/s",
+            refresh=False,
+        )
+        bar.update(round(done - bar.n, 1))
+
+    def _log_training(self) -> None:
+        progress = self.progress
+        values = {
+            "loss": progress.loss_sum / progress.loss_count,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "gradient_norm": self.gradient_norm,
+            "epoch": progress.step * self.options.batch_size / len(self.task.samples),
+            "seconds": round(progress.seconds, 3),
+        }
+        progress.loss_sum, progress.loss_count = 0.0, 0
+        if self.main:
+            self.folder.log(step=progress.step, **values)
+            self._board(values, "train")
+
+    def _board(self, values: Mapping[str, float], group: str) -> None:
+        if self.board:
+            for name, value in values.items():
+                self.board.add_scalar(f"{group}/{name}", value, self.progress.step)
+
+
+def _precision(options: FitOptions) -> str:
+    """What `accelerate` calls the precision; auto: bf16 where the processor computes in it."""
+    if options.precision == "auto":
+        device = PartialState(cpu=options.device == "cpu").device
+        if device.type == "cuda":
+            return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+        found: dict[str, bool] = (
+            getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+        )
+        return "bf16" if found.get("avx512_bf16") or found.get("amx_bf16") else "no"
+    return "no" if options.precision == "fp32" else options.precision
+
+
+def _tensorboard(options: FitOptions) -> Any:
+    if not options.tensorboard:
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise InputError(
+            "--tensorboard needs the package tensorboard: pip install tensorboard"
+        ) from error
+    return SummaryWriter(options.out / "tensorboard")

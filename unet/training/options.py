@@ -1,0 +1,118 @@
+"""`FitOptions`: what every training script offers on its command line. Free of torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from unet.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitOptions:
+    """The part of a training script's options that `fit` reads."""
+
+    out: Path
+    """Run folder to make: config.yaml, metrics.jsonl, samples/, model/, state/."""
+
+    resume: bool = False
+    """Go on with the run in --out from its last saved state, with its own settings."""
+
+    steps: int | None = None
+    """Budget: optimizer steps. Give one of --steps, --epochs, --max-minutes."""
+
+    epochs: float | None = None
+    """Budget: passes over the training samples."""
+
+    max_minutes: float | None = None
+    """Budget: minutes of wall-clock time, evaluations included; the schedule is planned over it."""
+
+    batch_size: int = 8
+    """Samples an optimizer step, over all processes and accumulated parts together."""
+
+    accumulate: int = 1
+    """Parts in which each batch goes through the network, to save memory."""
+
+    optimizer: Literal["adamw", "sgd", "rmsprop"] = "adamw"
+    """Optimizer."""
+
+    lr: float = 1e-3
+    """Highest learning rate."""
+
+    momentum: float = 0.9
+    """Momentum of sgd and rmsprop, beta1 of adamw."""
+
+    weight_decay: float = 0.0
+    """Weight decay."""
+
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """Learning rate after the warm-up: down to zero along half a cosine, or constant."""
+
+    warmup: float = 0.03
+    """Share of the budget over which the learning rate rises linearly."""
+
+    clip: float = 1.0
+    """Largest norm of the whole gradient; 0: no limit."""
+
+    ema: float = 0.999
+    """Decay of the exponential moving average of the weights, after its warm-up; 0: none."""
+
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Arithmetic of the network; auto: bf16 where the processor computes in it, else fp32."""
+
+    device: Literal["auto", "cpu"] = "auto"
+    """auto: a GPU where there is one."""
+
+    checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+    compile: bool = False
+    """Compile the network with torch.compile: worth it from some minutes of training on."""
+
+    seed: int = 0
+    """Seed of everything random: weights, order, augmentation, noise, dropout."""
+
+    workers: int | None = None
+    """Processes that prepare batches; 0: the training process itself; none given: by device."""
+
+    evaluations: int = 10
+    """Evaluations on held-out data, evenly spread (fewer where they would take over 10 % of
+    --max-minutes). The weights that score best are kept in model/."""
+
+    save_every: int = 500
+    """Steps between saved states; one is saved at each evaluation, too."""
+
+    log_every: int = 10
+    """Steps between lines in metrics.jsonl."""
+
+    tensorboard: bool = False
+    """Write TensorBoard events to the run folder as well."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "epochs", "max_minutes"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise InputError(f"--{name.replace('_', '-')} {value} must be above 0")
+        given = [n for n in ("steps", "epochs", "max_minutes") if getattr(self, n) is not None]
+        if len(given) > 1:
+            flags = " and ".join(f"--{n.replace('_', '-')}" for n in given)
+            raise InputError(
+                f"{flags} are both budgets: give one of them (--{given[-1].replace('_', '-')} None "
+                "takes back that of a config file)"
+            )
+        for name in ("batch_size", "accumulate", "save_every", "log_every"):
+            if getattr(self, name) < 1:
+                flag = name.replace("_", "-")
+                raise InputError(f"--{flag} {getattr(self, name)} must be at least 1")
+        for name in ("evaluations", "clip", "weight_decay", "seed"):
+            if not getattr(self, name) >= 0:
+                flag = name.replace("_", "-")
+                raise InputError(f"--{flag} {getattr(self, name)} must be 0 or more")
+        if not self.lr > 0:
+            raise InputError(f"--lr {self.lr} must be above 0")
+        for name in ("ema", "warmup", "momentum"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"--{name} {getattr(self, name)} must be in [0, 1)")
+        if self.workers is not None and self.workers < 0:
+            raise InputError(f"--workers {self.workers} must be 0 or more")

@@ -1,0 +1,152 @@
+"""A run folder: the lock, the log, the pictures, and the state from which a run resumes.
+
+config.yaml    the options, so that --config repeats the run
+metrics.jsonl  one JSON object a line: training every few steps, evaluations
+samples/       pictures made during training
+model/         the best weights so far, a model folder
+state/         everything that resuming needs
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from pickle import UnpicklingError
+from types import FrameType
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+
+from unet.errors import InputError
+from unet.files import replacing, write_text
+from unet.training.cli import save_config
+from unet.training.options import FitOptions
+
+_PARTS = ("config.yaml", "metrics.jsonl", "samples", "model", "state")
+
+
+class RunFolder:
+    """One run's files. Only the main process writes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.metrics = path / "metrics.jsonl"
+        self.samples = path / "samples"
+        self.model = path / "model"
+        self.state = path / "state" / "state.pt"
+
+    @contextmanager
+    def locked(self, *, resume: bool) -> Iterator[None]:
+        """Makes the folder, or takes up the run in it, and keeps other processes out.
+
+        Raises:
+            InputError: the folder holds another run, or nothing to resume, or is in use.
+        """
+        try:
+            holds_run = any((self.path / part).exists() for part in _PARTS)
+            if resume and not holds_run:
+                raise InputError(f"{self.path} holds no run to resume: start it without --resume")
+            if holds_run and not resume:
+                raise InputError(
+                    f"{self.path} holds a run already: give another --out, or --resume to go on "
+                    "with it"
+                )
+            self.samples.mkdir(parents=True, exist_ok=True)
+        except (NotADirectoryError, FileExistsError) as error:
+            raise InputError(f"--out {self.path} cannot be a folder: {error.strerror}") from error
+        lock = FileLock(self.path / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise InputError(
+                f"another process is training in {self.path}: wait for it, or give another --out"
+            ) from error
+        try:
+            for leftover in self.path.rglob(".*.tmp"):  # of a kill in the middle of a write
+                leftover.unlink(missing_ok=True)
+            yield
+        finally:
+            lock.release()
+
+    def log(self, **values: Any) -> None:
+        """Appends a line to metrics.jsonl, in one write."""
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
+
+    def cut_log(self, step: int) -> None:
+        """Drops the lines after `step` and a half-written one, so that none stands twice."""
+        if self.metrics.exists():
+            kept = [json.dumps(e) + "\n" for e in read_log(self.metrics) if e["step"] <= step]
+            write_text(self.metrics, "".join(kept))
+
+    def save_state(self, state: Mapping[str, Any]) -> None:
+        """Replaces the state whole. It holds tensors, numbers, strings, and lists of them only."""
+        with replacing(self.state) as temporary:
+            torch.save(dict(state), temporary)
+
+    def load_state(self) -> dict[str, Any] | None:
+        """The last saved state, or None before the first one."""
+        if not self.state.exists():
+            return None
+        try:
+            state = torch.load(self.state, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, EOFError, ValueError, UnpicklingError) as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise InputError(f"{self.state} cannot be read as a saved state: {reason}") from error
+        if not isinstance(state, dict) or not isinstance(state.get("step"), int):
+            raise InputError(f"{self.state} is no saved state of a training run")
+        return state
+
+
+@contextmanager
+def run_folder(options: FitOptions) -> Iterator[None]:
+    """Locks the run folder of a command line and keeps the options in it, in the main process."""
+    if int(os.environ.get("RANK", 0)) != 0:  # of `accelerate launch`
+        yield
+        return
+    with RunFolder(options.out).locked(resume=options.resume):
+        save_config(replace(options, resume=False), options.out / "config.yaml")
+        yield
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The entries of a metrics.jsonl; a last line that a kill cut short is left out."""
+    entries = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            entries.append(json.loads(line))
+        except ValueError:
+            break
+    return entries
+
+
+def resume_command(out: Path) -> str:
+    """The command line that goes on with the run in `out`."""
+    return shlex.join(["python", sys.argv[0], "--out", str(out), "--resume"])
+
+
+@contextmanager
+def signals_caught() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM instead of dying of the first one; the second one kills."""
+    caught: list[int] = []
+    previous: dict[signal.Signals, Any] = {}
+
+    def catch(signum: int, frame: FrameType | None) -> None:
+        caught.append(signum)
+        signal.signal(signum, previous[signal.Signals(signum)])
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        previous[number] = signal.signal(number, catch)
+    try:
+        yield caught
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,49 @@
+"""What a task hands to `fit`, and what it is told of the processes that share the work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from accelerate.utils import gather_object
+from PIL import Image
+from torch import Tensor, nn
+
+from unet.folder import FolderModel
+from unet.training.batches import Samples
+
+T = TypeVar("T")
+Batch = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those of a run."""
+
+    rank: int = 0
+    count: int = 1
+
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """This process's part of the items; the parts of all processes are all items, once each."""
+        return items[self.rank :: self.count]
+
+    def gather(self, part: T) -> list[T]:
+        """What each process gives, in order, on every process."""
+        return list(gather_object([part])) if self.count > 1 else [part]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What a task hands to `fit`."""
+
+    model: FolderModel
+    samples: Samples
+    loss: Callable[[nn.Module, Batch], Tensor]
+    """(model, batch) to the mean loss over the batch."""
+    evaluate: Callable[[Any, Processes], Mapping[str, float]] | None = None
+    """Figures over the whole held-out set, the same on every process; None: nothing held out."""
+    score: str = "loss"
+    """The figure that decides which weights are best; the smallest wins."""
+    pictures: Callable[[Any], Mapping[str, Image.Image]] | None = None
+    """Pictures by name, made at each evaluation by the main process."""
