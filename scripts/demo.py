@@ -29,8 +29,9 @@ class DemoOptions:
 
 def main(options: DemoOptions) -> None:
     from segmentation.metrics import IsbiMetrics
-    from segmentation.output import predict_files
+    from segmentation.output import FilePredictor, load_models, predict_files
     from segmentation.phantom import phantom_stack
+    from segmentation.predict import Predictor
     from segmentation.training import train
     from unet.images import read_image, write_image
 
@@ -42,7 +43,9 @@ def main(options: DemoOptions) -> None:
     for i, image in enumerate(images):
         write_image(run / "unseen" / f"{i}.png", image)
     print("\nPredicting images that the model has not seen:", flush=True)
-    predict_files(str(run / "model"), run / "unseen", run / "predictions")
+    models, table, threshold = load_models([str(run / "model")])
+    predictor = FilePredictor(Predictor(models), table, threshold)
+    predict_files(predictor, run / "unseen", run / "predictions")
 
     metrics = IsbiMetrics()
     for i, label in enumerate(labels):

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from tyro.conf import Positional
 
-from unet.config import UNetConfig
 from unet.errors import InputError
 from unet.presets import PRESETS
 from unet.training.cli import run_script
@@ -30,8 +29,8 @@ class Options:
     model: Positional[str | None] = None
     """A preset, as --list names them, or a model folder, such as RUN/model."""
     size: int | None = None
-    """Height and width of the input. Default: 572 with valid convolutions, 512 for segmentation,
-    64 with a text context (the latent of a 512 x 512 image), 256 for ddpm-256, else 32."""
+    """Height and width of the input. Default: what a preset is made for (64 for Stable Diffusion:
+    the latent of a 512 x 512 image); of a folder, 512 for segmentation and 64 for diffusion."""
     json: bool = False
     """Print one JSON object instead of a table."""
     list: bool = False
@@ -56,10 +55,13 @@ def describe(name: str, size: int | None) -> dict[str, Any]:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from unet.model import Step
+    from unet.model import Step, input_size
 
     model, facts = build(name)
-    config, size = model.config, usual_size(name, model.config) if size is None else size
+    config = model.config
+    if size is None:
+        usual = input_size(config, 64 if config.time else 512)
+        size = PRESETS[name].size if name in PRESETS else usual
     if not 1 <= size <= LARGEST:
         raise InputError(f"--size {size} must be from 1 to {LARGEST}")
     with torch.device("meta"):
@@ -120,15 +122,6 @@ def build(name: str) -> tuple[FolderModel, dict[str, Any]]:
     facts["bytes_as_stored"] = None if preset else sum(v.nbytes for v in weights)
     facts["types"] = sorted({str(v.dtype).removeprefix("torch.") for v in weights})
     return model.to("meta").float(), facts
-
-
-def usual_size(name: str, config: UNetConfig) -> int:
-    """Height and width of the images, or latents, that a network is made for."""
-    if config.padding == "valid":
-        return 572
-    if not config.time:
-        return 512
-    return 64 if config.context_channels else 256 if name == "ddpm-256" else 32
 
 
 def table(facts: dict[str, Any]) -> str:

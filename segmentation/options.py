@@ -16,6 +16,12 @@ RECIPES = Path(__file__).parent / "recipes"
 class SegmentationOptions(FitOptions):
     """Train a U-Net that labels every pixel of an image."""
 
+    batch_size: int = 4
+    """Crops an optimizer step, over all processes and accumulated parts together."""
+
+    lr: float = 2e-3
+    """Highest learning rate."""
+
     data: str = "phantom"
     """A folder with images and masks (image/ label/, images/ masks/, ... or the two ISBI 2012
     stacks), or phantom: generated membrane images."""
@@ -51,19 +57,20 @@ class SegmentationOptions(FitOptions):
     loss: Literal["ce", "dice", "dice-ce", "focal", "tversky", "lovasz"] = "ce"
     """Loss: ce is the binary cross-entropy where there are two classes."""
 
-    crop: int = 256
-    """Side of the square training crops, in pixels; 0: whole images of one size."""
+    crop: int | None = None
+    """Side of the square training crops, in pixels; 0: whole images. None given: 256, or less where
+    the images are smaller."""
 
     flips: bool = True
     """Flip and turn the crops by quarters."""
 
-    rotation: float = 0.0
+    rotation: float = 180.0
     """Turn the crops by up to that many degrees either way."""
 
     scale: float = 0.0
     """Zoom the crops by up to a factor of 1 + this either way."""
 
-    elastic: float = 0.0
+    elastic: float = 10.0
     """Standard deviation in pixels of random displacements at 3 x 3 points (2015: 10)."""
 
     brightness: float = 0.0
@@ -85,7 +92,7 @@ class SegmentationOptions(FitOptions):
         super().__post_init__()
         if (self.images is None) != (self.masks is None):
             raise InputError("--images and --masks name one folder each: give both, or only --data")
-        if self.crop < 0:
+        if self.crop is not None and self.crop < 0:
             raise InputError(f"--crop {self.crop} must be 0 (whole images) or the side in pixels")
         if self.width is not None and self.width < 1:
             raise InputError(f"--width {self.width} must be at least 1")

@@ -1,6 +1,14 @@
-"""Whole-image prediction: an image of any size to class probabilities of the same size."""
+"""Prediction of images of any size: overlapping tiles, symmetries, ensembles.
+
+An image goes through as a whole where it fits into one tile. A larger one is predicted in bands of
+overlapping tiles (arXiv 1505.04597, fig. 2), in memory that does not grow with its height.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -9,25 +17,138 @@ from torch import Tensor
 
 from segmentation.augment import mirror
 from segmentation.model import SegmentationUNet
-from unet.model import input_size
+from unet.errors import InputError
+from unet.model import input_size, output_size, receptive_radius
+
+Probability = NDArray[np.float32]
 
 
-@torch.inference_mode()
-def predict_logits(model: SegmentationUNet, image: Tensor) -> Tensor:
-    """Logits (K, H, W) of a normalised image (C, H, W), on the model's device.
+class Source(Protocol):
+    """An image that is read a rectangle at a time."""
 
-    A network with valid convolutions sees the image with its border mirrored, so that the output
-    covers every pixel (arXiv 1505.04597, fig. 2).
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Height and width."""
+        ...
+
+    def read(self, rows: slice, columns: slice, model: SegmentationUNet) -> Tensor:
+        """(C, rows, columns), float32, normalised for that model."""
+        ...
+
+
+@dataclass(frozen=True)
+class TensorSource:
+    """A normalised image (C, H, W) that is in memory."""
+
+    image: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        h, w = self.image.shape[-2:]
+        return h, w
+
+    def read(self, rows: slice, columns: slice, model: SegmentationUNet) -> Tensor:
+        return self.image[:, rows, columns]
+
+
+class Predictor:
+    """Class probabilities by one or several models, as their mean.
+
+    Args:
+        models: models for the same classes, in evaluation mode.
+        tile: side of the square tiles in pixels, rounded down to a multiple of the models' stride.
+            Images up to this size are predicted whole.
+        overlap: pixels that neighbouring tiles share. Where it is at least twice the receptive
+            radius, tiles give what the whole image gives; below, they are blended linearly.
+        symmetries: average over the eight symmetries of a square (test-time augmentation).
+
+    Raises:
+        InputError: models that differ in channels or classes; an overlap of more than half a tile.
     """
-    parameter = next(model.parameters())
-    image = image.to(parameter.device)
-    h, w = image.shape[-2:]
-    if model.config.padding == "valid":
-        image = _with_context(model, image)
-    batch = image[None].contiguous(memory_format=torch.channels_last)
-    logits = model(batch)[0].float()
-    top, left = (logits.shape[-2] - h) // 2, (logits.shape[-1] - w) // 2
-    return logits[:, top : top + h, left : left + w]
+
+    def __init__(
+        self,
+        models: Sequence[SegmentationUNet],
+        *,
+        tile: int = 1024,
+        overlap: int = 128,
+        symmetries: bool = False,
+    ) -> None:
+        first = (models[0].config.in_channels, models[0].out_channels)
+        for model in models:
+            theirs = (model.config.in_channels, model.out_channels)
+            if theirs != first:
+                raise InputError(
+                    f"a model with {theirs[0]} channels and {theirs[1]} outputs cannot be averaged "
+                    f"with one with {first[0]} and {first[1]}"
+                )
+        self.models, self.symmetries = list(models), symmetries
+        # Tiles start at multiples of the stride, so that pooling meets the same pixels as in the
+        # whole image.
+        stride = max(m.config.stride for m in models)
+        self.tile = max(stride, tile // stride * stride)
+        self.overlap = -(-overlap // stride) * stride
+        if 2 * self.overlap > self.tile:
+            raise InputError(
+                f"tiles of {self.tile} pixels cannot overlap by {self.overlap}, more than half: "
+                "choose a larger tile or a smaller overlap"
+            )
+        self.radius = max(receptive_radius(m.config) for m in models)
+
+    def __call__(self, source: Source) -> Probability:
+        """Probabilities (K, H, W) of a whole image; a single one is that of class 1."""
+        return np.concatenate([band for _, band in self.bands(source)], axis=1)
+
+    def bands(self, source: Source) -> Iterator[tuple[int, Probability]]:
+        """Finished bands from top to bottom: their first row, and probabilities (K, rows, W)."""
+        height, width = source.shape
+        rows, columns = self._spans(height), self._spans(width)
+        carried: Probability | None = None
+        for i, (top, bottom) in enumerate(rows):
+            band = np.zeros((self.models[0].out_channels, bottom - top, width), np.float32)
+            vertical = self._weights(rows, i)[:, None]
+            for j, (left, right) in enumerate(columns):
+                tile = self._tile(source, slice(top, bottom), slice(left, right))
+                band[:, :, left:right] += tile * vertical * self._weights(columns, j)
+            if carried is not None:
+                band[:, : carried.shape[1]] += carried
+            end = rows[i + 1][0] if i + 1 < len(rows) else bottom
+            carried = band[:, end - top :]
+            yield top, band[:, : end - top]
+
+    def _spans(self, n: int) -> list[tuple[int, int]]:
+        """First pixel and end of each tile along an axis."""
+        if n <= self.tile:
+            return [(0, n)]
+        starts = range(0, n - self.overlap, self.tile - self.overlap)
+        return [(start, min(start + self.tile, n)) for start in starts]
+
+    def _weights(self, spans: list[tuple[int, int]], i: int) -> NDArray[np.float32]:
+        """Weights of a tile along an axis; those of all tiles at a pixel add up to 1."""
+        weights = np.ones(spans[i][1] - spans[i][0], np.float32)
+        if self.overlap and i > 0:
+            weights[: self.overlap] = self._ramp()
+        if self.overlap and i + 1 < len(spans):
+            weights[-self.overlap :] = 1 - self._ramp()
+        return weights
+
+    def _ramp(self) -> NDArray[np.float32]:
+        """From 0 to 1 over the overlap; flat where only one of the two tiles sees enough."""
+        margin = min(self.radius, self.overlap // 2 - 1)
+        x = (np.arange(self.overlap) + 0.5 - margin) / (self.overlap - 2 * margin)
+        return np.clip(x, 0, 1).astype(np.float32)
+
+    @torch.inference_mode()
+    def _tile(self, source: Source, rows: slice, columns: slice) -> Probability:
+        """Mean probabilities (K, h, w) of a rectangle over models and symmetries."""
+        h, w = rows.stop - rows.start, columns.stop - columns.start
+        found = []
+        for model in self.models:
+            image = _with_context(model, source, rows, columns).to(next(model.parameters()).device)
+            for turn in range(8 if self.symmetries else 1):
+                batch = _turned(image, turn)[None].contiguous(memory_format=torch.channels_last)
+                found.append(_turned_back(probabilities(model(batch)[0].float()), turn)[:, :h, :w])
+        return torch.stack(found).mean(0).cpu().numpy()
 
 
 def probabilities(logits: Tensor) -> Tensor:
@@ -42,10 +163,35 @@ def classes(probability: NDArray[np.floating], threshold: float = 0.5) -> NDArra
     return probability.argmax(axis=0).astype(np.uint8)
 
 
-def _with_context(model: SegmentationUNet, image: Tensor) -> Tensor:
-    """The image with a mirrored border, at the smallest size whose output covers it."""
-    h, w = image.shape[-2:]
-    rows, columns = input_size(model.config, h), input_size(model.config, w)
-    y = mirror(torch.arange(rows, device=image.device) - (rows - h) // 2, h)
-    x = mirror(torch.arange(columns, device=image.device) - (columns - w) // 2, w)
-    return image[:, y[:, None], x[None, :]]
+def _turned(image: Tensor, turn: int) -> Tensor:
+    """One of the eight symmetries of a square: quarter turns, mirrored from the fifth on."""
+    return torch.rot90(image.flip(-1) if turn >= 4 else image, turn % 4, (-2, -1))
+
+
+def _turned_back(image: Tensor, turn: int) -> Tensor:
+    image = torch.rot90(image, -(turn % 4), (-2, -1))
+    return image.flip(-1) if turn >= 4 else image
+
+
+def _with_context(model: SegmentationUNet, source: Source, rows: slice, columns: slice) -> Tensor:
+    """The pixels from which a rectangle is predicted, mirrored beyond the image's border.
+
+    The output begins at the rectangle's first pixel. It is larger where valid convolutions need
+    more, and where the rectangle is no multiple of the stride: turned images are then pooled as
+    unturned ones.
+    """
+    reads, picks = [], []
+    for span, n in zip((rows, columns), source.shape, strict=True):
+        context, stride = 0, model.config.stride
+        size = -(-(span.stop - span.start) // stride) * stride
+        if model.config.padding == "valid":
+            size = input_size(model.config, size)
+            context = (size - output_size(model.config, size)) // 2
+        index = mirror(torch.arange(size) + span.start - context, n)
+        first = int(index.min())
+        reads.append(slice(first, int(index.max()) + 1))
+        picks.append(index - first)
+    image = source.read(reads[0], reads[1], model)
+    if all(len(p) == n for p, n in zip(picks, image.shape[-2:], strict=True)):
+        return image
+    return image[:, picks[0][:, None], picks[1][None, :]]

@@ -16,23 +16,24 @@ from torch import Tensor, nn
 from segmentation.augment import Augmentation, augmented_crop
 from segmentation.classes import IGNORE
 from segmentation.data import SegmentationData, find_pairs, pairs_from_arrays, split_pairs
-from segmentation.losses import cross_entropy, make_loss
+from segmentation.losses import make_loss
 from segmentation.metrics import THRESHOLDS, ConfusionMatrix
 from segmentation.model import SegmentationUNet
 from segmentation.options import SegmentationOptions
 from segmentation.phantom import phantom_stack
 from segmentation.pictures import class_colours, errors, grey_or_rgb, panel
-from segmentation.predict import classes, predict_logits, probabilities
+from segmentation.predict import Predictor, Probability, TensorSource, classes
 from unet import PRESETS, UNetConfig
 from unet.errors import InputError
 from unet.folder import load_strictly, read_config, read_weights
-from unet.model import output_size
+from unet.model import input_size, output_size
 from unet.training.batches import Key, sample_rng
 from unet.training.fit import fit
 from unet.training.run import run_folder
 from unet.training.task import Batch, Processes, Task
 
 PHANTOM_SLICES, PHANTOM_SIZE = 30, (256, 256)
+CROP = 256  # usual side of a training crop
 PICTURED = 4  # held-out images in the pictures of a run
 
 
@@ -126,10 +127,15 @@ def _crop(
     options: SegmentationOptions, data: SegmentationData, config: UNetConfig
 ) -> tuple[tuple[int, int], tuple[int, int]]:
     """Height and width of the training crops, and of the part of them that is labelled."""
+    shapes = {shape(data, i) for i in data.train}
     if options.crop:
         size = (options.crop, options.crop)
+    elif options.crop is None:
+        largest = (max(s[axis] for s in shapes) for axis in (0, 1))
+        usual = (min(CROP, -(-n // config.stride) * config.stride) for n in largest)
+        h, w = (input_size(config, n) for n in usual)
+        size = (h, w)
     else:
-        shapes = {shape(data, i) for i in data.train}
         if len(shapes) > 1 and options.batch_size > 1:
             raise InputError(
                 f"--crop 0 takes whole images, but the training images have {len(shapes)} sizes: "
@@ -197,10 +203,10 @@ class SegmentationTask:
 
         With two classes also the pixel error of ISBI 2012, 1 - the best F1 of class 1.
         """
-        part = HeldOut(self.count)
+        part, predict = HeldOut(self.count), Predictor([model])
         for i in processes.share(self.data.val):
             image, mask = self.data.load(i)
-            part.add(predict_logits(model, torch.tensor(image)).cpu(), mask)
+            part.add(predict(TensorSource(torch.tensor(image))), mask)
         whole = HeldOut(self.count)
         for other in processes.gather(part):
             whole.merge(other)
@@ -208,10 +214,10 @@ class SegmentationTask:
 
     def pictures(self, model: SegmentationUNet) -> Mapping[str, Image.Image]:
         """Held-out images: image, mask, probability of the last class, errors."""
-        rows = []
+        rows, predict = [], Predictor([model])
         for i in self.data.val[:PICTURED]:
             image, mask = self.data.load(i)
-            probability = probabilities(predict_logits(model, torch.tensor(image)).cpu()).numpy()
+            probability = predict(TensorSource(torch.tensor(image)))
             found = classes(probability)
             grey = grey_or_rgb(self.data.pairs[i].read_image())
             shown = grey_or_rgb((probability[-1] * 255).astype(np.uint8)[..., None])
@@ -227,12 +233,15 @@ class HeldOut:
         self.at_threshold = [ConfusionMatrix(2) for _ in THRESHOLDS] if count == 2 else []
         self.entropy, self.pixels = 0.0, 0
 
-    def add(self, logits: Tensor, mask: NDArray[np.uint8]) -> None:
-        """Counts one image: logits (K, H, W), class indices (H, W)."""
-        pixels = int((mask != IGNORE).sum())
-        self.entropy += pixels * float(cross_entropy(logits[None], torch.tensor(mask)[None]))
-        self.pixels += pixels
-        probability = probabilities(logits).numpy()
+    def add(self, probability: Probability, mask: NDArray[np.uint8]) -> None:
+        """Counts one image: probabilities (K, H, W), class indices (H, W)."""
+        every = (
+            np.concatenate([1 - probability, probability]) if len(probability) == 1 else probability
+        )
+        valid = mask != IGNORE
+        true = np.take_along_axis(every, np.where(valid, mask, 0)[None].astype(np.int64), axis=0)[0]
+        self.entropy -= float(np.log(np.maximum(true[valid], 1e-7), dtype=np.float64).sum())
+        self.pixels += int(valid.sum())
         self.confusion.add(classes(probability), mask, ignore=IGNORE)
         for confusion, threshold in zip(self.at_threshold, THRESHOLDS, strict=False):
             confusion.add(classes(probability, threshold), mask, ignore=IGNORE)

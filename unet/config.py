@@ -88,6 +88,11 @@ class UNetConfig:
         return tuple(self.channels * m for m in self.decoder_multipliers or self.multipliers)
 
     @property
+    def stride(self) -> int:
+        """Pixels of the input a side for one of the coarsest level."""
+        return self.patch * 2 ** (self.levels - 1)
+
+    @property
     def out_channels(self) -> int:
         """Channels of the features that the `UNet` returns."""
         return (self.decoder_channels or self.encoder_channels)[0]

@@ -73,7 +73,7 @@ class UNet(nn.Module):
         encoder, self.middle, decoder = _plan(config)
         self.encoder, self.decoder = nn.ModuleList(encoder), nn.ModuleList(decoder)
         if config.init == "he":
-            _he_init(self)
+            he_init(self)
 
     def forward(
         self,
@@ -208,6 +208,28 @@ def input_size(config: UNetConfig, n: int) -> int:
     return next(size for size in itertools.count(n) if (_valid_size(config, size) or 0) >= n)
 
 
+def receptive_radius(config: UNetConfig) -> float:
+    """Pixels around an output pixel beyond which the input does not change it (an upper bound).
+
+    Infinite where a layer looks at the whole map: attention, group and instance normalisation.
+    """
+    if config.attention_levels or config.middle_attention or config.norm in ("group", "instance"):
+        return math.inf
+    radius = 0
+    for level in range(config.levels):
+        pixel = config.patch * 2**level  # size of this level's pixels in those of the input
+        bottom = level == config.levels - 1
+        by_block = config.skips == "block"
+        inner = 2 if by_block else config.blocks  # in the middle
+        encoder = config.blocks if by_block or not bottom else 0
+        decoder = config.blocks + by_block if by_block or not bottom else 0
+        convolutions = 2 * (encoder + decoder + (inner if bottom else 0))
+        resampling = 0 if bottom else 4  # at most one for down, and one and a half coarse ones up
+        radius += pixel * (convolutions + resampling)
+    stem = config.block == "res" or config.skips == "block" or config.patch > 1
+    return radius + config.patch * (2 if stem else 1)
+
+
 def _valid_size(config: UNetConfig, n: int) -> int | None:
     loss, levels = 4 * config.blocks, config.levels - 1
     for _ in range(levels):
@@ -310,8 +332,11 @@ def _middle(channels: int, config: UNetConfig) -> Step:
     return Step(parts)
 
 
-def _he_init(model: nn.Module) -> None:
-    """Normal weights, std sqrt(2 / N) for N incoming nodes a neuron (arXiv 1505.04597, sec. 3)."""
+def he_init(model: nn.Module) -> None:
+    """Normal weights, std sqrt(2 / N) for N incoming nodes a neuron (arXiv 1505.04597, sec. 3).
+
+    Layers that are all zero stay so.
+    """
     for module in model.modules():
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
             if not (module.weight.is_meta or module.weight.any()):

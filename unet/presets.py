@@ -13,6 +13,7 @@ class Preset:
 
     config: UNetConfig
     out_channels: int  # classes of a segmentation (1: a single logit), or channels of the noise
+    size: int  # height and width of the images, or latents, that it is made for
     source: str  # the paper, or the code whose variant it is
 
 
@@ -63,9 +64,10 @@ _SD_V1 = UNetConfig(
 
 PRESETS: dict[str, Preset] = {
     "segmentation": Preset(
-        config=UNetConfig(channels=16, multipliers=(1, 2, 4, 8, 16)),
+        config=UNetConfig(channels=32, multipliers=(1, 2, 4, 8), patch=2),
         out_channels=1,
-        source="our default for segmentation",
+        size=512,
+        source="our default for segmentation, chosen by measurement: docs/experiments.md",
     ),
     "paper": Preset(
         config=UNetConfig(
@@ -78,11 +80,13 @@ PRESETS: dict[str, Preset] = {
             dropout_at="bottom",
         ),
         out_channels=2,
+        size=572,
         source="Ronneberger, Fischer, Brox 2015, arXiv 1505.04597, fig. 1",
     ),
     "classic": Preset(
         config=_CLASSIC,
         out_channels=1,
+        size=512,
         source="the 2015 network with same padding and batch norm, as commonly reimplemented",
     ),
     "classic-bilinear": Preset(
@@ -93,6 +97,7 @@ PRESETS: dict[str, Preset] = {
             up="bilinear-aligned",
         ),
         out_channels=1,
+        size=512,
         source="classic with bilinear upsampling, the coarsest level and the decoder halved",
     ),
     "tutorial": Preset(
@@ -104,21 +109,25 @@ PRESETS: dict[str, Preset] = {
             up="bilinear-aligned",
         ),
         out_channels=1,
+        size=512,
         source="the variant that ISBI 2012 tutorials train with RMSprop on whole slices",
     ),
     "ddpm-cifar10": Preset(
         config=_DDPM,
         out_channels=3,
+        size=32,
         source="Ho, Jain, Abbeel 2020, arXiv 2006.11239, appendix B",
     ),
     "ddpm-256": Preset(
         config=replace(_DDPM, multipliers=(1, 1, 2, 2, 4, 4), attention_levels=(4,), dropout=0.0),
         out_channels=3,
+        size=256,
         source="Ho, Jain, Abbeel 2020, arXiv 2006.11239, appendix B (LSUN, CelebA-HQ)",
     ),
     "sd-v1": Preset(
         config=_SD_V1,
         out_channels=4,
+        size=64,
         source="Rombach et al. 2022, arXiv 2112.10752; Stable Diffusion 1.1 to 1.5",
     ),
     "sd-v2": Preset(
@@ -126,6 +135,7 @@ PRESETS: dict[str, Preset] = {
             _SD_V1, heads=None, head_channels=64, context_channels=1024, linear_projections=True
         ),
         out_channels=4,
+        size=64,
         source="Stable Diffusion 2.0 and 2.1 (OpenCLIP context, linear projections)",
     ),
 }

@@ -8,15 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 
 from scripts import predict_seg, train_seg
 from segmentation.model import SegmentationUNet
 from segmentation.options import RECIPES, SegmentationOptions
 from segmentation.phantom import phantom_stack
-from segmentation.predict import classes, predict_logits, probabilities
 from segmentation.training import HeldOut, load_data, make_model, train
 from unet import InputError, UNetConfig
 from unet.images import read_image, write_image
@@ -130,9 +127,10 @@ def test_a_trunk_trained_by_another_task_can_start_a_segmentation(folder, tmp_pa
 def test_the_phantom_is_learned(tmp_path):
     """Better than the best threshold on the grey value can be, after a few seconds."""
     options = SegmentationOptions(
-        out=tmp_path / "run", steps=60, batch_size=4, crop=96, lr=4e-3, width=8, evaluations=1
+        out=tmp_path / "run", steps=100, batch_size=4, crop=96, lr=8e-3, width=12, evaluations=1
     )
     figures = train(options)
+    print(figures)
     assert figures["accuracy"] > 0.85
     assert figures["dice"] > 0.75
 
@@ -144,36 +142,6 @@ def test_the_tutorial_recipe_says_what_it_is():
     assert (recipe["batch_size"], recipe["crop"]) == (1, 0)
 
 
-# -- prediction -----------------------------------------------------------------------------------
-
-
-@given(st.integers(1, 70), st.integers(1, 70))
-def test_valid_convolutions_cover_an_image_of_any_size(h, w):
-    config = UNetConfig(channels=2, multipliers=(1, 2), padding="valid", norm="none")
-    model = SegmentationUNet(config, 1).eval()
-    assert predict_logits(model, torch.randn(1, h, w)).shape == (1, h, w)
-
-
-def test_valid_convolutions_see_the_mirrored_border():
-    config = UNetConfig(channels=4, multipliers=(1, 2), padding="valid", norm="none")
-    model = SegmentationUNet(config, 1).eval()
-    image = torch.randn(1, 20, 20)
-    logits = predict_logits(model, image)  # 16 pixels of the input are lost: 36 -> 20
-    mirrored = torch.nn.functional.pad(image, (8, 8, 8, 8), mode="reflect")
-    with torch.inference_mode():
-        expected = model(mirrored[None])[0]
-    torch.testing.assert_close(logits, expected)
-
-
-def test_one_logit_is_two_classes():
-    logits = torch.randn(1, 5, 5)
-    two = torch.cat([torch.zeros_like(logits), logits])
-    one, both = probabilities(logits).numpy(), probabilities(two).numpy()
-    np.testing.assert_allclose(one[0], both[1], atol=1e-6)
-    assert np.array_equal(classes(one), classes(both))
-    assert np.array_equal(classes(one, 0.9), (one[0] > 0.9).astype(np.uint8))
-
-
 def test_held_out_figures_are_those_of_all_pixels_at_once():
     rng = np.random.default_rng(0)
     logits = torch.from_numpy(rng.normal(size=(3, 1, 8, 10))).float()
@@ -181,7 +149,7 @@ def test_held_out_figures_are_those_of_all_pixels_at_once():
     masks[0, 0, :4] = 255  # ignored
     parts, whole = [HeldOut(2), HeldOut(2)], HeldOut(2)
     for i in range(3):
-        parts[i % 2].add(logits[i], masks[i])
+        parts[i % 2].add(logits[i].sigmoid().numpy(), masks[i])
     for part in parts:
         whole.merge(part)
     valid = masks != 255

@@ -474,8 +474,10 @@ def test_head_that_does_not_fit_is_a_misfit() -> None:
     with pytest.raises(InputError, match=r"unknown head\.norm\.weight \(8,\)"):
         to_layout(DiffusionUNet(config, 1).state_dict(), config, "classic")
     config = DDPM["ddpm"]
+    state = DiffusionUNet(config, 1).state_dict()
+    state["head.conv.weight"] = state["head.conv.weight"][..., :1, :1]  # as of a segmentation
     with pytest.raises(InputError, match=r"head\.conv\.weight with shape \(1, 16, 1, 1\)"):
-        to_layout(SegmentationUNet(config, 1).state_dict(), config, "diffusers")
+        to_layout(state, config, "diffusers")
     state = to_layout(DiffusionUNet(config, 3).state_dict(), config, "diffusers")
     weight = r"has conv_out\.weight with shape \(3, 16, 3, 3\) instead of \(1, 16, 3, 3\)"
     with pytest.raises(InputError, match=rf"lacks conv_out\.bias \(1,\); {weight}$"):

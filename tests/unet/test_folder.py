@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -34,10 +35,16 @@ def diffusion() -> DiffusionUNet:
     return DiffusionUNet(TIMED, 1, INFO)
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved")
+    segmentation().save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    segmentation().save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
+def folder(saved: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(saved, tmp_path / "model")
 
 
 def edit(folder: Path, **changes: Any) -> None:

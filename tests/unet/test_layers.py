@@ -24,6 +24,7 @@ from unet.layers import (
     Stem,
     TimeEmbedding,
     Upsample,
+    join_behind,
     join_cropped,
     join_padded,
     make_norm,
@@ -177,7 +178,7 @@ def test_spatial_transformer_is_its_formula() -> None:
         GROUPED, attention="transformer", middle_attention=True, heads=2, context_channels=6
     )
     module = SpatialTransformer(8, config)
-    x, context = torch.randn(2, 8, 3, 5), torch.randn(2, 4, 6)
+    x, context = 0.01 * torch.randn(2, 8, 3, 5), torch.randn(2, 4, 6)  # small: the epsilon counts
     h = normalised(x, module.norm, 4, 1e-6).flatten(2).mT
     h = h @ module.proj_in.weight[:, :, 0, 0].T + module.proj_in.bias
     block = module.blocks[0]
@@ -256,6 +257,7 @@ def test_padded_join_keeps_both_maps(height: int, width: int) -> None:
     assert torch.equal(joined[:, :2], skip)
     assert torch.equal(joined[:, 2:, : x.shape[2], : x.shape[3]], x)
     assert joined[:, 2:].abs().sum() == pytest.approx(x.abs().sum().item(), rel=1e-5)
+    assert torch.equal(join_behind(x, skip), torch.cat([joined[:, 2:], skip], dim=1))
 
 
 def test_cropped_join_keeps_the_centre() -> None:
@@ -274,6 +276,10 @@ def test_unpatch_undoes_the_stem(patch: int, height: int, width: int) -> None:
     y = stem(x, NOTHING)
     assert y.shape[-2:] == (math.ceil(height / patch), math.ceil(width / patch))
     assert torch.equal(unpatch(y, patch, (height, width)), x)
+    rows = torch.arange(y.shape[2] * patch).clamp(max=height - 1)  # the last lines, repeated
+    columns = torch.arange(y.shape[3] * patch).clamp(max=width - 1)
+    whole = unpatch(y, patch, (len(rows), len(columns)))
+    assert torch.equal(whole, x[:, :, rows][:, :, :, columns])
 
 
 # --- time ---------------------------------------------------------------------------------------

@@ -1,0 +1,137 @@
+"""Laws of prediction: any size, tiles equal to the whole, symmetries, ensembles."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from segmentation.model import SegmentationUNet
+from segmentation.predict import Predictor, TensorSource, classes, probabilities
+from unet import InputError, UNetConfig
+from unet.model import receptive_radius
+
+SAME = UNetConfig(channels=4, multipliers=(1, 2))
+CONFIGS = {
+    "same": SAME,
+    "patch": UNetConfig(channels=4, multipliers=(1, 2), patch=2),
+    "residual": UNetConfig(channels=4, multipliers=(1, 2), block="res", down="conv", up="nearest"),
+    "valid": UNetConfig(channels=4, multipliers=(1, 2), padding="valid", norm="none"),
+}
+
+
+def network(config: UNetConfig, seed: int = 0) -> SegmentationUNet:
+    torch.manual_seed(seed)
+    return SegmentationUNet(config, 1).eval()
+
+
+@given(st.integers(1, 70), st.integers(1, 70))
+def test_every_size_is_covered(h, w):
+    for config in CONFIGS.values():
+        source = TensorSource(torch.randn(1, h, w))
+        assert Predictor([network(config)])(source).shape == (1, h, w)
+
+
+def test_valid_convolutions_see_the_mirrored_border():
+    model = network(CONFIGS["valid"])
+    image = torch.randn(1, 20, 20)  # 16 pixels are lost: 36 -> 20
+    mirrored = torch.nn.functional.pad(image, (8, 8, 8, 8), mode="reflect")
+    with torch.inference_mode():
+        expected = model(mirrored[None])[0].sigmoid()
+    found = Predictor([model])(TensorSource(image))
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_receptive_radius_is_an_upper_bound_and_not_a_wild_one(name):
+    model = network(CONFIGS[name])
+    x = torch.randn(1, 1, 76, 76, requires_grad=True)
+    out = model(x)
+    reach = 0
+    for row in range(30, 38):  # all phases of the pooling
+        (gradient,) = torch.autograd.grad(out[0, 0, row, 34], x, retain_graph=True)
+        seen = gradient[0, 0].abs().sum(1).nonzero()[:, 0]
+        shift = (76 - out.shape[-2]) // 2
+        reach = max(reach, int((seen - row - shift).abs().max()))
+    radius = receptive_radius(CONFIGS[name])
+    assert reach <= radius <= 2 * reach
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@settings(max_examples=10)
+@given(h=st.integers(1, 150), w=st.integers(90, 260), symmetries=st.booleans())
+def test_tiles_are_the_whole_where_the_overlap_covers_the_receptive_field(name, h, w, symmetries):
+    model = network(CONFIGS[name])
+    overlap = 2 * int(receptive_radius(CONFIGS[name])) + 2
+    source = TensorSource(torch.randn(1, h, w))
+    whole = Predictor([model], tile=512, symmetries=symmetries)(source)
+    predict = Predictor([model], tile=2 * overlap + 4, overlap=overlap, symmetries=symmetries)
+    np.testing.assert_allclose(predict(source), whole, atol=1e-4)
+    bands = list(predict.bands(source))
+    assert [top for top, _ in bands] == list(np.cumsum([0] + [b.shape[1] for _, b in bands[:-1]]))
+
+
+@given(st.integers(1, 300), st.integers(1, 20), st.integers(0, 19))
+def test_the_weights_of_all_tiles_add_up_to_one(n, tile, overlap):
+    predict = Predictor([network(SAME)], tile=2 * (tile + 2 * overlap), overlap=2 * overlap)
+    total = np.zeros(n)
+    spans = predict._spans(n)
+    for i, (start, stop) in enumerate(spans):
+        total[start:stop] += predict._weights(spans, i)
+    np.testing.assert_allclose(total, 1, atol=1e-6)
+    assert spans[0][0] == 0
+    assert spans[-1][1] == n
+
+
+def test_less_overlap_leaves_no_seam():
+    model = network(SAME)
+    source = TensorSource(torch.randn(1, 64, 200))
+    whole = Predictor([model])(source)
+    blended = Predictor([model], tile=64, overlap=8)(source)
+    steps = np.abs(np.diff(blended[0] - whole[0], axis=1))
+    assert steps.max() < 0.05
+
+
+def test_symmetries_make_a_prediction_that_turns_with_the_image():
+    predict = Predictor([network(SAME)], symmetries=True)
+    image = torch.randn(1, 24, 24)
+    plain = predict(TensorSource(image))
+    for turn in (lambda p: torch.rot90(p, 1, (-2, -1)), lambda p: p.flip(-1), lambda p: p.mT):
+        expected = turn(torch.from_numpy(plain))
+        np.testing.assert_allclose(predict(TensorSource(turn(image))), expected, atol=1e-5)
+
+
+def test_an_ensemble_is_the_mean_of_its_models():
+    models = [network(SAME, 1), network(CONFIGS["patch"], 2)]
+    source = TensorSource(torch.randn(1, 30, 31))
+    alone = [Predictor([model])(source) for model in models]
+    np.testing.assert_allclose(Predictor(models)(source), np.mean(alone, axis=0), atol=1e-6)
+
+
+def test_models_that_do_not_go_together_are_refused():
+    other = SegmentationUNet(UNetConfig(in_channels=3, channels=4, multipliers=(1,)), 1)
+    with pytest.raises(InputError, match="cannot be averaged"):
+        Predictor([network(SAME), other])
+
+
+def test_an_overlap_of_more_than_half_is_refused():
+    with pytest.raises(InputError, match="tiles of 64 pixels cannot overlap by 40"):
+        Predictor([network(SAME)], tile=64, overlap=40)
+
+
+def test_attention_sees_everything():
+    config = UNetConfig(channels=8, multipliers=(1, 2), attention_levels=(1,))
+    assert receptive_radius(config) == math.inf
+
+
+def test_one_logit_is_two_classes():
+    logits = torch.randn(1, 5, 5)
+    two = torch.cat([torch.zeros_like(logits), logits])
+    one, both = probabilities(logits).numpy(), probabilities(two).numpy()
+    np.testing.assert_allclose(one[0], both[1], atol=1e-6)
+    assert np.array_equal(classes(one), classes(both))
+    assert np.array_equal(classes(one, 0.9), (one[0] > 0.9).astype(np.uint8))
