@@ -270,6 +270,18 @@ def test_a_budget_in_minutes_ends_in_time_with_its_last_evaluation(tmp_path):
     assert training[-1]["lr"] < 1e-4
 
 
+def test_tensorboard_events_when_asked_for(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = tmp_path / "run"
+    assert toy("--out", run, "--steps", 10, "--log-every", 5, "--tensorboard").returncode == 0
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    logged = [(e.step, e.value) for e in events.Scalars("train/loss")]
+    assert [s for s, _ in logged] == [5, 10]
+    assert [v for _, v in logged] == pytest.approx([v for _, v in losses(run)], rel=1e-6)
+    assert "val/loss" in events.Tags()["scalars"]
+
+
 # -- the run folder -------------------------------------------------------------------------------
 
 
