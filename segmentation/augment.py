@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,24 +36,24 @@ class Augmentation:
 
 def augmented_crop(
     image: Tensor,
-    mask: Tensor,
+    maps: Sequence[Tensor],
     rng: np.random.Generator,
     augmentation: Augmentation,
     size: tuple[int, int],
     target_size: tuple[int, int] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """A random rectangle of an image, varied, and the mask of its centre.
+) -> tuple[Tensor, list[Tensor]]:
+    """A random rectangle of an image, varied, and what belongs to the pixels of its centre.
 
     Args:
         image: (C, H, W) float, normalised. Beyond its border it is mirrored.
-        mask: (H, W) integer classes.
+        maps: (H, W) each: classes, weights.
         rng: everything random is drawn from it, in a fixed order.
         augmentation: what is varied.
         size: height and width of the image crop, in pixels.
-        target_size: those of the mask, around the same centre (valid convolutions); None: size.
+        target_size: those of the maps, around the same centre (valid convolutions); None: size.
 
     Returns:
-        The crop (C, *size), bilinearly sampled, and the mask (*target_size), of nearest pixels.
+        The crop (C, *size), bilinearly sampled, and the maps (*target_size), of nearest pixels.
     """
     target_size = target_size or size
     rows, columns = _grid(image.shape[-2:], rng, augmentation, size, target_size)
@@ -60,8 +61,8 @@ def augmented_crop(
     crop = _nearest(image, rows, columns) if exact else _bilinear(image, rows, columns)
     top, left = ((n - t) // 2 for n, t in zip(size, target_size, strict=True))
     inner = (slice(top, top + target_size[0]), slice(left, left + target_size[1]))
-    target = _nearest(mask[None], rows[inner], columns[inner])[0]
-    return _vary_intensity(crop, rng, augmentation), target
+    targets = [_nearest(m[None], rows[inner], columns[inner])[0] for m in maps]
+    return _vary_intensity(crop, rng, augmentation), targets
 
 
 def _grid(
@@ -72,7 +73,7 @@ def _grid(
     target_size: tuple[int, int],
 ) -> tuple[Tensor, Tensor]:
     """Row and column in the image, (*size) each, of every pixel of the crop."""
-    # The mask's square lies inside the image where it fits; else both have the same centre.
+    # The maps' rectangle lies inside the image where it fits; else both have the same centre.
     free = [n - t for n, t in zip(shape, target_size, strict=True)]
     corner = [rng.uniform(0, f) if f > 0 else f / 2 for f in free]
     flip_rows, flip_columns, swap = rng.integers(0, 2, 3) if a.flips else (0, 0, 0)

@@ -57,6 +57,24 @@ class SegmentationOptions(FitOptions):
     loss: Literal["ce", "dice", "dice-ce", "focal", "tversky", "lovasz"] = "ce"
     """Loss: ce is the binary cross-entropy where there are two classes."""
 
+    label_smoothing: float = 0.0
+    """With ce and dice-ce: share of the target that is spread over all classes."""
+
+    focal_gamma: float | None = None
+    """With focal: exponent that turns the loss to the hard pixels."""
+
+    class_weights: tuple[float, ...] = ()
+    """Weight of each class in the loss, in the order of their values; none given: 1."""
+
+    balance: bool = False
+    """Weight each class by the inverse of its share of the pixels."""
+
+    border_weight: float = 0.0
+    """Weight w0 of the narrow gaps between cells (2015: 10); cells are all pixels of class 1."""
+
+    border_sigma: float = 5.0
+    """Width in pixels of that weight (2015: 5)."""
+
     crop: int | None = None
     """Side of the square training crops, in pixels; 0: whole images. None given: 256, or less where
     the images are smaller."""
@@ -94,5 +112,14 @@ class SegmentationOptions(FitOptions):
             raise InputError("--images and --masks name one folder each: give both, or only --data")
         if self.crop is not None and self.crop < 0:
             raise InputError(f"--crop {self.crop} must be 0 (whole images) or the side in pixels")
+        if self.balance and self.class_weights:
+            raise InputError("--balance and --class-weights both weight the classes: give one")
+        if not 0 <= self.label_smoothing < 1:
+            raise InputError(f"--label-smoothing {self.label_smoothing} must be in [0, 1)")
+        if not (self.border_weight >= 0 and self.border_sigma > 0):
+            raise InputError(
+                f"--border-weight {self.border_weight} must be 0 (off) or more, --border-sigma "
+                f"{self.border_sigma} above 0"
+            )
         if self.width is not None and self.width < 1:
             raise InputError(f"--width {self.width} must be at least 1")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from segmentation.augment import Augmentation, augmented_crop
+from segmentation.augment import Augmentation
 from segmentation.classes import IGNORE
 from segmentation.data import SegmentationData, find_pairs, pairs_from_arrays, split_pairs
 from segmentation.losses import make_loss
@@ -23,11 +22,11 @@ from segmentation.options import SegmentationOptions
 from segmentation.phantom import phantom_stack
 from segmentation.pictures import class_colours, errors, grey_or_rgb, panel
 from segmentation.predict import Predictor, Probability, TensorSource, classes
+from segmentation.samples import CropSamples, image_shape
 from unet import PRESETS, UNetConfig
 from unet.errors import InputError
 from unet.folder import load_strictly, read_config, read_weights
 from unet.model import input_size, output_size
-from unet.training.batches import Key, sample_rng
 from unet.training.fit import fit
 from unet.training.run import run_folder
 from unet.training.task import Batch, Processes, Task
@@ -51,9 +50,11 @@ def train(options: SegmentationOptions) -> dict[str, float]:
     augmentation = Augmentation(
         **{name: getattr(options, name) for name in Augmentation.__dataclass_fields__}
     )
+    border = (options.border_weight, options.border_sigma) if options.border_weight else None
+    samples = CropSamples(data, augmentation, size, target, border=border, seed=options.seed)
     task = SegmentationTask(options, data, model)
-    samples = CropSamples(data, augmentation, size, target, options.seed)
     with run_folder(options):
+        samples.picture().save(options.out / "samples" / "augmented.png")
         figures = fit(
             Task(
                 model=model,
@@ -127,7 +128,7 @@ def _crop(
     options: SegmentationOptions, data: SegmentationData, config: UNetConfig
 ) -> tuple[tuple[int, int], tuple[int, int]]:
     """Height and width of the training crops, and of the part of them that is labelled."""
-    shapes = {shape(data, i) for i in data.train}
+    shapes = {image_shape(data, i) for i in data.train}
     if options.crop:
         size = (options.crop, options.crop)
     elif options.crop is None:
@@ -145,46 +146,6 @@ def _crop(
     return size, (output_size(config, size[0]), output_size(config, size[1]))
 
 
-def shape(data: SegmentationData, index: int) -> tuple[int, int]:
-    """Height and width of an image."""
-    info = data.pairs[index].info
-    return info.height, info.width
-
-
-class CropSamples:
-    """Augmented crops of the training images; an epoch sees each image as often as crops fit."""
-
-    def __init__(
-        self,
-        data: SegmentationData,
-        augmentation: Augmentation,
-        size: tuple[int, int],
-        target_size: tuple[int, int],
-        seed: int,
-    ) -> None:
-        self.data, self.augmentation, self.seed = data, augmentation, seed
-        self.size, self.target_size = size, target_size
-        self.images: list[int] = []
-        for i in data.train:
-            fits = (max(1, round(n / t)) for n, t in zip(shape(data, i), target_size, strict=True))
-            self.images += [i] * math.prod(fits)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, key: Key) -> dict[str, Tensor]:
-        epoch, index = key
-        image, mask = (torch.tensor(a) for a in self.data.load(self.images[index]))
-        rng = sample_rng(self.seed, epoch, index)
-        image, mask = augmented_crop(
-            image, mask, rng, self.augmentation, self.size, self.target_size
-        )
-        return {"image": image, "mask": mask}
-
-    def name(self, index: int) -> str:
-        return self.data.pairs[self.images[index]].name
-
-
 class SegmentationTask:
     """Loss, held-out figures and pictures of a segmentation."""
 
@@ -193,10 +154,19 @@ class SegmentationTask:
     ) -> None:
         self.data = data
         self.count = len(data.table.values)
-        self.loss_function = make_loss(options.loss, model.out_channels)
+        weights: Sequence[float] | None = options.class_weights or None
+        if options.balance:
+            weights = [1 / (self.count * share) for share in data.table.shares]
+        self.loss_function = make_loss(
+            options.loss,
+            model.out_channels,
+            class_weights=weights,
+            label_smoothing=options.label_smoothing,
+            gamma=options.focal_gamma,
+        )
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        return self.loss_function(model(batch["image"]), batch["mask"])
+        return self.loss_function(model(batch["image"]), batch["mask"], batch.get("weight"))
 
     def evaluate(self, model: SegmentationUNet, processes: Processes) -> Mapping[str, float]:
         """Figures over all held-out pixels: cross-entropy, accuracy, mean Dice and IoU.

@@ -10,13 +10,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from segmentation.augment import Augmentation, augmented_crop, mirror
+from segmentation import augment
+from segmentation.augment import Augmentation, mirror
 from unet import InputError
 
 OFF = Augmentation(flips=False)
 EVERYTHING = Augmentation(
     rotation=180, scale=0.3, elastic=10, brightness=1, contrast=1, gamma=1, blur=2, noise=1
 )
+
+
+def augmented_crop(image, mask, *arguments):
+    """The crop and its one map."""
+    crop, (target,) = augment.augmented_crop(image, [mask], *arguments)
+    return crop, target
 
 
 def rng(seed: int = 0) -> np.random.Generator:

@@ -1,0 +1,163 @@
+"""Predictions as files: small parts, labels, and images larger than memory."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from scipy import ndimage
+
+from segmentation import output
+from segmentation.model import SegmentationUNet
+from segmentation.output import FilePredictor, Slice, load_models, predict_files, without_specks
+from segmentation.phantom import phantom_stack
+from segmentation.predict import Predictor
+from unet import InputError, UNetConfig
+from unet.images import read_image, write_image
+from unet.rasters import open_raster, writing_bands
+
+INFO = {
+    "classes": {"values": [0, 255], "shares": [0.2, 0.8], "ignore_value": None, "ignored_share": 0},
+    "normalisation": {"mean": [128.0], "std": [40.0], "dtype": "uint8"},
+    "threshold": 0.5,
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> str:
+    SegmentationUNet(UNetConfig(channels=2, multipliers=(1, 2), patch=2), 1, INFO).save_pretrained(
+        tmp_path / "model"
+    )
+    return str(tmp_path / "model")
+
+
+@given(arrays(np.uint8, (9, 9), elements=st.integers(0, 2)), st.integers(0, 12))
+def test_no_speck_is_left_unless_it_was_next_to_another(found, size):
+    cleaned = without_specks(found, size)
+    assert set(np.unique(cleaned)) <= set(np.unique(found))
+    large = np.zeros(found.shape, bool)
+    for value in np.unique(found):
+        parts, count = ndimage.label(found == value)
+        sizes = np.bincount(parts.ravel(), minlength=count + 1)
+        large |= (parts > 0) & (sizes[parts] >= size)
+    assert np.array_equal(cleaned[large], found[large])
+
+
+def test_a_speck_becomes_what_surrounds_it():
+    found = np.zeros((8, 8), np.uint8)
+    found[4:] = 2
+    found[1, 1] = found[6, 6] = 1
+    found[2:4, 5:7] = 1
+    cleaned = without_specks(found, 4)
+    assert cleaned[1, 1] == 0
+    assert cleaned[6, 6] == 2
+    assert (cleaned[2:4, 5:7] == 1).all()
+
+
+def test_labels_number_the_parts_of_the_mask(folder, tmp_path):
+    write_image(tmp_path / "x.png", phantom_stack(1, (48, 40))[0][0])
+    models, table, threshold = load_models([folder])
+    predictor = FilePredictor(Predictor(models), table, threshold, labels=True, min_size=4)
+    assert predict_files(predictor, tmp_path / "x.png", tmp_path / "out") == []
+    labels = read_image(tmp_path / "out/x_labels.tif")[..., 0]
+    mask = read_image(tmp_path / "out/x_mask.png")[..., 0]
+    assert np.array_equal(labels > 0, mask == 255)
+    assert labels.max() == ndimage.label(mask == 255)[1]
+
+
+def test_an_image_in_bands_is_that_at_once(folder, tmp_path, monkeypatch):
+    image = phantom_stack(1, (150, 130))[0][0]
+    tifffile.imwrite(tmp_path / "x.tif", image)
+    models, table, threshold = load_models([folder])
+    predictor = FilePredictor(Predictor(models, tile=64, overlap=16), table, threshold)
+    x = Slice(name="x", path=tmp_path / "x.tif")
+    predictor.run(x, tmp_path / "once")
+    monkeypatch.setattr(output, "AT_ONCE", 100)
+    monkeypatch.setattr(output, "PREVIEW", 50)
+    predictor.run(x, tmp_path / "bands")
+    for kind in ("mask", "probability"):
+        once = read_image(tmp_path / "once" / f"x_{kind}.png")
+        assert np.array_equal(read_image(tmp_path / "bands" / f"x_{kind}.tif"), once)
+    assert read_image(tmp_path / "bands/x_overlay.png").shape == (50, 44, 3)
+    with pytest.raises(InputError, match="leave out --min-size"):
+        FilePredictor(Predictor(models), table, 0.5, min_size=5).run(x, tmp_path / "bands")
+
+
+@given(st.integers(1, 20), st.integers(1, 20), st.sampled_from(["uint8", "uint16"]), st.booleans())
+def test_bands_make_the_file_that_one_write_makes(tmp_path_factory, h, w, dtype, colour):
+    path = tmp_path_factory.mktemp("bands") / "x.tif"
+    array = np.random.default_rng(0).integers(0, 255, (h, w, 3) if colour else (h, w)).astype(dtype)
+    with writing_bands(path, array.shape, dtype) as writer:
+        for top in range(0, h, 7):
+            writer.write(top, array[top : top + 7])
+    found = read_image(path)
+    assert np.array_equal(found if colour else found[..., 0], array)
+
+
+def test_an_unfinished_file_does_not_appear(tmp_path):
+    def write_half() -> None:
+        with writing_bands(tmp_path / "x.tif", (10, 10), "uint8") as writer:
+            writer.write(0, np.zeros((5, 10)))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_half()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_large_file_is_mapped_and_a_compressed_one_refused(tmp_path, monkeypatch):
+    from unet import rasters
+
+    monkeypatch.setattr(rasters, "MAX_PIXELS", 100)
+    array = np.arange(600, dtype=np.uint16).reshape(20, 30)
+    tifffile.imwrite(tmp_path / "x.tif", array)
+    np.save(tmp_path / "x.npy", array)
+    tifffile.imwrite(tmp_path / "packed.tif", array, compression="zlib")
+    for name in ("x.tif", "x.npy"):
+        pixels = open_raster(tmp_path / name)
+        assert isinstance(pixels, np.memmap)
+        assert np.array_equal(pixels[3:5, 7:9, 0], array[3:5, 7:9])
+    with pytest.raises(InputError, match="save it as an uncompressed TIFF or NPY"):
+        open_raster(tmp_path / "packed.tif")
+
+
+def test_models_for_other_classes_are_not_averaged(folder, tmp_path):
+    info = {**INFO, "classes": {**INFO["classes"], "values": [0, 1]}}
+    other = SegmentationUNet(UNetConfig(channels=2, multipliers=(1,)), 1, info)
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(InputError, match="average models for the same classes"):
+        load_models([folder, str(tmp_path / "other")])
+
+
+@pytest.mark.slow  # two minutes: a quarter of a gigapixel
+def test_a_quarter_of_a_gigapixel_in_less_than_two_gigabytes(folder, tmp_path):
+    shape = (16384, 16384)
+    with writing_bands(tmp_path / "big.tif", shape, "uint8") as writer:
+        band = phantom_stack(1, (512, 512))[0][0]
+        for top in range(0, shape[0], 512):
+            writer.write(top, np.tile(band, (1, 32)))
+    code = (
+        "import resource, sys\n"
+        "from unet.training.cli import run_script\n"
+        "from scripts import predict_seg as p\n"
+        "status = run_script(p.main, p.PredictOptions)\n"
+        "print('KB', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
+        "sys.exit(status)\n"
+    )
+    arguments = ["--model", folder, "--input", tmp_path / "big.tif", "--out", tmp_path / "out"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    )
+    assert done.returncode == 0, done.stderr
+    peak = int(done.stdout.split("KB ")[1]) / 2**20
+    assert peak < 2.0, f"{peak:.2f} GiB"
