@@ -72,7 +72,7 @@ PRESETS: dict[str, Preset] = {
     "diffusion": Preset(
         config=UNetConfig(
             in_channels=3,
-            channels=64,
+            channels=32,
             multipliers=(1, 2),
             blocks=2,
             block="res",
