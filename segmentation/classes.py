@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
 
@@ -29,18 +29,28 @@ class ClassTable:
     shares: tuple[float, ...]  # of the pixels that are not ignored
     ignore_value: Value | None = None
     ignored_share: float = 0.0  # of all pixels
+    names: tuple[str, ...] = ()  # of the classes, where they are known
 
     @classmethod
-    def of(cls, masks: Iterable[Array], ignore_value: Value | None = None) -> ClassTable:
+    def of(
+        cls,
+        masks: Iterable[Array],
+        ignore_value: Value | None = None,
+        names: Sequence[str] = (),
+    ) -> ClassTable:
         """The table of all masks of a set, (H, W) or (H, W, 3).
 
         If some masks are grey and some in colour, grey values count as grey colours.
+
+        Args:
+            names: of the values 0, 1, ..., if these are the classes whether they occur or not;
+                the ignored value need not occur, either.
 
         Raises:
             InputError: more than MAX_CLASSES values, or a single one; an ignored value that does
                 not occur.
         """
-        pixels: Counter[Value] = Counter()
+        pixels: Counter[Value] = Counter(dict.fromkeys(range(len(names)), 0))
         for mask in masks:
             codes, counts = np.unique(_codes(mask, mask.ndim == 3), return_counts=True)
             values = _values(codes, mask.ndim == 3)
@@ -55,19 +65,20 @@ class ClassTable:
             ignore_value = None if ignore_value is None else _as_colour(ignore_value)
         ignored = 0
         if ignore_value is not None:
-            if ignore_value not in pixels:
+            if ignore_value not in pixels and not names:
                 raise InputError(f"ignore value {ignore_value}: the masks hold {_sorted(pixels)}")
-            ignored = pixels.pop(ignore_value)
+            ignored = pixels.pop(ignore_value, 0)
         if len(pixels) > MAX_CLASSES:
             raise InputError(_too_many(pixels))
-        if len(pixels) < 2:
-            raise InputError(f"all mask pixels have the value {_sorted(pixels)}; two are needed")
+        if len(+pixels) < 2:
+            raise InputError(f"all mask pixels have the value {_sorted(+pixels)}; two are needed")
         total, ordered = sum(pixels.values()), sorted(pixels, key=_as_colour)
         return cls(
             values=tuple(ordered),
             shares=tuple(pixels[value] / total for value in ordered),
             ignore_value=ignore_value,
             ignored_share=ignored / (total + ignored),
+            names=tuple(names),
         )
 
     def encode(self, mask: Array, name: str = "mask") -> NDArray[np.uint8]:
@@ -109,13 +120,15 @@ class ClassTable:
 
     def lines(self) -> list[str]:
         """The table as text: value, class, share of the pixels."""
-        kinds = [f"class {i}" for i in range(len(self.values))]
+        kinds = self.names or [f"class {i}" for i in range(len(self.values))]
         rows = list(zip(self.values, kinds, self.shares, strict=True))
         if self.ignore_value is not None:
             rows.append((self.ignore_value, "ignored", self.ignored_share))
         width = max(len(str(value)) for value, _, _ in rows)
+        longest = max(8, *(len(what) for _, what, _ in rows))
         lines = [
-            f"value {value!s:>{width}} -> {what:8} {share:7.2%}" for value, what, share in rows
+            f"value {value!s:>{width}} -> {what:{longest}} {share:7.2%}"
+            for value, what, share in rows
         ]
         if len(self.values) > 4 and _soft_edges(dict(zip(self.values, self.shares, strict=True))):
             lines.append(
@@ -136,16 +149,19 @@ class ClassTable:
                 for value in [*saved["values"], saved["ignore_value"]]
             )
             shares = tuple(float(share) for share in saved["shares"])
+            names = tuple(str(name) for name in saved.get("names", ()))
             numbers = np.array(values if ignore_value is None else [*values, ignore_value])
             fits = 2 <= len(values) == len(shares) <= MAX_CLASSES and numbers.dtype == np.int64
             rising = np.diff(_codes(numbers, numbers.ndim == 2)[: len(values)]) > 0
-            if not fits or numbers.shape[1:] not in ((), (3,)) or not rising.all():
-                raise ValueError(f"values {some(values)}, {len(shares)} shares")
+            named = len(names) in (0, len(values))
+            if not (fits and named and rising.all()) or numbers.shape[1:] not in ((), (3,)):
+                raise ValueError(f"values {some(values)}, {len(shares)} shares, {len(names)} names")
             table = cls(
                 values=tuple(values),
                 shares=shares,
                 ignore_value=ignore_value,
                 ignored_share=float(saved["ignored_share"]),
+                names=names,
             )
         except (KeyError, OverflowError, TypeError, ValueError) as error:
             raise InputError(f"the model's class table is damaged: {error}") from error
@@ -205,6 +221,11 @@ class Normalisation:
         return cls(mean, std, saved["dtype"])
 
 
+def value_codes(mask: Array) -> NDArray[np.int64]:
+    """One number (H, W) for each mask value (H, W) or colour (H, W, 3), in their order."""
+    return _codes(mask, mask.ndim == 3)
+
+
 def _codes(values: Array, colour: bool) -> NDArray[np.int64]:
     """One number for each value, in the order of the values."""
     values = values.astype(np.int64)
@@ -244,4 +265,6 @@ def _too_many(pixels: Counter[Value]) -> str:
     text = f"the masks hold {len(pixels)} distinct values ({some(ordered)}), over {MAX_CLASSES}: "
     if _soft_edges(pixels):
         return text + "anti-aliased edges between two values? Threshold the masks"
-    return text + "instance masks, with a number for each object? Give each class one value"
+    return text + (
+        "instance masks, with a number for each object? Give --instances, or each class one value"
+    )

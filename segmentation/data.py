@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from segmentation.classes import DTYPES, ClassTable, Normalisation, Value, some
+from segmentation.classes import DTYPES, IGNORE, ClassTable, Normalisation, Value, some
+from segmentation.instances import INSTANCE_NAMES, instance_classes
 from unet.errors import InputError
 from unet.images import SUFFIXES, Array, ImageInfo, image_info, list_images, read_image, read_mask
 
@@ -164,6 +165,8 @@ class SegmentationData:
         ignore_value: mask value of pixels that do not count.
         table, normalisation: those of a trained model; found from the data if not given, the
             classes over all pairs, the statistics over the training pairs alone.
+        instances: the masks number each cell; its classes are background, cell, and border where
+            two touch. A table of these classes says so by itself.
         cache_bytes: loaded pairs are kept in memory up to this size, in each process.
     """
 
@@ -175,12 +178,18 @@ class SegmentationData:
         ignore_value: Value | None = None,
         table: ClassTable | None = None,
         normalisation: Normalisation | None = None,
+        instances: bool = False,
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
         self.pairs = [*train, *val]
         self.train, self.val = range(len(train)), range(len(train), len(self.pairs))
         self.channels, self.dtype = self.pairs[0].info.channels, self.pairs[0].info.dtype
-        masks = (pair.read_mask() for pair in self.pairs)
+        self.instances = instances or (table is not None and table.names == INSTANCE_NAMES)
+        self.ignore_value = ignore_value
+        masks = (self._read_mask(pair) for pair in self.pairs)
+        if table is None and self.instances:
+            ignored = None if ignore_value is None else IGNORE
+            table = ClassTable.of(masks, ignored, INSTANCE_NAMES)
         self.table = table or ClassTable.of(masks, ignore_value)
         images = (pair.read_image() for pair in train)
         self.normalisation = normalisation or Normalisation.of(images)
@@ -197,12 +206,16 @@ class SegmentationData:
         where = repr(str(pair.mask)) if isinstance(pair.mask, Path) else pair.name
         where += "" if pair.page is None else f" page {pair.page}"
         image = self.normalisation(pair.read_image())
-        mask = self.table.encode(pair.read_mask(), where)
+        mask = self.table.encode(self._read_mask(pair), where)
         image.flags.writeable = mask.flags.writeable = False
         if image.nbytes + mask.nbytes <= self._free:
             self._free -= image.nbytes + mask.nbytes
             self._cache[index] = image, mask
         return image, mask
+
+    def _read_mask(self, pair: Pair) -> Array:
+        mask = pair.read_mask()
+        return instance_classes(mask, self.ignore_value) if self.instances else mask
 
     def describe(self) -> str:
         """What was found, for people: images, sizes, channels, bit depth, classes, split."""

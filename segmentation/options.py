@@ -24,7 +24,8 @@ class SegmentationOptions(FitOptions):
 
     data: str = "phantom"
     """A folder with images and masks (image/ label/, images/ masks/, ... or the two ISBI 2012
-    stacks), or phantom: generated membrane images."""
+    stacks); isbi2012: the challenge's stacks, downloaded once; phantom: generated membrane images.
+    """
 
     images: Path | None = None
     """Folder of the images, where --data does not hold both; with --masks."""
@@ -34,6 +35,9 @@ class SegmentationOptions(FitOptions):
 
     ignore_value: int | None = None
     """Mask value of pixels that do not count."""
+
+    instances: bool = False
+    """The masks number each cell: learn background, cell, and a thin border where two touch."""
 
     val: float = 0.2
     """Share of the images, from the end, that is held out from training."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from segmentation.classes import ClassTable, Normalisation
+from segmentation.instances import INSTANCE_NAMES, instances_from_classes
 from segmentation.model import SegmentationUNet
 from segmentation.pictures import grey_or_rgb, overlay
 from segmentation.predict import Predictor, Probability, classes
@@ -90,7 +91,8 @@ class FilePredictor:
 
     Args:
         min_size: connected parts of fewer pixels become the class that surrounds them.
-        labels: also number the connected parts of class 1 (4-connected, 0 is the rest).
+        labels: also number the connected parts of class 1 (4-connected, 0 is the rest), or the
+            instances of a model that was trained with --instances.
     """
 
     def __init__(
@@ -102,7 +104,8 @@ class FilePredictor:
         min_size: int = 0,
         labels: bool = False,
     ) -> None:
-        if labels and len(table.values) != 2:
+        self.cells = table.names == INSTANCE_NAMES
+        if labels and not self.cells and len(table.values) != 2:
             raise InputError(
                 f"labels number the parts of the second of two classes, but the model knows "
                 f"{len(table.values)}: leave out --labels"
@@ -132,8 +135,10 @@ class FilePredictor:
         shown = overlay(grey_or_rgb(source.pixels), decided, len(self.table.values))
         write_image(picture, shown)
         for file in labels:
-            numbers, count = ndimage.label(decided == 1)
-            if count > 65535:
+            numbers = (
+                instances_from_classes(decided) if self.cells else ndimage.label(decided == 1)[0]
+            )
+            if (count := int(numbers.max())) > 65535:
                 raise InputError(f"{image.name} has {count} parts, more than a 16-bit label holds")
             write_image(file, numbers.astype(np.uint16))
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from segmentation.augment import Augmentation
 from segmentation.classes import IGNORE
 from segmentation.data import SegmentationData, find_pairs, pairs_from_arrays, split_pairs
+from segmentation.download import isbi2012_folder
 from segmentation.losses import make_loss
 from segmentation.metrics import THRESHOLDS, ConfusionMatrix
 from segmentation.model import SegmentationUNet
@@ -28,7 +29,7 @@ from unet.errors import InputError
 from unet.folder import load_strictly, read_config, read_weights
 from unet.model import input_size, output_size
 from unet.training.fit import fit
-from unet.training.run import run_folder
+from unet.training.run import is_main_process, run_folder
 from unet.training.task import Batch, Processes, Task
 
 PHANTOM_SLICES, PHANTOM_SIZE = 30, (256, 256)
@@ -43,10 +44,10 @@ def train(options: SegmentationOptions) -> dict[str, float]:
         InputError: a mistake in the options or the data, before anything is trained.
     """
     data = load_data(options)
-    print(data.describe(), flush=True)
     model = make_model(options, data)
     size, target = _crop(options, data, model.config)
-    print(_describe_model(model, size, options.network), flush=True)
+    if is_main_process():
+        print(f"{data.describe()}\n{_describe_model(model, size, options.network)}", flush=True)
     augmentation = Augmentation(
         **{name: getattr(options, name) for name in Augmentation.__dataclass_fields__}
     )
@@ -54,7 +55,8 @@ def train(options: SegmentationOptions) -> dict[str, float]:
     samples = CropSamples(data, augmentation, size, target, border=border, seed=options.seed)
     task = SegmentationTask(options, data, model)
     with run_folder(options):
-        samples.picture().save(options.out / "samples" / "augmented.png")
+        if is_main_process():
+            samples.picture().save(options.out / "samples" / "augmented.png")
         figures = fit(
             Task(
                 model=model,
@@ -75,10 +77,13 @@ def load_data(options: SegmentationOptions) -> SegmentationData:
     elif options.images is not None:
         pairs = find_pairs(images=options.images, masks=options.masks)
     else:
-        pairs = find_pairs(Path(options.data))
+        published = options.data == "isbi2012" and not Path("isbi2012").is_dir()
+        pairs = find_pairs(isbi2012_folder() if published else Path(options.data))
     names = options.val_names or None
     train, val = split_pairs(pairs, options.val, options.fold, names)
-    return SegmentationData(train, val, ignore_value=options.ignore_value)
+    return SegmentationData(
+        train, val, ignore_value=options.ignore_value, instances=options.instances
+    )
 
 
 def make_model(options: SegmentationOptions, data: SegmentationData) -> SegmentationUNet:

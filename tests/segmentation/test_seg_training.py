@@ -109,6 +109,49 @@ def test_three_classes_keep_their_values(tmp_path):
     assert set(np.unique(read_image(tmp_path / "out/0_mask.png"))) <= {0, 7, 200}
 
 
+def test_instances_are_learned_as_cells_and_borders_and_come_back_as_numbers(tmp_path, capsys):
+    for i in range(4):
+        numbers = np.zeros((40, 40), np.uint16)
+        for n in range(36):
+            row, column = divmod(n, 6)
+            numbers[6 * row + 2 : 6 * row + 8, 6 * column + 2 : 6 * column + 8] = 1 + n + 40 * i
+        write_image(tmp_path / "images" / f"{i}.png", (numbers % 7 * 30).astype(np.uint8))
+        write_image(tmp_path / "masks" / f"{i}.tif", numbers)
+    folders = ("--images", tmp_path / "images", "--masks", tmp_path / "masks")
+    assert run_train(*folders, "--out", tmp_path / "run", *SMALL) == 2
+    assert "--instances" in capsys.readouterr().err
+    assert run_train(*folders, "--instances", "--out", tmp_path / "run", *SMALL) == 0
+    assert "border" in capsys.readouterr().out
+    arguments = ("--model", tmp_path / "run/model", "--input", tmp_path / "images", "--labels")
+    assert run_predict(*arguments, "--out", tmp_path / "out") == 0
+    assert read_image(tmp_path / "out/0_labels.tif").dtype == np.uint16
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--loss", "dice-ce", "--label-smoothing", "0.1"),
+        ("--loss", "focal", "--focal-gamma", "1.5", "--balance"),
+        ("--loss", "tversky"),
+        ("--loss", "lovasz", "--class-weights", "1", "3"),
+        ("--border-weight", "10", "--border-sigma", "3"),
+    ],
+)
+def test_every_loss_trains(folder, tmp_path, options):
+    run = tmp_path / "run"
+    assert run_train("--data", folder, "--out", run, *SMALL, *options) == 0
+    assert all(np.isfinite(e["loss"]) for e in read_log(run / "metrics.jsonl") if "loss" in e)
+    assert (run / "samples/augmented.png").exists()
+
+
+def test_the_paper_recipe_can_be_followed(folder, tmp_path):
+    """At a hundredth of its width: valid convolutions, border weights, momentum 0.99."""
+    small = ("--width", "1", "--epochs", "None", "--steps", "1", "--crop", "188")
+    arguments = ("--recipe", "paper", "--data", folder, "--out", tmp_path / "run", *small)
+    assert run_train(*arguments) == 0
+    assert load_config(SegmentationOptions, tmp_path / "run/config.yaml")["momentum"] == 0.99
+
+
 def test_a_trunk_trained_by_another_task_can_start_a_segmentation(folder, tmp_path):
     from diffusion.model import DiffusionUNet
 
@@ -221,6 +264,8 @@ def test_bad_data_is_one_sentence_before_anything_is_written(folder, tmp_path, c
         (("--init", "no/model"), "no/model is no folder"),
         (("--batch-size", "3", "--accumulate", "2"), "--batch-size 3"),
         (("--steps", "1", "--epochs", "1"), "both budgets"),
+        (("--balance", "--class-weights", "1", "2"), "--balance and --class-weights"),
+        (("--loss", "ce", "--focal-gamma", "2"), "gamma"),
         (("--recipe", "unknown"), "no recipe 'unknown': choose from"),
         (("--lrr", "1"), "no option --lrr; did you mean --lr?"),
     ],

@@ -106,10 +106,15 @@ class RunFolder:
         return state
 
 
+def is_main_process() -> bool:
+    """Whether this is the process that prints and writes, of those of `accelerate launch`."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
 @contextmanager
 def run_folder(options: FitOptions) -> Iterator[None]:
     """Locks the run folder of a command line and keeps the options in it, in the main process."""
-    if int(os.environ.get("RANK", 0)) != 0:  # of `accelerate launch`
+    if not is_main_process():
         yield
         return
     with RunFolder(options.out).locked(resume=options.resume):

@@ -1,0 +1,327 @@
+"""eval_seg.py and crossval_seg.py: what they write, on which images, and their refusals."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from scripts import crossval_seg, eval_seg
+from segmentation.evaluation import evaluate
+from segmentation.options import RECIPES, SegmentationOptions
+from segmentation.output import load_models
+from segmentation.phantom import phantom_stack
+from segmentation.predict import Predictor
+from segmentation.training import load_data, train
+from unet.images import write_image
+from unet.training.cli import run_script
+from unet.training.fit import Trainer
+from unet.training.run import read_log
+
+NETWORK: dict[str, Any] = {"width": 4, "crop": 32, "batch_size": 2, "evaluations": 1}
+FLAGS = [f"--{k.replace('_', '-')}={v}" for k, v in NETWORK.items()]
+
+
+def run_eval(*arguments: object) -> int:
+    return run_script(eval_seg.main, eval_seg.EvalOptions, list(map(str, arguments)))
+
+
+def run_crossval(*arguments: object) -> int:
+    argv = list(map(str, arguments))
+    return run_script(crossval_seg.main, crossval_seg.CrossvalOptions, argv, recipes=RECIPES)
+
+
+def write_data(folder: Path, count: int = 6, seed: int = 1) -> Path:
+    images, labels = phantom_stack(count, (40, 56), seed=seed)
+    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+        label[0, :2] = 0, 255
+        write_image(folder / "image" / f"{i}.png", image)
+        write_image(folder / "label" / f"{i}.png", label)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with data/, and run/ and other/, trained on it with images 3 to 5 held out."""
+    folder = tmp_path_factory.mktemp("trained")
+    data = write_data(folder / "data")
+    for name, seed in (("run", 0), ("other", 1)):
+        train(
+            SegmentationOptions(
+                out=folder / name, data=str(data), val=0.5, steps=2, seed=seed, **NETWORK
+            )
+        )
+    return folder
+
+
+def scores_of(out: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((out / "scores.json").read_text())
+    return found
+
+
+def names_of(out: Path) -> list[str]:
+    return sorted(image["name"] for image in scores_of(out)["per_image"])
+
+
+# -- eval_seg.py ----------------------------------------------------------------------------------
+
+
+def test_a_model_is_scored_on_what_its_run_held_out(trained, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run_eval("--model", trained / "run/model", "--out", out, "--pictures", "2") == 0
+    printed = capsys.readouterr()
+    assert "scoring 3 of 6 images" in printed.err
+    assert "V_Rand" in printed.out
+    facts = scores_of(out)
+
+    models, _, threshold = load_models([str(trained / "run/model")])
+    data = load_data(SegmentationOptions(out=out, data=str(trained / "data"), val=0.5))
+    expected = evaluate(Predictor(models), data, data.val, threshold=threshold)
+    assert facts["scores"] == pytest.approx(expected.scores())
+    assert facts["challenge"] == pytest.approx(expected.challenge())
+    assert facts["models"] == [str(trained / "run/model")]
+
+    ranked = [image.name for image in expected.worst_first()]
+    with (out / "scores.csv").open(newline="") as file:
+        assert [row["name"] for row in csv.DictReader(file)] == ranked
+    pictures = sorted(p.name for p in (out / "pictures").iterdir())
+    assert pictures == [f"001_{ranked[0]}.png", f"002_{ranked[1]}.png"]
+    with Image.open(out / "pictures" / pictures[0]) as picture:
+        assert picture.width > 4 * 56  # image, mask, prediction, errors
+        assert picture.height > 40
+
+
+def test_the_images_to_score_can_be_chosen(trained, tmp_path, capsys):
+    model = ("--model", trained / "run/model")
+    assert run_eval(*model, "--split", "all", "--out", tmp_path / "all") == 0
+    assert "was trained on" in capsys.readouterr().err
+    assert names_of(tmp_path / "all") == ["0", "1", "2", "3", "4", "5"]
+    assert run_eval(*model, "--val-names", "0", "4-5", "--out", tmp_path / "named") == 0
+    assert names_of(tmp_path / "named") == ["0", "4", "5"]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_other_data_are_scored_whole_and_need_no_run(trained, tmp_path, count, capsys):
+    model = shutil.copytree(trained / "run/model", tmp_path / "model")
+    data = write_data(tmp_path / "new", count, seed=9)
+    arguments = ("--model", model, "--data", data, "--out", tmp_path / "out")
+    assert run_eval(*arguments) == 0
+    assert names_of(tmp_path / "out") == [str(i) for i in range(count)]
+    assert "was trained on" not in capsys.readouterr().err
+
+
+def test_an_ensemble_with_symmetries_at_another_threshold(trained, tmp_path, capsys):
+    models = [str(trained / name / "model") for name in ("run", "other")]
+    folders = ("--images", trained / "data/image", "--masks", trained / "data/label")
+    flags = ("--tta", "--threshold", "0.3", "--json", "--warping", "--pictures", "0")
+    assert run_eval("--model", *models, *folders, *flags, "--out", tmp_path) == 0
+    facts = scores_of(tmp_path)
+    assert json.loads(capsys.readouterr().out) == facts
+    assert (facts["models"], facts["tta"], facts["threshold"]) == (models, True, 0.3)
+    assert "warping_error" in facts["scores"]
+    assert not (tmp_path / "pictures").exists()
+
+    loaded, _, _ = load_models(models)
+    data = load_data(SegmentationOptions(out=tmp_path, data=str(trained / "data")))
+    predict = Predictor(loaded, symmetries=True)
+    # the folders are no run's --data, so all images are scored
+    expected = evaluate(predict, data, range(6), threshold=0.3, warping=True)
+    assert facts["scores"] == pytest.approx(expected.scores())
+
+
+def test_overwriting_leaves_nothing_of_before(trained, tmp_path):
+    arguments = ("--model", trained / "run/model", "--out", tmp_path)
+    assert run_eval(*arguments, "--split", "all") == 0
+    (tmp_path / "mine.txt").write_text("kept")
+    assert run_eval(*arguments, "--val-names", "1", "--overwrite") == 0
+    assert [p.name for p in (tmp_path / "pictures").iterdir()] == ["001_1.png"]
+    assert (tmp_path / "mine.txt").exists()
+
+
+def spoil(kind: str, data: Path) -> None:
+    for i in range(2):
+        image, label = data / "image" / f"{i}.png", data / "label" / f"{i}.png"
+        with Image.open(image) as picture, Image.open(label) as mask:
+            grey, values = np.array(picture), np.array(mask)
+        if kind == "other values":
+            write_image(label, np.where(values > 0, 128, 0).astype(np.uint8))
+        elif kind == "colour":
+            write_image(image, np.stack([grey] * 3, 2))
+        elif kind == "16 bits":
+            write_image(image, grey.astype(np.uint16))
+        elif kind == "another size":
+            write_image(label, values[:-1])
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "told"),
+    [
+        ("other values", (), "unexpected values 128"),
+        ("colour", (), "3 channels of uint8"),
+        ("16 bits", (), "1 channels of uint16"),
+        ("another size", (), "39 x 56"),
+        ("", ("--data", "no/such/folder"), "no/such/folder"),
+        ("", ("--model", "no/such/model"), "no/such/model is no folder"),
+        ("", ("--threshold", "1.5"), "--threshold 1.5"),
+        ("", ("--split", "val", "--val-names", "1"), "give one of them"),
+        ("", ("--val-names", "99"), "99"),
+        ("", ("--pictures", "-1"), "--pictures -1"),
+        ("", ("--images", "x"), "--images and --masks"),
+        ("", ("--data", ""), "is in no run folder"),
+        ("", ("--split", "val"), "--val-names"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_writes_nothing(
+    trained, tmp_path, capsys, kind, arguments, told
+):
+    model = shutil.copytree(trained / "run/model", tmp_path / "model")
+    data = write_data(tmp_path / "new", 2)
+    spoil(kind, data)
+    base = [] if "--data" in arguments or "--images" in arguments else ["--data", data]
+    base += [] if "--model" in arguments else ["--model", model]
+    assert run_eval(*base, "--out", tmp_path / "out", *arguments) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert told in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_in_the_way_are_kept(trained, tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("a")
+    for out in (tmp_path, tmp_path / "a.txt"):
+        assert run_eval("--model", trained / "run/model", "--out", out) == 2
+        assert str(out) in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+    assert (tmp_path / "a.txt").read_text() == "a"
+
+
+def test_folds_have_no_image_in_common_to_be_scored_on(trained, tmp_path, capsys):
+    shutil.copytree(trained / "run", tmp_path / "run")
+    config = tmp_path / "run/config.yaml"
+    config.write_text(config.read_text().replace("fold: null", "fold: 1/2"))
+    models = (trained / "run/model", tmp_path / "run/model")
+    assert run_eval("--model", *models, "--out", tmp_path / "out") == 2
+    assert "each image was seen by one of the models" in capsys.readouterr().err
+
+
+# -- crossval_seg.py ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def crossval(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with data/ and whole/, a cross-validation of it in three folds."""
+    folder = tmp_path_factory.mktemp("crossval")
+    data = write_data(folder / "data")
+    arguments = ("--data", data, "--folds", 3, "--steps", 3, *FLAGS)
+    assert run_crossval(*arguments, "--out", folder / "whole") == 0
+    return folder
+
+
+def test_every_image_is_scored_by_the_model_that_did_not_see_it(crossval):
+    facts = json.loads((crossval / "whole/crossval.json").read_text())
+    folds = {i["name"]: i["fold"] for i in facts["per_image"]}
+    assert folds == {str(i): f"{i // 2 + 1}/3" for i in range(6)}
+    dice = [i["dice"] for i in facts["per_image"]]
+    assert dice == sorted(dice)
+    for k, fold in enumerate(facts["folds"], 1):
+        models, _, threshold = load_models([str(crossval / f"whole/fold-{k}/model")])
+        options = SegmentationOptions(out=crossval, data=str(crossval / "data"), fold=f"{k}/3")
+        data = load_data(options)
+        expected = evaluate(Predictor(models), data, data.val, threshold=threshold)
+        assert fold["scores"] == pytest.approx(expected.scores())
+    for kind in ("scores", "challenge"):
+        for key, found in facts[kind].items():
+            values = [fold[kind][key] for fold in facts["folds"]]
+            assert found["mean"] == pytest.approx(np.mean(values))
+            assert found["std"] == pytest.approx(np.std(values, ddof=1))
+
+
+def test_an_interrupted_cross_validation_ends_as_one_that_is_not(
+    crossval, tmp_path, capsys, monkeypatch
+):
+    out = tmp_path / "cv"
+    step, steps = Trainer._step, []
+
+    def interrupted(trainer: Trainer, batches: Any) -> float:
+        steps.append(trainer.folder.path.name)
+        if len(steps) == 5:  # the second of the second fold
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(trainer, batches)
+
+    arguments = ("--data", crossval / "data", "--folds", 3, "--steps", 3, *FLAGS, "--out", out)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_step", interrupted)
+        with pytest.raises(SystemExit) as stop:
+            run_crossval(*arguments)
+    assert stop.value.code == 130
+    assert f"crossval_seg.py --out {out} --resume" in capsys.readouterr().out
+    assert not (out / "crossval.json").exists()
+    assert not (out / "fold-3").exists()
+    first = (out / "fold-1/model/model.safetensors").stat()
+
+    assert run_crossval("--out", out, "--resume") == 0
+    assert (out / "fold-1/model/model.safetensors").stat() == first
+    expected = (crossval / "whole/crossval.json").read_bytes()
+    assert (out / "crossval.json").read_bytes() == expected
+    log = read_log(out / "fold-2/metrics.jsonl")
+    assert [e["step"] for e in log if "val_loss" in e] == [3]
+
+    # killed after the training of a fold, before it was scored
+    (out / "fold-3/scores.json").unlink()
+    (out / "crossval.json").unlink()
+    assert run_crossval("--out", out, "--resume") == 0
+    assert (out / "crossval.json").read_bytes() == expected
+
+
+def test_a_finished_cross_validation_only_reports_again(crossval, capsys, monkeypatch):
+    monkeypatch.setattr("segmentation.training.train", lambda options: pytest.fail("trained"))
+    assert run_crossval("--out", crossval / "whole", "--resume") == 0
+    printed = capsys.readouterr().out
+    for line in ("1/3", "2/3", "3/3", "mean", "std", "v_rand"):
+        assert line in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--folds", "1"), "--folds 1 must be at least 2"),
+        (("--folds", "7"), "fold '1/7'"),
+        (("--fold", "1/3"), "--fold has no place here"),
+        (("--val", "0.5"), "--val has no place here"),
+        (("--val-names", "1"), "--val-names has no place here"),
+        (("--network", "unett"), "'unett' is no preset"),
+        (("--data", "no/such/folder"), "no/such/folder"),
+        (("--recipe", "none"), "no recipe 'none'"),
+        (("--resume",), "holds no cross-validation"),
+    ],
+)
+def test_a_mistaken_cross_validation_is_one_sentence(crossval, tmp_path, capsys, arguments, told):
+    data = () if "--data" in arguments else ("--data", crossval / "data")
+    assert run_crossval(*data, *FLAGS, "--out", tmp_path / "out", *arguments) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ")
+    assert told in error
+    assert "\n" not in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_cross_validation_goes_on_with_its_own_settings(crossval, trained, tmp_path, capsys):
+    before = (crossval / "whole/crossval.json").read_bytes()
+    assert run_crossval("--out", crossval / "whole", "--resume", "--lr", "0.1") == 2
+    assert "--lr was 0.002" in capsys.readouterr().err
+    assert run_crossval("--out", crossval / "whole", "--data", crossval / "data") == 2
+    assert "--resume" in capsys.readouterr().err
+    assert (crossval / "whole/crossval.json").read_bytes() == before
+    shutil.copytree(trained / "run", tmp_path / "run")
+    config = tmp_path / "run/config.yaml"
+    config.write_text(config.read_text().replace("val: 0.5", "val: 0.2"))
+    assert run_crossval("--out", tmp_path / "run", "--resume") == 2  # a run, not of folds
+    assert "holds no cross-validation" in capsys.readouterr().err
