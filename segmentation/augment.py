@@ -75,7 +75,7 @@ def _grid(
     """Row and column in the image, (*size) each, of every pixel of the crop."""
     # The maps' rectangle lies inside the image where it fits; else both have the same centre.
     free = [n - t for n, t in zip(shape, target_size, strict=True)]
-    corner = [rng.uniform(0, f) if f > 0 else f / 2 for f in free]
+    corner = [int(rng.integers(0, f + 1)) if f > 0 else f // 2 for f in free]
     flip_rows, flip_columns, swap = rng.integers(0, 2, 3) if a.flips else (0, 0, 0)
     angle = math.radians(rng.uniform(-a.rotation, a.rotation))
     zoom = _log_uniform(rng, a.scale)
@@ -92,8 +92,7 @@ def _grid(
         coarse = torch.from_numpy(bumps).float()[None]
         fine = F.interpolate(coarse, size, mode="bicubic", align_corners=True)[0]
         y, x = y + fine[0], x + fine[1]
-    # Whole pixels, so that crops which are not turned stay exact.
-    centre = [math.floor(c) + (t - 1) / 2 for c, t in zip(corner, target_size, strict=True)]
+    centre = [c + (t - 1) / 2 for c, t in zip(corner, target_size, strict=True)]
     return y + centre[0], x + centre[1]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from segmentation.model import SegmentationUNet
 from segmentation.pictures import grey_or_rgb, overlay
 from segmentation.predict import Predictor, Probability, classes
 from unet.errors import InputError
-from unet.images import Array, image_info, list_images, write_image
+from unet.images import Array, ImageInfo, image_info, list_images, write_image
 from unet.rasters import open_raster, writing_bands
 
 AT_ONCE = 2**24  # pixels of an image that is predicted and written as a whole
@@ -49,6 +49,7 @@ class Slice:
 
     name: str
     path: Path
+    info: ImageInfo
     page: int | None = None
 
 
@@ -115,14 +116,13 @@ class FilePredictor:
 
     def files(self, image: Slice, out: Path) -> list[Path]:
         """The files that `run` writes."""
-        info = image_info(image.path)
-        kind = "png" if info.height * info.width <= AT_ONCE else "tif"
+        kind = "png" if image.info.height * image.info.width <= AT_ONCE else "tif"
         names = [f"mask.{kind}", f"probability.{kind}", "overlay.png"]
         return [out / f"{image.name}_{n}" for n in [*names, *["labels.tif"] * self.labels]]
 
     def run(self, image: Slice, out: Path) -> None:
         """Predicts one image."""
-        source = RasterSource(open_raster(image.path, image.page))
+        source = RasterSource(open_raster(image.path, image.page, image.info))
         mask, probability, picture, *labels = self.files(image, out)
         h, w = source.shape
         if h * w > AT_ONCE:
@@ -202,47 +202,56 @@ def predict_files(
     Raises:
         InputError: no image, or files in the way, before anything is predicted.
     """
-    slices = list(find_slices(source))
-    failed: list[str] = []
-    fit: list[Slice] = []
+    slices, failed = find_slices(source)
+    count = len(slices) + len(failed)
+    made: dict[Path, Path] = {}  # from which image each file comes
     for image in slices:
-        try:
-            files = predictor.files(image, out)
-        except InputError as error:
-            failed.append(str(error))
-            continue
-        fit.append(image)
-        for file in files:
+        for file in predictor.files(image, out):
+            if file in made:
+                raise InputError(
+                    f"{made[file]} and {image.path} would both be written to {file}: rename one"
+                )
+            made[file] = image.path
             if file.exists() and not overwrite:
                 raise InputError(f"{file} exists already: give --overwrite or another --out")
-    for image in tqdm(fit, unit="image", disable=None):
+    for image in tqdm(slices, unit="image", disable=None):
         try:
             predictor.run(image, out)
         except InputError as error:
             failed.append(str(error))
     for message in failed:
         print(f"error: {message}", file=sys.stderr)
-    print(f"{len(slices) - len(failed)} of {len(slices)} images predicted, in {out}")
+    print(f"{count - len(failed)} of {count} images predicted, in {out}")
     return failed
 
 
-def find_slices(source: Path) -> Iterator[Slice]:
-    """The images of a file or folder; a stack gives one for each of its pages."""
+def find_slices(source: Path) -> tuple[list[Slice], list[str]]:
+    """The images of a file or folder, a stack page by page, and what is wrong with the others.
+
+    Raises:
+        InputError: no such file or folder, nothing in it, or a single file that is no image.
+    """
     if not source.exists():
         raise InputError(f"--input {source} does not exist: give an image or a folder of images")
+    slices: list[Slice] = []
+    failed: list[str] = []
     for path in list_images(source) if source.is_dir() else [source]:
         try:
-            pages = image_info(path).pages
-        except InputError:
+            info = image_info(path)
+        except InputError as error:
             if source.is_file():
                 raise
-            pages = 1  # its error is reported when its turn comes
-        digits = len(str(pages - 1))
-        for page in range(pages):
-            if pages == 1:
-                yield Slice(name=path.stem, path=path)
-            else:
-                yield Slice(name=f"{path.stem}_{page:0{digits}d}", path=path, page=page)
+            failed.append(str(error))
+            continue
+        if info.pages == 1:
+            slices.append(Slice(name=path.stem, path=path, info=info))
+            continue
+        digits = len(str(info.pages - 1))
+        slices += [
+            Slice(name=f"{path.stem}_{page:0{digits}d}", path=path, info=info, page=page)
+            for page in range(info.pages)
+        ]
+    return slices, failed
 
 
 def pick_device(name: str) -> torch.device:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,15 +15,18 @@ from torch import Tensor, nn
 
 from segmentation.augment import Augmentation
 from segmentation.classes import IGNORE
-from segmentation.data import SegmentationData, find_pairs, pairs_from_arrays, split_pairs
+from segmentation.data import Pair, SegmentationData, find_pairs, pairs_from_arrays, split_pairs
 from segmentation.download import isbi2012_folder
+from segmentation.evaluation import best_threshold, evaluate
 from segmentation.losses import make_loss
 from segmentation.metrics import THRESHOLDS, ConfusionMatrix
 from segmentation.model import SegmentationUNet
 from segmentation.options import SegmentationOptions
+from segmentation.output import pick_device
 from segmentation.phantom import phantom_stack
 from segmentation.pictures import class_colours, errors, grey_or_rgb, panel
 from segmentation.predict import Predictor, Probability, TensorSource, classes
+from segmentation.report import write_report
 from segmentation.samples import CropSamples, image_shape
 from unet import PRESETS, UNetConfig
 from unet.errors import InputError
@@ -55,35 +59,52 @@ def train(options: SegmentationOptions) -> dict[str, float]:
     samples = CropSamples(data, augmentation, size, target, border=border, seed=options.seed)
     task = SegmentationTask(options, data, model)
     with run_folder(options):
-        if is_main_process():
-            samples.picture().save(options.out / "samples" / "augmented.png")
         figures = fit(
             Task(
                 model=model,
                 samples=samples,
                 loss=task.loss,
                 evaluate=task.evaluate,
+                first_pictures=lambda: {"augmented": samples.picture()},
                 pictures=task.pictures,
             ),
             options,
         )
+        if is_main_process():
+            _finish(options, data)
     return figures
+
+
+def _finish(options: SegmentationOptions, data: SegmentationData) -> None:
+    """Saves the best threshold on the held-out images with the weights, and draws report.png."""
+    model = SegmentationUNet.from_pretrained(options.out / "model").to(pick_device(options.device))
+    predict = Predictor([model])
+    threshold = best_threshold(predict, data, data.val)
+    if model.info["threshold"] != threshold:
+        model.info["threshold"] = threshold
+        model.save_pretrained(options.out / "model")
+    found = evaluate(predict, data, data.val, threshold=threshold, thresholds=())
+    print(f"report: {write_report(options.out, found, data)}")
 
 
 def load_data(options: SegmentationOptions) -> SegmentationData:
     """The training and held-out images that the options name."""
-    if options.images is None and options.data == "phantom":
-        pairs = pairs_from_arrays(*phantom_stack(PHANTOM_SLICES, PHANTOM_SIZE, options.seed))
-    elif options.images is not None:
-        pairs = find_pairs(images=options.images, masks=options.masks)
-    else:
-        published = options.data == "isbi2012" and not Path("isbi2012").is_dir()
-        pairs = find_pairs(isbi2012_folder() if published else Path(options.data))
-    names = options.val_names or None
-    train, val = split_pairs(pairs, options.val, options.fold, names)
+    train, val = split_pairs(
+        find_data(options), options.val, options.fold, options.val_names or None
+    )
     return SegmentationData(
         train, val, ignore_value=options.ignore_value, instances=options.instances
     )
+
+
+def find_data(options: SegmentationOptions) -> list[Pair]:
+    """All images and masks that the options name, before the split."""
+    if options.images is not None:
+        return find_pairs(images=options.images, masks=options.masks)
+    if options.data == "phantom":
+        return pairs_from_arrays(*phantom_stack(PHANTOM_SLICES, PHANTOM_SIZE, options.seed))
+    published = options.data == "isbi2012" and not Path("isbi2012").is_dir()
+    return find_pairs(isbi2012_folder() if published else Path(options.data))
 
 
 def make_model(options: SegmentationOptions, data: SegmentationData) -> SegmentationUNet:
@@ -141,13 +162,19 @@ def _crop(
         usual = (min(CROP, -(-n // config.stride) * config.stride) for n in largest)
         h, w = (input_size(config, n) for n in usual)
         size = (h, w)
+    elif len(shapes) > 1:
+        raise InputError(
+            f"--crop 0 takes whole images, but the training images have {len(shapes)} sizes: give "
+            "the side of a crop"
+        )
     else:
-        if len(shapes) > 1 and options.batch_size > 1:
-            raise InputError(
-                f"--crop 0 takes whole images, but the training images have {len(shapes)} sizes: "
-                "give the side of a crop, or --batch-size 1"
-            )
-        size = max(shapes)
+        size = shapes.pop()
+    part = options.batch_size // options.accumulate
+    if config.norm == "batch" and part * math.prod(-(-n // config.stride) for n in size) < 2:
+        raise InputError(
+            f"crops of {size[0]} x {size[1]} are a single pixel at the coarsest level, and batch "
+            "norm needs two to compare: give a larger --crop or --batch-size"
+        )
     return size, (output_size(config, size[0]), output_size(config, size[1]))
 
 
@@ -159,6 +186,11 @@ class SegmentationTask:
     ) -> None:
         self.data = data
         self.count = len(data.table.values)
+        if not any((data.load(i)[1] != IGNORE).any() for i in data.val):
+            raise InputError(
+                "every pixel of the held-out masks is ignored: hold out other images, with --val, "
+                "--fold or --val-names"
+            )
         weights: Sequence[float] | None = options.class_weights or None
         if options.balance:
             weights = [1 / (self.count * share) for share in data.table.shares]

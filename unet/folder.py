@@ -10,16 +10,17 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from huggingface_hub import ModelHubMixin, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from unet.config import MOST_CHANNELS, UNetConfig
-from unet.errors import InputError
+from unet.errors import InputError, RunError
 from unet.files import replacing, write_text
 from unet.model import UNet
 
+_REPO = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"  # owner/name on the Hub
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 Model = TypeVar("Model", bound="FolderModel")
 
@@ -65,8 +66,12 @@ class FolderModel(nn.Module, ModelHubMixin):
         }
         # contiguous() also for channels_last weights: the file holds plain NCHW.
         state = {k: v.detach().contiguous() for k, v in self.state_dict().items()}
-        with replacing(folder / WEIGHTS) as temporary:
-            save_file(state, temporary, metadata={"format": "pt"})
+        file = folder / WEIGHTS
+        with replacing(file) as temporary:
+            try:
+                save_file(state, temporary, metadata={"format": "pt"})
+            except SafetensorError as error:  # which is how safetensors reports a full disk
+                raise RunError(f"{file} cannot be written, is the disk full? {error}") from error
         write_text(folder / CONFIG, json.dumps(described, indent=2) + "\n")
         if push_to_hub:
             return str(self.push_to_hub(repo_id=repo_id or folder.name, **hub))
@@ -83,7 +88,9 @@ class FolderModel(nn.Module, ModelHubMixin):
                 weights that do not fit the config.
         """
         folder = Path(path)
-        if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+        if not folder.exists() and re.fullmatch(
+            r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(path)
+        ):
             folder = _download(str(path), revision=revision, **download)
         described = read_config(folder)
         if described["task"] != cls.task:
@@ -171,7 +178,7 @@ def check_fit(model: Mapping[str, Tensor], state: Mapping[str, Tensor], where: s
 def _download(repo_id: str, **options: Any) -> Path:
     try:
         files = [hf_hub_download(repo_id, name, **options) for name in (CONFIG, WEIGHTS)]
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise InputError(
             f"{repo_id} is neither a folder here nor a model that the Hub gives: {error}"
         ) from error

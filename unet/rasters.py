@@ -12,21 +12,24 @@ import tifffile
 
 from unet.errors import InputError
 from unet.files import replacing
-from unet.images import MAX_PIXELS, Array, image_info, read_image
+from unet.images import MAX_PIXELS, Array, ImageInfo, image_info, read_image
 
 MAX_SIDE = 2**20  # pixels of a mapped image
 
 
-def open_raster(path: Path, page: int | None = None) -> Array:
+def open_raster(path: Path, page: int | None = None, info: ImageInfo | None = None) -> Array:
     """An image (H, W, C) to slice: decoded where it is small, else mapped from its file.
 
     Mapped are uncompressed TIFF (grey or RGB, not turned) and NPY files, which `read_image` would
     refuse for having more than MAX_PIXELS.
 
+    Args:
+        info: what `image_info` says of the file, where it is known already.
+
     Raises:
         InputError: as `read_image`; a large image that cannot be mapped.
     """
-    info = image_info(path)
+    info = info or image_info(path)
     if info.height * info.width <= MAX_PIXELS:
         return read_image(path, page)
     if max(info.height, info.width) > MAX_SIDE:

@@ -20,7 +20,7 @@ from segmentation.output import FilePredictor, Slice, load_models, predict_files
 from segmentation.phantom import phantom_stack
 from segmentation.predict import Predictor
 from unet import InputError, UNetConfig
-from unet.images import read_image, write_image
+from unet.images import image_info, read_image, write_image
 from unet.rasters import open_raster, writing_bands
 
 INFO = {
@@ -77,7 +77,7 @@ def test_an_image_in_bands_is_that_at_once(folder, tmp_path, monkeypatch):
     tifffile.imwrite(tmp_path / "x.tif", image)
     models, table, threshold = load_models([folder])
     predictor = FilePredictor(Predictor(models, tile=64, overlap=16), table, threshold)
-    x = Slice(name="x", path=tmp_path / "x.tif")
+    x = Slice(name="x", path=tmp_path / "x.tif", info=image_info(tmp_path / "x.tif"))
     predictor.run(x, tmp_path / "once")
     monkeypatch.setattr(output, "AT_ONCE", 100)
     monkeypatch.setattr(output, "PREVIEW", 50)
@@ -126,6 +126,15 @@ def test_a_large_file_is_mapped_and_a_compressed_one_refused(tmp_path, monkeypat
         assert np.array_equal(pixels[3:5, 7:9, 0], array[3:5, 7:9])
     with pytest.raises(InputError, match="save it as an uncompressed TIFF or NPY"):
         open_raster(tmp_path / "packed.tif")
+
+
+def test_images_that_would_be_written_to_one_file_are_refused(folder, tmp_path):
+    for name in ("a.png", "a.tif"):
+        write_image(tmp_path / "in" / name, np.zeros((20, 20), np.uint8))
+    models, table, _ = load_models([folder])
+    with pytest.raises(InputError, match=r"a\.png and .*a\.tif would both be written"):
+        predict_files(FilePredictor(Predictor(models), table, 0.5), tmp_path / "in", tmp_path / "o")
+    assert not (tmp_path / "o").exists()
 
 
 def test_models_for_other_classes_are_not_averaged(folder, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from scripts import predict_seg, train_seg
+from scripts import demo, predict_seg, train_seg
 from segmentation.model import SegmentationUNet
 from segmentation.options import RECIPES, SegmentationOptions
 from segmentation.phantom import phantom_stack
@@ -71,8 +72,10 @@ def test_from_a_folder_of_images_to_masks_of_new_ones(folder, tmp_path, capsys):
     assert mask.shape == probability.shape == (33, 47, 1)
     assert probability.dtype == np.uint16
     assert set(np.unique(mask)) <= {0, 255}
-    # The mask is the probability, cut at the threshold.
-    assert np.array_equal(mask == 255, probability > 0.5 * 65535)
+    # The mask is the probability, cut at the threshold that was best on the held-out image.
+    threshold = SegmentationUNet.from_pretrained(run / "model").info["threshold"]
+    assert np.array_equal(mask == 255, probability > threshold * 65535)
+    assert (run / "report.png").stat().st_size > 10_000
     assert read_image(out / "b_overlay.png").shape == (33, 47, 3)
 
 
@@ -91,6 +94,32 @@ def test_a_run_resumes_with_its_own_settings(folder, tmp_path):
     config = load_config(SegmentationOptions, tmp_path / "a/config.yaml")
     assert config["width"] == 4
     assert not config["resume"]
+
+
+def test_a_stopped_and_resumed_training_is_that_of_one_sitting(folder, tmp_path):
+    """With whole samples: shuffled, turned, deformed, averaged."""
+    options = ("--data", folder, *SMALL, "--schedule", "constant", "--warmup", "0")
+    for run, sittings in (("one", [4]), ("two", [2, 4])):
+        for sitting, steps in enumerate(sittings):
+            more = ("--resume",) if sitting else ()
+            budget = ("--out", tmp_path / run, "--steps", steps, *more)
+            assert run_train(*options, *budget) == 0
+    states = [
+        torch.load(tmp_path / run / "state/state.pt", weights_only=True) for run in ("one", "two")
+    ]
+    for part in ("model", "ema"):
+        assert all(torch.equal(v, states[1][part][k]) for k, v in states[0][part].items())
+
+
+def test_the_demo_shows_what_it_says(tmp_path, capsys):
+    options = demo.DemoOptions(out=tmp_path, minutes=0.05)
+    demo.main(options)
+    printed = capsys.readouterr().out
+    (run,) = tmp_path.iterdir()
+    for folder in ("samples", "predictions"):
+        assert f"{run / folder}:" in printed
+        assert any((run / folder).iterdir())
+    assert re.search(r"V_Rand 0\.\d+, V_Info 0\.\d+, pixel error 0\.\d+", printed)
 
 
 def test_three_classes_keep_their_values(tmp_path):
@@ -371,3 +400,13 @@ def test_the_tutorial_recipe_falls_as_published(isbi2012, tmp_path):
     assert len(curve) == 24
     assert 0.6 < curve[0] < 0.9
     assert 0.40 < np.mean(curve[12:16]) < 0.52
+
+
+@pytest.mark.slow  # three minutes of training, as the README says
+def test_three_minutes_on_isbi_slices(isbi2012, tmp_path):
+    arguments = ("--data", isbi2012, "--val-names", "24-29", "--max-minutes", "3")
+    assert run_train(*arguments, "--out", tmp_path / "run") == 0
+    held_out = [e for e in read_log(tmp_path / "run/metrics.jsonl") if "val_loss" in e]
+    best = min(held_out, key=lambda e: e["val_loss"])
+    assert best["val_loss"] <= 0.20
+    assert best["val_accuracy"] >= 0.915

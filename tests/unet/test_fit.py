@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -9,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -20,15 +22,18 @@ from safetensors.torch import load_file
 from torch import nn
 
 from segmentation.model import SegmentationUNet
+from tests.unet.toy_training import ToyOptions, toy_task
 from unet import InputError, UNetConfig
 from unet.training.batches import BatchKeys, sample_rng
 from unet.training.ema import EMA
 from unet.training.options import FitOptions
 from unet.training.plan import Budget, Progress
 from unet.training.run import RunFolder, read_log
+from unet.training.task import Processes
 
 TOY = Path(__file__).parent / "toy_training.py"
 ROOT = Path(__file__).parents[2]
+TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
 def toy(*arguments: object, launch: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
@@ -150,17 +155,36 @@ def test_minutes_set_the_time_of_an_evaluation_aside_and_space_slow_ones():
     options = FitOptions(out=Path("x"), max_minutes=1, evaluations=10)
     budget = Budget(options, samples=10)
     assert budget.share(Progress(seconds=48, evaluation_seconds=12)) == 1.0
-    progress = Progress(seconds=9.6, evaluation_seconds=12)
-    budget.plan_evaluation(progress)
-    assert progress.next_evaluation == pytest.approx(0.2 + 12 / 60 / 0.1)
+    assert not budget.evaluation_due(Progress(seconds=5.9))
+    assert budget.evaluation_due(Progress(seconds=6.1))
+    slow = {"evaluation_seconds": 2.0, "evaluated_seconds": 10.0}  # at most a tenth of the time
+    assert not budget.evaluation_due(Progress(seconds=29, **slow))
+    assert budget.evaluation_due(Progress(seconds=31, **slow))
+
+
+@given(st.integers(1, 50), st.integers(0, 60), st.integers(0, 40))
+def test_evaluations_are_spread_over_the_steps_and_over_those_of_a_larger_budget(n, count, first):
+    options = FitOptions(out=Path("x"), steps=n, evaluations=count)
+    budget, progress = Budget(options, samples=10), Progress(step=first, evaluated_step=first)
+    seen = []
+    while progress.step < n:
+        progress.step += 1
+        if budget.evaluation_due(progress):
+            progress.evaluated_step = progress.step
+            seen.append(progress.step)
+    if first == 0:
+        assert len(seen) == min(count, n)
+    assert all(b - a >= n // max(count, 1) for a, b in itertools.pairwise(seen))
+    assert not seen or seen[-1] == n
 
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
         ({"steps": 3, "epochs": 1}, "--steps and --epochs are both budgets"),
-        ({"steps": 0}, "--steps 0 must be above 0"),
-        ({"max_minutes": math.nan}, "--max-minutes nan must be above 0"),
+        ({"steps": 0}, "--steps 0 must be a number above 0"),
+        ({"max_minutes": math.nan}, "--max-minutes nan must be a number"),
+        ({"epochs": math.inf}, "--epochs inf must be a number"),
         ({"batch_size": 0}, "--batch-size 0 must be at least 1"),
         ({"lr": -1.0}, "--lr -1.0 must be above 0"),
         ({"ema": 1.0}, r"--ema 1.0 must be in \[0, 1\)"),
@@ -197,7 +221,7 @@ def test_a_killed_and_resumed_run_ends_bit_identical(uninterrupted, tmp_path, si
         assert killed.returncode == 128 + signum
         assert f"--out {run} --resume" in killed.stdout
         at = 24
-    resumed = toy("--out", run, *options, "--resume")
+    resumed = toy("--out", run, *options, "--resume", "--die-at", 0)
     assert resumed.returncode == 0, resumed.stderr
     assert f"at step {at}" in resumed.stdout
 
@@ -217,7 +241,7 @@ def test_a_run_killed_before_its_first_state_starts_again(uninterrupted, tmp_pat
     run = tmp_path / "run"
     options = ("--steps", 40, "--dropout", 0.3, "--norm", "batch", "--log-every", 7)
     assert toy("--out", run, *options, "--die-at", 3).returncode == -signal.SIGKILL
-    resumed = toy("--out", run, *options, "--resume")
+    resumed = toy("--out", run, *options, "--resume", "--die-at", 0)
     assert "starting at the first step" in resumed.stdout
     assert without_times(run) == without_times(uninterrupted)
 
@@ -226,11 +250,9 @@ def test_two_processes_and_two_parts_give_the_losses_of_one(tmp_path):
     options = ("--steps", 12, "--log-every", 1, "--evaluations", 2, "--precision", "fp32")
     assert toy("--out", tmp_path / "one", *options).returncode == 0
     assert toy("--out", tmp_path / "parts", *options, "--accumulate", 2).returncode == 0
-    launch = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2")
-    launch += ("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no")
-    launch += ("--main_process_port", "0")
-    both = toy("--out", tmp_path / "two", *options, launch=launch)
+    both = toy("--out", tmp_path / "two", *options, launch=TWO)
     assert both.returncode == 0, both.stderr
+    assert "2 processes" in both.stdout
     one = losses(tmp_path / "one")
     assert len(one) == 12
     for other in ("parts", "two"):
@@ -248,6 +270,59 @@ def test_workers_do_not_change_a_run(uninterrupted, tmp_path):
     options = ("--steps", 40, "--dropout", 0.3, "--norm", "batch", "--log-every", 7)
     assert toy("--out", tmp_path / "run", *options, "--workers", 2).returncode == 0
     assert without_times(tmp_path / "run") == without_times(uninterrupted)
+
+
+def test_processes_agree_on_the_model_that_is_scored_and_saved(tmp_path):
+    """Each process has batch statistics of its own between two steps."""
+    run = tmp_path / "run"
+    done = toy("--out", run, "--steps", 6, "--norm", "batch", "--evaluations", 2, launch=TWO)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("held out") == 2
+    logged = [e["val_loss"] for e in read_log(run / "metrics.jsonl") if "val_loss" in e]
+    model = SegmentationUNet.from_pretrained(run / "model")
+    task = toy_task(ToyOptions(out=run, norm="batch"))
+    with torch.no_grad():
+        found = task.evaluate(model, Processes())["loss"]
+    assert found == pytest.approx(min(logged), abs=2e-3)  # logged in the precision of the training
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_whole_group_with_workers_saves(tmp_path, signum):
+    run = tmp_path / "run"
+    command = [sys.executable, str(TOY), "--out", str(run), "--steps", "100000", "--workers", "2"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        command, env=env, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    while not (run / "metrics.jsonl").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    os.killpg(process.pid, signum)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signum, err.decode()
+    assert b"--resume" in out
+    assert RunFolder(run).load_state()["step"] > 0
+
+
+def test_a_refused_run_leaves_nothing_and_a_refused_resume_changes_nothing(uninterrupted, tmp_path):
+    assert toy("--out", tmp_path / "new", "--steps", 4, "--batch-size", 3, "--accumulate", 2)
+    assert not (tmp_path / "new").exists()
+    before = (uninterrupted / "config.yaml").read_bytes()
+    refused = toy("--out", uninterrupted, "--resume", "--norm", "none")
+    assert refused.returncode == 2
+    assert "does not fit" in refused.stderr
+    assert (uninterrupted / "config.yaml").read_bytes() == before
+
+
+def test_other_peoples_temporary_files_are_left_alone(tmp_path):
+    theirs = tmp_path / "other" / "state" / ".state.pt.x.tmp"
+    ours = tmp_path / "state" / ".state.pt.x.tmp"
+    for file in (theirs, ours):
+        file.parent.mkdir(parents=True)
+        file.write_text("")
+    with RunFolder(tmp_path).locked(resume=True):
+        assert theirs.exists()
+        assert not ours.exists()
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_file(tmp_path):
@@ -305,7 +380,7 @@ def test_nothing_to_resume(tmp_path):
 
 def test_a_second_process_is_kept_out(tmp_path):
     with RunFolder(tmp_path / "run").locked(resume=False):
-        done = toy("--out", tmp_path / "run", "--steps", 2, "--resume")
+        done = toy("--out", tmp_path / "run", "--steps", 2)
     assert done.returncode == 2
     assert "another process is training" in done.stderr
 

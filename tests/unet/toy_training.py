@@ -19,7 +19,7 @@ from unet.training.batches import Key, sample_rng
 from unet.training.cli import run_script
 from unet.training.fit import fit
 from unet.training.options import FitOptions
-from unet.training.run import RunFolder
+from unet.training.run import run_folder
 from unet.training.task import Batch, Processes, Task
 
 
@@ -36,7 +36,7 @@ class ToyOptions(FitOptions):
     die_at: int = 0
     """Kill this process in the middle of that step; 0: never."""
 
-    with_signal: int = signal.SIGKILL
+    with_signal: int = int(signal.SIGKILL)
     """The signal to die of."""
 
     nan_at: int = -1
@@ -97,11 +97,10 @@ def toy_task(options: ToyOptions) -> Task:
 
 def main(options: ToyOptions) -> None:
     torch.set_num_threads(1)
-    if int(os.environ.get("RANK", 0)) == 0:
-        with RunFolder(options.out).locked(resume=options.resume):
-            fit(toy_task(options), options)
-    else:
+    with run_folder(options):
         fit(toy_task(options), options)
+    if torch.distributed.is_initialized() and torch.distributed.get_rank() == 0:
+        print(torch.distributed.get_world_size(), "processes")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,9 @@ training processes changes a sample.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
+from types import FrameType
 from typing import Any, Protocol
 
 import numpy as np
@@ -91,6 +93,16 @@ class _Indexed(torch.utils.data.Dataset[dict[str, Any]]):
         return {**self.samples[key], "index": key[1]}
 
 
+def _outlive_one_signal(worker: int) -> None:
+    """A signal to the whole process group is for the training process, which ends its workers."""
+
+    def pass_over(signum: int, frame: FrameType | None) -> None:
+        signal.signal(signum, signal.SIG_DFL)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, pass_over)
+
+
 def make_loader(samples: Samples, keys: BatchKeys, workers: int, *, pin: bool) -> DataLoader[Any]:
     """An endless loader of collated batches in the order of `keys`."""
     return DataLoader(
@@ -98,5 +110,6 @@ def make_loader(samples: Samples, keys: BatchKeys, workers: int, *, pin: bool) -
         batch_sampler=keys,
         num_workers=workers,
         pin_memory=pin,
+        worker_init_fn=_outlive_one_signal,
         generator=torch.Generator(),  # else each start draws from the generator of the dropout
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -17,6 +18,7 @@ from tqdm import tqdm
 from unet.errors import InputError, RunError
 from unet.folder import check_fit
 from unet.training.batches import BatchKeys, make_loader
+from unet.training.cli import save_config
 from unet.training.ema import EMA
 from unet.training.options import FitOptions
 from unet.training.plan import Budget, Progress, make_optimizer
@@ -32,9 +34,10 @@ def fit(task: Task, options: FitOptions) -> dict[str, float]:
     """Trains a model and leaves its best weights in the run folder's model/.
 
     The caller holds the lock of the run folder (`RunFolder.locked`). The learning rate is planned
-    over the budget. With a budget in steps or epochs, a run that is killed and resumed ends with
-    the very same weights as one that is not. Losses do not depend on the number of processes, with
-    a network that does not mix samples: batch norm takes its statistics over a process's share.
+    over the budget. With a budget in steps or epochs, a run on the CPU that is killed and resumed
+    ends with the very same weights as one that is not. Losses do not depend on the number of
+    processes and of accumulated parts where the loss is a plain mean over the samples and the
+    network does not mix them: batch norm takes its statistics over each part.
 
     Returns:
         The figures of the best evaluation; empty where nothing is held out.
@@ -53,14 +56,20 @@ class Trainer:
     def __init__(self, task: Task, options: FitOptions) -> None:
         self.task, self.options = task, options
         self.folder = RunFolder(options.out)
+        on_cpu = options.device == "cpu" or not torch.accelerator.is_available()
         self.accelerator = Accelerator(
-            cpu=options.device == "cpu",
-            mixed_precision=_precision(options),
+            cpu=on_cpu,
+            mixed_precision=_precision(options, on_cpu),
             gradient_accumulation_steps=options.accumulate,
         )
         self.device = self.accelerator.device
         self.main = self.accelerator.is_main_process
         self.processes = Processes(self.accelerator.process_index, self.accelerator.num_processes)
+        if self.processes.count != (started := int(os.environ.get("WORLD_SIZE", 1))):
+            raise InputError(
+                f"{started} processes were started, but {self.processes.count} found each other: "
+                "start them with torchrun --nproc-per-node, or one of them alone"
+            )
         self.keys = BatchKeys(
             len(task.samples),
             options.batch_size,
@@ -85,9 +94,14 @@ class Trainer:
         set_seed(options.seed, device_specific=True)  # dropout differs between processes
         if options.resume:
             self._restore()
-        if self.progress.step == 0:
-            self.budget.plan_evaluation(self.progress)
-        self.board = _tensorboard(options) if self.main else None
+        self.board = _tensorboard(options, self.progress.step) if self.main else None
+        # Nothing of a run that is refused is left behind, so this comes last.
+        if self.main:
+            self.folder.samples.mkdir(parents=True, exist_ok=True)
+            save_config(dataclasses.replace(options, resume=False), options.out / "config.yaml")
+            if task.first_pictures and self.progress.step == 0:
+                for name, picture in task.first_pictures().items():
+                    picture.save(self.folder.samples / f"{name}.png")
 
     def run(self) -> dict[str, float]:
         progress, options = self.progress, self.options
@@ -112,11 +126,16 @@ class Trainer:
                 if due or signum or progress.step % options.save_every == 0:
                     self._save_state()
                 if signum:
-                    command = resume_command(options.out)
-                    self._say(f"stopped at step {progress.step}; go on with: {command}")
-                    raise Interrupted(128 + signum)
-        self._finish()
+                    self._stop(signum)
+            self._finish()
+            if signum := self._agree(max(caught, default=0)):
+                self._stop(signum)
         return self.figures
+
+    def _stop(self, signum: int) -> None:
+        command = resume_command(self.options.out)
+        self._say(f"stopped at step {self.progress.step}; go on with: {command}")
+        raise Interrupted(128 + signum)
 
     # -- a step -----------------------------------------------------------------------------------
 
@@ -176,6 +195,9 @@ class Trainer:
         task, progress, start = self.task, self.progress, time.monotonic()
         model: Any = self.ema.model if self.ema else self.accelerator.unwrap_model(self.model)
         model.eval()
+        if self.processes.count > 1:  # each has followed its own statistics since the last forward
+            for buffer in model.buffers():
+                torch.distributed.broadcast(buffer, 0)
         figures: dict[str, float] = {}
         devices = [self.device] if self.device.type == "cuda" else []
         # Training goes on with the random numbers that it would have had without an evaluation.
@@ -190,9 +212,8 @@ class Trainer:
                 model.save_pretrained(self.folder.model)
         if not self.ema:
             model.train()
-        progress.evaluated_step = progress.step
+        progress.evaluated_step, progress.evaluated_seconds = progress.step, progress.seconds
         progress.evaluation_seconds = self.processes.gather(time.monotonic() - start)[0]
-        self.budget.plan_evaluation(progress)
         if self.main:
             for name, picture in pictures.items():
                 picture.save(self.folder.samples / f"{name}-{progress.step:06d}.png")
@@ -206,6 +227,7 @@ class Trainer:
         if self.progress.loss_count:
             self._log_training()
         if self.progress.evaluated_step != self.progress.step:
+            self._save_state()
             self._evaluate()
         self._agree(0)
         self._save_state()
@@ -255,7 +277,13 @@ class Trainer:
         model.load_state_dict(state["model"])
         if self.ema:
             self.ema.model.load_state_dict(state["ema"])
+        settings = [
+            {k: v for k, v in group.items() if k != "params"}
+            for group in self.optimizer.param_groups
+        ]
         self.optimizer.load_state_dict(state["optimizer"])
+        for group, setting in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(setting)  # the options decide, not what was saved
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.progress = Progress(**{f.name: state[f.name] for f in dataclasses.fields(Progress)})
@@ -314,10 +342,10 @@ class Trainer:
                 self.board.add_scalar(f"{group}/{name}", value, self.progress.step)
 
 
-def _precision(options: FitOptions) -> str:
+def _precision(options: FitOptions, on_cpu: bool) -> str:
     """What `accelerate` calls the precision; auto: bf16 where the processor computes in it."""
     if options.precision == "auto":
-        device = PartialState(cpu=options.device == "cpu").device
+        device = PartialState(cpu=on_cpu).device
         if device.type == "cuda":
             return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
         found: dict[str, bool] = (
@@ -327,7 +355,7 @@ def _precision(options: FitOptions) -> str:
     return "no" if options.precision == "fp32" else options.precision
 
 
-def _tensorboard(options: FitOptions) -> Any:
+def _tensorboard(options: FitOptions, step: int) -> Any:
     if not options.tensorboard:
         return None
     try:
@@ -336,4 +364,4 @@ def _tensorboard(options: FitOptions) -> Any:
         raise InputError(
             "--tensorboard needs the package tensorboard: pip install tensorboard"
         ) from error
-    return SummaryWriter(options.out / "tensorboard")
+    return SummaryWriter(options.out / "tensorboard", purge_step=step + 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -92,8 +93,8 @@ class FitOptions:
     def __post_init__(self) -> None:
         for name in ("steps", "epochs", "max_minutes"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise InputError(f"--{name.replace('_', '-')} {value} must be above 0")
+            if value is not None and not 0 < value < math.inf:
+                raise InputError(f"--{name.replace('_', '-')} {value} must be a number above 0")
         given = [n for n in ("steps", "epochs", "max_minutes") if getattr(self, n) is not None]
         if len(given) > 1:
             flags = " and ".join(f"--{n.replace('_', '-')}" for n in given)

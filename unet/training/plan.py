@@ -20,8 +20,8 @@ class Progress:
 
     step: int = 0
     seconds: float = 0.0  # of work so far, over all sittings
-    next_evaluation: float = 0.0  # share of the budget at which an evaluation is due
-    evaluated_step: int = -1
+    evaluated_step: int = 0  # of the last evaluation
+    evaluated_seconds: float = 0.0
     evaluation_seconds: float = 0.0  # that the last evaluation took
     best: float = math.inf
     loss_sum: float = 0.0  # over the steps since the last line of the log
@@ -56,16 +56,11 @@ class Budget:
 
     def evaluation_due(self, progress: Progress) -> bool:
         count = self.options.evaluations
-        return count > 0 and self.share(progress) >= progress.next_evaluation - 1e-9
-
-    def plan_evaluation(self, progress: Progress) -> None:
-        """Sets when the next evaluation is due."""
-        spacing = 1 / max(self.options.evaluations, 1)
         if self.steps:
-            progress.next_evaluation += spacing
-        else:
-            cost = progress.evaluation_seconds / self.seconds
-            progress.next_evaluation = self.share(progress) + max(spacing, cost / EVALUATION_SHARE)
+            done = count * progress.step // self.steps
+            return done > count * progress.evaluated_step // self.steps
+        spacing = max(self.seconds / max(count, 1), progress.evaluation_seconds / EVALUATION_SHARE)
+        return count > 0 and progress.seconds - progress.evaluated_seconds >= spacing
 
 
 def make_optimizer(model: nn.Module, options: FitOptions) -> torch.optim.Optimizer:

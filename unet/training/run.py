@@ -16,7 +16,6 @@ import signal
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from pickle import UnpicklingError
 from types import FrameType
@@ -25,9 +24,8 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from unet.errors import InputError
+from unet.errors import InputError, RunError
 from unet.files import replacing, write_text
-from unet.training.cli import save_config
 from unet.training.options import FitOptions
 
 _PARTS = ("config.yaml", "metrics.jsonl", "samples", "model", "state")
@@ -59,7 +57,8 @@ class RunFolder:
                     f"{self.path} holds a run already: give another --out, or --resume to go on "
                     "with it"
                 )
-            self.samples.mkdir(parents=True, exist_ok=True)
+            made = not self.path.exists()
+            self.path.mkdir(parents=True, exist_ok=True)
         except (NotADirectoryError, FileExistsError) as error:
             raise InputError(f"--out {self.path} cannot be a folder: {error.strerror}") from error
         lock = FileLock(self.path / ".lock")
@@ -70,11 +69,15 @@ class RunFolder:
                 f"another process is training in {self.path}: wait for it, or give another --out"
             ) from error
         try:
-            for leftover in self.path.rglob(".*.tmp"):  # of a kill in the middle of a write
-                leftover.unlink(missing_ok=True)
+            for folder in (self.path, self.model, self.state.parent, self.samples):
+                for leftover in folder.glob(".*.tmp"):  # of a kill in the middle of a write
+                    leftover.unlink(missing_ok=True)
             yield
         finally:
             lock.release()
+            if made and {p.name for p in self.path.iterdir()} <= {".lock"}:  # refused at once
+                (self.path / ".lock").unlink(missing_ok=True)
+                self.path.rmdir()
 
     def log(self, **values: Any) -> None:
         """Appends a line to metrics.jsonl, in one write."""
@@ -90,7 +93,12 @@ class RunFolder:
     def save_state(self, state: Mapping[str, Any]) -> None:
         """Replaces the state whole. It holds tensors, numbers, strings, and lists of them only."""
         with replacing(self.state) as temporary:
-            torch.save(dict(state), temporary)
+            try:
+                torch.save(dict(state), temporary)
+            except RuntimeError as error:  # which is how torch reports a full disk
+                raise RunError(
+                    f"{self.state} cannot be written, is the disk full? {error}"
+                ) from error
 
     def load_state(self) -> dict[str, Any] | None:
         """The last saved state, or None before the first one."""
@@ -113,12 +121,11 @@ def is_main_process() -> bool:
 
 @contextmanager
 def run_folder(options: FitOptions) -> Iterator[None]:
-    """Locks the run folder of a command line and keeps the options in it, in the main process."""
+    """Locks the run folder of a command line, in the main process."""
     if not is_main_process():
         yield
         return
     with RunFolder(options.out).locked(resume=options.resume):
-        save_config(replace(options, resume=False), options.out / "config.yaml")
         yield
 
 

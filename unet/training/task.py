@@ -45,5 +45,7 @@ class Task:
     """Figures over the whole held-out set, the same on every process; None: nothing held out."""
     score: str = "loss"
     """The figure that decides which weights are best; the smallest wins."""
+    first_pictures: Callable[[], Mapping[str, Image.Image]] | None = None
+    """Pictures by name, made once when the run starts."""
     pictures: Callable[[Any], Mapping[str, Image.Image]] | None = None
     """Pictures by name, made at each evaluation by the main process."""
