@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -312,6 +313,25 @@ def test_a_refused_run_leaves_nothing_and_a_refused_resume_changes_nothing(unint
     assert refused.returncode == 2
     assert "does not fit" in refused.stderr
     assert (uninterrupted / "config.yaml").read_bytes() == before
+
+
+def test_a_state_that_cannot_be_written_is_one_sentence_and_the_last_one_stays(tmp_path):
+    run = tmp_path / "run"
+    assert toy("--out", run, "--steps", 4).returncode == 0
+    before = (run / "state/state.pt").read_bytes()
+    arguments = ("--out", run, "--resume", "--steps", "8")
+    command = [sys.executable, str(TOY), *map(str, arguments)]
+    full = subprocess.run(
+        ["bash", "-c", f"ulimit -f 20; {shlex.join(command)}"],  # no file above 20 kB
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert full.returncode in (1, 2), full.stderr
+    assert "Traceback" not in full.stderr
+    assert "error: " in full.stderr
+    assert (run / "state/state.pt").read_bytes() == before
+    assert not list(run.rglob("*.tmp"))
 
 
 def test_other_peoples_temporary_files_are_left_alone(tmp_path):
