@@ -88,9 +88,9 @@ class FolderModel(nn.Module, ModelHubMixin):
                 weights that do not fit the config.
         """
         folder = Path(path)
-        if not folder.exists() and re.fullmatch(
-            r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(path)
-        ):
+        # A path into a folder that is here was meant for this machine, mistyped as it may be.
+        here = folder.exists() or folder.parent.exists()
+        if not here and re.fullmatch(_REPO, str(path)):
             folder = _download(str(path), revision=revision, **download)
         described = read_config(folder)
         if described["task"] != cls.task:

@@ -288,3 +288,12 @@ def test_saving_can_upload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert where == "https://hub/someone/cells"
     assert uploaded["repo_id"] == "someone/cells"
     assert UNetConfig.from_dict(uploaded["config"]["unet"]) == PLAIN
+
+
+def test_a_mistyped_path_is_not_looked_up_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    monkeypatch.setattr("unet.folder._download", lambda *a, **k: pytest.fail("asked the Hub"))
+    for path in ("runs/modle", "../model", "./model"):
+        with pytest.raises(InputError, match="is no folder"):
+            SegmentationUNet.from_pretrained(path)
