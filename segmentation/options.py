@@ -61,6 +61,10 @@ class SegmentationOptions(FitOptions):
     loss: Literal["ce", "dice", "dice-ce", "focal", "tversky", "lovasz"] = "ce"
     """Loss: ce is the binary cross-entropy where there are two classes."""
 
+    threshold_by: Literal["dice", "v_rand"] = "dice"
+    """What the saved threshold between two classes is best for on the held-out images: the mean
+    Dice, or V_Rand, which wants closed membranes."""
+
     label_smoothing: float = 0.0
     """With ce and dice-ce: share of the target that is spread over all classes."""
 

@@ -79,7 +79,7 @@ def _finish(options: SegmentationOptions, data: SegmentationData) -> None:
     """Saves the best threshold on the held-out images with the weights, and draws report.png."""
     model = SegmentationUNet.from_pretrained(options.out / "model").to(pick_device(options.device))
     predict = Predictor([model])
-    threshold = best_threshold(predict, data, data.val)
+    threshold = best_threshold(predict, data, data.val, options.threshold_by)
     if model.info["threshold"] != threshold:
         model.info["threshold"] = threshold
         model.save_pretrained(options.out / "model")

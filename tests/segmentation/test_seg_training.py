@@ -164,9 +164,10 @@ def test_instances_are_learned_as_cells_and_borders_and_come_back_as_numbers(tmp
         ("--loss", "tversky"),
         ("--loss", "lovasz", "--class-weights", "1", "3"),
         ("--border-weight", "10", "--border-sigma", "3"),
+        ("--threshold-by", "v_rand"),
     ],
 )
-def test_every_loss_trains(folder, tmp_path, options):
+def test_every_kind_of_training_runs(folder, tmp_path, options):
     run = tmp_path / "run"
     assert run_train("--data", folder, "--out", run, *SMALL, *options) == 0
     assert all(np.isfinite(e["loss"]) for e in read_log(run / "metrics.jsonl") if "loss" in e)
