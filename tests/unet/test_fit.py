@@ -306,7 +306,8 @@ def test_a_signal_to_the_whole_group_with_workers_saves(tmp_path, signum):
 
 
 def test_a_refused_run_leaves_nothing_and_a_refused_resume_changes_nothing(uninterrupted, tmp_path):
-    assert toy("--out", tmp_path / "new", "--steps", 4, "--batch-size", 3, "--accumulate", 2)
+    new = toy("--out", tmp_path / "new", "--steps", 4, "--batch-size", 3, "--accumulate", 2)
+    assert new.returncode == 2
     assert not (tmp_path / "new").exists()
     before = (uninterrupted / "config.yaml").read_bytes()
     refused = toy("--out", uninterrupted, "--resume", "--norm", "none")
