@@ -55,7 +55,8 @@ def describe(name: str, size: int | None) -> dict[str, Any]:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from unet.model import Step, input_size
+    from unet.geometry import input_size
+    from unet.model import Step
 
     model, facts = build(name)
     config = model.config

@@ -36,7 +36,7 @@ _NAMES = {
     "warping_error": "warping error",
 }
 _GRID = tuple(i / 100 for i in range(1, 100))  # thresholds to choose from
-_COARSE = _GRID[4::5]  # where each costs a watershed
+COARSE = _GRID[4::5]  # where each costs a watershed
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ class Evaluation:
         thresholds: at which the ISBI scores are tried for `challenge`, half a second for 512 x 512
             pixels; none: not tried.
         warping: also count the warping error, which takes seconds for each image and threshold.
+        isbi: False leaves the ISBI scores out.
     """
 
     def __init__(
@@ -72,12 +73,14 @@ class Evaluation:
         *,
         thresholds: Sequence[float] = THRESHOLDS,
         warping: bool = False,
+        isbi: bool = True,
     ) -> None:
-        two = len(table.values) == 2
+        two = len(table.values) == 2 and isbi
         self.table, self.threshold = table, threshold
         self.confusion = ConfusionMatrix(len(table.values))
         self.isbi = IsbiMetrics((threshold,), warping) if two else None
         self.tried = IsbiMetrics(thresholds, warping) if two and thresholds else None
+        self.entropy = 0.0  # sum over the pixels
         self.images: list[ImageScores] = []  # in the order of their indices
 
     def add(self, index: int, name: str, probability: Probability, mask: Mask) -> None:
@@ -86,7 +89,9 @@ class Evaluation:
         confusion = ConfusionMatrix(self.confusion.classes)
         confusion.add(found, mask, ignore=IGNORE)
         self.confusion.merge(confusion)
-        scores = _figures(confusion)
+        entropy = _entropy(probability, mask)
+        self.entropy += entropy
+        scores = {**_figures(confusion), "loss": entropy / max(int(confusion.counts.sum()), 1)}
         scores |= {
             f"dice {name}": float(v)
             for name, v in zip(class_names(self.table), confusion.dice, strict=True)
@@ -107,14 +112,16 @@ class Evaluation:
         if (self.table.values, self.threshold) != (other.table.values, other.threshold):
             raise InputError("cannot merge scores of different classes or thresholds")
         self.confusion.merge(other.confusion)
+        self.entropy += other.entropy
         for mine, theirs in ((self.isbi, other.isbi), (self.tried, other.tried)):
             if mine and theirs:
                 mine.merge(theirs)
         self.images = sorted(self.images + other.images, key=lambda image: image.index)
 
     def scores(self) -> dict[str, float]:
-        """Accuracy, mean Dice and IoU of all pixels; of two classes also the ISBI scores."""
-        found = _figures(self.confusion)
+        """Cross-entropy ("loss"), accuracy, mean Dice and IoU; of two classes the ISBI scores."""
+        pixels = int(self.confusion.counts.sum())
+        found = {"loss": self.entropy / max(pixels, 1), **_figures(self.confusion)}
         if self.isbi and self.isbi.slices:
             found |= {key: float(v[0]) for key, v in self.isbi.curves().items()}
         return found
@@ -172,7 +179,7 @@ class Evaluation:
             keys = ("dice", "iou", "precision", "recall", "share")
             lines.append(row.format(one["class"], *(f"{one[key]:.4f}" for key in keys)))
         lines.append(row.format("mean", f"{found['dice']:.4f}", f"{found['iou']:.4f}", "", "", ""))
-        lines.append(f"accuracy {found['accuracy']:.4f}")
+        lines.append(f"accuracy {found['accuracy']:.4f}, cross-entropy {found['loss']:.4f}")
         if self.isbi:
             header = ("ISBI 2012", "score", "precision", "recall")
             lines += ["", "{:13}{:>11}{:>11}{:>11}".format(*header) + ("  best" if best else "")]
@@ -243,7 +250,7 @@ def best_threshold(
         return 0.5
     grid = np.array(_GRID)
     counts = np.zeros((2, len(grid) + 1), np.int64)  # pixels above the first k thresholds only
-    isbi = IsbiMetrics(_COARSE)
+    isbi = IsbiMetrics(COARSE)
     for i in tqdm(indices, unit="image", desc="threshold", leave=False, disable=None):
         probability, mask = predict(RasterSource(data.pairs[i].read_image()))[-1], data.load(i)[1]
         if score == "v_rand":
@@ -253,7 +260,7 @@ def best_threshold(
         for k in (0, 1):
             counts[k] += np.bincount(above[mask == k], minlength=len(grid) + 1)
     if score == "v_rand":
-        return _nearest_best(np.array(_COARSE), isbi.curves()["v_rand"])
+        return _nearest_best(np.array(COARSE), isbi.curves()["v_rand"])
     dice = []
     for k in range(len(grid)):
         confusion = ConfusionMatrix(2)
@@ -317,6 +324,14 @@ def _nearest_best(grid: NDArray[np.float64], scores: NDArray[np.float64]) -> flo
         return 0.5
     best = grid[scores >= np.nanmax(scores) - 1e-12]
     return float(best[abs(best - 0.5).argmin()])
+
+
+def _entropy(probability: Probability, mask: Mask) -> float:
+    """Cross-entropy in nats, summed over the pixels that count; probabilities (K, H, W)."""
+    valid = mask != IGNORE
+    p = probability if len(probability) > 1 else np.concatenate([1 - probability, probability])
+    true = np.take_along_axis(p, np.where(valid, mask, 0)[None].astype(np.int64), axis=0)[0]
+    return -float(np.log(np.maximum(true[valid], 1e-7), dtype=np.float64).sum())
 
 
 def _figures(confusion: ConfusionMatrix) -> dict[str, float]:

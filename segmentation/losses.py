@@ -178,6 +178,36 @@ def lovasz(logits: Tensor, target: Tensor, weight: Tensor | None = None) -> Tens
     return _class_mean((errors * gradient).sum(1), sizes)
 
 
+def deeply_supervised(
+    loss: Loss, logits: Sequence[Tensor], target: Tensor, weight: Tensor | None = None
+) -> Tensor:
+    """Mean loss over the levels of a decoder, each counted half of the next finer one.
+
+    Deep supervision (Lee et al. 2015, arXiv 1409.5185) with the weights of nnU-Net (Isensee et al.
+    2021, doi:10.1038/s41592-020-01008-z).
+
+    Args:
+        logits: (B, K, h, w) of each level, the finest last; coarser ones are judged by every so
+            many pixels of the target.
+    """
+    total, shares = logits[-1].new_zeros(()), 0.0
+    for i, level in enumerate(reversed(logits)):
+        size = level.shape[-2:]
+        weights = None if weight is None else _nearest(weight, size)
+        total = total + 0.5**i * loss(level, _nearest(target, size), weights)
+        shares += 0.5**i
+    return total / shares
+
+
+def _nearest(x: Tensor, size: Sequence[int]) -> Tensor:
+    """x (B, H, W) at the centres of a grid of h x w cells: (B, h, w)."""
+    rows, columns = (
+        ((torch.arange(n, device=x.device) + 0.5) * (whole / n)).long()
+        for n, whole in zip(size, x.shape[-2:], strict=True)
+    )
+    return x[:, rows[:, None], columns]
+
+
 # The function of each name, and the options that it takes.
 _FUNCTIONS: dict[LossName, tuple[Callable[..., Tensor], tuple[str, ...]]] = {
     "ce": (cross_entropy, ("label_smoothing",)),

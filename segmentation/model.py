@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, overload
 
 from torch import Tensor, nn
 
@@ -20,7 +20,8 @@ class SegmentationUNet(FolderModel):
     Args:
         config: the trunk's shape, without time and context.
         out_channels: classes, or 1 for a single logit (sigmoid) of two classes.
-        info: see `FolderModel`.
+        info: see `FolderModel`; with a true "deep_supervision" each coarser level of the decoder
+            has a head of its own, for training.
     """
 
     task: ClassVar[str] = "segmentation"
@@ -40,9 +41,34 @@ class SegmentationUNet(FolderModel):
             self.head.add_module("norm", make_norm(channels, config))
             self.head.add_module("act", make_activation(config))
         self.head.add_module("conv", nn.Conv2d(channels, out_channels * config.patch**2, 1))
+        self.coarse_heads = nn.ModuleList()
+        if self.info.get("deep_supervision"):
+            levels = config.levels - (config.skips == "level")
+            widths = config.decoder_channels[1:levels]
+            if config.decoder != "unet" or config.padding == "valid" or not widths:
+                raise InputError(
+                    "deep supervision needs decoder='unet', padding='same' and coarser levels in "
+                    f"the decoder, not decoder={config.decoder!r}, padding={config.padding!r}, "
+                    f"multipliers={config.multipliers}: train without it"
+                )
+            self.coarse_heads.extend(nn.Conv2d(w, out_channels, 1) for w in reversed(widths))
         if config.init == "he":
             he_init(self.head)
+            he_init(self.coarse_heads)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, in_channels, H, W) to logits (B, out_channels, H, W), smaller with valid padding."""
-        return unpatch(self.head(self.trunk(x)), self.config.patch, x.shape[-2:])
+    @overload
+    def forward(self, x: Tensor, *, deep: Literal[False] = False) -> Tensor: ...
+    @overload
+    def forward(self, x: Tensor, *, deep: Literal[True]) -> list[Tensor]: ...
+    def forward(self, x: Tensor, *, deep: bool = False) -> Tensor | list[Tensor]:
+        """(B, in_channels, H, W) to logits (B, out_channels, H, W), smaller with valid padding.
+
+        With `deep` a list of them, before those the logits of the coarser levels, as small as these
+        are, the coarsest first.
+        """
+        maps = self.trunk.pyramid(x)
+        logits = unpatch(self.head(maps[-1]), self.config.patch, x.shape[-2:])
+        if not deep:
+            return logits
+        pairs = zip(self.coarse_heads, maps[1:-1], strict=True)
+        return [*(head(m) for head, m in pairs), logits]

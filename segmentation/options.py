@@ -61,9 +61,13 @@ class SegmentationOptions(FitOptions):
     loss: Literal["ce", "dice", "dice-ce", "focal", "tversky", "lovasz"] = "ce"
     """Loss: ce is the binary cross-entropy where there are two classes."""
 
-    threshold_by: Literal["dice", "v_rand"] = "dice"
-    """What the saved threshold between two classes is best for on the held-out images: the mean
-    Dice, or V_Rand, which wants closed membranes."""
+    deep_supervision: bool = False
+    """Judge the coarser levels of the decoder, too, each half as much as the next finer one."""
+
+    best_by: Literal["loss", "dice", "v_rand"] = "loss"
+    """What the kept weights are best for on the held-out images: the cross-entropy, the mean Dice,
+    or V_Rand, which wants closed membranes; the threshold between two classes, for V_Rand or else
+    for the mean Dice."""
 
     label_smoothing: float = 0.0
     """With ce and dice-ce: share of the target that is spread over all classes."""

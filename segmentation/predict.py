@@ -18,7 +18,7 @@ from torch import Tensor
 from segmentation.augment import mirror
 from segmentation.model import SegmentationUNet
 from unet.errors import InputError
-from unet.model import input_size, output_size, receptive_radius
+from unet.geometry import input_size, output_size, receptive_radius
 
 Probability = NDArray[np.float32]
 

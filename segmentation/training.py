@@ -6,10 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
@@ -17,21 +17,20 @@ from segmentation.augment import Augmentation
 from segmentation.classes import IGNORE
 from segmentation.data import Pair, SegmentationData, find_pairs, pairs_from_arrays, split_pairs
 from segmentation.download import isbi2012_folder
-from segmentation.evaluation import best_threshold, evaluate
-from segmentation.losses import make_loss
-from segmentation.metrics import THRESHOLDS, ConfusionMatrix
+from segmentation.evaluation import COARSE, Evaluation, best_threshold, evaluate
+from segmentation.losses import deeply_supervised, make_loss
 from segmentation.model import SegmentationUNet
 from segmentation.options import SegmentationOptions
 from segmentation.output import pick_device
 from segmentation.phantom import phantom_stack
 from segmentation.pictures import class_colours, errors, grey_or_rgb, panel
-from segmentation.predict import Predictor, Probability, TensorSource, classes
+from segmentation.predict import Predictor, TensorSource, classes
 from segmentation.report import write_report
 from segmentation.samples import CropSamples, image_shape
 from unet import PRESETS, UNetConfig
 from unet.errors import InputError
 from unet.folder import load_strictly, read_config, read_weights
-from unet.model import input_size, output_size
+from unet.geometry import input_size, output_size
 from unet.training.fit import fit
 from unet.training.run import is_main_process, run_folder
 from unet.training.task import Batch, Processes, Task
@@ -65,6 +64,7 @@ def train(options: SegmentationOptions) -> dict[str, float]:
                 samples=samples,
                 loss=task.loss,
                 evaluate=task.evaluate,
+                score=task.score,
                 first_pictures=lambda: {"augmented": samples.picture()},
                 pictures=task.pictures,
             ),
@@ -79,7 +79,8 @@ def _finish(options: SegmentationOptions, data: SegmentationData) -> None:
     """Saves the best threshold on the held-out images with the weights, and draws report.png."""
     model = SegmentationUNet.from_pretrained(options.out / "model").to(pick_device(options.device))
     predict = Predictor([model])
-    threshold = best_threshold(predict, data, data.val, options.threshold_by)
+    by: Literal["dice", "v_rand"] = "v_rand" if options.best_by == "v_rand" else "dice"
+    threshold = best_threshold(predict, data, data.val, by)
     if model.info["threshold"] != threshold:
         model.info["threshold"] = threshold
         model.save_pretrained(options.out / "model")
@@ -123,11 +124,13 @@ def make_model(options: SegmentationOptions, data: SegmentationData) -> Segmenta
             f"from {', '.join(n for n, p in PRESETS.items() if not p.config.time)}"
         )
     count = len(data.table.values)
-    info = {
+    info: dict[str, Any] = {
         "classes": data.table.to_dict(),
         "normalisation": data.normalisation.to_dict(),
         "threshold": 0.5,
     }
+    if options.deep_supervision:
+        info["deep_supervision"] = True
     model = SegmentationUNet(config, 1 if count == 2 else count, info)
     if options.init:
         _initialise(model, options.init)
@@ -186,6 +189,14 @@ class SegmentationTask:
     ) -> None:
         self.data = data
         self.count = len(data.table.values)
+        if options.best_by == "v_rand" and self.count != 2:
+            raise InputError(
+                f"--best-by v_rand compares cells that membranes part, two classes, but the masks "
+                f"have {self.count}: take loss or dice"
+            )
+        self.best_by = options.best_by
+        self.score = "loss" if options.best_by == "loss" else f"-{options.best_by}"
+        self.deep = options.deep_supervision
         if not any((data.load(i)[1] != IGNORE).any() for i in data.val):
             raise InputError(
                 "every pixel of the held-out masks is ignored: hold out other images, with --val, "
@@ -203,21 +214,31 @@ class SegmentationTask:
         )
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        return self.loss_function(model(batch["image"]), batch["mask"], batch.get("weight"))
+        targets = batch["mask"], batch.get("weight")
+        if self.deep:
+            return deeply_supervised(self.loss_function, model(batch["image"], deep=True), *targets)
+        return self.loss_function(model(batch["image"]), *targets)
 
     def evaluate(self, model: SegmentationUNet, processes: Processes) -> Mapping[str, float]:
         """Figures over all held-out pixels: cross-entropy, accuracy, mean Dice and IoU.
 
-        With two classes also the pixel error of ISBI 2012, 1 - the best F1 of class 1.
+        With --best-by v_rand also V_Rand and V_Info, each at its best threshold.
         """
-        part, predict = HeldOut(self.count), Predictor([model])
+        isbi = self.best_by == "v_rand"
+        part, whole = (
+            Evaluation(self.data.table, thresholds=COARSE if isbi else (), isbi=isbi) for _ in "12"
+        )
+        predict = Predictor([model])
         for i in processes.share(self.data.val):
             image, mask = self.data.load(i)
-            part.add(predict(TensorSource(torch.tensor(image))), mask)
-        whole = HeldOut(self.count)
+            probability = predict(TensorSource(torch.tensor(image)))
+            part.add(i, self.data.pairs[i].name, probability, mask)
         for other in processes.gather(part):
             whole.merge(other)
-        return whole.figures()
+        best = whole.challenge()
+        return {k: whole.scores()[k] for k in ("loss", "accuracy", "dice", "iou")} | {
+            k: best[k] for k in ("v_rand", "v_info") if k in best
+        }
 
     def pictures(self, model: SegmentationUNet) -> Mapping[str, Image.Image]:
         """Held-out images: image, mask, probability of the last class, errors."""
@@ -230,43 +251,3 @@ class SegmentationTask:
             shown = grey_or_rgb((probability[-1] * 255).astype(np.uint8)[..., None])
             rows.append([grey, class_colours(mask, self.count), shown, errors(grey, found, mask)])
         return {"held-out": panel(rows)}
-
-
-class HeldOut:
-    """Figures accumulated over held-out images."""
-
-    def __init__(self, count: int) -> None:
-        self.confusion = ConfusionMatrix(count)
-        self.at_threshold = [ConfusionMatrix(2) for _ in THRESHOLDS] if count == 2 else []
-        self.entropy, self.pixels = 0.0, 0
-
-    def add(self, probability: Probability, mask: NDArray[np.uint8]) -> None:
-        """Counts one image: probabilities (K, H, W), class indices (H, W)."""
-        every = (
-            np.concatenate([1 - probability, probability]) if len(probability) == 1 else probability
-        )
-        valid = mask != IGNORE
-        true = np.take_along_axis(every, np.where(valid, mask, 0)[None].astype(np.int64), axis=0)[0]
-        self.entropy -= float(np.log(np.maximum(true[valid], 1e-7), dtype=np.float64).sum())
-        self.pixels += int(valid.sum())
-        self.confusion.add(classes(probability), mask, ignore=IGNORE)
-        for confusion, threshold in zip(self.at_threshold, THRESHOLDS, strict=False):
-            confusion.add(classes(probability, threshold), mask, ignore=IGNORE)
-
-    def merge(self, other: HeldOut) -> None:
-        self.confusion.merge(other.confusion)
-        for mine, theirs in zip(self.at_threshold, other.at_threshold, strict=True):
-            mine.merge(theirs)
-        self.entropy += other.entropy
-        self.pixels += other.pixels
-
-    def figures(self) -> dict[str, float]:
-        found = {
-            "loss": self.entropy / max(self.pixels, 1),
-            "accuracy": self.confusion.accuracy,
-            "dice": self.confusion.mean_dice,
-            "iou": self.confusion.mean_iou,
-        }
-        if self.at_threshold:
-            found["pixel_error"] = 1 - max(float(c.dice[1]) for c in self.at_threshold)
-        return found

@@ -9,7 +9,8 @@ from unet.errors import InputError
 from unet.presets import PRESETS, Preset
 
 if TYPE_CHECKING:
-    from unet.model import UNet, output_size
+    from unet.geometry import output_size
+    from unet.model import UNet
 
 __all__ = ["PRESETS", "InputError", "Preset", "UNet", "UNetConfig", "output_size"]
 
@@ -17,7 +18,7 @@ __all__ = ["PRESETS", "InputError", "Preset", "UNet", "UNetConfig", "output_size
 def __getattr__(name: str) -> Any:
     # Importing torch takes seconds, which a command line's --help need not wait for.
     if name in ("UNet", "output_size"):
-        from unet import model
+        from unet import geometry, model
 
-        return getattr(model, name)
+        return getattr(model if name == "UNet" else geometry, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

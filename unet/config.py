@@ -11,6 +11,7 @@ from unet.errors import InputError
 
 Block = Literal["conv", "res"]
 Skips = Literal["level", "block"]
+Decoder = Literal["unet", "fcn-32s", "fcn-8s"]
 Padding = Literal["same", "valid"]
 Norm = Literal["batch", "group", "instance", "none"]
 Activation = Literal["relu", "leaky-relu", "silu", "gelu"]
@@ -39,6 +40,7 @@ class UNetConfig:
     blocks: int = 1  # blocks a level
     block: Block = "conv"  # two convs (2015), or pre-activation residual blocks (DDPM)
     skips: Skips = "level"  # maps kept: one a level (2015), or every block, stem, downsampling
+    decoder: Decoder = "unet"  # or scores of the coarsest map, "fcn-8s": and of the next two
     patch: int = 1  # > 1: a pixel-unshuffle stem, the network works at 1/patch of the size
     padding: Padding = "same"  # "valid" loses two pixels a conv and crops the skips (2015)
 
@@ -188,6 +190,17 @@ class UNetConfig:
             raise InputError(
                 "padding='valid' needs block='conv', skips='level' and patch=1, not "
                 f"block={self.block!r}, skips={self.skips!r}, patch={self.patch}"
+            )
+        if self.decoder != "unet" and (
+            (self.block, self.skips, self.padding) != ("conv", "level", "same")
+            or decoder is not None
+            or self.levels < 2
+        ):
+            raise InputError(
+                f"decoder={self.decoder!r} needs block='conv', skips='level', padding='same', two "
+                f"levels or more and no decoder_multipliers, not block={self.block!r}, "
+                f"skips={self.skips!r}, padding={self.padding!r}, multipliers={self.multipliers}, "
+                f"decoder_multipliers={decoder}"
             )
         if self.context_channels is not None and self.attention != "transformer":
             raise InputError(

@@ -19,7 +19,7 @@ class Conditioning(NamedTuple):
     emb: Tensor | None = None  # (B, E) embedding of time and class, already activated
     context: Tensor | None = None  # (B, L, D) tokens for cross-attention
     mask: Tensor | None = None  # (B, L) bool, True where a token counts
-    size: tuple[int, int] | None = None  # decoder only: (H, W) of the map that is joined next
+    size: tuple[int, int] | None = None  # decoder only: (H, W) of the map joined next, or the end's
 
 
 def make_activation(config: UNetConfig) -> nn.Module:
@@ -200,6 +200,24 @@ class Upsample(nn.Module):
         if cond.size is not None:
             x = x[..., : cond.size[0], : cond.size[1]]
         return x if self.conv is None else self.conv(x)
+
+
+class Score(nn.Module):
+    """A 1x1 convolution (FCN, arXiv 1411.4038, sec. 4.2)."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor, cond: Conditioning) -> Tensor:
+        return self.conv(x)
+
+
+class Enlarge(nn.Module):
+    """Bilinear interpolation to `cond.size` (FCN, arXiv 1411.4038, sec. 3.3)."""
+
+    def forward(self, x: Tensor, cond: Conditioning) -> Tensor:
+        return F.interpolate(x, size=cond.size, mode="bilinear", align_corners=False)
 
 
 def join_padded(x: Tensor, skip: Tensor) -> Tensor:

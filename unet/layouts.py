@@ -18,6 +18,7 @@ _NEEDS: dict[str, dict[str, tuple[Any, ...]]] = {
         "block": ("conv",),
         "skips": ("level",),
         "blocks": (1,),
+        "decoder": ("unet",),
         "patch": (1,),
         "norm": ("batch",),
         "down": ("max", "avg"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 from collections.abc import Iterator
 
@@ -14,11 +13,14 @@ from torch.utils.checkpoint import checkpoint
 from unet.attention import SelfAttention, SpatialTransformer
 from unet.config import UNetConfig
 from unet.errors import InputError
+from unet.geometry import output_size
 from unet.layers import (
     Conditioning,
     ConvBlock,
     Downsample,
+    Enlarge,
     ResBlock,
+    Score,
     Stem,
     TimeEmbedding,
     Upsample,
@@ -36,7 +38,7 @@ class Step(nn.ModuleDict):
         self, parts: dict[str, nn.Module], *, keeps: bool = False, joins: bool = False
     ) -> None:
         super().__init__(parts)
-        self.keeps = keeps  # encoder: the output is kept
+        self.keeps = keeps  # encoder: the output is kept; decoder: it is its level's last map
         self.joins = joins  # decoder: the last kept map is joined first
 
     def forward(self, x: Tensor, cond: Conditioning) -> Tensor:
@@ -96,7 +98,20 @@ class UNet(nn.Module):
         Raises:
             InputError: an argument that does not fit the config.
         """
+        return self.pyramid(x, t, context, mask=mask, classes=classes)[-1]
+
+    def pyramid(
+        self,
+        x: Tensor,
+        t: Tensor | None = None,
+        context: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        classes: Tensor | None = None,
+    ) -> list[Tensor]:
+        """The middle's map and the last one of each decoder level, which ends with `forward`'s."""
         self._check(x, t, context, mask, classes)
+        finest = [-(-n // self.config.patch) for n in x.shape[-2:]]
         cond = Conditioning(self._embed(t, classes), context, mask)
         kept: list[Tensor] = []
         for step in self.encoder:
@@ -104,12 +119,15 @@ class UNet(nn.Module):
             if step.keeps:
                 kept.append(x)
         x = self._run(self.middle, x, cond)
+        maps = [x]
         for step in self.decoder:
             if step.joins:
                 x = self.join(x, kept.pop())
-            h, w = kept[-1].shape[-2:] if kept else x.shape[-2:]
+            h, w = kept[-1].shape[-2:] if kept else finest
             x = self._run(step, x, cond._replace(size=(h, w)))
-        return x
+            if step.keeps:
+                maps.append(x)
+        return maps
 
     def _embed(self, t: Tensor | None, classes: Tensor | None) -> Tensor | None:
         """The activated sum of the embeddings, (B, 4 * channels): once here, not in every block."""
@@ -181,74 +199,11 @@ class UNet(nn.Module):
                 )
 
 
-def output_size(config: UNetConfig, n: int) -> int:
-    """Height (or width) that comes out for height (or width) n: n itself with same padding.
-
-    Raises:
-        InputError: valid convolutions cannot make anything of n; names the nearest sizes.
-    """
-    if config.padding == "same":
-        return n
-    if (size := _valid_size(config, n)) is not None:
-        return size
-    step = 2 ** (config.levels - 1)
-    near = [m for m in range(n - step, n) if _valid_size(config, m) is not None][-1:]
-    above = (m for m in range(max(n, 0) + 1, n + 10_000_000) if _valid_size(config, m) is not None)
-    near.append(next(above))
-    raise InputError(
-        f"valid convolutions reach no output from size {n}: the nearest sizes that work are "
-        f"{' and '.join(map(str, near))}, then in steps of {step}"
-    )
-
-
-def input_size(config: UNetConfig, n: int) -> int:
-    """The smallest height (or width) from which at least n comes out; n with same padding."""
-    if config.padding == "same":
-        return n
-    return next(size for size in itertools.count(n) if (_valid_size(config, size) or 0) >= n)
-
-
-def receptive_radius(config: UNetConfig) -> float:
-    """Pixels around an output pixel beyond which the input does not change it (an upper bound).
-
-    Infinite where a layer looks at the whole map: attention, group and instance normalisation.
-    """
-    if config.attention_levels or config.middle_attention or config.norm in ("group", "instance"):
-        return math.inf
-    radius = 0
-    for level in range(config.levels):
-        pixel = config.patch * 2**level  # size of this level's pixels in those of the input
-        bottom = level == config.levels - 1
-        by_block = config.skips == "block"
-        inner = 2 if by_block else config.blocks  # in the middle
-        encoder = config.blocks if by_block or not bottom else 0
-        decoder = config.blocks + by_block if by_block or not bottom else 0
-        convolutions = 2 * (encoder + decoder + (inner if bottom else 0))
-        resampling = 0 if bottom else 4  # at most one for down, and one and a half coarse ones up
-        radius += pixel * (convolutions + resampling)
-    stem = config.block == "res" or config.skips == "block" or config.patch > 1
-    return radius + config.patch * (2 if stem else 1)
-
-
-def _valid_size(config: UNetConfig, n: int) -> int | None:
-    loss, levels = 4 * config.blocks, config.levels - 1
-    for _ in range(levels):
-        n -= loss
-        if n < 2 or n % 2:
-            return None
-        n //= 2
-    n -= loss
-    for _ in range(levels):
-        if n < 1:
-            return None
-        n = 2 * n - loss
-    return n if n > 0 else None
-
-
 def _plan(config: UNetConfig) -> tuple[list[Step], Step, list[Step]]:
     """The network as data: the encoder's steps, the middle, the decoder's steps."""
     by_block = config.skips == "block"
     widths, bottom = config.encoder_channels, config.levels - 1
+    first_joined = bottom - _JOINED.get(config.decoder, bottom)
     encoder: list[Step] = []
     decoder: list[Step] = []
     channels = config.in_channels
@@ -267,11 +222,14 @@ def _plan(config: UNetConfig) -> tuple[list[Step], Step, list[Step]]:
         for i in range(config.blocks):
             parts = _block(channels, widths[level], config, level, at_bottom=at_bottom)
             channels = widths[level]
-            keep(Step(parts, keeps=by_block or i == config.blocks - 1))
+            last = i == config.blocks - 1 and level >= first_joined
+            keep(Step(parts, keeps=by_block or last))
         if level < bottom:
             keep(Step({"down": Downsample(channels, config)}, keeps=by_block))
 
     middle = _middle(channels, config)
+    if config.decoder in _JOINED:
+        return encoder, middle, _scores(config)
     channels = widths[-1]
 
     for level in reversed(range(config.levels if by_block else bottom)):
@@ -284,9 +242,29 @@ def _plan(config: UNetConfig) -> tuple[list[Step], Step, list[Step]]:
             joins = by_block or i == 0
             channels += kept.pop() if joins else 0
             mid = channels // 2 if joins and config.decoder_mid == "half-in" else width
-            decoder.append(Step(_block(channels, width, config, level, mid=mid), joins=joins))
+            last = i == config.blocks + by_block - 1
+            parts = _block(channels, width, config, level, mid=mid)
+            decoder.append(Step(parts, keeps=last, joins=joins))
             channels = width
     return encoder, middle, decoder
+
+
+_JOINED = {"fcn-32s": 0, "fcn-8s": 2}  # levels above the coarsest whose maps are scored, too
+
+
+def _scores(config: UNetConfig) -> list[Step]:
+    """A fully convolutional network's decoder (Long et al. 2015, arXiv 1411.4038, fig. 3).
+
+    1x1 scores of the coarsest map, enlarged and added to those of the next one, and so on; the rest
+    of the way is interpolation. A 1x1 convolution of two joined maps is the sum of their scores.
+    """
+    width, bottom = config.out_channels, config.levels - 1
+    steps = [Step({"score": Score(config.encoder_channels[bottom], width)})]
+    for level in reversed(range(max(0, bottom - _JOINED[config.decoder]), bottom)):
+        steps.append(Step({"up": Enlarge()}))
+        score = Score(width + config.encoder_channels[level], width)
+        steps.append(Step({"score": score}, joins=True))
+    return [*steps, Step({"up": Enlarge()}, keeps=True)]
 
 
 def _block(

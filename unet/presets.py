@@ -62,12 +62,26 @@ _SD_V1 = UNetConfig(
     context_channels=768,
 )
 
+_SEGMENTATION = UNetConfig(channels=32, multipliers=(1, 2, 4, 8), patch=2)
+
 PRESETS: dict[str, Preset] = {
     "segmentation": Preset(
-        config=UNetConfig(channels=32, multipliers=(1, 2, 4, 8), patch=2),
+        config=_SEGMENTATION,
         out_channels=1,
         size=512,
         source="our default for segmentation, chosen by measurement: docs/experiments.md",
+    ),
+    "fcn-32s": Preset(
+        config=replace(_SEGMENTATION, decoder="fcn-32s"),
+        out_channels=1,
+        size=512,
+        source="our default's encoder, the decoder of Long et al. 2015, arXiv 1411.4038",
+    ),
+    "fcn-8s": Preset(
+        config=replace(_SEGMENTATION, decoder="fcn-8s"),
+        out_channels=1,
+        size=512,
+        source="the same, with the scores of two finer maps added",
     ),
     "diffusion": Preset(
         config=UNetConfig(

@@ -52,6 +52,27 @@ def model_of(data: SegmentationData, seed: int = 0, **normalisation: object) -> 
     return SegmentationUNet(config, 1 if classes == 2 else classes, info).eval()
 
 
+def test_the_loss_is_the_mean_cross_entropy_of_all_pixels_that_count() -> None:
+    data = data_of(2, 3)
+    rng = np.random.default_rng(0)
+    p = rng.uniform(0.01, 0.99, (3, 1, 40, 56)).astype(np.float32)
+    masks = rng.integers(0, 2, (3, 40, 56)).astype(np.uint8)
+    masks[0, 0, :4] = IGNORE
+    parts, whole = [Evaluation(data.table, isbi=False) for _ in "12"], Evaluation(data.table)
+    for i in range(3):
+        parts[i % 2].add(i, str(i), p[i], masks[i])
+        whole.add(i, str(i), p[i], masks[i])
+    parts[0].merge(parts[1])
+    valid = masks != IGNORE
+    found, y = p[:, 0][valid].astype(np.float64), masks[valid]
+    expected = -np.mean(np.where(y == 1, np.log(found), np.log(1 - found)))
+    for evaluation in (parts[0], whole):
+        assert evaluation.scores()["loss"] == pytest.approx(expected, rel=1e-6)
+        assert evaluation.scores()["accuracy"] == pytest.approx(np.mean((found > 0.5) == y))
+    assert "v_rand" in whole.scores()
+    assert "v_rand" not in parts[0].scores()
+
+
 def noisy(data: SegmentationData, index: int, seed: int = 0) -> NDArray[np.float32]:
     """Probabilities that are right most of the time, and less and less with the index."""
     rng = np.random.default_rng((seed, index))

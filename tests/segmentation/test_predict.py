@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from segmentation.model import SegmentationUNet
 from segmentation.predict import Predictor, TensorSource, classes, probabilities
 from unet import InputError, UNetConfig
-from unet.model import receptive_radius
+from unet.geometry import receptive_radius
 
 SAME = UNetConfig(channels=4, multipliers=(1, 2))
 CONFIGS = {

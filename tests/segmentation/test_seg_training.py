@@ -15,7 +15,7 @@ from scripts import demo, predict_seg, train_seg
 from segmentation.model import SegmentationUNet
 from segmentation.options import RECIPES, SegmentationOptions
 from segmentation.phantom import phantom_stack
-from segmentation.training import HeldOut, load_data, make_model, train
+from segmentation.training import load_data, make_model, train
 from unet import InputError, UNetConfig
 from unet.images import read_image, write_image
 from unet.training.cli import load_config, run_script
@@ -164,7 +164,8 @@ def test_instances_are_learned_as_cells_and_borders_and_come_back_as_numbers(tmp
         ("--loss", "tversky"),
         ("--loss", "lovasz", "--class-weights", "1", "3"),
         ("--border-weight", "10", "--border-sigma", "3"),
-        ("--threshold-by", "v_rand"),
+        ("--best-by", "v_rand", "--deep-supervision"),
+        ("--best-by", "dice", "--network", "fcn-8s"),
     ],
 )
 def test_every_kind_of_training_runs(folder, tmp_path, options):
@@ -213,27 +214,6 @@ def test_the_tutorial_recipe_says_what_it_is():
     assert (recipe["network"], recipe["optimizer"]) == ("tutorial", "rmsprop")
     assert (recipe["lr"], recipe["momentum"], recipe["weight_decay"]) == (1e-5, 0.9, 1e-8)
     assert (recipe["batch_size"], recipe["crop"]) == (1, 0)
-
-
-def test_held_out_figures_are_those_of_all_pixels_at_once():
-    rng = np.random.default_rng(0)
-    logits = torch.from_numpy(rng.normal(size=(3, 1, 8, 10))).float()
-    masks = rng.integers(0, 2, (3, 8, 10)).astype(np.uint8)
-    masks[0, 0, :4] = 255  # ignored
-    parts, whole = [HeldOut(2), HeldOut(2)], HeldOut(2)
-    for i in range(3):
-        parts[i % 2].add(logits[i].sigmoid().numpy(), masks[i])
-    for part in parts:
-        whole.merge(part)
-    valid = masks != 255
-    z, y = logits[:, 0].numpy()[valid], masks[valid]
-    expected = np.mean(np.log1p(np.exp(-np.where(y == 1, z, -z))))
-    found = whole.figures()
-    assert found["loss"] == pytest.approx(expected, rel=1e-5)
-    assert found["accuracy"] == pytest.approx(np.mean((z > 0) == y))
-    p = 1 / (1 + np.exp(-z))
-    f1 = [2 * ((p > t) & (y == 1)).sum() / ((p > t).sum() + y.sum()) for t in np.arange(11) / 10]
-    assert found["pixel_error"] == pytest.approx(1 - max(f1))
 
 
 # -- mistakes -------------------------------------------------------------------------------------

@@ -18,8 +18,9 @@ from segmentation.model import SegmentationUNet
 from unet.attention import SelfAttention, SpatialTransformer
 from unet.config import UNetConfig
 from unet.errors import InputError
+from unet.geometry import input_size, output_size
 from unet.layers import Conditioning, ConvBlock, ResBlock
-from unet.model import UNet, input_size, output_size
+from unet.model import UNet
 from unet.presets import PRESETS
 
 PAPER = PRESETS["paper"].config
@@ -135,7 +136,9 @@ def configs(draw: Any) -> UNetConfig:
         "middle_attention": draw(st.booleans()),
         draw(st.sampled_from(["heads", "head_channels"])): draw(st.sampled_from([1, 2, 4])),
     }
-    if draw(st.booleans()):
+    if (values["block"], values["skips"]) == ("conv", "level") and levels > 1:
+        values["decoder"] = draw(st.sampled_from(["unet", "fcn-32s", "fcn-8s"]))
+    if values.get("decoder", "unet") == "unet" and draw(st.booleans()):
         needed = levels - 1 if values["skips"] == "level" else levels
         values["decoder_multipliers"] = draw(multipliers)[:needed]
     if values["norm"] != "group":  # whose groups need not divide half of the joined channels
@@ -181,6 +184,45 @@ def test_images_of_a_batch_are_independent_in_evaluation(config: UNetConfig) -> 
         together = trunk(**given)
         alone = torch.cat([trunk(**{k: v[i : i + 1] for k, v in given.items()}) for i in (0, 1)])
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+
+
+@settings(max_examples=20)
+@given(configs(), st.integers(1, 19), st.integers(1, 19))
+def test_the_pyramid_ends_with_the_features(config: UNetConfig, height: int, width: int) -> None:
+    trunk, given = UNet(config).eval(), arguments(config, 1, height, width)
+    with torch.no_grad():
+        maps = trunk.pyramid(**given)
+        assert torch.equal(maps[-1], trunk(**given))
+    sizes = [m.shape[-2] for m in maps]
+    assert sizes == sorted(sizes)
+    if config.decoder == "unet":
+        levels = config.levels - (config.skips == "level")
+        widths = config.decoder_channels[:levels]
+        assert [m.shape[1] for m in maps] == [config.encoder_channels[-1], *reversed(widths)]
+
+
+@pytest.mark.parametrize(("name", "joined"), [("fcn-32s", 0), ("fcn-8s", 2)])
+def test_a_fully_convolutional_decoder_adds_scores(name: str, joined: int) -> None:
+    """Long et al. 2015, fig. 3: enlarge the coarse scores, add those of the finer map, go on."""
+    config = replace(PRESETS[name].config, channels=4)
+    model = SegmentationUNet(config, 1).double().eval()
+    trunk = model.trunk
+    x = torch.randn(1, 1, 33, 70).double()
+    h, maps = x, []
+    for step in trunk.encoder:
+        h = step(h, Conditioning())
+        maps += [h] if "block" in step else []
+    maps.append(trunk.middle(h, Conditioning()))
+    scores = [step["score"].conv for step in trunk.decoder if "score" in step]
+    assert len(scores) == joined + 1
+    y = scores[0](maps[-1])
+    for conv, kept in zip(scores[1:], maps[-2::-1], strict=False):
+        y = nn.functional.interpolate(y, size=kept.shape[-2:], mode="bilinear")
+        ours, theirs = conv.weight.split([kept.shape[1], y.shape[1]], dim=1)
+        y = nn.functional.conv2d(kept, ours) + nn.functional.conv2d(y, theirs, conv.bias)
+    y = nn.functional.interpolate(y, size=(17, 35), mode="bilinear")
+    torch.testing.assert_close(trunk(x), y)
+    assert model(x).shape == x.shape
 
 
 def test_paper_sizes_are_those_of_figure_1() -> None:

@@ -205,7 +205,10 @@ class Trainer:
             if task.evaluate:
                 figures = dict(task.evaluate(model, self.processes))
             pictures = task.pictures(model) if task.pictures and self.main else {}
-        score = figures.get(task.score, -math.inf)  # nothing held out: the last weights
+        score = -math.inf  # nothing held out: the last weights
+        if figures:
+            name = task.score.removeprefix("-")
+            score = figures[name] if name == task.score else -figures[name]
         if score < progress.best or score == -math.inf:
             progress.best, self.figures = score, figures
             if self.main:

@@ -44,7 +44,7 @@ class Task:
     evaluate: Callable[[Any, Processes], Mapping[str, float]] | None = None
     """Figures over the whole held-out set, the same on every process; None: nothing held out."""
     score: str = "loss"
-    """The figure that decides which weights are best; the smallest wins."""
+    """The figure that decides which weights are best: the smallest wins, of "-x" the largest x."""
     first_pictures: Callable[[], Mapping[str, Image.Image]] | None = None
     """Pictures by name, made once when the run starts."""
     pictures: Callable[[Any], Mapping[str, Image.Image]] | None = None
