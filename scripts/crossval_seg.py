@@ -49,7 +49,6 @@ class CrossvalOptions(SegmentationOptions):
 
 def main(options: CrossvalOptions) -> None:
     from segmentation.training import train
-    from unet.training.fit import Interrupted
     from unet.training.run import is_main_process
 
     if is_main_process():
@@ -64,9 +63,6 @@ def main(options: CrossvalOptions) -> None:
             if is_main_process() and not any(r.out.exists() for r in runs):  # nothing was begun
                 (options.out / "config.yaml").unlink()
                 options.out.rmdir()
-            raise
-        except Interrupted:
-            print(f"go on with all folds by: crossval_seg.py --out {options.out} --resume")
             raise
         if is_main_process():
             score(run)

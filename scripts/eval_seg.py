@@ -34,6 +34,9 @@ class EvalOptions:
     masks: Path | None = None
     """Folder of the masks; with --images."""
 
+    ignore_value: int | None = None
+    """Mask value of pixels that do not count, where --data is not that of the model's run."""
+
     split: Literal["val", "all"] | None = None
     """val: only images that the runs of all models held out; all: every image. None given: val on
     the data of a model's run, all on other data."""
@@ -110,7 +113,11 @@ def chosen_pairs(options: EvalOptions) -> tuple[SegmentationOptions, list[Pair]]
     runs = [SegmentationOptions(**load_config(SegmentationOptions, f)) for f in files if f.exists()]
     if options.data or options.images or options.masks:
         source = SegmentationOptions(
-            out=options.out, data=options.data or "", images=options.images, masks=options.masks
+            out=options.out,
+            data=options.data or "",
+            images=options.images,
+            masks=options.masks,
+            ignore_value=options.ignore_value,
         )
     elif runs:
         source = runs[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -80,6 +80,20 @@ class ClassTable:
             ignored_share=ignored / (total + ignored),
             names=tuple(names),
         )
+
+    def ignoring(self, value: Value) -> ClassTable:
+        """The same classes with another ignored mask value.
+
+        Raises:
+            InputError: the value is that of a class.
+        """
+        ignored = _as_colour(value) if isinstance(self.values[0], tuple) else value
+        if ignored in self.values:
+            raise InputError(
+                f"ignore value {value} is a class of the model; its classes are "
+                f"{_sorted(self.values)}"
+            )
+        return replace(self, ignore_value=ignored)
 
     def encode(self, mask: Array, name: str = "mask") -> NDArray[np.uint8]:
         """Class indices (H, W) of mask values (H, W) or (H, W, 3); IGNORE where ignored.

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from segmentation.classes import IGNORE, ClassTable, Normalisation, Value
 from segmentation.data import Pair, SegmentationData, split_pairs
+from segmentation.instances import INSTANCE_NAMES
 from segmentation.metrics import THRESHOLDS, ConfusionMatrix, IsbiMetrics
 from segmentation.model import SegmentationUNet
 from segmentation.options import SegmentationOptions
@@ -278,7 +279,7 @@ def labelled_data(
     """Images and masks to score trained models by, read with their classes; all are in `val`.
 
     Args:
-        ignore_value: of masks that number each cell; other classes know theirs.
+        ignore_value: mask value of pixels that do not count; None: the table's.
 
     Raises:
         InputError: images with other channels or another bit depth than those that a model was
@@ -293,6 +294,8 @@ def labelled_data(
                 f"image {pairs[0].name} has {info.channels} channels of {info.dtype}, but the "
                 f"model was trained on {channels} of {dtype}: convert the images"
             )
+    if ignore_value is not None and table.names != INSTANCE_NAMES:
+        table = table.ignoring(ignore_value)
     return SegmentationData(
         (), pairs, table=table, normalisation=normalisation, ignore_value=ignore_value
     )

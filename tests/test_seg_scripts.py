@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shutil
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from segmentation.output import load_models
 from segmentation.phantom import phantom_stack
 from segmentation.predict import Predictor
 from segmentation.training import load_data, train
-from unet.images import write_image
+from unet.images import read_image, write_image
 from unet.training.cli import run_script
 from unet.training.fit import Trainer
 from unet.training.run import read_log
@@ -106,6 +108,19 @@ def test_the_images_to_score_can_be_chosen(trained, tmp_path, capsys):
     assert names_of(tmp_path / "all") == ["0", "1", "2", "3", "4", "5"]
     assert run_eval(*model, "--val-names", "0", "4-5", "--out", tmp_path / "named") == 0
     assert names_of(tmp_path / "named") == ["0", "4", "5"]
+
+
+def test_pixels_of_the_ignored_value_are_not_scored(trained, tmp_path, capsys):
+    data = write_data(tmp_path / "new", 2)
+    mask = read_image(data / "label/0.png").copy()
+    mask[20:, :] = 100
+    write_image(data / "label/0.png", mask)
+    arguments = ("--model", trained / "run/model", "--data", data, "--out", tmp_path / "out")
+    assert run_eval(*arguments, "--ignore-value", 255) == 2
+    assert "255 is a class of the model" in capsys.readouterr().err
+    assert run_eval(*arguments, "--ignore-value", 100) == 0
+    scores = json.loads((tmp_path / "out/scores.json").read_text())
+    assert np.sum(scores["confusion"]) == 2 * 40 * 56 - 20 * 56
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -259,10 +274,10 @@ def test_an_interrupted_cross_validation_ends_as_one_that_is_not(
     arguments = ("--data", crossval / "data", "--folds", 3, "--steps", 3, *FLAGS, "--out", out)
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_step", interrupted)
-        with pytest.raises(SystemExit) as stop:
-            run_crossval(*arguments)
-    assert stop.value.code == 130
-    assert f"crossval_seg.py --out {out} --resume" in capsys.readouterr().out
+        patch.setattr(sys, "argv", ["scripts/crossval_seg.py"])
+        assert run_crossval(*arguments) == 130
+    told = re.findall("(?m)^go on with: (.*)$", capsys.readouterr().out)
+    assert told == [f"python scripts/crossval_seg.py --out {out} --resume"]
     assert not (out / "crossval.json").exists()
     assert not (out / "fold-3").exists()
     first = (out / "fold-1/model/model.safetensors").stat()

@@ -1,4 +1,4 @@
-"""The one exception for mistakes that the user can mend."""
+"""How a script ends early: a mistake that the user can mend, a run that cannot go on, a signal."""
 
 
 class InputError(ValueError):
@@ -14,3 +14,7 @@ class RunError(RuntimeError):
 
     The scripts print it as one sentence and exit with status 1.
     """
+
+
+class Interrupted(SystemExit):
+    """SIGINT or SIGTERM ended a run after its state was saved; the code is 128 + the signal."""

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from segmentation.augment import Augmentation
 from segmentation.data import SegmentationData, pairs_from_arrays
+from segmentation.losses import cross_entropy
+from segmentation.model import SegmentationUNet
+from segmentation.options import SegmentationOptions
 from segmentation.phantom import phantom_stack
 from segmentation.samples import PICTURED, CropSamples
 from segmentation.weights import border_weights
+from unet import PRESETS
 
 FLIPS = Augmentation()
 
@@ -65,3 +73,48 @@ def test_the_picture_shows_samples_with_masks(data, border):
     picture = samples.picture()
     rows = PICTURED // 8 * (2 if border is None else 3)
     assert picture.size == (8 * 36 + 4, rows * 36 + 4)
+
+
+@pytest.mark.slow
+def test_preparing_a_batch_takes_at_most_a_quarter_of_a_step():
+    """With the default options, and with every kind of augmentation; the best of three."""
+    pairs = pairs_from_arrays(*phantom_stack(2, (512, 512), seed=2))
+    data = SegmentationData(pairs[:1], pairs[1:])
+    names = Augmentation.__dataclass_fields__
+    default = Augmentation(**{n: getattr(SegmentationOptions, n) for n in names})
+    model = SegmentationUNet(PRESETS["segmentation"].config, 1)
+    model.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(model.parameters())
+
+    def prepare(samples: CropSamples) -> tuple[torch.Tensor, torch.Tensor]:
+        batch = [samples[0, i % len(samples)] for i in range(SegmentationOptions.batch_size)]
+        return tuple(torch.stack([s[k] for s in batch]) for k in ("image", "mask"))
+
+    def step(image: torch.Tensor, mask: torch.Tensor) -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(image)
+        cross_entropy(logits, mask).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def seconds(work: Callable[..., object], *given: object) -> float:
+        times = []
+        for _ in range(4):
+            start = time.perf_counter()
+            work(*given)
+            times.append(time.perf_counter() - start)
+        return min(times[1:])
+
+    more = {
+        "scale": 0.2,
+        "brightness": 0.2,
+        "contrast": 0.2,
+        "gamma": 0.2,
+        "blur": 1.0,
+        "noise": 0.1,
+    }
+    for augmentation in (default, replace(default, **more)):
+        samples = CropSamples(data, augmentation, (256, 256), (256, 256))
+        share = seconds(prepare, samples) / seconds(step, *prepare(samples))
+        print(f"share of a step: {share:.3f}")
+        assert share <= 0.25

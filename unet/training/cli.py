@@ -30,6 +30,7 @@ import io
 import os
 import re
 import reprlib
+import shlex
 import sys
 import types
 from collections.abc import Callable, Iterable, Sequence
@@ -39,7 +40,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import tyro
 import yaml
 
-from unet.errors import InputError, RunError
+from unet.errors import InputError, Interrupted, RunError
 from unet.files import write_text
 
 T = TypeVar("T")
@@ -152,17 +153,23 @@ def run_script(
     """Parse `argv` as a `cls`, call `run` with it, and return the exit status.
 
     The status is what `run` returns (None is 0); 1 after a RunError; 2 after an InputError, a file
-    that the system refuses or a full disk, each told as ``error: <one sentence>`` on stderr; 130
-    after Ctrl-C; 141 when the reader of stdout went away. Every other exception is a bug and keeps
-    its traceback.
+    that the system refuses or a full disk, each told as ``error: <one sentence>`` on stderr; 128 +
+    the signal after an Interrupted, with the command that goes on; 130 after Ctrl-C; 141 when the
+    reader of stdout went away. Every other exception is a bug and keeps its traceback.
     """
     try:
-        status = run(parse(cls, argv, description=description, recipes=recipes)) or 0
+        options = parse(cls, argv, description=description, recipes=recipes)
+        status = run(options) or 0
         sys.stdout.flush()
         return status
     except (InputError, RunError) as error:
         message = str(error)
         status = 1 if isinstance(error, RunError) else 2
+    except Interrupted as stop:
+        if int(os.environ.get("RANK", 0)) == 0:
+            command = ["python", sys.argv[0], "--out", str(getattr(options, "out", "")), "--resume"]
+            print(f"go on with: {shlex.join(command)}", flush=True)
+        return int(stop.code or 1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

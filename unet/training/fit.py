@@ -15,19 +15,15 @@ from accelerate.utils import set_seed
 from torch import Tensor
 from tqdm import tqdm
 
-from unet.errors import InputError, RunError
+from unet.errors import InputError, Interrupted, RunError
 from unet.folder import check_fit
 from unet.training.batches import BatchKeys, make_loader
 from unet.training.cli import save_config
 from unet.training.ema import EMA
 from unet.training.options import FitOptions
 from unet.training.plan import Budget, Progress, make_optimizer
-from unet.training.run import RunFolder, resume_command, signals_caught
+from unet.training.run import RunFolder, signals_caught
 from unet.training.task import Batch, Processes, Task
-
-
-class Interrupted(SystemExit):
-    """SIGINT or SIGTERM ended the run after its state was saved; the code is 128 + the signal."""
 
 
 def fit(task: Task, options: FitOptions) -> dict[str, float]:
@@ -133,8 +129,7 @@ class Trainer:
         return self.figures
 
     def _stop(self, signum: int) -> None:
-        command = resume_command(self.options.out)
-        self._say(f"stopped at step {self.progress.step}; go on with: {command}")
+        self._say(f"stopped at step {self.progress.step}, whose state is saved")
         raise Interrupted(128 + signum)
 
     # -- a step -----------------------------------------------------------------------------------

@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import signal
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -138,11 +136,6 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             break
     return entries
-
-
-def resume_command(out: Path) -> str:
-    """The command line that goes on with the run in `out`."""
-    return shlex.join(["python", sys.argv[0], "--out", str(out), "--resume"])
 
 
 @contextmanager
