@@ -64,10 +64,10 @@ class SegmentationOptions(FitOptions):
     deep_supervision: bool = False
     """Judge the coarser levels of the decoder, too, each half as much as the next finer one."""
 
-    best_by: Literal["loss", "dice", "v_rand"] = "loss"
+    best_by: Literal["loss", "dice", "v_rand"] | None = None
     """What the kept weights are best for on the held-out images: the cross-entropy, the mean Dice,
-    or V_Rand, which wants closed membranes; the threshold between two classes, for V_Rand or else
-    for the mean Dice."""
+    or V_Rand, which wants closed membranes (the threshold between two classes is best for V_Rand,
+    else for the mean Dice); none given: v_rand where thin membranes part the cells, else loss."""
 
     label_smoothing: float = 0.0
     """With ce and dice-ce: share of the target that is spread over all classes."""
@@ -81,8 +81,9 @@ class SegmentationOptions(FitOptions):
     balance: bool = False
     """Weight each class by the inverse of its share of the pixels."""
 
-    border_weight: float = 0.0
-    """Weight w0 of the narrow gaps between cells (2015: 10); cells are all pixels of class 1."""
+    border_weight: float | None = None
+    """Weight w0 of the narrow gaps between cells (2015: 10), which are all pixels of class 1; none
+    given: 10 where thin membranes part the cells, else 0."""
 
     border_sigma: float = 5.0
     """Width in pixels of that weight (2015: 5)."""
@@ -128,7 +129,7 @@ class SegmentationOptions(FitOptions):
             raise InputError("--balance and --class-weights both weight the classes: give one")
         if not 0 <= self.label_smoothing < 1:
             raise InputError(f"--label-smoothing {self.label_smoothing} must be in [0, 1)")
-        if not (self.border_weight >= 0 and self.border_sigma > 0):
+        if not ((self.border_weight or 0) >= 0 and self.border_sigma > 0):
             raise InputError(
                 f"--border-weight {self.border_weight} must be 0 (off) or more, --border-sigma "
                 f"{self.border_sigma} above 0"

@@ -19,6 +19,7 @@ from segmentation.instances import INSTANCE_NAMES, instances_from_classes
 from segmentation.model import SegmentationUNet
 from segmentation.pictures import grey_or_rgb, overlay
 from segmentation.predict import Predictor, Probability, classes
+from unet.device import pick_device
 from unet.errors import InputError
 from unet.images import Array, ImageInfo, image_info, list_images, write_image
 from unet.rasters import open_raster, writing_bands
@@ -252,17 +253,3 @@ def find_slices(source: Path) -> tuple[list[Slice], list[str]]:
             for page in range(info.pages)
         ]
     return slices, failed
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of that name; auto: a GPU where there is one."""
-    if name == "auto":
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        return accelerator or torch.device("cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"--device {name} cannot be used here: {reason}") from error
-    return device

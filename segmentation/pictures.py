@@ -1,17 +1,14 @@
-"""Pictures to judge a segmentation by: overlays, error maps, panels of samples."""
+"""Pictures to judge a segmentation by: overlays, error maps."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from segmentation.classes import IGNORE
-
-RGB = NDArray[np.uint8]
+from unet.pictures import RGB
 
 # Okabe and Ito's colours, which readers with any colour vision can tell apart.
 _COLOURS = np.array(
@@ -25,7 +22,6 @@ _COLOURS = np.array(
         [240, 228, 66],
     ]
 )
-_GAP = 4  # white pixels between the tiles of a panel
 
 
 def grey_or_rgb(image: NDArray[Any]) -> RGB:
@@ -73,22 +69,3 @@ def errors(image: RGB, prediction: NDArray[np.integer], target: NDArray[np.integ
     out[valid & (prediction > target)] = _COLOURS[5]
     out[valid & (prediction < target)] = _COLOURS[0]
     return out
-
-
-def panel(rows: Sequence[Sequence[RGB]], largest: int = 512) -> Image.Image:
-    """Pictures (H, W, 3) in rows, each scaled down to at most `largest` pixels a side."""
-    pictures = [[Image.fromarray(p) for p in row] for row in rows]
-    for row in pictures:
-        for picture in row:
-            picture.thumbnail((largest, largest), Image.Resampling.LANCZOS)
-    width = max(sum(p.width + _GAP for p in row) for row in pictures) + _GAP
-    heights = [max(p.height for p in row) + _GAP for row in pictures]
-    sheet = Image.new("RGB", (width, sum(heights) + _GAP), "white")
-    top = _GAP
-    for row, height in zip(pictures, heights, strict=True):
-        left = _GAP
-        for picture in row:
-            sheet.paste(picture, (left, top))
-            left += picture.width + _GAP
-        top += height
-    return sheet

@@ -18,8 +18,9 @@ from PIL import Image
 from segmentation.classes import IGNORE
 from segmentation.data import SegmentationData
 from segmentation.evaluation import Evaluation, ImageScores, class_names
-from segmentation.pictures import RGB, class_colours, errors, grey_or_rgb, panel
+from segmentation.pictures import class_colours, errors, grey_or_rgb
 from unet.files import replacing, write_text
+from unet.pictures import RGB, panel
 from unet.training.run import read_log
 
 if TYPE_CHECKING:  # it takes half a second to import

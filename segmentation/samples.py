@@ -12,8 +12,9 @@ from torch import Tensor
 from segmentation.augment import Augmentation, augmented_crop
 from segmentation.classes import IGNORE
 from segmentation.data import SegmentationData
-from segmentation.pictures import class_colours, grey_or_rgb, panel
+from segmentation.pictures import class_colours, grey_or_rgb
 from segmentation.weights import border_weights
+from unet.pictures import panel
 from unet.training.batches import Key, sample_rng
 
 PICTURED = 16  # samples in the picture at the start of a run

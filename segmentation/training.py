@@ -21,22 +21,25 @@ from segmentation.evaluation import COARSE, Evaluation, best_threshold, evaluate
 from segmentation.losses import deeply_supervised, make_loss
 from segmentation.model import SegmentationUNet
 from segmentation.options import SegmentationOptions
-from segmentation.output import pick_device
 from segmentation.phantom import phantom_stack
-from segmentation.pictures import class_colours, errors, grey_or_rgb, panel
+from segmentation.pictures import class_colours, errors, grey_or_rgb
 from segmentation.predict import Predictor, TensorSource, classes
 from segmentation.report import write_report
 from segmentation.samples import CropSamples, image_shape
+from segmentation.weights import are_parted_by_membranes
 from unet import PRESETS, UNetConfig
+from unet.device import pick_device
 from unet.errors import InputError
 from unet.folder import load_strictly, read_config, read_weights
 from unet.geometry import input_size, output_size
+from unet.pictures import panel
 from unet.training.fit import fit
 from unet.training.run import is_main_process, run_folder
 from unet.training.task import Batch, Processes, Task
 
 PHANTOM_SLICES, PHANTOM_SIZE = 30, (256, 256)
 CROP = 256  # usual side of a training crop
+JUDGED = 10  # training masks that decide whether membranes part the cells
 PICTURED = 4  # held-out images in the pictures of a run
 
 
@@ -47,6 +50,7 @@ def train(options: SegmentationOptions) -> dict[str, float]:
         InputError: a mistake in the options or the data, before anything is trained.
     """
     data = load_data(options)
+    options = adapted(options, data)
     model = make_model(options, data)
     size, target = _crop(options, data, model.config)
     if is_main_process():
@@ -86,6 +90,24 @@ def _finish(options: SegmentationOptions, data: SegmentationData) -> None:
         model.save_pretrained(options.out / "model")
     found = evaluate(predict, data, data.val, threshold=threshold, thresholds=())
     print(f"report: {write_report(options.out, found, data)}")
+
+
+def adapted(options: SegmentationOptions, data: SegmentationData) -> SegmentationOptions:
+    """The options with those that were not given filled in by what the masks show."""
+    if options.border_weight is not None and options.best_by is not None:
+        return options
+    membranes = len(data.table.values) == 2 and are_parted_by_membranes(
+        data.load(i)[1] for i in data.train[:JUDGED]
+    )
+    found: dict[str, Any] = {
+        "border_weight": 10.0 if membranes else 0.0,
+        "best_by": "v_rand" if membranes else "loss",
+    }
+    found = {name: v for name, v in found.items() if getattr(options, name) is None}
+    if membranes and is_main_process():
+        flags = " and ".join(f"--{k.replace('_', '-')} {v}" for k, v in found.items())
+        print(f"thin membranes part the cells of class 1: {flags}", flush=True)
+    return replace(options, **found)
 
 
 def load_data(options: SegmentationOptions) -> SegmentationData:
@@ -194,8 +216,8 @@ class SegmentationTask:
                 f"--best-by v_rand compares cells that membranes part, two classes, but the masks "
                 f"have {self.count}: take loss or dice"
             )
-        self.best_by = options.best_by
-        self.score = "loss" if options.best_by == "loss" else f"-{options.best_by}"
+        self.best_by = options.best_by or "loss"
+        self.score = "loss" if self.best_by == "loss" else f"-{self.best_by}"
         self.deep = options.deep_supervision
         if not any((data.load(i)[1] != IGNORE).any() for i in data.val):
             raise InputError(

@@ -391,3 +391,29 @@ def test_three_minutes_on_isbi_slices(isbi2012, tmp_path):
     best = min(held_out, key=lambda e: e["val_loss"])
     assert best["val_loss"] <= 0.20
     assert best["val_accuracy"] >= 0.915
+
+
+def test_membranes_are_trained_to_close_and_other_masks_are_not(folder, tmp_path, capsys):
+    """What was not asked for is decided by the masks, said, and saved; what was asked for stays."""
+    cells = tmp_path / "cells"
+    for i, (image, mask) in enumerate(zip(*phantom_stack(4, (96, 128), seed=3), strict=True)):
+        write_image(cells / "image" / f"{i}.png", image)
+        write_image(cells / "label" / f"{i}.png", mask)
+    for name, given, weight, by in (
+        ("plain", (), 10.0, "v_rand"),
+        ("asked", ("--border-weight", "0", "--best-by", "dice"), 0.0, "dice"),
+        ("half", ("--best-by", "loss"), 10.0, "loss"),
+    ):
+        assert run_train("--data", cells, "--out", tmp_path / name, *SMALL, *given) == 0
+        assert ("thin membranes part" in capsys.readouterr().out) == (name != "asked")
+        saved = load_config(SegmentationOptions, tmp_path / name / "config.yaml")
+        assert (saved["border_weight"], saved["best_by"]) == (weight, by)
+    blobs = tmp_path / "blobs"
+    for i, image in enumerate(sorted((folder / "image").iterdir())):
+        mask = np.zeros((40, 56), np.uint8)
+        mask[5:20, 5 + i : 20 + i] = 255
+        write_image(blobs / "image" / image.name, read_image(image))
+        write_image(blobs / "label" / image.name, mask)
+    assert run_train("--data", blobs, "--out", tmp_path / "other", *SMALL) == 0
+    saved = load_config(SegmentationOptions, tmp_path / "other/config.yaml")
+    assert (saved["border_weight"], saved["best_by"]) == (0.0, "loss")

@@ -11,11 +11,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
 
-from segmentation.weights import border_weights
+from segmentation.classes import IGNORE
+from segmentation.phantom import phantom_stack
+from segmentation.weights import are_parted_by_membranes, border_weights
 from unet.errors import InputError
+from unet.images import read_mask
 
 
 def brute_force(cells: np.ndarray, w0: float, sigma: float) -> np.ndarray:
@@ -138,3 +142,33 @@ def test_membranes_of_real_slices_are_heavier_than_their_cells(isbi2012: Path) -
 def test_wrong_arguments_are_refused(labels: Any, options: Any, says: str) -> None:
     with pytest.raises(InputError, match=says):
         border_weights(labels, **options)
+
+
+def membranes() -> list[NDArray[np.uint8]]:
+    return list(phantom_stack(3, (128, 128), seed=4)[1] // 255)
+
+
+def test_cells_that_membranes_part_are_recognised(isbi2012: Path) -> None:
+    real = [read_mask(isbi2012 / f"label/{i}.png") // 255 for i in range(0, 30, 7)]
+    assert are_parted_by_membranes(membranes())
+    assert are_parted_by_membranes(real)
+
+
+@pytest.mark.parametrize("kind", ["blobs", "vessels", "two halves", "wide gaps", "nothing"])
+def test_other_masks_are_none_of_these(kind: str) -> None:
+    y, x = np.mgrid[:128, :128]
+    mask = {
+        "blobs": (y % 32 - 16) ** 2 + (x % 32 - 16) ** 2 < 100,  # less than half of the image
+        "vessels": membranes()[0] == 0,
+        "two halves": abs(x - 64) > 2,
+        "wide gaps": (y % 64 < 48) & (x % 128 < 90),
+        "nothing": np.zeros((128, 128), bool),
+    }[kind]
+    assert not are_parted_by_membranes([mask.astype(np.uint8)] * 2)
+
+
+def test_ignored_pixels_part_nothing() -> None:
+    masks = membranes()
+    for mask in masks:
+        mask[:, 40:100] = IGNORE
+    assert are_parted_by_membranes(masks)

@@ -236,7 +236,7 @@ def _check_names(cls: type, argv: Iterable[str]) -> None:
     """InputError for an option that `cls` does not have; tyro would name a missing one first."""
     valid = ["--config", "--help"]
     for name, hint in _hints(cls).items():
-        dashed = name.replace("_", "-")
+        dashed = name.rstrip("_").replace("_", "-")  # `class_` is --class
         valid += [f"--{dashed}", f"--no-{dashed}"] if hint is bool else [f"--{dashed}"]
     for token in argv:
         option = token.partition("=")[0]
