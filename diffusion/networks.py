@@ -1,0 +1,51 @@
+"""The network that fits the images and the budget, where the user names none."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from unet import PRESETS, UNetConfig
+
+_COARSEST = 8  # side of the coarsest map, at most: self-attention is cheap there
+_ACCELERATOR = 30  # minutes of this kind of processor that a minute of a GPU is worth, roughly
+_WIDTHS = ((32, 15), (48, 60), (64, 240), (96, 1440))  # channels, and minutes on a CPU up to which
+_WIDEST = 128
+_FEW = 2_000  # images, of which a wide network would learn each by heart
+
+
+def automatic_config(
+    channels: int, size: tuple[int, int], count: int, minutes: float | None, *, accelerator: bool
+) -> tuple[UNetConfig, str]:
+    """A config of the family of the "diffusion" preset, and why it is this one, in words.
+
+    Args:
+        channels, size, count: of the images.
+        minutes: the budget; None: it is in steps or epochs, and taken as ten minutes.
+        accelerator: the network is trained on a GPU.
+    """
+    side = max(size)
+    patch = 1 if side < 24 else 2 if side < 128 else 4
+    levels = 1
+    while -(-side // patch) > _COARSEST * 2 ** (levels - 1):
+        levels += 1
+    levels = max(2, levels)
+    budget = (minutes or 10.0) * (_ACCELERATOR if accelerator else 1)
+    width = next((w for w, most in _WIDTHS if budget <= most), _WIDEST)
+    reasons = [f"{budget:g} minutes of a CPU" if not accelerator else f"{minutes or 10:g} minutes"]
+    if count < _FEW and width > 64:
+        width = 64
+        reasons.append(f"only {count} images")
+    multipliers = (1, *[2] * (levels - 1))
+    config = replace(
+        PRESETS["diffusion"].config,
+        in_channels=channels,
+        channels=width,
+        multipliers=multipliers,
+        patch=patch,
+        attention_levels=(levels - 1,),
+    )
+    coarsest = -(-side // (patch * 2 ** (levels - 1)))
+    return config, (
+        f"{width} channels for {' and '.join(reasons)}; patches of {patch} and {levels} levels for "
+        f"images of {size[0]} x {size[1]}, so that attention works at {coarsest} x {coarsest}"
+    )

@@ -1,0 +1,69 @@
+"""Samples as files: a grid, one PNG an image, an .npz, a GIF."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from diffusion.pictures import Images, grid, write_gif
+from unet.errors import InputError
+from unet.files import replacing
+from unet.images import write_image
+
+IN_GRID = 100  # images in grid.png, at most
+
+
+class SampleFolder:
+    """Where a sampling run puts its images: images/00000.png, ..., grid.png.
+
+    Args:
+        overwrite: empty what an earlier run wrote there.
+
+    Raises:
+        InputError: the folder is in use.
+    """
+
+    def __init__(self, path: Path, *, overwrite: bool = False) -> None:
+        self.path = path
+        if path.is_file() or (path.is_dir() and any(path.iterdir()) and not overwrite):
+            raise InputError(f"--out {path} is in use: give --overwrite or another folder")
+        self.shown: list[np.ndarray] = []
+        self.written = 0
+
+    def begin(self) -> None:
+        """Removes what an earlier run wrote, once this one is sure to start."""
+        shutil.rmtree(self.path / "images", ignore_errors=True)
+        for name in ("grid.png", "samples.npz", "appearing.gif"):
+            (self.path / name).unlink(missing_ok=True)
+
+    def add(self, images: Images, first: int = 0) -> None:
+        """Writes the next images, uint8 (N, H, W, C)."""
+        for image in images:
+            write_image(self.path / "images" / f"{first + self.written:05d}.png", image)
+            self.written += 1
+            if len(self.shown) < IN_GRID:
+                self.shown.append(image)
+
+    def write_grid(self, columns: int | None = None) -> Path:
+        picture = grid(np.stack(self.shown), columns)
+        return self._save(picture, "grid.png")
+
+    def write_npz(self, images: Images, labels: Sequence[int] | None) -> None:
+        """`images` uint8 (N, H, W, C), and `labels` int64 (N,) where there are classes."""
+        arrays = {"images": images}
+        if labels is not None:
+            arrays["labels"] = np.asarray(labels)
+        with replacing(self.path / "samples.npz") as temporary, temporary.open("wb") as file:
+            np.savez_compressed(file, **arrays)
+
+    def write_gif(self, frames: Sequence[Images]) -> None:
+        write_gif(self.path / "appearing.gif", frames)
+
+    def _save(self, picture: Image.Image, name: str) -> Path:
+        with replacing(self.path / name) as temporary:
+            picture.save(temporary, format="png")
+        return self.path / name

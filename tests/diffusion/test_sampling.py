@@ -1,0 +1,161 @@
+"""Images out of a model folder: the same for any batch size, what is asked for, refusals."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from diffusion.model import DiffusionUNet
+from diffusion.options import SamplingOptions
+from diffusion.sampling import ImageSampler, image_seeds, to_bytes
+from diffusion.schedule import NoiseSchedule
+from unet import PRESETS, InputError
+from unet.config import UNetConfig
+
+SAMPLERS = ("ddpm", "ddim", "euler", "heun", "dpmpp-2m", "dpmpp-2m-sde")
+
+
+def config(**values: Any) -> UNetConfig:
+    small = {"in_channels": 1, "channels": 8, "head_channels": None, "groups": 4}
+    return replace(PRESETS["diffusion"].config, **{**small, **values})
+
+
+def model(
+    classes: tuple[str, ...] = (), learn_variance: bool = False, **info: Any
+) -> DiffusionUNet:
+    torch.manual_seed(0)
+    schedule = NoiseSchedule(kind="cosine", steps=50)
+    facts = {"schedule": schedule.to_dict(), "prediction": "v", "size": [8, 12], "classes": classes}
+    network = config(classes=len(classes) + 1 if classes else 0)
+    made = DiffusionUNet(network, 2 if learn_variance else 1, {**facts, **info})
+    for parameter in made.parameters():  # the head starts at zero
+        torch.nn.init.normal_(parameter, std=0.2)
+    return made
+
+
+def sampler(network: DiffusionUNet, **options: Any) -> ImageSampler:
+    return ImageSampler(network, SamplingOptions(**{"steps": 5, **options}))
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_an_image_depends_on_its_number_alone(name: Any) -> None:
+    network = model(("a", "b"))
+    classes = [i % 2 for i in range(7)]
+    together = sampler(network, sampler=name)(7, classes)
+    assert together.shape == (7, 8, 12, 1)
+    assert together.dtype == np.uint8
+    apart = sampler(network, sampler=name, batch_size=2)(7, classes)
+    assert np.abs(together.astype(int) - apart).max() <= 1  # of rounding in the network
+    alone = next(sampler(network, sampler=name).batches(1, classes[4:5], first=4))
+    assert np.abs(together[4].astype(int) - alone[0]).max() <= 1
+    assert (sampler(network, sampler=name, seed=1)(7, classes) != together).mean() > 0.5
+
+
+def test_seeds_do_not_meet() -> None:
+    seeds = [s for seed in range(3) for s in image_seeds(seed, 5)]
+    assert len(set(seeds)) == 15
+    assert image_seeds(2, 3, first=4) == image_seeds(2, 7)[4:]
+
+
+def test_every_byte_survives_the_way_through_the_model_s_range() -> None:
+    every = torch.arange(256).view(1, 1, 16, 16)
+    assert (to_bytes(every / 127.5 - 1)[0, ..., 0] == every[0, 0].numpy()).all()
+    assert to_bytes(torch.tensor([[[[-9.0, 9.0]]]])).flatten().tolist() == [0, 255]
+
+
+def test_classes_and_guidance_change_the_images() -> None:
+    network = model(("a", "b"))
+    plain = sampler(network)
+    a, b, anything = plain(3, [0] * 3), plain(3, [1] * 3), plain(3)
+    assert (a != b).any()
+    assert (a != anything).any()
+    assert (sampler(network, guidance=3.0)(3, [0] * 3) != a).any()
+    assert (sampler(network, guidance=0.0)(3, [0] * 3) == anything).mean() > 0.99
+    assert plain.class_index("b") == 1
+
+
+def test_an_image_can_be_varied_inpainted_and_joined_with_another() -> None:
+    made = sampler(model(), steps=10)
+    image = torch.linspace(-1, 1, 96).view(1, 1, 8, 12)
+    near, far = (next(made.batches(2, plan=made.variants(image, s))) for s in (0.1, 1.0))
+    distances = [np.abs(found.astype(int) - to_bytes(image)).mean() for found in (near, far)]
+    assert distances[0] < distances[1]
+    mask = torch.zeros(1, 1, 8, 12, dtype=torch.bool)
+    mask[..., 6:] = True
+    anew = next(made.batches(2, plan=made.inpainted(image, mask)))
+    assert (anew[:, :, :6] == to_bytes(image)[:, :, :6]).all()
+    assert (anew[0, :, 6:] != anew[1, :, 6:]).any()
+    joined = next(made.batches(5, plan=made.between(image, -image)))
+    assert joined.shape == (5, 8, 12, 1)
+
+
+def test_evaluations_are_counted_and_steps_reported() -> None:
+    network, calls = model(), []
+    network.register_forward_hook(lambda *_: calls.append(1))
+    for name in ("dpmpp-2m", "heun"):
+        made, steps = sampler(network, sampler=name, batch_size=2), []
+        calls.clear()
+        list(made.batches(4, on_step=steps.append))
+        plan = made.from_noise()
+        assert (len(calls), len(steps)) == (2 * plan.evaluations, 2 * plan.steps)
+    image = torch.zeros(1, 1, 8, 12)
+    for plan in (made.variants(image, 0.6), made.inpainted(image, image)):
+        calls.clear()
+        steps = []
+        list(made.batches(2, plan=plan, on_step=steps.append))
+        assert (len(calls), len(steps)) == (plan.evaluations, plan.steps)
+
+
+def test_a_sample_appears_out_of_noise() -> None:
+    made = sampler(model())
+    frames = made.appearing(2)
+    assert len(frames) == 6
+    assert (frames[-1] == made(2)).all()
+    assert frames[0].std() > 60  # noise, of which a third is clamped
+
+
+@pytest.mark.parametrize(
+    ("network", "options", "told"),
+    [
+        ({}, {"steps": 51}, "51 sampling steps are asked for.*50"),
+        ({}, {"guidance": 2.0}, "--guidance 2.0 needs a model that knows classes"),
+        ({}, {"sampler": "ddpm", "variance": "learned"}, "--learn-variance"),
+        ({"prediction": "score"}, {}, "prediction 'score' is unknown"),
+        ({"schedule": {"kind": "odd"}}, {}, "noise schedule 'odd' is unknown"),
+    ],
+)
+def test_settings_that_do_not_fit_the_model_are_refused(
+    network: dict[str, Any], options: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(InputError, match=told):
+        sampler(model(**network), **options)
+
+
+def test_what_a_model_does_not_know_is_said() -> None:
+    with pytest.raises(InputError, match=r"class 'x' is none of the model's, which knows a, b"):
+        sampler(model(("a", "b"))).class_index("x")
+    with pytest.raises(InputError, match="was trained without"):
+        sampler(model()).class_index("x")
+    network = model()
+    del network.info["size"]
+    with pytest.raises(InputError, match="no 'size' in its info"):
+        sampler(network)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"steps": 0}, "--steps 0"),
+        ({"batch_size": 0}, "--batch-size 0"),
+        ({"seed": -1}, "--seed -1"),
+        ({"eta": 0.5}, "--eta 0.5 is for --sampler ddim"),
+        ({"variance": "fixed-large"}, "is for --sampler ddpm"),
+    ],
+)
+def test_mistaken_options_are_refused(options: dict[str, Any], told: str) -> None:
+    with pytest.raises(InputError, match=told):
+        SamplingOptions(**options)
