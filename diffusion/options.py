@@ -45,7 +45,7 @@ class DiffusionOptions(FitOptions):
     """
 
     val: float = 0.02
-    """Share of the images that is held out from training."""
+    """Images that are held out from training: below 1 a share, from 1 on a number."""
 
     skip_bad: bool = False
     """Leave out images that cannot be read, naming them, instead of stopping."""

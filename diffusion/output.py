@@ -54,11 +54,11 @@ class SampleFolder:
 
     def write_npz(self, images: Images, labels: Sequence[int] | None) -> None:
         """`images` uint8 (N, H, W, C), and `labels` int64 (N,) where there are classes."""
-        arrays = {"images": images}
-        if labels is not None:
-            arrays["labels"] = np.asarray(labels)
         with replacing(self.path / "samples.npz") as temporary, temporary.open("wb") as file:
-            np.savez_compressed(file, **arrays)
+            if labels is None:
+                np.savez_compressed(file, images=images)
+            else:
+                np.savez_compressed(file, images=images, labels=np.asarray(labels))
 
     def write_gif(self, frames: Sequence[Images]) -> None:
         write_gif(self.path / "appearing.gif", frames)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +60,7 @@ def write_gif(path: Path, frames: Sequence[Images]) -> None:
         )
 
 
-def table(rows: dict[str, Sequence[RGB]], titles: Sequence[str]) -> Image.Image:
+def table(rows: Mapping[str, Sequence[RGB]], titles: Sequence[str]) -> Image.Image:
     """Pictures in named rows and titled columns."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

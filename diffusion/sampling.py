@@ -150,8 +150,8 @@ class ImageSampler:
                 image.expand(len(seeds), -1, -1, -1),
                 self._given(NoiseSource(seeds), classes),
             )
-            jumps = {"jump": JUMP, "repeats": REPEATS}
-            return inpaint(self.denoiser, images, mask, self.timesteps, **jumps, **given)
+            given |= {"jump": JUMP, "repeats": REPEATS}
+            return inpaint(self.denoiser, images, mask, self.timesteps, **given)
 
         return self._plan(run, repaint_timesteps(self.timesteps, JUMP, REPEATS))
 

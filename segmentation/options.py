@@ -98,25 +98,25 @@ class SegmentationOptions(FitOptions):
     rotation: float = 180.0
     """Turn the crops by up to that many degrees either way."""
 
-    scale: float = 0.0
+    scale: float = 0.15
     """Zoom the crops by up to a factor of 1 + this either way."""
 
     elastic: float = 10.0
     """Standard deviation in pixels of random displacements at 3 x 3 points (2015: 10)."""
 
-    brightness: float = 0.0
+    brightness: float = 0.2
     """Shift the grey values by up to that many of their standard deviations."""
 
-    contrast: float = 0.0
+    contrast: float = 0.2
     """Stretch the grey values by up to a factor of 1 + this either way."""
 
-    gamma: float = 0.0
+    gamma: float = 0.2
     """Bend the grey values by an exponent of up to 1 + this either way."""
 
-    blur: float = 0.0
+    blur: float = 1.0
     """Blur by a Gaussian of up to that many pixels."""
 
-    noise: float = 0.0
+    noise: float = 0.1
     """Add noise of up to that many standard deviations of the grey values."""
 
     def __post_init__(self) -> None:

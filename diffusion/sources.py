@@ -1,0 +1,185 @@
+"""Where training images come from: files, archives and drawn shapes, each a numbered `Source`."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diffusion.shapes import HELD_OUT, SIDE, example, example_caption
+from unet.errors import InputError
+from unet.images import SUFFIXES, Array, ImageInfo, image_info, natural_key, read_image
+
+DRAWN = 20_000  # pictures of shapes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Images of any depth, by number; what reads them can be sent to worker processes."""
+
+    names: Sequence[str]  # for messages
+    read: Callable[[int], Array]
+    kind: ImageInfo | None = None  # of all images; None: each is a file with a header of its own
+    files: Sequence[Path] = ()
+    classes: tuple[str, ...] = ()
+    labels: NDArray[np.int64] | None = None
+    captioned: bool = False
+    caption: Callable[[int], str] = str
+    note: str = ""
+
+    def info(self, image: int) -> ImageInfo:
+        return self.kind or image_info(self.files[image])
+
+
+def open_source(data: str | Path, captions: bool, size: int | None, seed: int) -> Source:
+    """The source that `data` names, as `DiffusionData` does.
+
+    Raises:
+        InputError: nothing there, a damaged archive, a bad metadata.jsonl.
+    """
+    path = Path(data)
+    if str(data) == "shapes":
+        return _drawn(size or SIDE, seed)
+    if not os.path.exists(path):  # False for an impossible name, too
+        raise InputError(f"'{data}': no such file or folder")
+    return _archive(path) if path.suffix.lower() == ".npz" else _in_files(path, captions)
+
+
+def _drawn(side: int, seed: int) -> Source:
+    never = ", ".join(sorted(" ".join(pair) for pair in HELD_OUT))
+    return Source(
+        names=[f"shapes {i}" for i in range(DRAWN)],
+        read=partial(_draw, seed, side),
+        kind=ImageInfo(height=side, width=side, channels=3, dtype="uint8"),
+        captioned=True,
+        caption=partial(example_caption, seed),
+        note=f"; left for evaluation: {never}",
+    )
+
+
+def _draw(seed: int, side: int, image: int) -> Array:
+    return example(seed, image, side)[1].picture
+
+
+def _archive(path: Path) -> Source:
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            images, labels = archive["images"], archive.get("labels")
+    except Exception as error:  # zip, zlib and numpy raise what a wrong byte leads them to
+        raise InputError(f"'{path}' cannot be read as an .npz with an array `images`") from error
+    images = images[..., None] if images.ndim == 3 else images
+    if images.dtype != np.uint8 or images.shape[3:] not in ((1,), (3,), (4,)) or not images.size:
+        raise InputError(
+            f"'{path}' has images {images.dtype} {images.shape}: give uint8 (N, H, W) or "
+            "(N, H, W, C), C = 1 or 3"
+        )
+    count, height, width, channels = images.shape
+    kind = ImageInfo(
+        height=height,
+        width=width,
+        channels=min(channels, 3),
+        dtype="uint8",
+        has_alpha=channels == 4,
+    )
+    names = [f"{path} image {i}" for i in range(count)]
+    source = Source(names=names, read=images[..., :3].__getitem__, kind=kind)
+    if labels is None:
+        return source
+    if labels.shape != (count,) or labels.dtype.kind not in "biuU":
+        raise InputError(
+            f"'{path}' has labels {labels.dtype} {labels.shape} for {count} images: give a whole "
+            "number or a name for each"
+        )
+    return _classified(source, labels.tolist())
+
+
+def _classified(source: Source, labels: list[Any]) -> Source:
+    """The source with classes from labels of any kind, in natural order."""
+    names = sorted(set(labels), key=lambda label: natural_key(str(label)))
+    index = {name: i for i, name in enumerate(names)}
+    numbers = np.array([index[label] for label in labels], np.int64)
+    return replace(source, classes=tuple(map(str, names)), labels=numbers)
+
+
+def _in_files(path: Path, captions: bool) -> Source:
+    """An image or stack, or all of a folder with its subfolders, in natural order."""
+    root = path if path.is_dir() else path.parent
+    files, tables = _walk(path) if path.is_dir() else ([path], [])
+    pages: list[tuple[Path, int | None]] = []
+    for file in files:
+        count = 1
+        if file.suffix.lower() in (".tif", ".tiff", ".npy"):
+            with suppress(InputError):  # which is raised again where the image is read
+                count = image_info(file).pages
+        pages += [(file, page if count > 1 else None) for page in range(count)]
+    source = Source(
+        names=[str(file) if page is None else f"{file} page {page}" for file, page in pages],
+        read=partial(_read_page, pages),
+        files=[file for file, _ in pages],
+        captioned=bool(tables),
+    )
+    if captions and tables:
+        table = _read_captions(tables)
+        missing = next((file for file in source.files if file not in table), None)
+        if missing:
+            raise InputError(f"'{missing}' has no line in metadata.jsonl: add its caption")
+        texts = [table[file] for file in source.files]
+        source = replace(source, caption=texts.__getitem__)
+    folders = [file.relative_to(root).parts[0] for file in source.files if file.parent != root]
+    if len(folders) < len(pages) or len(set(folders)) < 2:
+        return source
+    return _classified(source, folders)
+
+
+def _read_page(pages: Sequence[tuple[Path, int | None]], image: int) -> Array:
+    return read_image(*pages[image])
+
+
+def _walk(root: Path) -> tuple[list[Path], list[Path]]:
+    """Images in natural order, and metadata.jsonl, in a folder and below; hidden ones are not."""
+    images: list[tuple[Any, Path]] = []
+    tables = []
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        inside = [natural_key(part) for part in Path(folder).relative_to(root).parts]
+        for name in names:
+            if name == "metadata.jsonl":
+                tables.append(Path(folder, name))
+            elif name.lower().endswith(SUFFIXES) and not name.startswith("."):
+                images.append(([*inside, natural_key(name)], Path(folder, name)))
+    if not images:
+        raise InputError(f"'{root}': no image in this folder ({', '.join(SUFFIXES)})")
+    return [path for _, path in sorted(images)], tables
+
+
+def _read_captions(tables: Iterable[Path]) -> dict[Path, str]:
+    """The captions of the files that each metadata.jsonl names, relative to its folder."""
+    captions = {}
+    for table in tables:
+        try:
+            lines = table.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"'{table}' cannot be read as UTF-8 text") from error
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                entry = json.loads(line)
+                name, text = entry["file_name"], entry["text"]
+                if not isinstance(name, str) or not isinstance(text, str):
+                    raise TypeError("no text")
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                raise InputError(
+                    f"line {number} of '{table}' is none such as "
+                    '{"file_name": "0.png", "text": "a red circle"}'
+                ) from error
+            captions[table.parent / name] = text
+    return captions

@@ -1,0 +1,275 @@
+"""Training a diffusion model: the task that `fit` is handed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from diffusion.data import DiffusionData
+from diffusion.denoiser import Denoiser
+from diffusion.model import DiffusionUNet
+from diffusion.networks import automatic_config
+from diffusion.options import DiffusionOptions, SamplingOptions
+from diffusion.pictures import grid, rgb, table
+from diffusion.prediction import diffusion_loss, get_prediction
+from diffusion.report import write_report
+from diffusion.sampling import ImageSampler, to_bytes
+from diffusion.schedule import NoiseSchedule, NoiseSource
+from unet import PRESETS
+from unet.errors import InputError
+from unet.folder import load_strictly, read_config, read_weights
+from unet.training.batches import Key, sample_rng
+from unet.training.fit import fit
+from unet.training.run import is_main_process, run_folder
+from unet.training.task import Batch, Processes, Task
+
+SHOWN_LEVELS = 8  # of the pictures
+SHOWN = 36  # samples in the picture at each evaluation
+MOST_JUDGED = 500  # held-out images, and as many training images
+PART = 125  # of them at a time
+
+
+def train(options: DiffusionOptions) -> dict[str, float]:
+    """Reads the data, says what was found, trains, and returns the best held-out figures.
+
+    Raises:
+        InputError: a mistake in the options or the data, before anything is trained.
+    """
+    schedule = NoiseSchedule(kind=options.noise, steps=options.timesteps, zero_snr=options.zero_snr)
+    get_prediction(options.prediction, schedule)
+    data = load_data(options)
+    model, why = make_model(options, data, schedule)
+    if is_main_process():
+        parameters = sum(p.numel() for p in model.parameters())
+        print(f"{data.describe()}\nnetwork: {parameters / 1e6:.2f} M parameters, {why}", flush=True)
+    task = DiffusionTask(options, data, schedule)
+    with run_folder(options):
+        figures = fit(
+            Task(
+                model=model,
+                samples=NoisedSamples(data, options, model.config.classes),
+                loss=task.loss,
+                evaluate=task.evaluate,
+                first_pictures=task.forward_pictures,
+                pictures=task.pictures,
+            ),
+            options,
+        )
+        if is_main_process():
+            best = DiffusionUNet.from_pretrained(options.out / "model")
+            print(f"report: {write_report(options.out, best, data)}")
+    return figures
+
+
+def load_data(options: DiffusionOptions) -> DiffusionData:
+    """The training and held-out images that the options name."""
+    data = DiffusionData(
+        options.data,
+        size=options.size,
+        channels=options.channels,
+        crops=options.crops,
+        flips=options.flips,
+        val=options.val,
+        skip_bad=options.skip_bad,
+        classes=options.classes,
+    )
+    return data
+
+
+def make_model(
+    options: DiffusionOptions, data: DiffusionData, schedule: NoiseSchedule
+) -> tuple[DiffusionUNet, str]:
+    """The network for these images, with random weights or those of `--init`, and why this one."""
+    torch.manual_seed(options.seed)
+    if options.network == "auto":
+        on_gpu = options.device != "cpu" and torch.accelerator.is_available()
+        config, why = automatic_config(
+            data.channels, data.size, len(data.train), options.max_minutes, accelerator=on_gpu
+        )
+    elif preset := PRESETS.get(options.network):
+        config, why = replace(preset.config, in_channels=data.channels), preset.source
+    else:
+        raise InputError(
+            f"--network {options.network!r} is no preset: choose auto or one of "
+            f"{', '.join(name for name, p in PRESETS.items() if p.config.time)}"
+        )
+    if not config.time or config.context_channels is not None:
+        raise InputError(
+            f"--network {options.network} cannot be trained here, which needs a timestep and no "
+            "text: choose auto or one of "
+            + ", ".join(
+                n for n, p in PRESETS.items() if p.config.time and not p.config.context_channels
+            )
+        )
+    if options.width:
+        heads = config.head_channels and math.gcd(config.head_channels, options.width)
+        config = replace(config, channels=options.width, head_channels=heads)
+        why = f"{options.width} channels as asked for, else: {why}"
+    if options.classes:
+        config = replace(config, classes=len(data.classes) + 1)  # the last one stands for none
+    info: dict[str, Any] = {
+        "schedule": schedule.to_dict(),
+        "prediction": options.prediction,
+        "size": list(data.size),
+        "classes": list(data.classes) if options.classes else [],
+    }
+    model = DiffusionUNet(config, data.channels * (2 if options.learn_variance else 1), info)
+    if options.init:
+        _initialise(model, options.init)
+    return model, why
+
+
+def _initialise(model: DiffusionUNet, path: str) -> None:
+    """Starts from a model of either task: its trunk, and its head where that fits, too."""
+    read_config(Path(path))
+    state, own = read_weights(Path(path)), model.state_dict()
+    kept = {k: v for k, v in own.items() if not k.startswith("trunk.")}
+    kept |= {k: v for k, v in state.items() if k in kept and v.shape == kept[k].shape}
+    trunk = {k: v for k, v in state.items() if k.startswith("trunk.")}
+    load_strictly(model, {**trunk, **kept}, path)
+
+
+class NoisedSamples:
+    """Training images, each with its noise and the place of its noise level among the batch's.
+
+    All of it is drawn from the sample's own generator, so that a resumed run and one with other
+    numbers of worker processes see the same.
+    """
+
+    def __init__(self, data: DiffusionData, options: DiffusionOptions, classes: int) -> None:
+        self.samples, self.seed = data.samples(options.seed), options.seed
+        self.null, self.dropout = classes - 1, options.label_dropout
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, key: Key) -> dict[str, Any]:
+        sample = dict(self.samples[key])
+        rng = sample_rng(self.seed + 1, *key)
+        shape = sample["image"].shape
+        sample["noise"] = torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
+        sample["place"] = torch.from_numpy(rng.random(2))
+        label = sample.pop("label", None)
+        if self.null >= 0:
+            dropped = rng.random() < self.dropout
+            sample["label"] = torch.tensor(self.null) if dropped else label
+        return sample
+
+    def name(self, index: int) -> str:
+        return self.samples.name(index)
+
+
+def stratified_timesteps(place: Tensor, steps: int) -> Tensor:
+    """Timesteps (B,), one from each of B equal parts of 0 ... steps - 1, in random order.
+
+    Each alone is uniform; together they cover all noise levels, which makes the loss of a batch
+    less noisy (as the low-discrepancy sampler of arXiv 2107.00630, appendix I.1).
+
+    Args:
+        place: (B, 2), uniform in [0, 1): the order of the first column decides which image gets
+            which part, the second one where in it.
+    """
+    rank = place[:, 0].argsort().argsort()
+    u = (rank + place[:, 1]) / len(place)
+    return (u * steps).long().clamp(max=steps - 1)
+
+
+class DiffusionTask:
+    """Loss, held-out figures and pictures of a diffusion model."""
+
+    def __init__(
+        self, options: DiffusionOptions, data: DiffusionData, schedule: NoiseSchedule
+    ) -> None:
+        self.options, self.data, self.schedule = options, data, schedule
+        self.sampling = SamplingOptions(seed=options.seed, batch_size=SHOWN)
+
+    def _loss(self, model: nn.Module, x0: Tensor, t: Tensor, noise: Tensor, **given: Any) -> Tensor:
+        return diffusion_loss(model, self.schedule, self.options.prediction, x0, t, noise, **given)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        t = stratified_timesteps(batch["place"], self.schedule.steps)
+        given: dict[str, Any] = {"weighting": self.options.weighting}
+        if "label" in batch:
+            given["classes"] = batch["label"]
+        return self._loss(model, batch["image"], t, batch["noise"], **given).mean()
+
+    def evaluate(self, model: DiffusionUNet, processes: Processes) -> Mapping[str, float]:
+        """The training loss on held-out images, and on as many training images ("seen").
+
+        Noise levels and noise are the same at each evaluation. A held-out loss that rises above
+        that of the seen images tells of images learnt by heart.
+        """
+        figures = {}
+        val = self.data.val[:MOST_JUDGED]
+        for name, indices in (("loss", val), ("seen", self.data.train[: len(val)])):
+            places = (np.arange(len(indices)) + 0.5) / len(indices)
+            t = torch.from_numpy((places * self.schedule.steps).astype(np.int64))
+            part = processes.share(range(len(indices)))
+            total = self._total(model, [indices[i] for i in part], t[list(part)])
+            figures[name] = sum(processes.gather(total)) / len(indices)
+        return figures
+
+    def _total(self, model: DiffusionUNet, indices: Sequence[int], t: Tensor) -> float:
+        device, total = next(model.parameters()).device, 0.0
+        for start in range(0, len(indices), PART):
+            chosen = indices[start : start + PART]
+            x0, labels = self.data.batch(chosen)
+            noise = NoiseSource(chosen).draw(x0.shape[1:])
+            given = {"classes": labels.to(device)} if model.config.classes else {}
+            losses = self._loss(
+                model, x0.to(device), t[start : start + PART].to(device), noise.to(device), **given
+            )
+            total += float(losses.sum())
+        return total
+
+    def forward_pictures(self) -> Mapping[str, Image.Image]:
+        """The forward process: one training image at rising noise levels (DDPM, eq. 4)."""
+        x0, _ = self.data.batch(self.data.train[:1])
+        noise = NoiseSource([self.options.seed]).draw(x0.shape[1:])
+        levels = np.linspace(0, self.schedule.steps - 1, SHOWN_LEVELS).round().astype(int).tolist()
+        rows: dict[str, list[Any]] = {"noisy image": [], "its signal": [], "its noise": []}
+        titles = []
+        for t in levels:
+            level = self.schedule.level(t)
+            parts = level.signal * x0, level.noise * noise
+            for row, x in zip(rows.values(), (parts[0] + parts[1], *parts), strict=True):
+                row.append(rgb(to_bytes(x)[0]))
+            titles.append(f"t = {t}\n{level.signal:.2f} / {level.noise:.2f}")
+        return {"forward": table(rows, titles)}
+
+    def pictures(self, model: DiffusionUNet) -> Mapping[str, Image.Image]:
+        """Samples of fixed seeds, and the noise in a held-out image beside what is predicted."""
+        return {"samples": grid(self._samples(model)), "noise": self._noise_table(model)}
+
+    def _samples(self, model: DiffusionUNet) -> Any:
+        sampler = ImageSampler(model, self.sampling)
+        count = len(sampler.classes)
+        classes = [i * count // SHOWN for i in range(SHOWN)] if count else None
+        return sampler(SHOWN, classes)
+
+    def _noise_table(self, model: DiffusionUNet) -> Image.Image:
+        device = next(model.parameters()).device
+        x0, labels = (x.to(device) for x in self.data.batch(self.data.val[:1]))
+        noise = NoiseSource([self.options.seed]).draw(x0.shape[1:]).to(device)
+        denoiser = Denoiser(model, self.schedule, self.options.prediction)
+        given = {"classes": labels} if model.config.classes else {}
+        last = self.schedule.steps - 1
+        levels = np.linspace(0, last, SHOWN_LEVELS + 2).round().astype(int).tolist()[1:-1]
+        names = ("noisy image", "noise added", "noise predicted", "image predicted")
+        rows: dict[str, list[Any]] = {name: [] for name in names}
+        for t in levels:
+            x = self.schedule.q_sample(x0, t, noise)
+            found = denoiser(x, t, **given)
+            # Standard normal noise has little beyond 3, which a third brings into the picture.
+            shown = (x, noise / 3, found.eps / 3, found.x0)
+            for row, picture in zip(rows.values(), shown, strict=True):
+                row.append(rgb(to_bytes(picture)[0]))
+        return table(rows, [f"t = {t}" for t in levels])

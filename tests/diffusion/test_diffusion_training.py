@@ -1,0 +1,174 @@
+"""Training a diffusion model: noise levels, labels, held-out figures, the automatic network."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from diffusion.data import DiffusionData
+from diffusion.model import DiffusionUNet
+from diffusion.networks import automatic_config
+from diffusion.options import DiffusionOptions
+from diffusion.schedule import NoiseSchedule
+from diffusion.training import (
+    DiffusionTask,
+    NoisedSamples,
+    make_model,
+    stratified_timesteps,
+)
+from unet.training.task import Processes
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "noise.npz"
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (90, 12, 16), np.uint8)
+    np.savez(path, images=images, labels=np.arange(90) % 3)
+    return path
+
+
+def options(archive: Path, **values: Any) -> DiffusionOptions:
+    return DiffusionOptions(data=str(archive), **{"width": 8, **values})
+
+
+# -- noise levels
+
+
+@given(st.integers(1, 40), st.sampled_from([10, 100, 1000]), st.integers(0, 2**16))
+def test_a_batch_has_a_noise_level_from_each_of_as_many_equal_parts(
+    batch: int, steps: int, seed: int
+) -> None:
+    place = torch.from_numpy(np.random.default_rng(seed).random((batch, 2)))
+    t = stratified_timesteps(place, steps)
+    assert t.dtype == torch.long
+    for i, level in enumerate(t.sort().values.tolist()):
+        assert i * steps // batch <= level <= (i + 1) * steps / batch
+
+
+def test_each_level_is_as_likely_as_any_other() -> None:
+    rng = np.random.default_rng(0)
+    found = torch.cat(
+        [stratified_timesteps(torch.from_numpy(rng.random((6, 2))), 10) for _ in range(4000)]
+    )
+    counts = torch.bincount(found, minlength=10)
+    assert len(counts) == 10
+    assert (counts / 2400 - 1).abs().max() < 0.05
+    first = torch.stack(
+        [stratified_timesteps(torch.from_numpy(rng.random((6, 2))), 10)[0] for _ in range(4000)]
+    )  # of one image alone
+    assert (torch.bincount(first, minlength=10) / 400 - 1).abs().max() < 0.2
+
+
+# -- samples
+
+
+def test_noise_and_level_belong_to_the_sample(archive: Path) -> None:
+    data = DiffusionData(archive, classes=True)
+    samples = NoisedSamples(data, options(archive), 4)
+    first, again, later = samples[0, 3], samples[0, 3], samples[1, 3]
+    assert torch.equal(first["noise"], again["noise"])
+    assert not torch.equal(first["noise"], later["noise"])
+    noise = torch.stack([samples[0, i]["noise"] for i in range(len(samples))])
+    assert abs(float(noise.mean())) < 0.03
+    assert float(noise.std()) == pytest.approx(1, abs=0.03)
+
+
+@pytest.mark.parametrize(("dropout", "share"), [(0.0, 0.0), (0.3, 0.3)])
+def test_labels_are_dropped_as_often_as_asked_for(
+    archive: Path, dropout: float, share: float
+) -> None:
+    data = DiffusionData(archive, classes=True)
+    samples = NoisedSamples(data, options(archive, label_dropout=dropout), 4)
+    labels = [int(samples[e, i]["label"]) for e in range(20) for i in range(len(samples))]
+    assert np.mean(np.array(labels) == 3) == pytest.approx(share, abs=0.03)
+    assert set(labels) <= {0, 1, 2, 3}
+    without = NoisedSamples(DiffusionData(archive), options(archive), 0)
+    assert "label" not in without[0, 0]
+
+
+# -- held-out figures
+
+
+@dataclass(frozen=True)
+class Alone(Processes):
+    """One of several processes, whose parts are collected by hand."""
+
+    def gather(self, part: Any) -> list[Any]:
+        return [part]
+
+
+def test_held_out_figures_are_the_same_each_time_and_in_any_number_of_parts(archive: Path) -> None:
+    given = options(archive, classes=True)
+    data, schedule = DiffusionData(archive, classes=True), NoiseSchedule(kind="cosine")
+    model, _ = make_model(given, data, schedule)
+    torch.nn.init.normal_(model.head.conv.weight, std=0.1)
+    task = DiffusionTask(given, data, schedule)
+    with torch.no_grad():
+        whole = task.evaluate(model.eval(), Processes())
+        assert whole == task.evaluate(model, Processes())
+        parts = [task.evaluate(model, Alone(rank, 2)) for rank in (0, 1)]
+    assert whole.keys() == {"loss", "seen"}
+    for name, value in whole.items():
+        assert sum(part[name] for part in parts) == pytest.approx(value, rel=1e-5)
+
+
+def test_the_loss_falls_on_the_noise_of_a_network_that_learns(archive: Path) -> None:
+    given = options(archive)
+    data, schedule = DiffusionData(archive), NoiseSchedule(kind="cosine")
+    model, _ = make_model(given, data, schedule)
+    task, samples = DiffusionTask(given, data, schedule), NoisedSamples(data, given, 0)
+    keys = ("image", "noise", "place")
+    batch = {k: torch.stack([samples[0, i][k] for i in range(32)]) for k in keys}
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    losses = []
+    for _ in range(30):
+        loss = task.loss(model, batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+
+
+# -- the network
+
+
+@settings(max_examples=60)
+@given(
+    st.integers(1, 700),
+    st.integers(1, 700),
+    st.sampled_from([1, 3]),
+    st.sampled_from([None, 1.0, 30.0, 500.0, 10_000.0]),
+    st.booleans(),
+)
+def test_the_automatic_network_can_be_built_for_any_image(
+    height: int, width: int, channels: int, minutes: float | None, accelerator: bool
+) -> None:
+    config, why = automatic_config(
+        channels, (height, width), 5_000, minutes, accelerator=accelerator
+    )
+    with torch.device("meta"):
+        model = DiffusionUNet(config, channels)
+        x = torch.empty(1, channels, height, width)
+        assert model(x, torch.zeros(1)).shape == x.shape
+    assert -(-max(height, width) // config.stride) <= 8
+    assert f"{height} x {width}" in why
+
+
+def test_more_time_and_more_images_make_a_wider_network() -> None:
+    def width(minutes: float, count: int = 50_000, accelerator: bool = False) -> int:
+        config, _ = automatic_config(3, (64, 64), count, minutes, accelerator=accelerator)
+        return config.channels
+
+    widths = [width(m) for m in (1, 30, 120, 600, 5000)]
+    assert widths == sorted(set(widths))
+    assert width(60, accelerator=True) > width(60)
+    assert width(5000, count=500) < width(5000)

@@ -1,0 +1,281 @@
+"""train_ddpm.py, sample_ddpm.py, eval_ddpm.py: what they write, and their refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffusion.model import DiffusionUNet
+from diffusion.options import DiffusionOptions
+from scripts import eval_ddpm, sample_ddpm, train_classifier, train_ddpm
+from unet.images import read_image, write_image
+from unet.training.cli import load_config, run_script
+from unet.training.run import read_log
+
+SMALL = ("--width", "8", "--batch-size", "4", "--evaluations", "1", "--log-every", "1")
+
+
+def run(module: Any, options: str, *arguments: object) -> int:
+    return run_script(module.main, getattr(module, options), list(map(str, arguments)))
+
+
+def run_train(*arguments: object) -> int:
+    return run(train_ddpm, "DiffusionOptions", *arguments)
+
+
+def run_sample(*arguments: object) -> int:
+    return run(sample_ddpm, "SampleOptions", *arguments)
+
+
+def run_eval(*arguments: object) -> int:
+    return run(eval_ddpm, "EvalOptions", *arguments)
+
+
+def discs(count: int, side: int = 12) -> np.ndarray:
+    """Bright discs on black, small ones and large ones in turn, (N, H, W)."""
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:side, :side]
+    images = []
+    for i in range(count):
+        cy, cx = rng.uniform(4, side - 4, 2)
+        images.append(255.0 * ((y - cy) ** 2 + (x - cx) ** 2 < (4 if i % 2 else 12)))
+    return np.stack(images).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with discs.npz and the run of a class-conditional model."""
+    folder = tmp_path_factory.mktemp("ddpm")
+    np.savez(folder / "discs.npz", images=discs(80), labels=np.arange(80) % 2)
+    arguments = ("--data", folder / "discs.npz", "--classes", "--out", folder / "run", *SMALL)
+    assert run_train(*arguments, "--steps", 4) == 0
+    return folder
+
+
+def test_a_run_holds_the_model_and_the_pictures(trained: Path) -> None:
+    names = {path.name for path in (trained / "run").iterdir()}
+    assert names == {
+        *(".lock", "config.yaml", "metrics.jsonl", "model", "state", "samples"),
+        *("report.png", "errors.json"),
+    }
+    pictures = {path.name for path in (trained / "run/samples").iterdir()}
+    assert pictures == {
+        *("forward.png", "samples-000004.png", "noise-000004.png"),
+        *("appearing.png", "appearing.gif"),
+    }
+    with Image.open(trained / "run/samples/appearing.gif") as film:
+        assert film.n_frames == 41
+    model = DiffusionUNet.from_pretrained(trained / "run/model")
+    assert model.config.classes == 3
+    assert model.info["classes"] == ["0", "1"]
+    assert model.info["size"] == [12, 12]
+    figures = [e for e in read_log(trained / "run/metrics.jsonl") if "val_loss" in e]
+    assert {"val_loss", "val_seen"} <= set(figures[-1])
+    errors = json.loads((trained / "run/errors.json").read_text())
+    assert len(errors["t"]) == len(errors["held_out"]) == 10
+    assert all(np.isfinite(errors["held_out"]))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--prediction", "eps", "--noise", "linear", "--learn-variance"),
+        ("--prediction", "x0", "--weighting", "min-snr", "--timesteps", "100"),
+        ("--zero-snr", "--noise", "scaled-linear", "--ema", "0"),
+        ("--noise", "sigmoid", "--network", "diffusion"),
+    ],
+)
+def test_every_kind_of_training_runs_and_samples(trained, tmp_path, options) -> None:
+    data = trained / "discs.npz"
+    assert run_train("--data", data, "--out", tmp_path / "run", *SMALL, "--steps", 2, *options) == 0
+    losses = [e["loss"] for e in read_log(tmp_path / "run/metrics.jsonl") if "loss" in e]
+    assert len(losses) == 2
+    assert np.isfinite(losses).all()
+    variance = ("--sampler", "ddpm", "--variance", "learned") if "eps" in options else ()
+    arguments = ("--model", tmp_path / "run/model", "--out", tmp_path / "out", "--count", 2)
+    assert run_sample(*arguments, "--steps", 3, *variance) == 0
+
+
+def test_a_killed_run_goes_on_as_if_it_had_not_been(trained, tmp_path) -> None:
+    data = ("--data", trained / "discs.npz", "--classes", *SMALL)
+    assert (
+        run_train(*data, "--out", tmp_path / "whole", "--steps", 6, "--schedule", "constant") == 0
+    )
+    part = (*data, "--out", tmp_path / "part", "--schedule", "constant", "--warmup", "0")
+    whole = (*data, "--out", tmp_path / "all", "--schedule", "constant", "--warmup", "0")
+    assert run_train(*whole, "--steps", 6) == 0
+    assert run_train(*part, "--steps", 3) == 0
+    assert run_train("--out", tmp_path / "part", "--resume", "--steps", 6) == 0
+    weights = [(tmp_path / name / "state/state.pt") for name in ("part", "all")]
+    import torch
+
+    a, b = (torch.load(path, weights_only=True)["model"] for path in weights)
+    assert all(torch.equal(a[k], b[k]) for k in b)
+
+
+def test_shapes_need_no_argument_but_a_place(tmp_path, capsys) -> None:
+    options = ("--out", tmp_path / "run", *SMALL, "--steps", 1)
+    assert run_train(*options) == 0
+    assert load_config(DiffusionOptions, tmp_path / "run/config.yaml")["data"] == "shapes"
+    assert "so that attention works at 8 x 8" in capsys.readouterr().out
+
+
+def test_a_segmentation_can_start_from_a_diffusion_model_and_back(trained, tmp_path) -> None:
+    """--init takes the trunk; what does not fit is one sentence."""
+    options = ("--data", trained / "discs.npz", *SMALL, "--steps", 1)
+    same = (*options, "--classes", "--out", tmp_path / "same", "--init", trained / "run/model")
+    assert run_train(*same) == 0
+    other = (*options, "--out", tmp_path / "other", "--init", trained / "run/model")
+    assert run_train(*other) == 2
+
+
+# -- sampling
+
+
+def test_samples_are_written_as_asked_for(trained, tmp_path, capsys) -> None:
+    model, out = trained / "run/model", tmp_path / "out"
+    common = ("--model", model, "--steps", 4, "--count", 5, "--class", 1, 0)
+    assert run_sample(*common, "--out", out, "--npz", "--gif", "--guidance", 2) == 0
+    assert "4 evaluations of the network an image, each for twice" in capsys.readouterr().out
+    with np.load(out / "samples.npz") as arrays:
+        images, labels = arrays["images"], arrays["labels"]
+    assert (images.shape, images.dtype) == ((5, 12, 12, 1), np.uint8)
+    assert labels.tolist() == [1, 0, 1, 0, 1]
+    for i in range(5):
+        assert (read_image(out / f"images/{i:05d}.png") == images[i]).all()
+    with Image.open(out / "appearing.gif") as film:
+        assert film.n_frames == 5
+    assert (out / "grid.png").exists()
+
+    # image 3 is image 3 whatever is made beside it
+    again = (*common, "--out", tmp_path / "again", "--guidance", 2, "--first", 3, "--batch-size", 1)
+    assert run_sample(*again) == 0
+    difference = read_image(tmp_path / "again/images/00003.png").astype(int) - images[3]
+    assert abs(difference).max() <= 1
+
+
+def test_nothing_is_overwritten_unless_asked(trained, tmp_path, capsys) -> None:
+    common = ("--model", trained / "run/model", "--steps", 2, "--out", tmp_path / "out")
+    assert run_sample(*common, "--count", 3) == 0
+    assert run_sample(*common, "--count", 2) == 2
+    assert "is in use: give --overwrite" in capsys.readouterr().err
+    assert len(list((tmp_path / "out/images").iterdir())) == 3
+    assert run_sample(*common, "--count", 2, "--overwrite") == 0
+    assert len(list((tmp_path / "out/images").iterdir())) == 2
+
+
+def test_images_can_be_edited(trained, tmp_path) -> None:
+    for i, image in enumerate(discs(2, 24)):  # twice the model's size: resized
+        write_image(tmp_path / f"{i}.png", image)
+    mask = np.zeros((12, 12), np.uint8)
+    mask[:, 6:] = 255
+    write_image(tmp_path / "mask.png", mask)
+    common = ("--model", trained / "run/model", "--steps", 4, "--count", 2)
+    first, last = tmp_path / "0.png", tmp_path / "1.png"
+    for name, options in (
+        ("init", ("--init", first, "--strength", 0.5)),
+        ("inpaint", ("--inpaint", first, "--mask", tmp_path / "mask.png")),
+        ("between", ("--interpolate", first, last)),
+    ):
+        assert run_sample(*common, "--out", tmp_path / name, *options) == 0
+    kept = read_image(tmp_path / "inpaint/images/00001.png")[:, :6].astype(int)
+    whole = np.asarray(Image.open(first).resize((12, 12), Image.Resampling.LANCZOS))[:, :6, None]
+    assert abs(kept - whole).max() <= 1
+
+
+# -- judging
+
+
+def test_samples_are_judged(trained, tmp_path, capsys) -> None:
+    data = ("--data", trained / "discs.npz")
+    classifier = ("--out", tmp_path / "c", "--width", 8, "--steps", 30, "--batch-size", 16)
+    assert run(train_classifier, "ClassifierOptions", *data, *classifier) == 0
+    common = ("--model", trained / "run/model", *data, "--count", 8)
+    options = ("--classifier", tmp_path / "c/model", "--bits", 2, "--out", tmp_path / "found.json")
+    assert run_eval(*common, *options, "--compare", "ddim:3", "heun:2") == 0
+    printed = capsys.readouterr().out
+    assert "sampler heun, steps 2, evaluations 3" in printed
+    assert "FID" not in printed
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert [row["sampler"] for row in found["rows"]] == ["ddim", "heun"]
+    for row in found["rows"]:
+        assert row["samples"] == 8
+        assert 0 <= row["class accuracy"] <= 1
+        assert any(key.startswith("Fréchet distance (features of the classifier") for key in row)
+        assert row["notes"]  # too few images for these features
+    assert found["bits"]["bits per dimension"] > 0
+
+
+# -- mistakes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--data", "no/such"), "no/such"),
+        (("--size", "0"), "--size 0"),
+        (("--width", "0"), "--width 0"),
+        (("--label-dropout", "1"), "--label-dropout"),
+        (("--zero-snr", "--prediction", "eps"), "--prediction v or x0"),
+        (("--timesteps", "1"), "steps from 2"),
+        (("--network", "paper"), "cannot be trained here"),
+        (("--network", "odd"), "'odd' is no preset"),
+        (("--classes",), "has no classes"),
+    ],
+)
+def test_a_mistake_is_one_sentence_before_training(tmp_path, capsys, arguments, told) -> None:
+    assert run_train("--out", tmp_path / "run", *SMALL, "--steps", 1, *arguments) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert told in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--class", "7"), "class '7' is none of the model's, which knows 0, 1"),
+        (("--steps", "1001"), "1001 sampling steps"),
+        (("--init", "a.png", "--inpaint", "b.png", "--mask", "c.png"), "give one"),
+        (("--inpaint", "b.png"), "--inpaint needs --mask"),
+        (("--init", "nowhere.png"), "nowhere.png"),
+        (("--count", "0"), "--count 0"),
+        (("--first", "-1"), "--first -1"),
+        (("--variance", "learned", "--sampler", "ddpm"), "--learn-variance"),
+        (("--steps", "3", "--init", "IMAGE", "--strength", "0.1"), "strength 0.1"),
+    ],
+)
+def test_a_mistake_is_one_sentence_before_sampling(
+    trained, tmp_path, capsys, arguments, told
+) -> None:
+    write_image(tmp_path / "image.png", discs(1)[0])
+    given = [str(tmp_path / "image.png") if a == "IMAGE" else a for a in arguments]
+    assert run_sample("--model", trained / "run/model", "--out", tmp_path / "out", *given) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert told in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--compare", "ddim"), "write sampler:steps"),
+        (("--compare", "odd:3"), "write sampler:steps"),
+        (("--count", "3"), "--count 3"),
+        (("--classifier", "a", "--inception", "b"), "give one"),
+        (("--classifier", "MODEL"), "diffusion"),
+    ],
+)
+def test_a_mistake_is_one_sentence_before_judging(trained, capsys, arguments, told) -> None:
+    given = [str(trained / "run/model") if a == "MODEL" else a for a in arguments]
+    data = ("--data", trained / "discs.npz", "--model", trained / "run/model")
+    assert run_eval(*data, *given) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert told in error
