@@ -194,10 +194,10 @@ def _curves(loss: Axes, rate: Axes, log: Sequence[dict[str, Any]]) -> None:
     held_steps, held = _column(log, "val_loss")
     if len(held):
         loss.plot(held_steps, held, "o-", color=HELD_OUT, lw=2, ms=5, label="held out")
-    if np.isfinite(held).any():
-        best = int(np.nanargmin(held))
-        text = f"lowest: {held[best]:.4f} at step {held_steps[best]:.0f}"
-        loss.plot(held_steps[best], held[best], "o", color=HELD_OUT, ms=10, mfc="none", label=text)
+    kept = [(e["step"], e["val_loss"]) for e in log if e.get("kept") and "val_loss" in e][-1:]
+    for step, value in kept:
+        text = f"kept: {value:.4f} at step {step}"
+        loss.plot(step, value, "o", color=HELD_OUT, ms=10, mfc="none", label=text)
     known = np.concatenate([values, held])
     known = known[np.isfinite(known)]
     if not known.size:

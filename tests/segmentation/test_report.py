@@ -63,7 +63,8 @@ def log_of(steps: int, evaluations: int = 3, loss: float = 1.0) -> list[dict[str
     for step in range(10, steps + 1, 10):
         entries.append({"step": step, "loss": loss * 30 / step, "lr": 1e-3 * (1 - step / steps)})
     for k in range(1, evaluations + 1):
-        entries.append({"step": k * steps // evaluations, "val_loss": loss / k, "val_dice": 0.5})
+        held_out = {"val_loss": loss / k, "val_dice": 0.5, "kept": k % 2 == 1}
+        entries.append({"step": k * steps // evaluations, **held_out})
     return entries
 
 
@@ -148,7 +149,7 @@ def test_curves_are_those_of_the_log():
     assert lines["training"].tolist() == [[e["step"], e["loss"]] for e in log if "loss" in e]
     held = [[e["step"], e["val_loss"]] for e in log if "val_loss" in e]
     np.testing.assert_array_equal(lines["held out"], held)
-    assert lines["lowest: 0.2500 at step 100"].tolist() == [[100, 0.25]]
+    assert lines["kept: 0.3333 at step 75"].tolist() == [[75, 1 / 3]]
     assert rate.get_lines()[0].get_ydata().tolist() == [e["lr"] for e in log if "lr" in e]
 
 

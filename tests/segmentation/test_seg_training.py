@@ -209,6 +209,11 @@ def test_the_phantom_is_learned(tmp_path):
     assert figures["dice"] > 0.75
 
 
+def test_the_default_recipe_is_what_training_does_anyway():
+    recipe = load_config(SegmentationOptions, RECIPES / "default.yaml")
+    assert {name: getattr(SegmentationOptions, name) for name in recipe} == recipe
+
+
 def test_the_tutorial_recipe_says_what_it_is():
     recipe = load_config(SegmentationOptions, RECIPES / "tutorial.yaml")
     assert (recipe["network"], recipe["optimizer"]) == ("tutorial", "rmsprop")

@@ -361,6 +361,9 @@ def test_a_budget_in_minutes_ends_in_time_with_its_last_evaluation(tmp_path):
     assert toy("--out", run, "--max-minutes", 0.05).returncode == 0
     entries = read_log(run / "metrics.jsonl")
     assert "val_loss" in entries[-1]
+    losses = [e["val_loss"] for e in entries if "val_loss" in e]
+    kept = [e["kept"] for e in entries if "val_loss" in e]
+    assert kept == [loss < min(losses[:i], default=math.inf) for i, loss in enumerate(losses)]
     training = [e for e in entries if "loss" in e]
     assert 2.0 < training[-1]["seconds"] < 4.0
     assert training[-1]["lr"] < 1e-4

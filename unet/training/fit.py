@@ -204,7 +204,8 @@ class Trainer:
         if figures:
             name = task.score.removeprefix("-")
             score = figures[name] if name == task.score else -figures[name]
-        if score < progress.best or score == -math.inf:
+        kept = score < progress.best or score == -math.inf
+        if kept:
             progress.best, self.figures = score, figures
             if self.main:
                 model.save_pretrained(self.folder.model)
@@ -215,7 +216,8 @@ class Trainer:
         if self.main:
             for name, picture in pictures.items():
                 picture.save(self.folder.samples / f"{name}-{progress.step:06d}.png")
-            self.folder.log(step=progress.step, **{f"val_{k}": v for k, v in figures.items()})
+            held_out = {f"val_{k}": v for k, v in figures.items()}
+            self.folder.log(step=progress.step, **held_out, kept=kept)
             self._board(figures, "val")
             if figures:
                 shown = "  ".join(f"{k} {v:.4f}" for k, v in figures.items())
