@@ -5,6 +5,7 @@ Images are (B, C, H, W), in [-1, 1]. The functions that make images return runs,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -17,6 +18,8 @@ from diffusion.schedule import CLEAN, NoiseSource
 from unet.errors import InputError
 
 Encoding = Literal["ddim", "noise"]
+
+ITERATIONS = 3  # of DDIM's inversion at each step
 
 
 def sdedit(
@@ -41,17 +44,23 @@ def sdedit(
     Raises:
         InputError: a strength out of range, or too small for a single step.
     """
+    taken = sdedit_timesteps(timesteps, strength)
+    x = denoiser.schedule.q_sample(image, taken[0], noise.like(image))
+    return sample(denoiser, x, taken, sampler, noise=noise, **options)
+
+
+def sdedit_timesteps(timesteps: Sequence[float], strength: float) -> Sequence[float]:
+    """The last `strength * n` of a run's timesteps; see `sdedit`."""
     if not 0 < strength <= 1:
         raise InputError(f"strength {strength} must be above 0 and at most 1")
     count = int(strength * len(timesteps))
     if count == 0:
+        least = math.ceil(1000 / len(timesteps)) / 1000
         raise InputError(
             f"strength {strength} of {len(timesteps)} steps is not a single one: choose a strength "
-            f"of {1 / len(timesteps):.3g} or more, or more steps"
+            f"of {least:g} or more, or more steps"
         )
-    taken = timesteps[len(timesteps) - count :]
-    x = denoiser.schedule.q_sample(image, taken[0], noise.like(image))
-    return sample(denoiser, x, taken, sampler, noise=noise, **options)
+    return timesteps[len(timesteps) - count :]
 
 
 def inpaint(
@@ -124,7 +133,7 @@ def invert(
     image: Tensor,
     timesteps: Sequence[float],
     *,
-    iterations: int = 3,
+    iterations: int = ITERATIONS,
     conditioning: Mapping[str, Any] | None = None,
 ) -> Iterator[Step]:
     """DDIM backwards: the noise from which `sample(..., timesteps, "ddim")` makes the image.

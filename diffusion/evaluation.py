@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from diffusion.data import DiffusionData
-from diffusion.denoiser import Denoiser
+from diffusion.denoiser import Clipped, Denoiser
 from diffusion.features import ClassifierFeatures, FeatureExtractor
 from diffusion.metrics import (
     frechet_distance,
@@ -21,12 +21,12 @@ from diffusion.metrics import (
 )
 from diffusion.model import DiffusionUNet
 from diffusion.prediction import bits_per_dim
+from diffusion.report import MOST_BYTES, MOST_COMPARED, spread
 from diffusion.sampling import Images, ImageSampler
 from diffusion.schedule import CLEAN, NoiseSchedule, NoiseSource
 from unet.errors import InputError
 
 MOST_REAL = 10_000  # images that features are taken of
-MOST_COMPARED = 20_000  # training images for memorisation
 
 
 class Judge:
@@ -41,11 +41,13 @@ class Judge:
         self.data, self.extractor = data, extractor
         everything = [*data.train, *data.val]
         rng = np.random.default_rng(0)
-        chosen = rng.permutation(len(everything))[:MOST_REAL]
-        self.real = [everything[i] for i in sorted(chosen)]
+        self.real = [everything[i] for i in rng.permutation(len(everything))[:MOST_REAL]]
         if extractor is not None:
             self.features = extractor(data.images(self.real))
             self.moments = moments(self.features)
+        size = data.channels * data.size[0] * data.size[1]
+        self.held_out = data.images(data.val)
+        self.training = data.images(spread(data.train, min(MOST_COMPARED, MOST_BYTES // size)))
 
     def __call__(
         self, samples: Images, classes: Sequence[int] | None, names: Sequence[str]
@@ -66,11 +68,10 @@ class Judge:
             notes += sample_warnings(len(self.real), len(samples), features.shape[1])
             if isinstance(self.extractor, ClassifierFeatures) and classes is not None:
                 found["class accuracy"] = self._accuracy(self.extractor, samples, classes, names)
-        near = memorisation(
-            samples,
-            self.data.images(self.data.val),
-            self.data.images(self.data.train[:MOST_COMPARED]),
-        )
+        try:
+            near = memorisation(samples, self.held_out, self.training)
+        except InputError as error:
+            return {**found, "notes": [*notes, str(error)]}
         found |= {
             "distance to training images / held out": near.ratio,
             "likely copies": near.copies,
@@ -102,7 +103,8 @@ def held_out_bits(model: DiffusionUNet, data: DiffusionData, count: int, seed: i
     fixed-large (DDPM, sec. 3.2).
     """
     schedule = NoiseSchedule.from_dict(model.info["schedule"])
-    denoiser = Denoiser(model, schedule, model.info["prediction"])
+    # The image is clipped, as in the code of DDPM (clip_denoised).
+    denoiser = Clipped(Denoiser(model, schedule, model.info["prediction"]))
     x0, labels = data.batch(data.val[:count])
     device = next(model.parameters()).device
     given = {"classes": labels.to(device)} if model.config.classes else {}

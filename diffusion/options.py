@@ -145,8 +145,8 @@ class SamplingOptions:
             if getattr(self, name) < 1:
                 flag = name.replace("_", "-")
                 raise InputError(f"--{flag} {getattr(self, name)} must be at least 1")
-        if self.seed < 0:
-            raise InputError(f"--seed {self.seed} must be 0 or more")
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"--seed {self.seed} must be from 0 to below 2^32")
         if self.eta and self.sampler != "ddim":
             raise InputError(f"--eta {self.eta} is for --sampler ddim, not {self.sampler}")
         if self.variance != "fixed-small" and self.sampler != "ddpm":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,8 +35,11 @@ class SampleFolder:
         self.written = 0
 
     def begin(self) -> None:
-        """Removes what an earlier run wrote, once this one is sure to start."""
-        shutil.rmtree(self.path / "images", ignore_errors=True)
+        """Makes the folder, and removes what an earlier run wrote to it (nothing else)."""
+        (self.path / "images").mkdir(parents=True, exist_ok=True)
+        for old in (self.path / "images").iterdir():
+            if re.fullmatch(r"[0-9]{5,}\.png", old.name):
+                old.unlink()
         for name in ("grid.png", "samples.npz", "appearing.gif"):
             (self.path / name).unlink(missing_ok=True)
 
@@ -48,9 +51,8 @@ class SampleFolder:
             if len(self.shown) < IN_GRID:
                 self.shown.append(image)
 
-    def write_grid(self, columns: int | None = None) -> Path:
-        picture = grid(np.stack(self.shown), columns)
-        return self._save(picture, "grid.png")
+    def write_grid(self) -> Path:
+        return self._save(grid(np.stack(self.shown)), "grid.png")
 
     def write_npz(self, images: Images, labels: Sequence[int] | None) -> None:
         """`images` uint8 (N, H, W, C), and `labels` int64 (N,) where there are classes."""

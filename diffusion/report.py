@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,14 +27,14 @@ if TYPE_CHECKING:  # it takes half a second to import
     from matplotlib.axes import Axes
 
 LEVELS = 10  # noise levels at which errors are given
-JUDGED = 256  # held-out images, and as many training images, for them
+JUDGED = 64  # held-out images, and as many training images, for them
 SHOWN, COMPARED = 36, 8  # samples, and those of them beside their nearest training images
-MOST_COMPARED = 20_000  # training images
-APPEARING = 4  # samples in the strip and the GIF
+MOST_COMPARED, MOST_BYTES = 20_000, 2**28  # training images, and bytes of them
+APPEARING, FRAMES = 4, 40  # samples in the strip and the GIF, and steps
 TRAINING, HELD_OUT = "#0072b2", "#d55e00"
 
 
-def write_report(run: Path, model: DiffusionUNet, data: DiffusionData, *, seed: int = 0) -> Path:
+def write_report(run: Path, model: DiffusionUNet, data: DiffusionData, seed: int) -> Path:
     """Writes report.png, errors.json and samples/appearing.{png,gif} into a run folder.
 
     Returns:
@@ -41,11 +42,11 @@ def write_report(run: Path, model: DiffusionUNet, data: DiffusionData, *, seed: 
     """
     errors = level_errors(model, data)
     write_text(run / "errors.json", json.dumps(errors, indent=2) + "\n")
-    sampler = ImageSampler(model, SamplingOptions(seed=seed, batch_size=SHOWN))
+    sampler = few_steps(model, seed)
     count = len(sampler.classes)
     classes = [i * count // SHOWN for i in range(SHOWN)] if count else None
     samples = sampler(SHOWN, classes)
-    every = ImageSampler(model, SamplingOptions(seed=seed, batch_size=SHOWN, steps=40))
+    every = few_steps(model, seed, FRAMES)
     chosen = [i * SHOWN // APPEARING for i in range(APPEARING)]
     frames = every.appearing(APPEARING, [classes[i] for i in chosen] if classes else None)
     with replacing(run / "samples" / "appearing.png") as temporary:
@@ -55,6 +56,12 @@ def write_report(run: Path, model: DiffusionUNet, data: DiffusionData, *, seed: 
     with replacing(path) as temporary:
         _figure(run, errors, samples, data).savefig(temporary, format="png")
     return path
+
+
+def few_steps(model: DiffusionUNet, seed: int, steps: int = 20) -> ImageSampler:
+    """The sampler of the pictures: `steps` of them, or as many as the model has noise levels."""
+    most = NoiseSchedule.from_dict(model.info["schedule"]).steps
+    return ImageSampler(model, SamplingOptions(seed=seed, batch_size=SHOWN, steps=min(steps, most)))
 
 
 def level_errors(model: DiffusionUNet, data: DiffusionData) -> dict[str, list[float]]:
@@ -74,7 +81,7 @@ def level_errors(model: DiffusionUNet, data: DiffusionData) -> dict[str, list[fl
     found["signal"] = [schedule.level(t).signal for t in levels]
     found["noise"] = [schedule.level(t).noise for t in levels]
     val = data.val[:JUDGED]
-    for name, indices in (("held_out", val), ("training", data.train[: len(val)])):
+    for name, indices in (("held_out", val), ("training", spread(data.train, len(val)))):
         x0, labels = (x.to(device) for x in data.batch(indices))
         noise = NoiseSource(range(len(indices))).draw(x0.shape[1:]).to(device)
         given = {"classes": labels} if model.config.classes else {}
@@ -107,10 +114,17 @@ def _figure(run: Path, errors: dict[str, list[float]], samples: Images, data: Di
     return figure
 
 
+def spread(indices: Sequence[int], count: int) -> list[int]:
+    """`count` of the indices, evenly spread over them; all of them if they are fewer."""
+    places = np.linspace(0, len(indices) - 1, min(count, len(indices))).round().astype(int)
+    return [indices[i] for i in places]
+
+
 def nearest_panel(samples: Images, data: DiffusionData, count: int = 4) -> Any:
     """Samples, each with the training images nearest in its pixels: is it learnt by heart?"""
-    training = data.images(data.train[:MOST_COMPARED])
-    _, nearest = nearest_neighbours(samples, training, count)
+    size = data.channels * data.size[0] * data.size[1]
+    training = data.images(spread(data.train, min(MOST_COMPARED, MOST_BYTES // size)))
+    _, nearest = nearest_neighbours(samples, training, min(count, len(training)))
     return panel(
         [
             [enlarged(rgb(image), 96) for image in (sample, *training[found])]
@@ -124,17 +138,18 @@ def _curves(axes: Axes, log: Sequence[dict[str, Any]]) -> None:
     if training:
         steps, losses = zip(*training, strict=True)
         axes.plot(steps, losses, color=TRAINING, alpha=0.3, label="training, as it went")
+    low, high = math.inf, -math.inf
     for key, name, colour in (
         ("val_seen", "training images", TRAINING),
         ("val_loss", "held out", HELD_OUT),
     ):
         points = [(e["step"], e[key]) for e in log if key in e]
         if points:
-            axes.plot(
-                *zip(*points, strict=True), "o-", color=colour, label=f"{name}, averaged weights"
-            )
-            low = min(y for _, y in points)
-            axes.set_ylim(0.6 * low, 4 * low)
+            steps, losses = zip(*points, strict=True)
+            axes.plot(steps, losses, "o-", color=colour, label=f"{name}, averaged weights")
+            low, high = min(low, *losses), max(high, losses[-1])
+    if low < high < math.inf:
+        axes.set_ylim(0.8 * low, max(3 * low, 1.2 * high))
     axes.set_xlabel("step")
     axes.set_title("loss")
     axes.legend()

@@ -14,18 +14,27 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diffusion.denoiser import Clipped, Denoiser
-from diffusion.editing import inpaint, interpolate, repaint_timesteps, sdedit
+from diffusion.editing import (
+    ITERATIONS,
+    inpaint,
+    invert,
+    repaint_timesteps,
+    sdedit,
+    sdedit_timesteps,
+    slerp,
+)
 from diffusion.guidance import Guided
 from diffusion.model import DiffusionUNet
 from diffusion.options import SamplingOptions
 from diffusion.prediction import DenoiserLike
-from diffusion.samplers import Step, count_evaluations, get_sampler, sample
+from diffusion.samplers import Step, count_evaluations, finish, get_sampler, sample
 from diffusion.schedule import CLEAN, SEEDS, NoiseSchedule, NoiseSource
 from unet.errors import InputError
 
 Images = NDArray[np.uint8]  # (N, H, W, C)
 Classes = Sequence[int | None]  # of each image; None: any
-Run = Callable[[Sequence[int], Classes], Iterator[Step]]  # of a batch's seeds and classes
+# Of a batch: its places in the run, its seeds and its classes.
+Run = Callable[[range, Sequence[int], Classes], Iterator[Step]]
 
 JUMP, REPEATS = 5, 4  # of RePaint (arXiv 2201.09865), whose 10 and 10 are for 250 steps
 
@@ -37,7 +46,9 @@ class Plan:
     run: Run
     steps: int
     evaluations: int
-    """Evaluations of the network; guidance makes each twice as large."""
+    """Evaluations of the network for each batch; guidance makes each twice as large."""
+    once: int = 0
+    """Evaluations before the first batch."""
 
 
 class ImageSampler:
@@ -122,7 +133,7 @@ class ImageSampler:
     def from_noise(self) -> Plan:
         """Images out of nothing but noise."""
 
-        def run(seeds: Sequence[int], classes: Classes) -> Iterator[Step]:
+        def run(places: range, seeds: Sequence[int], classes: Classes) -> Iterator[Step]:
             source = NoiseSource(seeds)
             return sample(
                 self.denoiser, self._noise(source), self.timesteps, **self._given(source, classes)
@@ -133,19 +144,19 @@ class ImageSampler:
     def variants(self, image: Tensor, strength: float) -> Plan:
         """Images out of an image (1, C, H, W) in noise: see `editing.sdedit`."""
 
-        def run(seeds: Sequence[int], classes: Classes) -> Iterator[Step]:
+        def run(places: range, seeds: Sequence[int], classes: Classes) -> Iterator[Step]:
             images, given = (
                 image.expand(len(seeds), -1, -1, -1),
                 self._given(NoiseSource(seeds), classes),
             )
             return sdedit(self.denoiser, images, self.timesteps, strength, **given)
 
-        return self._plan(run, self.timesteps[-max(1, int(strength * len(self.timesteps))) :])
+        return self._plan(run, sdedit_timesteps(self.timesteps, strength))
 
     def inpainted(self, image: Tensor, mask: Tensor) -> Plan:
         """An image (1, C, H, W), of which the masked part is made anew: see `editing.inpaint`."""
 
-        def run(seeds: Sequence[int], classes: Classes) -> Iterator[Step]:
+        def run(places: range, seeds: Sequence[int], classes: Classes) -> Iterator[Step]:
             images, given = (
                 image.expand(len(seeds), -1, -1, -1),
                 self._given(NoiseSource(seeds), classes),
@@ -155,15 +166,28 @@ class ImageSampler:
 
         return self._plan(run, repaint_timesteps(self.timesteps, JUMP, REPEATS))
 
-    def between(self, first: Tensor, last: Tensor) -> Plan:
-        """Images between two (1, C, H, W), both among them, in one batch: see `interpolate`."""
+    def between(self, first: Tensor, last: Tensor, count: int, label: int | None) -> Plan:
+        """`count` images between two (1, C, H, W), both among them (DDIM, appendix D.5).
 
-        def run(seeds: Sequence[int], classes: Classes) -> Iterator[Step]:
-            given = self._given(None, classes[:1])
-            del given["noise"]
-            return interpolate(self.denoiser, first, last, len(seeds), self.timesteps, **given)
+        Both are encoded by DDIM's inversion, mixed on the sphere, and decoded by DDIM, whatever the
+        sampler, since nothing else comes back to where it started.
+        """
+        given: dict[str, Any] = {"conditioning": self.conditioning([label])}
+        ends: list[Tensor] = []
 
-        return self._plan(run, self.timesteps)
+        def run(places: range, seeds: Sequence[int], classes: Classes) -> Iterator[Step]:
+            if not ends:
+                ends.extend(
+                    finish(invert(self.denoiser, end, self.timesteps, **given))
+                    for end in (first, last)
+                )
+            share = torch.linspace(0, 1, count)[list(places)].to(first).view(-1, 1, 1, 1)
+            return sample(
+                self.denoiser, slerp(ends[0], ends[1], share), self.timesteps, "ddim", **given
+            )
+
+        steps = len(self.timesteps)
+        return Plan(run, steps, steps, once=2 * ITERATIONS * steps)
 
     def _plan(self, run: Run, timesteps: Sequence[float]) -> Plan:
         downs = sum(t > to for t, to in pairwise([*timesteps, CLEAN]))
@@ -204,7 +228,7 @@ class ImageSampler:
         seeds = image_seeds(self.options.seed, count, first)
         for start in range(0, count, self.options.batch_size):
             part = slice(start, start + self.options.batch_size)
-            for step in plan.run(seeds[part], labels[part]):
+            for step in plan.run(range(count)[part], seeds[part], labels[part]):
                 if on_step is not None:
                     on_step(step)
             yield to_bytes(step.x)
@@ -213,11 +237,13 @@ class ImageSampler:
         """All of the first images of the seed, uint8 (N, H, W, C)."""
         return np.concatenate(list(self.batches(count, classes)))
 
-    def appearing(self, count: int, classes: Classes | None = None) -> list[Images]:
+    def appearing(
+        self, count: int, classes: Classes | None = None, *, first: int = 0
+    ) -> list[Images]:
         """The first images as they appear: the noise, and what it has become after each step."""
-        seeds = image_seeds(self.options.seed, count)
+        seeds = image_seeds(self.options.seed, count, first)
         frames = [to_bytes(self._noise(NoiseSource(seeds)))]
-        steps = self.from_noise().run(seeds, classes or [None] * count)
+        steps = self.from_noise().run(range(count), seeds, classes or [None] * count)
         return frames + [to_bytes(step.x) for step in steps]
 
 

@@ -17,13 +17,14 @@ from diffusion.data import DiffusionData
 from diffusion.denoiser import Denoiser
 from diffusion.model import DiffusionUNet
 from diffusion.networks import automatic_config
-from diffusion.options import DiffusionOptions, SamplingOptions
+from diffusion.options import DiffusionOptions
 from diffusion.pictures import grid, rgb, table
 from diffusion.prediction import diffusion_loss, get_prediction
-from diffusion.report import write_report
-from diffusion.sampling import ImageSampler, to_bytes
+from diffusion.report import few_steps, spread, write_report
+from diffusion.sampling import to_bytes
 from diffusion.schedule import NoiseSchedule, NoiseSource
 from unet import PRESETS
+from unet.device import pick_device
 from unet.errors import InputError
 from unet.folder import load_strictly, read_config, read_weights
 from unet.training.batches import Key, sample_rng
@@ -33,7 +34,7 @@ from unet.training.task import Batch, Processes, Task
 
 SHOWN_LEVELS = 8  # of the pictures
 SHOWN = 36  # samples in the picture at each evaluation
-MOST_JUDGED = 500  # held-out images, and as many training images
+LEAST_JUDGED, MOST_JUDGED = 128, 500  # held-out images, and as many training images
 PART = 125  # of them at a time
 
 
@@ -47,6 +48,8 @@ def train(options: DiffusionOptions) -> dict[str, float]:
     get_prediction(options.prediction, schedule)
     data = load_data(options)
     model, why = make_model(options, data, schedule)
+    if options.network == "auto" and not options.init:  # which a resumed run must not choose anew
+        options = replace(options, width=model.config.channels)
     if is_main_process():
         parameters = sum(p.numel() for p in model.parameters())
         print(f"{data.describe()}\nnetwork: {parameters / 1e6:.2f} M parameters, {why}", flush=True)
@@ -65,7 +68,8 @@ def train(options: DiffusionOptions) -> dict[str, float]:
         )
         if is_main_process():
             best = DiffusionUNet.from_pretrained(options.out / "model")
-            print(f"report: {write_report(options.out, best, data)}")
+            best.to(pick_device(options.device))
+            print(f"report: {write_report(options.out, best, data, options.seed)}")
     return figures
 
 
@@ -122,7 +126,7 @@ def make_model(
         "classes": list(data.classes) if options.classes else [],
     }
     model = DiffusionUNet(config, data.channels * (2 if options.learn_variance else 1), info)
-    if options.init:
+    if options.init and not options.resume:
         _initialise(model, options.init)
     return model, why
 
@@ -141,7 +145,8 @@ class NoisedSamples:
     """Training images, each with its noise and the place of its noise level among the batch's.
 
     All of it is drawn from the sample's own generator, so that a resumed run and one with other
-    numbers of worker processes see the same.
+    numbers of worker processes see the same. (Which noise level a place becomes depends on the
+    batch that it is in, and so on the number of training processes and accumulated parts.)
     """
 
     def __init__(self, data: DiffusionData, options: DiffusionOptions, classes: int) -> None:
@@ -156,7 +161,7 @@ class NoisedSamples:
         rng = sample_rng(self.seed + 1, *key)
         shape = sample["image"].shape
         sample["noise"] = torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
-        sample["place"] = torch.from_numpy(rng.random(2))
+        sample["place"] = torch.from_numpy(rng.random(2, dtype=np.float32))
         label = sample.pop("label", None)
         if self.null >= 0:
             dropped = rng.random() < self.dropout
@@ -189,7 +194,6 @@ class DiffusionTask:
         self, options: DiffusionOptions, data: DiffusionData, schedule: NoiseSchedule
     ) -> None:
         self.options, self.data, self.schedule = options, data, schedule
-        self.sampling = SamplingOptions(seed=options.seed, batch_size=SHOWN)
 
     def _loss(self, model: nn.Module, x0: Tensor, t: Tensor, noise: Tensor, **given: Any) -> Tensor:
         return diffusion_loss(model, self.schedule, self.options.prediction, x0, t, noise, **given)
@@ -202,27 +206,31 @@ class DiffusionTask:
         return self._loss(model, batch["image"], t, batch["noise"], **given).mean()
 
     def evaluate(self, model: DiffusionUNet, processes: Processes) -> Mapping[str, float]:
-        """The training loss on held-out images, and on as many training images ("seen").
+        """The plain loss on held-out images, and on as many training images ("seen").
 
-        Noise levels and noise are the same at each evaluation. A held-out loss that rises above
-        that of the seen images tells of images learnt by heart.
+        Noise levels and noise are the same at each evaluation; a few images are judged at several
+        levels each. A held-out loss that rises above that of the seen images tells of images learnt
+        by heart.
         """
         figures = {}
         val = self.data.val[:MOST_JUDGED]
-        for name, indices in (("loss", val), ("seen", self.data.train[: len(val)])):
-            places = (np.arange(len(indices)) + 0.5) / len(indices)
-            t = torch.from_numpy((places * self.schedule.steps).astype(np.int64))
+        for name, images in (("loss", val), ("seen", spread(self.data.train, len(val)))):
+            indices = list(images) * -(-LEAST_JUDGED // len(images))
+            # Neighbours in the list are far apart in noise, lest the level follow the image.
+            order = np.random.default_rng(0).permutation(len(indices))
+            t = torch.from_numpy(((order + 0.5) / len(order) * self.schedule.steps).astype(int))
             part = processes.share(range(len(indices)))
-            total = self._total(model, [indices[i] for i in part], t[list(part)])
+            total = self._total(model, part, [indices[i] for i in part], t[list(part)])
             figures[name] = sum(processes.gather(total)) / len(indices)
         return figures
 
-    def _total(self, model: DiffusionUNet, indices: Sequence[int], t: Tensor) -> float:
+    def _total(
+        self, model: DiffusionUNet, seeds: Sequence[int], indices: Sequence[int], t: Tensor
+    ) -> float:
         device, total = next(model.parameters()).device, 0.0
         for start in range(0, len(indices), PART):
-            chosen = indices[start : start + PART]
-            x0, labels = self.data.batch(chosen)
-            noise = NoiseSource(chosen).draw(x0.shape[1:])
+            x0, labels = self.data.batch(indices[start : start + PART])
+            noise = NoiseSource(seeds[start : start + PART]).draw(x0.shape[1:])
             given = {"classes": labels.to(device)} if model.config.classes else {}
             losses = self._loss(
                 model, x0.to(device), t[start : start + PART].to(device), noise.to(device), **given
@@ -250,7 +258,7 @@ class DiffusionTask:
         return {"samples": grid(self._samples(model)), "noise": self._noise_table(model)}
 
     def _samples(self, model: DiffusionUNet) -> Any:
-        sampler = ImageSampler(model, self.sampling)
+        sampler = few_steps(model, self.options.seed)
         count = len(sampler.classes)
         classes = [i * count // SHOWN for i in range(SHOWN)] if count else None
         return sampler(SHOWN, classes)

@@ -89,18 +89,24 @@ def main(options: EvalOptions) -> None:
     model = DiffusionUNet.from_pretrained(options.model).to(pick_device(options.device))
     samplers = [ImageSampler(model, way) for way in options.ways()]
     extractor = chosen_extractor(options)
-    size = options.size or max(samplers[0].height, samplers[0].width)
-    file = Path(options.model).parent / "config.yaml"  # of the model's run: the same images are new
-    val = load_config(DiffusionOptions, file)["val"] if file.exists() else DiffusionOptions.val
+    file = Path(options.model).resolve().parent / "config.yaml"  # of the run: the same are held out
+    run = load_config(DiffusionOptions, file) if file.exists() else {}
+    first = samplers[0]
     data = DiffusionData(
         options.data,
-        size=size,
-        channels=1 if samplers[0].channels == 1 else 3,
-        crops=options.crops,
+        size=options.size or (first.height if first.height == first.width else None),
+        channels=1 if first.channels == 1 else 3,
+        crops=options.crops or run.get("crops", False),
         flips=False,
-        val=val,
-        classes=bool(samplers[0].classes),
+        val=run.get("val", DiffusionOptions.val),
+        skip_bad=run.get("skip_bad", False),
+        classes=bool(first.classes),
     )
+    if data.size != (first.height, first.width):
+        raise InputError(
+            f"the images are {data.size[0]} x {data.size[1]}, but the model makes {first.height} x "
+            f"{first.width}: bring them to its size"
+        )
     judge = Judge(data, extractor)
     rows: list[dict[str, Any]] = []
     for sampler in samplers:

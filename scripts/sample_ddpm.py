@@ -78,6 +78,12 @@ class SampleOptions(SamplingOptions):
             raise InputError("--inpaint needs --mask, which says what to make anew: give both")
         if self.interpolate and self.count < 2:
             raise InputError(f"--count {self.count}: between two images there are at least 2")
+        if self.interpolate and self.first:
+            raise InputError("--first has no place with --interpolate, whose images have an order")
+        if not 0 < self.strength <= 1:
+            raise InputError(f"--strength {self.strength} must be above 0 and at most 1")
+        if self.gif and (self.init or self.inpaint or self.interpolate):
+            raise InputError("--gif shows images that come out of noise alone: leave it out")
 
 
 def main(options: SampleOptions) -> None:
@@ -94,7 +100,9 @@ def main(options: SampleOptions) -> None:
     chosen = [sampler.class_index(c) for c in options.class_] or range(len(sampler.classes))
     numbers = range(options.first, options.first + options.count)
     classes = [chosen[i % len(chosen)] for i in numbers] if chosen else None
-    plan = chosen_plan(options, sampler)
+    if options.interpolate:  # all of one class, or of none
+        classes = [chosen[0]] * options.count if options.class_ else None
+    plan = chosen_plan(options, sampler, classes)
     folder.begin()
     every = []
     for images in made(options, sampler, plan, classes):
@@ -103,21 +111,26 @@ def main(options: SampleOptions) -> None:
     if options.npz:
         folder.write_npz(np.concatenate(every), classes)
     if options.gif:
-        shown = min(options.count, IN_GIF)
-        folder.write_gif(sampler.appearing(shown, classes[:shown] if classes else None))
+        shown = classes[:IN_GIF] if classes else [None] * min(options.count, IN_GIF)
+        folder.write_gif(sampler.appearing(len(shown), shown, first=options.first))
     print(f"images: {folder.write_grid()}")
 
 
-def chosen_plan(options: SampleOptions, sampler: ImageSampler) -> Plan:
+def chosen_plan(options: SampleOptions, sampler: ImageSampler, classes: list[int] | None) -> Plan:
     """What the options ask for: from noise, or from images."""
     if options.init:
         return sampler.variants(picture(options.init, sampler), options.strength)
     if options.inpaint and options.mask:
         mask = picture(options.mask, sampler).mean(dim=1, keepdim=True) > 0
+        if not mask.any():
+            raise InputError(
+                f"the mask '{options.mask}' is white nowhere, so nothing would be made anew: paint "
+                "the part to be made anew white (255)"
+            )
         return sampler.inpainted(picture(options.inpaint, sampler), mask)
     if options.interpolate:
         first, last = (picture(path, sampler) for path in options.interpolate)
-        return sampler.between(first, last)
+        return sampler.between(first, last, options.count, classes[0] if classes else None)
     return sampler.from_noise()
 
 
@@ -128,9 +141,10 @@ def made(
     from tqdm import tqdm
 
     doubled = ", each for twice the images (guidance)" if options.guidance != 1 else ""
+    before = f", after {plan.once} for the two" if plan.once else ""
     print(
         f"{options.count} images of {sampler.height} x {sampler.width} by {options.sampler}: "
-        f"{plan.evaluations} evaluations of the network an image{doubled}"
+        f"{plan.evaluations} evaluations of the network an image{doubled}{before}"
     )
     total = plan.steps * -(-options.count // options.batch_size)
     with tqdm(total=total, unit="step", disable=None) as bar:

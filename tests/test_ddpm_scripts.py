@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from diffusion.model import DiffusionUNet
@@ -88,6 +89,7 @@ def test_a_run_holds_the_model_and_the_pictures(trained: Path) -> None:
         ("--prediction", "x0", "--weighting", "min-snr", "--timesteps", "100"),
         ("--zero-snr", "--noise", "scaled-linear", "--ema", "0"),
         ("--noise", "sigmoid", "--network", "diffusion"),
+        ("--timesteps", "4", "--noise", "linear"),
     ],
 )
 def test_every_kind_of_training_runs_and_samples(trained, tmp_path, options) -> None:
@@ -101,21 +103,34 @@ def test_every_kind_of_training_runs_and_samples(trained, tmp_path, options) -> 
     assert run_sample(*arguments, "--steps", 3, *variance) == 0
 
 
-def test_a_killed_run_goes_on_as_if_it_had_not_been(trained, tmp_path) -> None:
+def test_a_run_can_be_given_more_steps(trained, tmp_path) -> None:
+    """As if they had been asked for at once; the noise, its levels and the labels go on exactly."""
     data = ("--data", trained / "discs.npz", "--classes", *SMALL)
-    assert (
-        run_train(*data, "--out", tmp_path / "whole", "--steps", 6, "--schedule", "constant") == 0
-    )
-    part = (*data, "--out", tmp_path / "part", "--schedule", "constant", "--warmup", "0")
-    whole = (*data, "--out", tmp_path / "all", "--schedule", "constant", "--warmup", "0")
-    assert run_train(*whole, "--steps", 6) == 0
-    assert run_train(*part, "--steps", 3) == 0
+    constant = ("--schedule", "constant", "--warmup", "0")
+    assert run_train(*data, "--out", tmp_path / "whole", *constant, "--steps", 6) == 0
+    assert run_train(*data, "--out", tmp_path / "part", *constant, "--steps", 3) == 0
     assert run_train("--out", tmp_path / "part", "--resume", "--steps", 6) == 0
-    weights = [(tmp_path / name / "state/state.pt") for name in ("part", "all")]
-    import torch
+    ours, theirs = (
+        torch.load(tmp_path / name / "state/state.pt", weights_only=True)["model"]
+        for name in ("part", "whole")
+    )
+    assert all(torch.equal(ours[k], v) for k, v in theirs.items())
 
-    a, b = (torch.load(path, weights_only=True)["model"] for path in weights)
-    assert all(torch.equal(a[k], b[k]) for k in b)
+
+def test_a_run_goes_on_with_its_own_network_whatever_the_budget(trained, tmp_path) -> None:
+    data = ("--data", trained / "discs.npz", "--batch-size", 4, "--evaluations", 1)
+    assert run_train(*data, "--out", tmp_path / "run", "--steps", 1) == 0
+    longer = ("--resume", "--steps", "None", "--max-minutes", 0.01)
+    assert run_train("--out", tmp_path / "run", *longer) == 0
+    assert load_config(DiffusionOptions, tmp_path / "run/config.yaml")["width"] == 32
+
+
+def test_five_images_are_enough(tmp_path) -> None:
+    for i, image in enumerate(discs(5)):
+        write_image(tmp_path / f"images/{i}.png", image)
+    run = tmp_path / "run"
+    assert run_train("--data", tmp_path / "images", "--out", run, *SMALL, "--steps", 1) == 0
+    assert (run / "report.png").exists()
 
 
 def test_shapes_need_no_argument_but_a_place(tmp_path, capsys) -> None:
@@ -125,13 +140,17 @@ def test_shapes_need_no_argument_but_a_place(tmp_path, capsys) -> None:
     assert "so that attention works at 8 x 8" in capsys.readouterr().out
 
 
-def test_a_segmentation_can_start_from_a_diffusion_model_and_back(trained, tmp_path) -> None:
-    """--init takes the trunk; what does not fit is one sentence."""
-    options = ("--data", trained / "discs.npz", *SMALL, "--steps", 1)
-    same = (*options, "--classes", "--out", tmp_path / "same", "--init", trained / "run/model")
-    assert run_train(*same) == 0
-    other = (*options, "--out", tmp_path / "other", "--init", trained / "run/model")
-    assert run_train(*other) == 2
+def test_training_can_start_from_a_model(trained, tmp_path) -> None:
+    """With a learning rate of next to nothing the weights are those that it started from."""
+    options = ("--data", trained / "discs.npz", *SMALL, "--steps", 1, "--lr", 1e-12, "--ema", 0)
+    start = ("--init", trained / "run/model", "--weight-decay", 0)
+    assert run_train(*options, *start, "--classes", "--out", tmp_path / "same") == 0
+    theirs, ours = (
+        DiffusionUNet.from_pretrained(path / "model").state_dict()
+        for path in (trained / "run", tmp_path / "same")
+    )
+    assert all(torch.allclose(ours[k], v, atol=1e-6) for k, v in theirs.items())
+    assert run_train(*options, *start, "--out", tmp_path / "other") == 2  # lacks the classes
 
 
 # -- sampling
@@ -223,6 +242,7 @@ def test_samples_are_judged(trained, tmp_path, capsys) -> None:
         (("--label-dropout", "1"), "--label-dropout"),
         (("--zero-snr", "--prediction", "eps"), "--prediction v or x0"),
         (("--timesteps", "1"), "steps from 2"),
+        (("--seed", str(2**32)), "--seed 4294967296"),
         (("--network", "paper"), "cannot be trained here"),
         (("--network", "odd"), "'odd' is no preset"),
         (("--classes",), "has no classes"),
@@ -248,13 +268,25 @@ def test_a_mistake_is_one_sentence_before_training(tmp_path, capsys, arguments, 
         (("--first", "-1"), "--first -1"),
         (("--variance", "learned", "--sampler", "ddpm"), "--learn-variance"),
         (("--steps", "3", "--init", "IMAGE", "--strength", "0.1"), "strength 0.1"),
+        (("--init", "IMAGE", "--strength", "1.5"), "--strength 1.5"),
+        (("--inpaint", "IMAGE", "--mask", "BLACK"), "is white nowhere"),
+        (("--interpolate", "IMAGE", "IMAGE", "--count", "1"), "there are at least 2"),
+        (("--init", "IMAGE", "--gif"), "out of noise alone"),
     ],
 )
 def test_a_mistake_is_one_sentence_before_sampling(
     trained, tmp_path, capsys, arguments, told
 ) -> None:
     write_image(tmp_path / "image.png", discs(1)[0])
-    given = [str(tmp_path / "image.png") if a == "IMAGE" else a for a in arguments]
+    write_image(tmp_path / "black.png", np.zeros((12, 12), np.uint8))
+    files = {"IMAGE": tmp_path / "image.png", "BLACK": tmp_path / "black.png"}
+    given = [files.get(a, a) for a in arguments]
+    kept = tmp_path / "kept/images"
+    kept.mkdir(parents=True)
+    write_image(kept / "00000.png", discs(1)[0])
+    into = ("--model", trained / "run/model", "--out", tmp_path / "kept", "--overwrite")
+    assert run_sample(*into, *given) == 2
+    assert (kept / "00000.png").exists()
     assert run_sample("--model", trained / "run/model", "--out", tmp_path / "out", *given) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
@@ -38,12 +39,22 @@ class Attention(nn.Module):
     ) -> Tensor:
         """x (B, N, C) attends to context (B, L, D), or to itself; mask (B, L), True = attend."""
         source = x if context is None else context
-        q, k, v = self.q(x), self.k(source), self.v(source)
-        q, k, v = (rearrange(y, "b n (h d) -> b h n d", h=self.heads) for y in (q, k, v))
-        if mask is not None:
-            mask = mask[:, None, None, :]  # (B, 1, 1, L)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        q, k, v = map(self._split, (self.q(x), self.k(source), self.v(source)))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=_for_heads(mask))
         return self.out(rearrange(y, "b h n d -> b n (h d)"))
+
+    def probabilities(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The softmax alone, for pictures: how x attends to each token, (B, heads, N, L)."""
+        q, k = map(self._split, (self.q(x), self.k(context)))
+        one_hot = torch.eye(k.shape[2], dtype=k.dtype, device=k.device).expand(*k.shape[:2], -1, -1)
+        return F.scaled_dot_product_attention(q, k, one_hot, attn_mask=_for_heads(mask))
+
+    def _split(self, y: Tensor) -> Tensor:
+        return rearrange(y, "b n (h d) -> b h n d", h=self.heads)
+
+
+def _for_heads(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else mask[:, None, None, :]  # (B, 1, 1, L)
 
 
 class SelfAttention(nn.Module):

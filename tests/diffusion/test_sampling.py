@@ -89,8 +89,12 @@ def test_an_image_can_be_varied_inpainted_and_joined_with_another() -> None:
     anew = next(made.batches(2, plan=made.inpainted(image, mask)))
     assert (anew[:, :, :6] == to_bytes(image)[:, :, :6]).all()
     assert (anew[0, :, 6:] != anew[1, :, 6:]).any()
-    joined = next(made.batches(5, plan=made.between(image, -image)))
+    plan = made.between(image, -image, 5, None)
+    joined = next(made.batches(5, plan=plan))
     assert joined.shape == (5, 8, 12, 1)
+    apart = sampler(model(), steps=10, batch_size=2)
+    parts = list(apart.batches(5, plan=apart.between(image, -image, 5, None)))
+    assert np.abs(joined.astype(int) - np.concatenate(parts)).max() <= 1
 
 
 def test_evaluations_are_counted_and_steps_reported() -> None:
@@ -103,11 +107,15 @@ def test_evaluations_are_counted_and_steps_reported() -> None:
         plan = made.from_noise()
         assert (len(calls), len(steps)) == (2 * plan.evaluations, 2 * plan.steps)
     image = torch.zeros(1, 1, 8, 12)
-    for plan in (made.variants(image, 0.6), made.inpainted(image, image)):
+    for plan in (
+        made.variants(image, 0.6),
+        made.inpainted(image, image),
+        made.between(image, image, 2, None),
+    ):
         calls.clear()
         steps = []
         list(made.batches(2, plan=plan, on_step=steps.append))
-        assert (len(calls), len(steps)) == (plan.evaluations, plan.steps)
+        assert (len(calls), len(steps)) == (plan.evaluations + plan.once, plan.steps)
 
 
 def test_a_sample_appears_out_of_noise() -> None:

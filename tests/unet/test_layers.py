@@ -152,6 +152,20 @@ def test_attention_is_its_formula(heads: int) -> None:
     close(cross(x, context, mask), attended(cross, x, context, mask))
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_probabilities_are_what_attention_weighs_its_values_with(masked: bool) -> None:
+    cross, x, context = Attention(8, 2, 6), torch.randn(2, 7, 8), torch.randn(2, 5, 6)
+    mask = torch.arange(5) < torch.tensor([[5], [2]]) if masked else None
+    found = cross.probabilities(x, context, mask)
+    assert found.shape == (2, 2, 7, 5)
+    close(found.sum(3), torch.ones(2, 2, 7))
+    if mask is not None:
+        assert found[1, :, :, 2:].abs().max() == 0
+    values = cross.v(context).reshape(2, 5, 2, 4)
+    mixed = torch.einsum("bhnl,blhd->bnhd", found, values).reshape(2, 7, 8)
+    close(cross.out(mixed), cross(x, context, mask))
+
+
 def test_a_text_of_padding_alone_gives_finite_values() -> None:
     cross, x, context = Attention(8, 2, 6), torch.randn(1, 7, 8), torch.randn(1, 5, 6)
     assert cross(x, context, torch.zeros(1, 5).bool()).isfinite().all()

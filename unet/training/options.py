@@ -112,6 +112,8 @@ class FitOptions:
                 raise InputError(f"--{flag} {getattr(self, name)} must be 0 or more")
         if not self.lr > 0:
             raise InputError(f"--lr {self.lr} must be above 0")
+        if self.seed >= 2**32:
+            raise InputError(f"--seed {self.seed} must be below 2^32")
         for name in ("ema", "warmup", "momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"--{name} {getattr(self, name)} must be in [0, 1)")
