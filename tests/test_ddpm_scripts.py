@@ -90,6 +90,8 @@ def test_a_run_holds_the_model_and_the_pictures(trained: Path) -> None:
         ("--zero-snr", "--noise", "scaled-linear", "--ema", "0"),
         ("--noise", "sigmoid", "--network", "diffusion"),
         ("--timesteps", "4", "--noise", "linear"),
+        ("--precision", "fp32"),  # after the others in "auto", in the same process
+        ("--precision", "bf16", "--device", "cpu"),
     ],
 )
 def test_every_kind_of_training_runs_and_samples(trained, tmp_path, options) -> None:

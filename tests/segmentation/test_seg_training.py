@@ -116,9 +116,12 @@ def test_the_demo_shows_what_it_says(tmp_path, capsys):
     demo.main(options)
     printed = capsys.readouterr().out
     (run,) = tmp_path.iterdir()
-    for folder in ("samples", "predictions"):
+    for folder in ("segmentation/samples", "segmentation/predictions"):
         assert f"{run / folder}:" in printed
         assert any((run / folder).iterdir())
+    for picture in ("samples/appearing.png", "samples/forward.png", "report.png"):
+        assert str(run / "diffusion" / picture) in printed
+        assert (run / "diffusion" / picture).exists()
     assert re.search(r"V_Rand 0\.\d+, V_Info 0\.\d+, pixel error 0\.\d+", printed)
 
 

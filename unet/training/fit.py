@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import math
 import os
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from torch import Tensor
 from tqdm import tqdm
@@ -46,6 +48,12 @@ def fit(task: Task, options: FitOptions) -> dict[str, float]:
     return Trainer(task, options).run()
 
 
+def _leave() -> None:
+    """Ends the threads that talk to the other processes, lest they abort the exit."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 class Trainer:
     """The state of `fit`, with a method for each part of the loop."""
 
@@ -53,6 +61,7 @@ class Trainer:
         self.task, self.options = task, options
         self.folder = RunFolder(options.out)
         on_cpu = options.device == "cpu" or not torch.accelerator.is_available()
+        AcceleratorState._reset_state()  # of an earlier run in this process, in another precision
         self.accelerator = Accelerator(
             cpu=on_cpu,
             mixed_precision=_precision(options, on_cpu),
@@ -66,6 +75,8 @@ class Trainer:
                 f"{started} processes were started, but {self.processes.count} found each other: "
                 "start them with torchrun --nproc-per-node, or one of them alone"
             )
+        if self.processes.count > 1:
+            atexit.register(_leave)
         self.keys = BatchKeys(
             len(task.samples),
             options.batch_size,
