@@ -19,7 +19,7 @@ demo: venv  ## train, predict and evaluate on embedded data; prints where the pi
 	@$(PY) scripts/demo.py $(ARGS)
 
 test: venv  ## run the tests (ISBI2012_DIR and MNIST_DIR, when set, name folders of real data)
-	@$(PY) -m pytest $(ARGS)
+	@$(PY) -m pytest -n auto $(ARGS)
 
 test-slow: venv  ## run the tests marked slow
 	@$(PY) -m pytest -m slow $(ARGS)
