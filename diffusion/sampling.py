@@ -13,6 +13,7 @@ from einops import rearrange
 from numpy.typing import NDArray
 from torch import Tensor
 
+from diffusion.data import to_uint8
 from diffusion.denoiser import Clipped, Denoiser
 from diffusion.editing import (
     ITERATIONS,
@@ -255,8 +256,7 @@ def image_seeds(seed: int, count: int, first: int = 0) -> list[int]:
 
 def to_bytes(x: Tensor) -> Images:
     """Images (B, C, H, W) in [-1, 1] as uint8 (B, H, W, C); what lies outside is clamped."""
-    scaled = ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    return rearrange(scaled, "b c h w -> b h w c").cpu().numpy()
+    return rearrange(to_uint8(x), "b c h w -> b h w c").cpu().numpy()
 
 
 def _known(model: DiffusionUNet, key: str) -> Any:

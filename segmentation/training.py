@@ -257,8 +257,8 @@ class SegmentationTask:
             part.add(i, self.data.pairs[i].name, probability, mask)
         for other in processes.gather(part):
             whole.merge(other)
-        best = whole.challenge()
-        return {k: whole.scores()[k] for k in ("loss", "accuracy", "dice", "iou")} | {
+        scores, best = whole.scores(), whole.challenge()
+        return {k: scores[k] for k in ("loss", "accuracy", "dice", "iou")} | {
             k: best[k] for k in ("v_rand", "v_info") if k in best
         }
 
