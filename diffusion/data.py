@@ -144,6 +144,13 @@ class DiffusionData:
         labels = [0 if self.labels is None else int(self.labels[i]) for i in used]
         return torch.stack([_tensor(p) for p in pixels]), torch.tensor(labels)
 
+    def conditions(self, indices: Sequence[int]) -> list[int | str | None]:
+        """The caption of each image where captions were asked for, else its class, or None."""
+        used = [self.load(i)[0] for i in indices]
+        if self.captioned:
+            return [self.caption(i) for i in used]
+        return [None if self.labels is None else int(self.labels[i]) for i in used]
+
     def images(self, indices: Sequence[int]) -> NDArray[np.uint8]:
         """The same images as bytes (N, H, W, C)."""
         return np.stack([self.load(i)[1] for i in indices])

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
+from diffusion.text import WordEncoder
 from unet.config import UNetConfig
+from unet.errors import InputError
 from unet.folder import FolderModel
 from unet.layers import make_activation, make_norm, unpatch, zero_init
 
@@ -18,7 +21,8 @@ class DiffusionUNet(FolderModel):
     Args:
         config: the trunk's shape.
         out_channels: the image's channels; twice as many where the variance is learned.
-        info: see `FolderModel`.
+        info: see `FolderModel`; with "text", as `WordEncoder.to_dict` gives it, the model has a
+            text encoder of its own, `text`, whose tokens are the context.
     """
 
     task: ClassVar[str] = "diffusion"
@@ -35,6 +39,13 @@ class DiffusionUNet(FolderModel):
         self.head.add_module("norm", make_norm(channels, config))
         self.head.add_module("act", make_activation(config))
         self.head.add_module("conv", conv)
+        text = self.info.get("text")
+        self.text = None if text is None else WordEncoder.from_dict(text)
+        if self.text is not None and self.text.channels != config.context_channels:
+            raise InputError(
+                f"a text encoder of width {self.text.channels} does not go with "
+                f"context_channels={config.context_channels}: both are the same"
+            )
 
     def forward(
         self,
@@ -44,7 +55,23 @@ class DiffusionUNet(FolderModel):
         *,
         mask: Tensor | None = None,
         classes: Tensor | None = None,
+        tokens: Tensor | None = None,
     ) -> Tensor:
-        """(B, in_channels, H, W) to (B, out_channels, H, W); the arguments are those of `UNet`."""
+        """(B, in_channels, H, W) to (B, out_channels, H, W); the arguments are those of `UNet`.
+
+        With a text encoder, `tokens` (B, L) of `text.tokenize` can stand for context and mask.
+        """
+        if tokens is not None and self.text is not None:
+            context, mask = self.text(tokens)
         features = self.trunk(x, t, context, mask=mask, classes=classes)
         return unpatch(self.head(features), self.config.patch, x.shape[-2:])
+
+    def conditioning(self, wanted: Sequence[int | str | None]) -> dict[str, Any]:
+        """What `forward` is given for images of these classes or texts; None: of any."""
+        if self.text is not None:
+            return self.text.encode([str(w or "") for w in wanted])._asdict()
+        if not self.config.classes:
+            return {}
+        null, device = self.config.classes - 1, next(self.parameters()).device
+        indices = [null if w is None else int(w) for w in wanted]
+        return {"classes": torch.tensor(indices, device=device)}

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from unet.errors import InputError
 from unet.training.options import FitOptions
@@ -53,8 +55,12 @@ class DiffusionOptions(FitOptions):
     classes: bool = False
     """Learn to make images of a class: subfolders, or the `labels` of an .npz."""
 
+    captions: bool = False
+    """Learn to make images of a text: `shapes`, or a folder with a metadata.jsonl of lines such as
+    {"file_name": "0.png", "text": "a red circle"}."""
+
     label_dropout: float = 0.1
-    """Share of the images that are shown without their class, as guidance needs it."""
+    """Share of the images that are shown without their class or caption, as guidance needs it."""
 
     network: str = "auto"
     """auto: width and levels by image size, number of images and budget; or a preset
@@ -64,8 +70,8 @@ class DiffusionOptions(FitOptions):
     """Channels of the finest level, instead of the network's."""
 
     init: str | None = None
-    """Model folder whose weights to start from: a whole model, or only its trunk where the heads
-    differ."""
+    """Model folder whose weights to start from, and whose network to take; what differs, such as a
+    head or the classes, starts anew."""
 
     noise: Literal["cosine", "linear", "scaled-linear", "sigmoid"] = "cosine"
     """Noise schedule."""
@@ -93,6 +99,8 @@ class DiffusionOptions(FitOptions):
             raise InputError(f"--label-dropout {self.label_dropout} must be in [0, 1)")
         if self.width is not None and self.width < 1:
             raise InputError(f"--width {self.width} must be at least 1")
+        if self.classes and self.captions:
+            raise InputError("--classes and --captions each say what an image shows: give one")
         if self.zero_snr and self.prediction == "eps":
             raise InputError(
                 "--zero-snr leaves no signal at the last noise level, where --prediction eps says "
@@ -121,6 +129,9 @@ class SamplingOptions:
 
     guidance: float = 1.0
     """Scale of classifier-free guidance; 1: none."""
+
+    negative: str = ""
+    """With --guidance and captions: a text to lead away from."""
 
     guidance_rescale: float = 0.0
     """How far the spread that guidance widens is brought back, from 0 to 1."""
@@ -152,4 +163,100 @@ class SamplingOptions:
         if self.variance != "fixed-small" and self.sampler != "ddpm":
             raise InputError(
                 f"--variance {self.variance} is for --sampler ddpm, not {self.sampler}"
+            )
+        if self.guidance == 1:
+            given = {
+                "--negative": self.negative,
+                "--guidance-rescale": self.guidance_rescale,
+                "--guidance-interval": self.guidance_interval != (0.0, math.inf),
+            }
+            for flag in (flag for flag, value in given.items() if value):
+                raise InputError(f"{flag} does nothing without --guidance above 1: give both")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleOptions(SamplingOptions):
+    """Make images from noise, or from other images."""
+
+    model: str
+    """Model folder, such as RUN/model."""
+
+    out: Path
+    """Folder to make: grid.png, and images/ with one PNG an image."""
+
+    count: int = 64
+    """Number of images."""
+
+    first: int = 0
+    """Number of the first one: --count 10 --first 20 makes images 20 to 29 of the seed."""
+
+    class_: Annotated[tuple[str, ...], tyro.conf.arg(name="class")] = ()
+    """Classes of the images, by name and in turn; none given: every class in turn, where the model
+    knows classes."""
+
+    prompt: tuple[str, ...] = ()
+    """Texts that the images are to show, in turn, for a model that was trained with captions."""
+
+    attention: bool = False
+    """With --prompt: write attention/ as well, where in the first images each word of the prompt is
+    looked at."""
+
+    attention_steps: tuple[int, int] | None = None
+    """With --attention: only the steps from the first of these up to before the second, from 0;
+    none given: all."""
+
+    npz: bool = False
+    """Write samples.npz as well: images (N, H, W, C) and, where asked for, labels."""
+
+    gif: bool = False
+    """Write appearing.gif as well: the first images as they come out of the noise."""
+
+    init: Path | None = None
+    """Make variants of this image instead (SDEdit): noise is added to it and taken away."""
+
+    strength: float = 0.6
+    """With --init: how much of it is made anew, from 0 to 1."""
+
+    inpaint: Path | None = None
+    """Make a part of this image anew (RePaint); with --mask."""
+
+    mask: Path | None = None
+    """With --inpaint: a picture that is white where the image is to be made anew."""
+
+    interpolate: tuple[Path, Path] | None = None
+    """Make images between these two, both among them."""
+
+    overwrite: bool = False
+    """Replace what an earlier run wrote to --out."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.count < 1:
+            raise InputError(f"--count {self.count} must be at least 1")
+        if self.first < 0:
+            raise InputError(f"--first {self.first} must be 0 or more")
+        if sum(x is not None for x in (self.init, self.inpaint, self.interpolate)) > 1:
+            raise InputError("--init, --inpaint and --interpolate each say what to make: give one")
+        if (self.inpaint is None) != (self.mask is None):
+            raise InputError("--inpaint needs --mask, which says what to make anew: give both")
+        if self.interpolate and self.count < 2:
+            raise InputError(f"--count {self.count}: between two images there are at least 2")
+        if self.interpolate and self.first:
+            raise InputError("--first has no place with --interpolate, whose images have an order")
+        if not 0 < self.strength <= 1:
+            raise InputError(f"--strength {self.strength} must be above 0 and at most 1")
+        if self.class_ and self.prompt:
+            raise InputError("--class and --prompt each say what an image shows: give one")
+        if self.attention and not self.prompt:
+            raise InputError("--attention shows where each word goes: give a --prompt")
+        if self.attention_steps is not None:
+            first, end = self.attention_steps
+            if not (self.attention and 0 <= first < end <= self.steps):
+                raise InputError(
+                    f"--attention-steps {first} {end}: give --attention, and 0 <= first < end <= "
+                    f"--steps {self.steps}"
+                )
+        if (self.gif or self.attention) and (self.init or self.inpaint or self.interpolate):
+            raise InputError(
+                "--gif and --attention show images that come out of noise alone: leave them out"
             )

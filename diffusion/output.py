@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
+from diffusion.attention_maps import attention_figure
 from diffusion.pictures import Images, grid, write_gif
 from unet.errors import InputError
 from unet.files import replacing
@@ -37,9 +39,10 @@ class SampleFolder:
     def begin(self) -> None:
         """Makes the folder, and removes what an earlier run wrote to it (nothing else)."""
         (self.path / "images").mkdir(parents=True, exist_ok=True)
-        for old in (self.path / "images").iterdir():
-            if re.fullmatch(r"[0-9]{5,}\.png", old.name):
-                old.unlink()
+        for folder in ("images", "attention"):
+            for old in (self.path / folder).glob("*.png"):
+                if re.fullmatch(r"[0-9]{5,}", old.stem):
+                    old.unlink()
         for name in ("grid.png", "samples.npz", "appearing.gif"):
             (self.path / name).unlink(missing_ok=True)
 
@@ -64,6 +67,18 @@ class SampleFolder:
 
     def write_gif(self, frames: Sequence[Images]) -> None:
         write_gif(self.path / "appearing.gif", frames)
+
+    def write_attention(
+        self, images: Images, words: Sequence[Sequence[str]], maps: Tensor, first: int = 0
+    ) -> None:
+        """attention/00000.png, ...: an image and where each of its words is looked at.
+
+        Args:
+            words, maps: of each image, as `attention_figure` takes them.
+        """
+        (self.path / "attention").mkdir(exist_ok=True)
+        for i, picture in enumerate(map(attention_figure, images, words, maps)):
+            self._save(picture, f"attention/{first + i:05d}.png")
 
     def _save(self, picture: Image.Image, name: str) -> Path:
         with replacing(self.path / name) as temporary:

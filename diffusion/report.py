@@ -43,12 +43,11 @@ def write_report(run: Path, model: DiffusionUNet, data: DiffusionData, seed: int
     errors = level_errors(model, data)
     write_text(run / "errors.json", json.dumps(errors, indent=2) + "\n")
     sampler = few_steps(model, seed)
-    count = len(sampler.classes)
-    classes = [i * count // SHOWN for i in range(SHOWN)] if count else None
-    samples = sampler(SHOWN, classes)
+    wanted = shown_conditions(data, SHOWN)
+    samples = sampler(SHOWN, wanted)
     every = few_steps(model, seed, FRAMES)
     chosen = [i * SHOWN // APPEARING for i in range(APPEARING)]
-    frames = every.appearing(APPEARING, [classes[i] for i in chosen] if classes else None)
+    frames = every.appearing(APPEARING, [wanted[i] for i in chosen])
     with replacing(run / "samples" / "appearing.png") as temporary:
         strip(frames).save(temporary, format="png")
     write_gif(run / "samples" / "appearing.gif", frames)
@@ -82,9 +81,9 @@ def level_errors(model: DiffusionUNet, data: DiffusionData) -> dict[str, list[fl
     found["noise"] = [schedule.level(t).noise for t in levels]
     val = data.val[:JUDGED]
     for name, indices in (("held_out", val), ("training", spread(data.train, len(val)))):
-        x0, labels = (x.to(device) for x in data.batch(indices))
+        x0 = data.batch(indices)[0].to(device)
         noise = NoiseSource(range(len(indices))).draw(x0.shape[1:]).to(device)
-        given = {"classes": labels} if model.config.classes else {}
+        given = model.conditioning(data.conditions(indices))
         with torch.inference_mode():
             found[name] = [
                 float(
@@ -112,6 +111,13 @@ def _figure(run: Path, errors: dict[str, list[float]], samples: Images, data: Di
     near = nearest_panel(samples[:: max(1, len(samples) // COMPARED)][:COMPARED], data)
     _picture(axes[1, 1], near, "samples, and the nearest training images behind each")
     return figure
+
+
+def shown_conditions(data: DiffusionData, count: int) -> list[int | str | None]:
+    """What `count` samples are to show: held-out captions, or every class in order."""
+    if data.captioned:
+        return data.conditions([data.val[i % len(data.val)] for i in range(count)])
+    return [i * len(data.classes) // count if data.classes else None for i in range(count)]
 
 
 def spread(indices: Sequence[int], count: int) -> list[int]:

@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 
 from diffusion.prediction import Denoised, DenoiserLike, Variance, model_variance
-from diffusion.schedule import CLEAN, Level, NoiseSource, posterior
+from diffusion.schedule import CLEAN, Level, NoiseSchedule, NoiseSource, posterior
 from unet.errors import InputError
+
+_FARTHEST = 200  # sigma from which Heun's step is corrected; the linear schedule ends at 157
 
 SamplerName = Literal["ddpm", "ddim", "euler", "heun", "dpmpp-2m", "dpmpp-2m-sde"]
 
@@ -86,13 +88,19 @@ def euler_step(m: Moment) -> Tensor:
 def heun_step(m: Moment) -> Tensor:
     """Heun's step of the same ODE: EDM (arXiv 2206.00364), alg. 1.
 
-    Two evaluations of the network, but one in the last step, and in a first step from no signal.
+    Two evaluations of the network, but one in the last step, and in a step from next to no signal,
+    as the cosine schedule begins with: over such a distance in sigma, the correction multiplies the
+    errors of the network by thousands.
     """
     x = euler_step(m)
-    if m.to.noise == 0 or m.at.signal == 0:
+    if not _corrected(m.at, m.to):
         return x
     correction = (m.denoise(x).eps - m.now.eps) / 2
     return x + m.to.signal * (m.to.sigma - m.at.sigma) * correction
+
+
+def _corrected(at: Level, to: Level) -> bool:
+    return to.noise > 0 and at.sigma < _FARTHEST
 
 
 def dpmpp_2m_step(m: Moment) -> Tensor:
@@ -128,20 +136,24 @@ class Sampler:
     """A step function, and what it costs."""
 
     step: Callable[..., Tensor]
-    evaluations: Callable[[int], int]
-    """Evaluations of the network in n steps, of which the last goes to the clean image."""
+    evaluations: Callable[[Level, Level], int]
+    """Evaluations of the network in a step from one noise level to another."""
 
     draws_noise: Callable[[Mapping[str, Any]], bool]
     """Whether the run is random beyond its start, by the options."""
 
 
+def _one(at: Level, to: Level) -> int:
+    return 1
+
+
 SAMPLERS: dict[SamplerName, Sampler] = {
-    "ddpm": Sampler(ddpm_step, lambda n: n, lambda options: True),
-    "ddim": Sampler(ddim_step, lambda n: n, lambda options: options.get("eta", 0.0) > 0),
-    "euler": Sampler(euler_step, lambda n: n, lambda options: False),
-    "heun": Sampler(heun_step, lambda n: 2 * n - 1, lambda options: False),
-    "dpmpp-2m": Sampler(dpmpp_2m_step, lambda n: n, lambda options: False),
-    "dpmpp-2m-sde": Sampler(dpmpp_2m_sde_step, lambda n: n, lambda options: True),
+    "ddpm": Sampler(ddpm_step, _one, lambda options: True),
+    "ddim": Sampler(ddim_step, _one, lambda options: options.get("eta", 0.0) > 0),
+    "euler": Sampler(euler_step, _one, lambda options: False),
+    "heun": Sampler(heun_step, lambda at, to: 1 + _corrected(at, to), lambda options: False),
+    "dpmpp-2m": Sampler(dpmpp_2m_step, _one, lambda options: False),
+    "dpmpp-2m-sde": Sampler(dpmpp_2m_sde_step, _one, lambda options: True),
 }
 
 
@@ -164,9 +176,16 @@ def get_sampler(name: SamplerName, options: Mapping[str, Any]) -> Sampler:
     return Sampler(partial(sampler.step, **options), sampler.evaluations, sampler.draws_noise)
 
 
-def count_evaluations(name: SamplerName, timesteps: Sequence[float]) -> int:
+def count_evaluations(
+    name: SamplerName, timesteps: Sequence[float], schedule: NoiseSchedule
+) -> int:
     """Evaluations of the network in a run to the clean image, jumps back up not counted."""
-    return get_sampler(name, {}).evaluations(sum(t > to for t, to in pairwise([*timesteps, CLEAN])))
+    evaluations = get_sampler(name, {}).evaluations
+    return sum(
+        evaluations(schedule.level(t), schedule.level(to))
+        for t, to in pairwise([*timesteps, CLEAN])
+        if t > to
+    )
 
 
 # ----------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from einops import rearrange
 from numpy.typing import NDArray
 from torch import Tensor
 
+from diffusion.attention_maps import recorded_attention
 from diffusion.data import to_uint8
 from diffusion.denoiser import Clipped, Denoiser
 from diffusion.editing import (
@@ -30,12 +31,13 @@ from diffusion.options import SamplingOptions
 from diffusion.prediction import DenoiserLike
 from diffusion.samplers import Step, count_evaluations, finish, get_sampler, sample
 from diffusion.schedule import CLEAN, SEEDS, NoiseSchedule, NoiseSource
+from diffusion.text import WordEncoder
 from unet.errors import InputError
 
 Images = NDArray[np.uint8]  # (N, H, W, C)
-Classes = Sequence[int | None]  # of each image; None: any
-# Of a batch: its places in the run, its seeds and its classes.
-Run = Callable[[range, Sequence[int], Classes], Iterator[Step]]
+Wanted = Sequence[int | str | None]  # the class of each image, or its text; None: any
+# Of a batch: its places in the run, its seeds and what is wanted.
+Run = Callable[[range, Sequence[int], Wanted], Iterator[Step]]
 
 JUMP, REPEATS = 5, 4  # of RePaint (arXiv 2201.09865), whose 10 and 10 are for 250 steps
 
@@ -92,18 +94,24 @@ class ImageSampler:
 
     def _denoiser(self) -> DenoiserLike:
         options, model = self.options, self.model
+        if options.guidance != 1 and not (self.classes or model.text):
+            raise InputError(
+                f"--guidance {options.guidance} needs a model that knows classes or captions, and "
+                "this one was trained without: leave it out"
+            )
+        if options.negative and not model.text:
+            raise InputError(
+                f"--negative {options.negative!r} needs a model that was trained with captions, "
+                "and this one was not: leave it out"
+            )
         denoiser: DenoiserLike = Denoiser(model, self.schedule, _known(model, "prediction"))
         if options.guidance != 1:
-            if not self.classes:
-                raise InputError(
-                    f"--guidance {options.guidance} needs a model that knows classes, and this one "
-                    "was trained without: leave it out"
-                )
-            null = torch.tensor([model.config.classes - 1], device=self.device)
+            with torch.no_grad():
+                null = model.conditioning([options.negative or None])
             denoiser = Guided(
                 denoiser,
                 options.guidance,
-                {"classes": null},
+                null,
                 rescale=options.guidance_rescale,
                 interval=options.guidance_interval,
             )
@@ -120,13 +128,18 @@ class ImageSampler:
             raise InputError(f"class {name!r} is none of the model's, which {known}")
         return self.classes.index(name)
 
-    def conditioning(self, classes: Classes) -> dict[str, Tensor]:
-        """What the network is given for images of these classes; None: of any."""
-        if not self.model.config.classes:
-            return {}
-        null = self.model.config.classes - 1
-        indices = [null if c is None else c for c in classes]
-        return {"classes": torch.tensor(indices, device=self.device)}
+    @property
+    def text(self) -> WordEncoder:
+        """The model's text encoder.
+
+        Raises:
+            InputError: it has none.
+        """
+        if self.model.text is None:
+            raise InputError(
+                "a --prompt needs a model that was trained with --captions, and this one was not"
+            )
+        return self.model.text
 
     # ------------------------------------------------------------------------------------------
     # Plans: what a batch starts from
@@ -134,10 +147,10 @@ class ImageSampler:
     def from_noise(self) -> Plan:
         """Images out of nothing but noise."""
 
-        def run(places: range, seeds: Sequence[int], classes: Classes) -> Iterator[Step]:
+        def run(places: range, seeds: Sequence[int], wanted: Wanted) -> Iterator[Step]:
             source = NoiseSource(seeds)
             return sample(
-                self.denoiser, self._noise(source), self.timesteps, **self._given(source, classes)
+                self.denoiser, self._noise(source), self.timesteps, **self._given(source, wanted)
             )
 
         return self._plan(run, self.timesteps)
@@ -145,10 +158,10 @@ class ImageSampler:
     def variants(self, image: Tensor, strength: float) -> Plan:
         """Images out of an image (1, C, H, W) in noise: see `editing.sdedit`."""
 
-        def run(places: range, seeds: Sequence[int], classes: Classes) -> Iterator[Step]:
+        def run(places: range, seeds: Sequence[int], wanted: Wanted) -> Iterator[Step]:
             images, given = (
                 image.expand(len(seeds), -1, -1, -1),
-                self._given(NoiseSource(seeds), classes),
+                self._given(NoiseSource(seeds), wanted),
             )
             return sdedit(self.denoiser, images, self.timesteps, strength, **given)
 
@@ -157,26 +170,26 @@ class ImageSampler:
     def inpainted(self, image: Tensor, mask: Tensor) -> Plan:
         """An image (1, C, H, W), of which the masked part is made anew: see `editing.inpaint`."""
 
-        def run(places: range, seeds: Sequence[int], classes: Classes) -> Iterator[Step]:
+        def run(places: range, seeds: Sequence[int], wanted: Wanted) -> Iterator[Step]:
             images, given = (
                 image.expand(len(seeds), -1, -1, -1),
-                self._given(NoiseSource(seeds), classes),
+                self._given(NoiseSource(seeds), wanted),
             )
             given |= {"jump": JUMP, "repeats": REPEATS}
             return inpaint(self.denoiser, images, mask, self.timesteps, **given)
 
         return self._plan(run, repaint_timesteps(self.timesteps, JUMP, REPEATS))
 
-    def between(self, first: Tensor, last: Tensor, count: int, label: int | None) -> Plan:
+    def between(self, first: Tensor, last: Tensor, count: int, wanted: int | str | None) -> Plan:
         """`count` images between two (1, C, H, W), both among them (DDIM, appendix D.5).
 
         Both are encoded by DDIM's inversion, mixed on the sphere, and decoded by DDIM, whatever the
         sampler, since nothing else comes back to where it started.
         """
-        given: dict[str, Any] = {"conditioning": self.conditioning([label])}
+        given: dict[str, Any] = {"conditioning": self.model.conditioning([wanted])}
         ends: list[Tensor] = []
 
-        def run(places: range, seeds: Sequence[int], classes: Classes) -> Iterator[Step]:
+        def run(places: range, seeds: Sequence[int], wanted: Wanted) -> Iterator[Step]:
             if not ends:
                 ends.extend(
                     finish(invert(self.denoiser, end, self.timesteps, **given))
@@ -192,17 +205,18 @@ class ImageSampler:
 
     def _plan(self, run: Run, timesteps: Sequence[float]) -> Plan:
         downs = sum(t > to for t, to in pairwise([*timesteps, CLEAN]))
-        return Plan(run, downs, count_evaluations(self.options.sampler, timesteps))
+        evaluations = count_evaluations(self.options.sampler, timesteps, self.schedule)
+        return Plan(run, downs, evaluations)
 
     def _noise(self, source: NoiseSource) -> Tensor:
         x = source.draw((self.channels, self.height, self.width)).to(self.device)
         return x.contiguous(memory_format=torch.channels_last)
 
-    def _given(self, source: NoiseSource | None, classes: Classes) -> dict[str, Any]:
+    def _given(self, source: NoiseSource | None, wanted: Wanted) -> dict[str, Any]:
         return {
             "sampler": self.options.sampler,
             "noise": source,
-            "conditioning": self.conditioning(classes),
+            "conditioning": self.model.conditioning(wanted),
             **self.sampler_options,
         }
 
@@ -212,7 +226,7 @@ class ImageSampler:
     def batches(
         self,
         count: int,
-        classes: Classes | None = None,
+        wanted: Wanted | None = None,
         *,
         first: int = 0,
         plan: Plan | None = None,
@@ -221,31 +235,54 @@ class ImageSampler:
         """Images `first` to `first + count` of the seed, uint8 (B, H, W, C), as they get ready.
 
         Args:
-            classes: the class of each image; none given: any.
+            wanted: the class or text of each image; none given: any.
             plan: what they start from; none given: noise.
             on_step: called after each step of each batch.
         """
-        plan, labels = plan or self.from_noise(), list(classes or [None] * count)
+        plan, wanted = plan or self.from_noise(), list(wanted or [None] * count)
         seeds = image_seeds(self.options.seed, count, first)
         for start in range(0, count, self.options.batch_size):
             part = slice(start, start + self.options.batch_size)
-            for step in plan.run(range(count)[part], seeds[part], labels[part]):
+            for step in plan.run(range(count)[part], seeds[part], wanted[part]):
                 if on_step is not None:
                     on_step(step)
             yield to_bytes(step.x)
 
-    def __call__(self, count: int, classes: Classes | None = None) -> Images:
+    def __call__(self, count: int, wanted: Wanted | None = None) -> Images:
         """All of the first images of the seed, uint8 (N, H, W, C)."""
-        return np.concatenate(list(self.batches(count, classes)))
+        return np.concatenate(list(self.batches(count, wanted)))
 
     def appearing(
-        self, count: int, classes: Classes | None = None, *, first: int = 0
+        self, count: int, wanted: Wanted | None = None, *, first: int = 0
     ) -> list[Images]:
         """The first images as they appear: the noise, and what it has become after each step."""
         seeds = image_seeds(self.options.seed, count, first)
         frames = [to_bytes(self._noise(NoiseSource(seeds)))]
-        steps = self.from_noise().run(range(count), seeds, classes or [None] * count)
+        steps = self.from_noise().run(range(count), seeds, wanted or [None] * count)
         return frames + [to_bytes(step.x) for step in steps]
+
+    def attending(
+        self, wanted: Wanted, steps: tuple[int, int] | None = None, *, first: int = 0
+    ) -> tuple[Images, Tensor]:
+        """The first images for these texts, and where each word is looked at.
+
+        Args:
+            steps: (first, end) of the steps that count; None: all.
+
+        Returns:
+            The images (N, H, W, C) and `AttentionRecord.maps` (N, L, H, W).
+
+        Raises:
+            InputError: the model reads no text.
+        """
+        seeds = image_seeds(self.options.seed, len(wanted), first)
+        counted = range(*steps) if steps else range(len(self.timesteps))
+        with recorded_attention(self.model, len(wanted)) as record:
+            record.paused = 0 not in counted
+            run = self.from_noise().run(range(len(wanted)), seeds, wanted)
+            for done, step in enumerate(run, start=1):
+                record.paused, x = done not in counted, step.x
+        return to_bytes(x), record.maps((self.height, self.width))
 
 
 def image_seeds(seed: int, count: int, first: int = 0) -> list[int]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
@@ -20,10 +21,11 @@ from diffusion.networks import automatic_config
 from diffusion.options import DiffusionOptions
 from diffusion.pictures import grid, rgb, table
 from diffusion.prediction import diffusion_loss, get_prediction
-from diffusion.report import few_steps, spread, write_report
+from diffusion.report import few_steps, shown_conditions, spread, write_report
 from diffusion.sampling import to_bytes
 from diffusion.schedule import NoiseSchedule, NoiseSource
-from unet import PRESETS
+from diffusion.text import PADDING, WordEncoder
+from unet import PRESETS, UNetConfig
 from unet.device import pick_device
 from unet.errors import InputError
 from unet.folder import load_strictly, read_config, read_weights
@@ -36,6 +38,7 @@ SHOWN_LEVELS = 8  # of the pictures
 SHOWN = 36  # samples in the picture at each evaluation
 LEAST_JUDGED, MOST_JUDGED = 128, 500  # held-out images, and as many training images
 PART = 125  # of them at a time
+TEXT_CHANNELS = 128  # of a token
 
 
 def train(options: DiffusionOptions) -> dict[str, float]:
@@ -58,7 +61,7 @@ def train(options: DiffusionOptions) -> dict[str, float]:
         figures = fit(
             Task(
                 model=model,
-                samples=NoisedSamples(data, options, model.config.classes),
+                samples=NoisedSamples(data, options, model),
                 loss=task.loss,
                 evaluate=task.evaluate,
                 first_pictures=task.forward_pictures,
@@ -75,7 +78,7 @@ def train(options: DiffusionOptions) -> dict[str, float]:
 
 def load_data(options: DiffusionOptions) -> DiffusionData:
     """The training and held-out images that the options name."""
-    data = DiffusionData(
+    return DiffusionData(
         options.data,
         size=options.size,
         channels=options.channels,
@@ -84,8 +87,8 @@ def load_data(options: DiffusionOptions) -> DiffusionData:
         val=options.val,
         skip_bad=options.skip_bad,
         classes=options.classes,
+        captions=options.captions,
     )
-    return data
 
 
 def make_model(
@@ -93,30 +96,7 @@ def make_model(
 ) -> tuple[DiffusionUNet, str]:
     """The network for these images, with random weights or those of `--init`, and why this one."""
     torch.manual_seed(options.seed)
-    if options.network == "auto":
-        on_gpu = options.device != "cpu" and torch.accelerator.is_available()
-        config, why = automatic_config(
-            data.channels, data.size, len(data.train), options.max_minutes, accelerator=on_gpu
-        )
-    elif preset := PRESETS.get(options.network):
-        config, why = replace(preset.config, in_channels=data.channels), preset.source
-    else:
-        raise InputError(
-            f"--network {options.network!r} is no preset: choose auto or one of "
-            f"{', '.join(name for name, p in PRESETS.items() if p.config.time)}"
-        )
-    if not config.time or config.context_channels is not None:
-        raise InputError(
-            f"--network {options.network} cannot be trained here, which needs a timestep and no "
-            "text: choose auto or one of "
-            + ", ".join(
-                n for n, p in PRESETS.items() if p.config.time and not p.config.context_channels
-            )
-        )
-    if options.width:
-        heads = config.head_channels and math.gcd(config.head_channels, options.width)
-        config = replace(config, channels=options.width, head_channels=heads)
-        why = f"{options.width} channels as asked for, else: {why}"
+    config, why = _choose_config(options, data)
     if options.classes:
         config = replace(config, classes=len(data.classes) + 1)  # the last one stands for none
     info: dict[str, Any] = {
@@ -125,20 +105,91 @@ def make_model(
         "size": list(data.size),
         "classes": list(data.classes) if options.classes else [],
     }
+    if config.context_channels is not None:
+        captions = (data.caption(i) for i in (*data.train, *data.val))
+        text = WordEncoder.from_captions(captions, width=config.context_channels)
+        info["text"] = text.to_dict()
+        why += f"; {len(text.vocabulary)} words, {text.longest - 1} in the longest caption"
     model = DiffusionUNet(config, data.channels * (2 if options.learn_variance else 1), info)
     if options.init and not options.resume:
         _initialise(model, options.init)
     return model, why
 
 
+def _choose_config(options: DiffusionOptions, data: DiffusionData) -> tuple[UNetConfig, str]:
+    """The config that the options name, or the automatic one, and why it is this one."""
+    fits = [
+        name
+        for name, preset in PRESETS.items()
+        if preset.config.time and (preset.config.context_channels is None) != options.captions
+    ]
+    if options.network == "auto" and options.init:
+        config, why = (
+            _config_of(options.init, data.channels, captions=options.captions),
+            f"as of {options.init}",
+        )
+    elif options.network == "auto":
+        on_gpu = options.device != "cpu" and torch.accelerator.is_available()
+        config, why = automatic_config(
+            data.channels, data.size, len(data.train), options.max_minutes, accelerator=on_gpu
+        )
+    elif options.network in fits:
+        preset = PRESETS[options.network]
+        config, why = replace(preset.config, in_channels=data.channels), preset.source
+    else:
+        what = "with" if options.captions else "without"
+        raise InputError(
+            f"--network {options.network!r} is no preset of a network with a timestep and {what} "
+            f"text: choose auto or one of {', '.join(fits)}"
+        )
+    if options.width:
+        heads = config.head_channels and math.gcd(config.head_channels, options.width)
+        config = replace(config, channels=options.width, head_channels=heads)
+        why = f"{options.width} channels as asked for, else: {why}"
+    if options.captions and config.context_channels is None:
+        config = replace(config, attention="transformer", context_channels=TEXT_CHANNELS)
+    return config, why
+
+
+def _config_of(path: str, channels: int, *, captions: bool) -> UNetConfig:
+    """The config of a model to start from, without what belongs to its classes and its text."""
+    config = UNetConfig.from_dict(read_config(Path(path))["unet"])
+    if not config.time:
+        raise InputError(
+            f"--init {path} has no timestep: name a --network for it, or start from a diffusion "
+            "model"
+        )
+    if config.context_channels is not None and not captions:
+        raise InputError(f"--init {path} reads text: give --captions, or another model")
+    return replace(config, in_channels=channels, classes=0)
+
+
+_CLASSES = "trunk.class_embedding."
+
+
 def _initialise(model: DiffusionUNet, path: str) -> None:
-    """Starts from a model of either task: its trunk, and its head where that fits, too."""
-    read_config(Path(path))
+    """Starts from a model of either task: all of its weights that the model has, too.
+
+    What belongs to classes and texts is taken over only where these are the same.
+
+    Raises:
+        InputError: a trunk of another shape.
+    """
+    described = read_config(Path(path))
     state, own = read_weights(Path(path)), model.state_dict()
-    kept = {k: v for k, v in own.items() if not k.startswith("trunk.")}
-    kept |= {k: v for k, v in state.items() if k in kept and v.shape == kept[k].shape}
-    trunk = {k: v for k, v in state.items() if k.startswith("trunk.")}
-    load_strictly(model, {**trunk, **kept}, path)
+    differs = tuple(
+        prefix
+        for key, prefix in (("classes", _CLASSES), ("text", "text."))
+        if described["info"].get(key) != model.info.get(key)
+    )
+    trunk = {
+        k: v for k, v in state.items() if k.startswith("trunk.") and not k.startswith(_CLASSES)
+    }
+    rest = {k: v for k, v in own.items() if not k.startswith("trunk.") or k.startswith(_CLASSES)}
+    for k in rest.keys() & state.keys():
+        if state[k].shape == rest[k].shape and not k.startswith(differs):
+            rest[k] = state[k]
+    load_strictly(model, {**trunk, **rest}, path)
 
 
 class NoisedSamples:
@@ -149,9 +200,12 @@ class NoisedSamples:
     batch that it is in, and so on the number of training processes and accumulated parts.)
     """
 
-    def __init__(self, data: DiffusionData, options: DiffusionOptions, classes: int) -> None:
+    def __init__(
+        self, data: DiffusionData, options: DiffusionOptions, model: DiffusionUNet
+    ) -> None:
         self.samples, self.seed = data.samples(options.seed), options.seed
-        self.null, self.dropout = classes - 1, options.label_dropout
+        self.null, self.dropout = (model.config.classes or 0) - 1, options.label_dropout
+        self.text = model.text
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -162,10 +216,13 @@ class NoisedSamples:
         shape = sample["image"].shape
         sample["noise"] = torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
         sample["place"] = torch.from_numpy(rng.random(2, dtype=np.float32))
-        label = sample.pop("label", None)
+        label, caption = sample.pop("label", None), sample.pop("caption", "")
+        dropped = rng.random() < self.dropout
         if self.null >= 0:
-            dropped = rng.random() < self.dropout
             sample["label"] = torch.tensor(self.null) if dropped else label
+        if self.text is not None:
+            tokens = self.text.tokenize(["" if dropped else caption])[0]
+            sample["tokens"] = F.pad(tokens, (0, self.text.longest - len(tokens)), value=PADDING)
         return sample
 
     def name(self, index: int) -> str:
@@ -203,6 +260,9 @@ class DiffusionTask:
         given: dict[str, Any] = {"weighting": self.options.weighting}
         if "label" in batch:
             given["classes"] = batch["label"]
+        if "tokens" in batch:
+            tokens = batch["tokens"]
+            given["tokens"] = tokens[:, : (tokens != PADDING).sum(dim=1).max()]
         return self._loss(model, batch["image"], t, batch["noise"], **given).mean()
 
     def evaluate(self, model: DiffusionUNet, processes: Processes) -> Mapping[str, float]:
@@ -229,9 +289,9 @@ class DiffusionTask:
     ) -> float:
         device, total = next(model.parameters()).device, 0.0
         for start in range(0, len(indices), PART):
-            x0, labels = self.data.batch(indices[start : start + PART])
+            x0, _ = self.data.batch(indices[start : start + PART])
             noise = NoiseSource(seeds[start : start + PART]).draw(x0.shape[1:])
-            given = {"classes": labels.to(device)} if model.config.classes else {}
+            given = model.conditioning(self.data.conditions(indices[start : start + PART]))
             losses = self._loss(
                 model, x0.to(device), t[start : start + PART].to(device), noise.to(device), **given
             )
@@ -258,17 +318,14 @@ class DiffusionTask:
         return {"samples": grid(self._samples(model)), "noise": self._noise_table(model)}
 
     def _samples(self, model: DiffusionUNet) -> Any:
-        sampler = few_steps(model, self.options.seed)
-        count = len(sampler.classes)
-        classes = [i * count // SHOWN for i in range(SHOWN)] if count else None
-        return sampler(SHOWN, classes)
+        return few_steps(model, self.options.seed)(SHOWN, shown_conditions(self.data, SHOWN))
 
     def _noise_table(self, model: DiffusionUNet) -> Image.Image:
         device = next(model.parameters()).device
-        x0, labels = (x.to(device) for x in self.data.batch(self.data.val[:1]))
+        x0 = self.data.batch(self.data.val[:1])[0].to(device)
         noise = NoiseSource([self.options.seed]).draw(x0.shape[1:]).to(device)
         denoiser = Denoiser(model, self.schedule, self.options.prediction)
-        given = {"classes": labels} if model.config.classes else {}
+        given = model.conditioning(self.data.conditions(self.data.val[:1]))
         last = self.schedule.steps - 1
         levels = np.linspace(0, last, SHOWN_LEVELS + 2).round().astype(int).tolist()[1:-1]
         names = ("noisy image", "noise added", "noise predicted", "image predicted")

@@ -105,6 +105,72 @@ def test_every_kind_of_training_runs_and_samples(trained, tmp_path, options) -> 
     assert run_sample(*arguments, "--steps", 3, *variance) == 0
 
 
+@pytest.fixture(scope="module")
+def reads(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model of a run on a folder of discs with captions."""
+    folder = tmp_path_factory.mktemp("captions")
+    for i, image in enumerate(discs(24)):
+        write_image(folder / f"discs/{i}.png", image)
+    lines = [
+        {"file_name": f"{i}.png", "text": f"a {('large', 'small')[i % 2]} disc"} for i in range(24)
+    ]
+    (folder / "discs/metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    arguments = ("--data", folder / "discs", "--captions", "--out", folder / "run", *SMALL)
+    assert run_train(*arguments, "--steps", 3) == 0
+    return folder / "run/model"
+
+
+def test_a_model_makes_images_of_prompts_and_shows_where_their_words_are(
+    reads, tmp_path, capsys
+) -> None:
+    prompts = ("--prompt", "a large disc", "an odd disc")
+    arguments = ("--model", reads, "--count", 3, "--steps", 3)
+    for name, more in {
+        "plain": (),
+        "attention": ("--attention",),
+        "part": ("--attention", "--attention-steps", 1, 2),
+        "guided": ("--guidance", 3),
+        "negative": ("--guidance", 3, "--negative", "a small disc"),
+    }.items():
+        assert run_sample(*arguments, *prompts, *more, "--out", tmp_path / name) == 0
+    assert capsys.readouterr().err.count("the model was trained without 'an', 'odd'") == 5
+    images = {
+        folder.name: np.stack([read_image(f) for f in sorted((folder / "images").iterdir())])
+        for folder in tmp_path.iterdir()
+    }
+    assert (images["plain"] == images["attention"]).all()
+    assert (images["plain"] != images["guided"]).any()
+    assert (images["guided"] != images["negative"]).any()
+    maps = [read_image(tmp_path / name / "attention/00000.png") for name in ("attention", "part")]
+    assert maps[0].shape == maps[1].shape
+    assert (maps[0] != maps[1]).any()
+    assert len(list((tmp_path / "attention/attention").iterdir())) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--prompt", "a b c d e"), "reads 3, as many as the longest caption"),
+        (("--guidance", "2", "--negative", "a b c d e"), "reads 3, as many"),
+        (("--negative", "a disc"), "--negative does nothing without --guidance"),
+        (("--guidance-rescale", "0.5"), "--guidance-rescale does nothing without"),
+        (("--attention",), "give a --prompt"),
+        (("--prompt", "a disc", "--class", "1"), "give one"),
+        (("--prompt", "a disc", "--attention", "--attention-steps", "2", "9"), "end <= --steps 3"),
+        (("--class", "1"), "class '1' is none of the model's, which was trained without"),
+    ],
+)
+def test_a_mistaken_prompt_is_one_sentence_before_sampling(
+    reads, tmp_path, capsys, arguments, told
+) -> None:
+    given = ("--model", reads, "--out", tmp_path / "out", "--steps", 3, *arguments)
+    assert run_sample(*given) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert told in error
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_run_can_be_given_more_steps(trained, tmp_path) -> None:
     """As if they had been asked for at once; the noise, its levels and the labels go on exactly."""
     data = ("--data", trained / "discs.npz", "--classes", *SMALL)
@@ -261,6 +327,8 @@ def test_a_mistake_is_one_sentence_before_training(tmp_path, capsys, arguments, 
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
+        (("--prompt", "a disc"), "trained with --captions, and this one was not"),
+        (("--guidance", "2", "--negative", "a disc"), "--negative 'a disc' needs a model"),
         (("--class", "7"), "class '7' is none of the model's, which knows 0, 1"),
         (("--steps", "1001"), "1001 sampling steps"),
         (("--init", "a.png", "--inpaint", "b.png", "--mask", "c.png"), "give one"),

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from unet.config import UNetConfig
 from unet.layers import Conditioning, GroupNorm, make_norm, zero_init
 
+_FEW_KEYS = 256
+
 
 def head_count(channels: int, config: UNetConfig) -> int:
     """Attention heads at a width of `channels`, from `heads` or `head_channels`."""
@@ -21,7 +23,8 @@ def head_count(channels: int, config: UNetConfig) -> int:
 class Attention(nn.Module):
     """Multi-head attention, softmax(Q K^T / sqrt(d)) V (arXiv 1706.03762, eq. 1).
 
-    Goes through `scaled_dot_product_attention`, whose memory grows linearly with the tokens.
+    Goes through `scaled_dot_product_attention`, whose memory grows linearly with the tokens; but on
+    a CPU in bfloat16, where its kernel is slow for a few tokens, these are multiplied by hand.
     """
 
     def __init__(
@@ -40,21 +43,31 @@ class Attention(nn.Module):
         """x (B, N, C) attends to context (B, L, D), or to itself; mask (B, L), True = attend."""
         source = x if context is None else context
         q, k, v = map(self._split, (self.q(x), self.k(source), self.v(source)))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=_for_heads(mask))
+        mask = None if mask is None else mask[:, None, None, :]  # (B, 1, 1, L)
+        by_hand = q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= _FEW_KEYS
+        attend = attend_by_hand if by_hand else F.scaled_dot_product_attention
+        y = attend(q, k, v, mask)
         return self.out(rearrange(y, "b h n d -> b n (h d)"))
 
     def probabilities(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
         """The softmax alone, for pictures: how x attends to each token, (B, heads, N, L)."""
         q, k = map(self._split, (self.q(x), self.k(context)))
-        one_hot = torch.eye(k.shape[2], dtype=k.dtype, device=k.device).expand(*k.shape[:2], -1, -1)
-        return F.scaled_dot_product_attention(q, k, one_hot, attn_mask=_for_heads(mask))
+        return _softmax(q, k, None if mask is None else mask[:, None, None, :])
 
     def _split(self, y: Tensor) -> Tensor:
         return rearrange(y, "b n (h d) -> b h n d", h=self.heads)
 
 
-def _for_heads(mask: Tensor | None) -> Tensor | None:
-    return None if mask is None else mask[:, None, None, :]  # (B, 1, 1, L)
+def attend_by_hand(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """`scaled_dot_product_attention` written out: queries (B, heads, N, d), keys and values L."""
+    return _softmax(q, k, mask).to(v.dtype) @ v
+
+
+def _softmax(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (B, heads, N, L)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    return scores.softmax(dim=-1, dtype=torch.float32)
 
 
 class SelfAttention(nn.Module):

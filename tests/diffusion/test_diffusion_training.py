@@ -11,18 +11,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.data import default_collate
 
 from diffusion.data import DiffusionData
 from diffusion.model import DiffusionUNet
 from diffusion.networks import automatic_config
 from diffusion.options import DiffusionOptions
 from diffusion.schedule import NoiseSchedule
+from diffusion.text import PADDING
 from diffusion.training import (
     DiffusionTask,
     NoisedSamples,
     make_model,
     stratified_timesteps,
 )
+from unet.errors import InputError
 from unet.training.task import Processes
 
 
@@ -37,6 +40,10 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def options(archive: Path, **values: Any) -> DiffusionOptions:
     return DiffusionOptions(data=str(archive), **{"width": 8, **values})
+
+
+def network(data: DiffusionData, **values: Any) -> DiffusionUNet:
+    return make_model(options(Path("unused"), **values), data, NoiseSchedule(kind="cosine"))[0]
 
 
 # -- noise levels
@@ -72,7 +79,7 @@ def test_each_level_is_as_likely_as_any_other() -> None:
 
 def test_noise_and_level_belong_to_the_sample(archive: Path) -> None:
     data = DiffusionData(archive, classes=True)
-    samples = NoisedSamples(data, options(archive), 4)
+    samples = NoisedSamples(data, options(archive), network(data, classes=True))
     first, again, later = samples[0, 3], samples[0, 3], samples[1, 3]
     assert torch.equal(first["noise"], again["noise"])
     assert not torch.equal(first["noise"], later["noise"])
@@ -86,12 +93,49 @@ def test_labels_are_dropped_as_often_as_asked_for(
     archive: Path, dropout: float, share: float
 ) -> None:
     data = DiffusionData(archive, classes=True)
-    samples = NoisedSamples(data, options(archive, label_dropout=dropout), 4)
+    samples = NoisedSamples(
+        data, options(archive, label_dropout=dropout), network(data, classes=True)
+    )
     labels = [int(samples[e, i]["label"]) for e in range(20) for i in range(len(samples))]
     assert np.mean(np.array(labels) == 3) == pytest.approx(share, abs=0.03)
     assert set(labels) <= {0, 1, 2, 3}
-    without = NoisedSamples(DiffusionData(archive), options(archive), 0)
+    data = DiffusionData(archive)
+    without = NoisedSamples(data, options(archive), network(data))
     assert "label" not in without[0, 0]
+
+
+def test_captions_are_dropped_as_often_as_asked_for_and_padded_to_one_length() -> None:
+    data = DiffusionData("shapes", captions=True)
+    given = options(Path("shapes"), captions=True, label_dropout=0.3)
+    model, _ = make_model(given, data, NoiseSchedule(kind="cosine"))
+    samples = NoisedSamples(data, given, model)
+    assert model.text is not None
+    empty = model.text.tokenize([""])[0]
+    dropped = 0
+    for i in range(300):
+        tokens = samples[0, i]["tokens"]
+        assert len(tokens) == model.text.longest
+        words = tokens[tokens != PADDING]
+        whole = model.text.tokenize([data.caption(data.train[i])])[0]
+        assert torch.equal(words, whole) or torch.equal(words, empty)
+        dropped += len(words) == 1
+    assert dropped / 300 == pytest.approx(0.3, abs=0.08)
+
+
+def test_a_loss_teaches_the_words_that_its_captions_have() -> None:
+    data = DiffusionData("shapes", captions=True)
+    given, schedule = options(Path("shapes"), captions=True), NoiseSchedule(kind="cosine")
+    model, _ = make_model(given, data, schedule)
+    for weight in (w for w in model.parameters() if not w.any()):  # what starts at zero
+        torch.nn.init.normal_(weight, std=0.1)
+    task, samples = DiffusionTask(given, data, schedule), NoisedSamples(data, given, model)
+    batch = default_collate([samples[0, i] for i in range(2)])
+    task.loss(model, batch).backward()
+    assert model.text is not None
+    gradient = model.text.embedding.weight.grad
+    assert gradient is not None
+    taught = set(gradient.abs().sum(dim=1).nonzero().flatten().tolist())
+    assert taught == set(batch["tokens"].flatten().tolist()) - {PADDING}
 
 
 # -- held-out figures
@@ -124,7 +168,7 @@ def test_the_loss_falls_on_the_noise_of_a_network_that_learns(archive: Path) -> 
     given = options(archive)
     data, schedule = DiffusionData(archive), NoiseSchedule(kind="cosine")
     model, _ = make_model(given, data, schedule)
-    task, samples = DiffusionTask(given, data, schedule), NoisedSamples(data, given, 0)
+    task, samples = DiffusionTask(given, data, schedule), NoisedSamples(data, given, model)
     keys = ("image", "noise", "place")
     batch = {k: torch.stack([samples[0, i][k] for i in range(32)]) for k in keys}
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
@@ -136,6 +180,54 @@ def test_the_loss_falls_on_the_noise_of_a_network_that_learns(archive: Path) -> 
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0]
+
+
+# -- starting from another model
+
+
+def saved(path: Path, archive: Path, **values: Any) -> DiffusionUNet:
+    """A model with random weights of its own, in a folder."""
+    data = DiffusionData(values.pop("data", archive), **dict.fromkeys(values, True))
+    torch.manual_seed(1)
+    model, _ = make_model(options(archive, seed=1, **values), data, NoiseSchedule(kind="cosine"))
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight)
+    model.save_pretrained(path)
+    return model
+
+
+def started(path: Path, data: Path | str, **values: Any) -> DiffusionUNet:
+    given = options(Path(data), init=str(path), **values)
+    kinds = {k: v for k, v in values.items() if k in ("classes", "captions")}
+    return make_model(given, DiffusionData(data, **kinds), NoiseSchedule(kind="cosine"))[0]
+
+
+def same(a: DiffusionUNet, b: DiffusionUNet, prefix: str) -> bool:
+    ours, theirs = a.state_dict(), b.state_dict()
+    return all(torch.equal(v, theirs[k]) for k, v in ours.items() if k.startswith(prefix))
+
+
+def test_a_model_starts_as_another_one_but_for_what_differs(archive: Path, tmp_path: Path) -> None:
+    first = saved(tmp_path / "a", archive, classes=True)
+    assert same(first, started(tmp_path / "a", archive, classes=True), "")
+    without = started(tmp_path / "a", archive)
+    assert without.trunk.class_embedding is None
+    assert same(without, first, "trunk.encoder")
+    rng = np.random.default_rng(1)
+    images = rng.integers(0, 256, (90, 12, 16), np.uint8)
+    np.savez(tmp_path / "other.npz", images=images, labels=np.arange(90) % 4)
+    other = started(tmp_path / "a", tmp_path / "other.npz", classes=True)
+    assert same(other, first, "trunk.encoder")
+    assert len(other.trunk.class_embedding.weight) == 5
+    with pytest.raises(InputError, match="lacks trunk"):
+        started(tmp_path / "a", "shapes", captions=True)
+
+
+def test_a_model_that_reads_keeps_its_words_where_these_are_the_same(tmp_path: Path) -> None:
+    first = saved(tmp_path / "a", Path("shapes"), captions=True)
+    assert same(first, started(tmp_path / "a", "shapes", captions=True), "")
+    with pytest.raises(InputError, match="reads text"):
+        started(tmp_path / "a", "shapes")
 
 
 # -- the network

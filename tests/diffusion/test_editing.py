@@ -86,7 +86,7 @@ def test_the_walk_is_that_of_repaint(n: int, jump: int, repeats: int) -> None:
     ours = repaint_timesteps(S.timesteps(n, "leading"), jump, repeats)
     assert ours == kept
     down = sum(b < a for a, b in pairwise([*theirs, CLEAN]))
-    assert count_evaluations("ddpm", ours) == down
+    assert count_evaluations("ddpm", ours, COSINE) == down
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp-2m"])
@@ -108,7 +108,9 @@ def test_known_pixels_are_exact_and_the_others_are_new(sampler: Any) -> None:
     x, anew = steps[-1].x, mask.bool().expand_as(x0)
     assert x[~anew].equal(x0[~anew])
     assert not x[anew].isclose(x0[anew]).any()
-    assert len(steps) == count_evaluations("ddpm", repaint_timesteps(COSINE.timesteps(10), 2, 2))
+    assert len(steps) == count_evaluations(
+        "ddpm", repaint_timesteps(COSINE.timesteps(10), 2, 2), COSINE
+    )
     for step in steps[:-1]:  # with the noise of the level
         signal, sigma = COSINE.level(step.t)
         noise = (step.x - signal * x0)[~anew] / sigma

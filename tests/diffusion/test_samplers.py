@@ -22,7 +22,6 @@ from torch.testing import assert_close
 from diffusion.denoiser import Clipped, Denoiser
 from diffusion.prediction import Denoised, PredictionName
 from diffusion.samplers import (
-    SAMPLERS,
     Moment,
     SamplerName,
     count_evaluations,
@@ -491,6 +490,26 @@ def test_the_denoiser_of_a_single_image_is_believed(sampler: SamplerName, n: int
     assert_close(finish(run), image)
 
 
+@pytest.mark.parametrize("sampler", [name for name, _ in ODE])
+def test_small_errors_of_a_network_stay_small_from_the_end_of_the_cosine_schedule(
+    sampler: SamplerName,
+) -> None:
+    """There sigma is 20,000, and a step of a sampler spans most of it."""
+
+    class Erring(GaussianDenoiser):
+        def __call__(self, x: Tensor, t: Tensor | float, **conditioning: Any) -> Denoised:
+            exact, at = super().__call__(x, t), COSINE.level(float(t))
+            x0 = exact.x0 + 0.05 * torch.sin(20 * x + float(t))
+            return Denoised(x0, (x - at.signal * x0) / at.noise, None)
+
+    x, _ = source()
+    ends = [
+        finish(sample(denoiser, x.double(), COSINE.timesteps(10), sampler))
+        for denoiser in (GaussianDenoiser(COSINE), Erring(COSINE))
+    ]
+    assert (ends[1] - ends[0]).abs().max() < 0.2
+
+
 # ----------------------------------------------------------------------------------------------
 # The loop
 
@@ -509,7 +528,10 @@ def test_image_7_is_the_same_in_any_batch(sampler: SamplerName) -> None:
 
 @pytest.mark.parametrize("sampler", get_args(SamplerName))
 @pytest.mark.parametrize("n", [1, 2, 9])
-def test_the_table_counts_the_evaluations(sampler: SamplerName, n: int) -> None:
+@pytest.mark.parametrize("schedule", [LINEAR, COSINE, replace(SD, zero_snr=True)])
+def test_the_table_counts_the_evaluations(
+    sampler: SamplerName, n: int, schedule: NoiseSchedule
+) -> None:
     calls: list[float] = []
 
     class Counting(GaussianDenoiser):
@@ -519,11 +541,11 @@ def test_the_table_counts_the_evaluations(sampler: SamplerName, n: int) -> None:
             return super().__call__(x, t)
 
     x, noise = source()
-    timesteps = COSINE.timesteps(n)
+    timesteps = schedule.timesteps(n)
     run = list(
-        sample(Counting(COSINE), x, timesteps, sampler, noise=noise, conditioning={"classes": 5})
+        sample(Counting(schedule), x, timesteps, sampler, noise=noise, conditioning={"classes": 5})
     )
-    assert len(calls) == SAMPLERS[sampler].evaluations(n) == count_evaluations(sampler, timesteps)
+    assert len(calls) == count_evaluations(sampler, timesteps, schedule)
     assert [step.index for step in run] == list(range(n))
     assert [step.t for step in run] == [*timesteps[1:], CLEAN]
     assert calls[0] == timesteps[0]

@@ -118,6 +118,14 @@ def test_conv_block_is_two_convolutions_with_relu() -> None:
     close(block(x, NOTHING), h)
 
 
+def test_group_norm_sums_in_float32_under_autocast() -> None:
+    norm, x = GroupNorm(2, 8), (100 + torch.randn(2, 8, 5, 7)).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = norm(x)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, norm(x.float()).bfloat16())
+
+
 # --- attention ----------------------------------------------------------------------------------
 
 
@@ -150,6 +158,18 @@ def test_attention_is_its_formula(heads: int) -> None:
     close(cross(x, context), attended(cross, x, context))
     mask = torch.tensor([[True, False, True, True, False], [False, True, False, False, False]])
     close(cross(x, context, mask), attended(cross, x, context, mask))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("keys", [5, 257])  # multiplied by hand, and by the fused kernel
+def test_attention_in_bfloat16_rounds_that_in_float32(keys: int, masked: bool) -> None:
+    cross, x, context = Attention(8, 2, 6), torch.randn(2, 7, 8), torch.randn(2, keys, 6)
+    mask = torch.arange(keys) < torch.tensor([[keys], [2]]) if masked else None
+    exact = cross(x, context, mask)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = cross(x, context, mask)
+    assert rounded.dtype == torch.bfloat16
+    torch.testing.assert_close(rounded.float(), exact, atol=2e-2, rtol=2e-2)
 
 
 @pytest.mark.parametrize("masked", [False, True])
