@@ -68,9 +68,17 @@ def chosen_conditions(options: SampleOptions, sampler: ImageSampler) -> Wanted:
 
 def chosen_plan(options: SampleOptions, sampler: ImageSampler, wanted: Wanted) -> Plan:
     """What the options ask for: from noise, or from images."""
+    from unet.images import image_info
+
     if options.init:
         return sampler.variants(picture(options.init, sampler), options.strength)
     if options.inpaint and options.mask:
+        image, drawn = (image_info(path) for path in (options.inpaint, options.mask))
+        if image.height * drawn.width != image.width * drawn.height:
+            raise InputError(
+                f"the image is {image.height} x {image.width} and the mask '{options.mask}' "
+                f"{drawn.height} x {drawn.width}: give a mask of the same proportions"
+            )
         mask = picture(options.mask, sampler).mean(dim=1, keepdim=True) > 0
         if not mask.any():
             raise InputError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -169,3 +170,19 @@ def test_help_of_a_script_does_not_load_torch(script: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert "--help" in done.stdout
+
+
+def excerpts() -> list[tuple[str, str]]:
+    """The pieces of source in the documents: the file that each names, and its lines."""
+    texts = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))]
+    blocks = [b for text in texts for b in re.findall(r"```python\n# (\S+)\n(.*?)```", text, re.S)]
+    assert blocks
+    return blocks
+
+
+@pytest.mark.parametrize(("file", "lines"), excerpts())
+def test_what_the_documents_show_is_the_source(file: str, lines: str) -> None:
+    source = [line.strip() for line in (ROOT / file).read_text(encoding="utf-8").splitlines()]
+    wanted = [line.strip() for line in lines.splitlines()]
+    starts = range(len(source) - len(wanted) + 1)
+    assert any(source[i : i + len(wanted)] == wanted for i in starts)

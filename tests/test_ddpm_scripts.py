@@ -340,6 +340,7 @@ def test_a_mistake_is_one_sentence_before_training(tmp_path, capsys, arguments, 
         (("--steps", "3", "--init", "IMAGE", "--strength", "0.1"), "strength 0.1"),
         (("--init", "IMAGE", "--strength", "1.5"), "--strength 1.5"),
         (("--inpaint", "IMAGE", "--mask", "BLACK"), "is white nowhere"),
+        (("--inpaint", "IMAGE", "--mask", "SMALL"), "of the same proportions"),
         (("--interpolate", "IMAGE", "IMAGE", "--count", "1"), "there are at least 2"),
         (("--init", "IMAGE", "--gif"), "out of noise alone"),
     ],
@@ -349,7 +350,8 @@ def test_a_mistake_is_one_sentence_before_sampling(
 ) -> None:
     write_image(tmp_path / "image.png", discs(1)[0])
     write_image(tmp_path / "black.png", np.zeros((12, 12), np.uint8))
-    files = {"IMAGE": tmp_path / "image.png", "BLACK": tmp_path / "black.png"}
+    write_image(tmp_path / "small.png", np.full((6, 7), 255, np.uint8))
+    files = {name: tmp_path / f"{name.lower()}.png" for name in ("IMAGE", "BLACK", "SMALL")}
     given = [files.get(a, a) for a in arguments]
     kept = tmp_path / "kept/images"
     kept.mkdir(parents=True)
