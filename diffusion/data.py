@@ -1,7 +1,7 @@
 """Images to train a diffusion model on: a folder, an .npz, a stack, or `shapes`, read by one class.
 
 Whatever the source, an image is decoded, brought to 8 bits, to grey or RGB, and to one size, and
-kept that way while memory allows. Networks see [-1, 1]; `to_unit` and `to_uint8` go there and back.
+kept that way while memory allows. Networks see [-1, 1]: see `diffusion.pixels`.
 """
 
 from __future__ import annotations
@@ -9,46 +9,24 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
-from einops import rearrange
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
+from diffusion.pixels import Pixels, as_tensor, as_uint8, resized
 from diffusion.sources import open_source
 from unet.errors import InputError
-from unet.images import Array, ImageInfo
+from unet.images import ImageInfo
 from unet.training.batches import Key, sample_rng
-
-Pixels: TypeAlias = NDArray[np.uint8]  # (H, W, C)
 
 CACHE_BYTES = 2**31  # of images kept in memory, in each process
 CHECKED = 20_000  # files whose headers are read before training; of more, as many spread evenly
 CHECKED_PIXELS = 2**28  # up to so many in all, these files are decoded before training, too
 CROP = 64  # side of a crop where no size is given
 LEAST_VAL, MOST_VAL = 16, 1000  # held-out images where a share is asked for
-
-
-def to_unit(pixels: Tensor) -> Tensor:
-    """uint8 of any shape to float32 in [-1, 1]; `to_uint8` gives the same bytes back."""
-    return pixels.float() / 127.5 - 1
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """Floats of any shape in [-1, 1] to the nearest uint8; what lies outside is clipped."""
-    return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-
-
-def fitted(pixels: Array, size: tuple[int, int], channels: int) -> Tensor:
-    """One image (H, W, C) of any depth as (channels, *size) in [-1, 1], resized and cropped.
-
-    Raises:
-        InputError: float pixels outside [0, 1].
-    """
-    return _tensor(_resized(_as_uint8(pixels, channels), size))
 
 
 class DiffusionData:
@@ -70,7 +48,8 @@ class DiffusionData:
         flips: mirror left to right at random; None: only image files without classes or captions,
             as it changes the meaning of digits and of "left of".
         val: held-out images: below 1 a share, but at least 16 (of a small set a quarter) and at
-            most 1,000; from 1 on a number. The seed chooses them; with crops, the last images.
+            most 1,000; from 1 on a number. The seed chooses them; with crops, the last images, or
+            of a single one the lowest rows of crops.
         skip_bad: leave out files that cannot be read, saying so once, instead of stopping.
         captions: samples have captions, and the data must.
         classes: the data must have classes; samples have labels wherever there are classes.
@@ -130,6 +109,7 @@ class DiffusionData:
         self.size = self._choose_size(size)
         self._check_pixels()
         self._places = self._find_places()  # (N, 3): image, top, left
+        self._end: int | None = None  # row of a single image below which all is held out
         self.train, self.val = self._split(val, seed)
         self._held_out = np.isin(np.arange(len(self._places)), self.val)
         self.labels = None if source.labels is None else source.labels[self._places[:, 0]]
@@ -142,7 +122,7 @@ class DiffusionData:
         """Images (B, C, H, W) in [-1, 1], neither moved nor mirrored, and labels (B,) or zeros."""
         used, pixels = zip(*map(self.load, indices), strict=True)
         labels = [0 if self.labels is None else int(self.labels[i]) for i in used]
-        return torch.stack([_tensor(p) for p in pixels]), torch.tensor(labels)
+        return torch.stack([as_tensor(p) for p in pixels]), torch.tensor(labels)
 
     def conditions(self, indices: Sequence[int]) -> list[int | str | None]:
         """The caption of each image where captions were asked for, else its class, or None."""
@@ -175,7 +155,8 @@ class DiffusionData:
             if self._held_out[used] != self._held_out[index] or (whole := self._try(image)) is None:
                 continue
             if rng is not None and self.crops:
-                top, left = (int(rng.integers(whole.shape[i] - self.size[i] + 1)) for i in (0, 1))
+                room = self._end or whole.shape[0], whole.shape[1]
+                top, left = (int(rng.integers(room[i] - self.size[i] + 1)) for i in (0, 1))
             pixels = whole[top : top + self.size[0], left : left + self.size[1]]
             mirrored = rng is not None and self.flips and rng.random() < 0.5
             return used, pixels[:, ::-1] if mirrored else pixels
@@ -216,7 +197,7 @@ class DiffusionData:
         try:
             pixels = self.source.read(image)
             try:
-                pixels = _as_uint8(pixels, self.channels)
+                pixels = as_uint8(pixels, self.channels)
             except InputError as error:
                 raise InputError(f"'{self.source.names[image]}': {error}") from error
             if self._alike:
@@ -224,7 +205,7 @@ class DiffusionData:
         except InputError as error:
             self._leave_out(image, error)
             return None
-        pixels = pixels if self.crops else _resized(pixels, self.size)
+        pixels = pixels if self.crops else resized(pixels, self.size)
         if pixels.nbytes <= self._free:
             self._free -= pixels.nbytes
             self._cache[image] = pixels
@@ -297,6 +278,8 @@ class DiffusionData:
         if val <= 0 or (val >= 1 and val != int(val)):
             raise InputError(f"val {val}: give a share between 0 and 1, or a number of images")
         images = np.unique(self._places[:, 0])
+        if self.crops and len(images) == 1:
+            return self._split_rows(val)
         count = len(images)
         least = 1 if self.crops else max(1, min(LEAST_VAL, count // 4))
         held_out = int(val) if val >= 1 else min(max(round(val * count), least), MOST_VAL)
@@ -309,6 +292,20 @@ class DiffusionData:
             return np.flatnonzero(~last).tolist(), np.flatnonzero(last).tolist()
         order = np.random.default_rng(seed).permutation(count).tolist()
         return order[:-held_out], order[-held_out:]
+
+    def _split_rows(self, val: float) -> tuple[list[int], list[int]]:
+        """The crops of a single image: its lowest rows of crops are held out."""
+        tops = self._places[:, 1]
+        rows = np.unique(tops)
+        held_out = max(1, round(len(rows) * (val if val < 1 else val / len(tops))))
+        if held_out >= len(rows):
+            raise InputError(
+                f"a single image with {len(rows)} rows of crops of which {held_out} are held out "
+                "leaves none to train on: give more or larger images, or a smaller size"
+            )
+        self._end = int(rows[-held_out])
+        last = tops >= self._end
+        return np.flatnonzero(~last).tolist(), np.flatnonzero(last).tolist()
 
 
 class TrainingSamples:
@@ -324,7 +321,7 @@ class TrainingSamples:
 
     def __getitem__(self, key: Key) -> dict[str, Any]:
         used, pixels = self.data.load(self.data.train[key[1]], sample_rng(self.seed, *key))
-        sample: dict[str, Any] = {"image": _tensor(pixels)}
+        sample: dict[str, Any] = {"image": as_tensor(pixels)}
         if self.data.labels is not None:
             sample["label"] = torch.tensor(int(self.data.labels[used]))
         if self.data.captioned:
@@ -336,43 +333,6 @@ class TrainingSamples:
 
 
 # -- pixels
-
-
-def _as_uint8(pixels: Array, channels: int) -> Pixels:
-    """An image (H, W, C) of any depth and colour as uint8 with these channels."""
-    if pixels.dtype == np.uint16:
-        pixels = ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
-    elif pixels.dtype != np.uint8:
-        low, high = float(pixels.min()), float(pixels.max())
-        if low < 0 or high > 1:
-            raise InputError(
-                f"its values go from {low:g} to {high:g}: save it with 8 or 16 bits, or scale "
-                "floats to 0 ... 1"
-            )
-        pixels = np.rint(pixels * 255).astype(np.uint8)
-    if pixels.shape[2] == channels:
-        return pixels
-    if channels == 3:
-        return np.repeat(pixels, 3, axis=2)
-    return np.asarray(Image.fromarray(pixels).convert("L"))[..., None]
-
-
-def _resized(pixels: Pixels, size: tuple[int, int]) -> Pixels:
-    """The largest part at the centre with the proportions of `size`, resized to it (Lanczos)."""
-    height, width = pixels.shape[:2]
-    if (height, width) == size:
-        return pixels
-    scale = min(height / size[0], width / size[1])
-    top, left = (height - scale * size[0]) / 2, (width - scale * size[1]) / 2
-    box = (left, top, width - left, height - top)
-    image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
-    # Huge images are first reduced by whole pixels to three times the size: as good, and faster.
-    found = image.resize(size[::-1], Image.Resampling.LANCZOS, box, reducing_gap=3.0)
-    return np.asarray(found).reshape(*size, -1)
-
-
-def _tensor(pixels: Pixels) -> Tensor:
-    return to_unit(torch.from_numpy(rearrange(pixels, "h w c -> c h w").copy()))
 
 
 def _colour(channels: int) -> str:

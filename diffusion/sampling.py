@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diffusion.attention_maps import recorded_attention
-from diffusion.data import to_uint8
 from diffusion.denoiser import Clipped, Denoiser
 from diffusion.editing import (
     ITERATIONS,
@@ -28,6 +27,7 @@ from diffusion.editing import (
 from diffusion.guidance import Guided
 from diffusion.model import DiffusionUNet
 from diffusion.options import SamplingOptions
+from diffusion.pixels import to_uint8
 from diffusion.prediction import DenoiserLike
 from diffusion.samplers import Step, count_evaluations, finish, get_sampler, sample
 from diffusion.schedule import CLEAN, SEEDS, NoiseSchedule, NoiseSource

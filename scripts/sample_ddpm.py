@@ -117,7 +117,7 @@ def made(
 
 def picture(path: Path, sampler: ImageSampler) -> Tensor:
     """An image file as the model takes it, (1, C, H, W) in [-1, 1]: resized and cropped."""
-    from diffusion.data import fitted
+    from diffusion.pixels import fitted
     from unet.images import read_image
 
     size = (sampler.height, sampler.width)

@@ -153,7 +153,7 @@ def picture(file: str | None, model: StableDiffusion, recipe: Recipe) -> Tensor 
     """An image file as the model takes it, (1, 3, H, W) in [-1, 1]: resized and cropped."""
     if file is None:
         return None
-    from diffusion.data import fitted
+    from diffusion.pixels import fitted
     from unet.images import read_image
 
     return fitted(read_image(Path(file)), model.pixels(recipe), 3)[None].to(model.device)

@@ -13,7 +13,8 @@ from einops import rearrange
 from PIL import Image
 
 from diffusion import data as module
-from diffusion.data import DiffusionData, fitted, to_uint8, to_unit
+from diffusion.data import DiffusionData
+from diffusion.pixels import fitted, to_uint8, to_unit
 from diffusion.shapes import example, example_caption, held_out, parse
 from unet.errors import InputError
 from unet.images import write_image
@@ -435,6 +436,28 @@ def test_a_stack_without_crops_is_its_pages(stack: Path) -> None:
     assert data.size == (50, 70)
     assert data.name(3).endswith("stack.tif page 3")
     assert [int(image[0, 0, 0]) for image in data.images(range(6))] == [0, 40, 80, 120, 160, 200]
+
+
+@pytest.mark.parametrize(("val", "rows"), [(0.02, 1), (0.5, 2), (8, 2)])
+def test_a_single_micrograph_is_trained_on_above_what_is_held_out(
+    tmp_path: Path, val: float, rows: int
+) -> None:
+    image = np.repeat(np.arange(66, dtype=np.uint8)[:, None], 70, axis=1)  # says its own row
+    write_image(tmp_path / "one.png", image)
+    data = DiffusionData(tmp_path, size=16, crops=True, val=val)
+    assert len(data.val) == 4 * rows
+    first = int(data.images(data.val).min())
+    samples = data.samples(0)
+    last = [int(to_uint8(samples[0, i]["image"]).max()) for i in range(len(samples))]
+    last += [int(to_uint8(samples[1, i]["image"]).max()) for i in range(len(samples))]
+    assert max(last) < first
+    assert max(last) >= first - 8  # all the rest is used
+
+
+def test_a_micrograph_too_small_to_hold_out_a_part_is_refused(tmp_path: Path) -> None:
+    write_image(tmp_path / "one.png", np.zeros((20, 70), np.uint8))
+    with pytest.raises(InputError, match="a single image with 1 rows of crops of which 1"):
+        DiffusionData(tmp_path, size=16, crops=True)
 
 
 def test_crops_larger_than_an_image_are_refused(stack: Path) -> None:
