@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diffusion.classifier import ClassifierUNet
+from unet.device import pick_device
 from unet.errors import InputError
 
 Images: TypeAlias = NDArray[np.uint8]  # (N, H, W, C), C = 1 or 3
@@ -173,3 +174,16 @@ def _check_weights(path: Path) -> None:
             f"'{path}' is not {INCEPTION_FILE} (its SHA-256 is {found.hexdigest()[:8]}...): FID is "
             "defined by these weights; download them anew, or judge by a classifier instead"
         )
+
+
+def open_extractor(
+    classifier: str | None, inception: Path | None, device: str
+) -> FeatureExtractor | None:
+    """The extractor of a classifier's folder or of a file of Inception weights; of neither, None.
+
+    Args:
+        device: as on the command line.
+    """
+    if classifier:
+        return ClassifierFeatures(classifier, pick_device(device))
+    return InceptionFeatures(inception, pick_device(device)) if inception else None

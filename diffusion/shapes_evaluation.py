@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +12,8 @@ import torch
 from diffusion.attention_maps import mass_inside
 from diffusion.sampling import Images, ImageSampler
 from diffusion.shapes import Scene, agrees, caption, find, random_scene
+
+ATTENDED = 100  # images whose attention is judged
 
 
 class WordAttention(NamedTuple):
@@ -22,18 +25,42 @@ class WordAttention(NamedTuple):
     words: int
 
 
-def scenes(count: int, seed: int, *, unseen: bool) -> list[Scene]:
-    """Scenes to ask for.
+class Asked(NamedTuple):
+    """Scenes to ask for, as in training, and with a pair that training never shows."""
 
-    Args:
-        unseen: only scenes with a pair of colour and shape that training never shows; False: only
-            others.
-    """
-    rng = np.random.default_rng((seed, int(unseen)))
-    return [random_scene(rng, unseen) for _ in range(count)]
+    seen: list[Scene]
+    unseen: list[Scene]
+
+    @property
+    def captions(self) -> list[str]:
+        return [caption(scene) for scene in (*self.seen, *self.unseen)]
 
 
-def agreement(images: Images, asked: list[Scene]) -> dict[str, float]:
+def scenes_to_ask(count: int, seed: int) -> Asked:
+    """`count` random scenes; half of them are `shapes.held_out`."""
+    rng = np.random.default_rng((seed, count))
+    half = count // 2
+    return Asked(
+        *(
+            [random_scene(rng, u) for _ in range(n)]
+            for u, n in ((False, count - half), (True, half))
+        )
+    )
+
+
+def judge_captions(sampler: ImageSampler, images: Images, asked: Asked) -> dict[str, float]:
+    """How many of the images, made of `asked.captions`, show what they were asked for; and where
+    the words are looked at in some."""
+    found: dict[str, float] = {}
+    parts = {"seen": (asked.seen, images[: len(asked.seen)])}
+    parts["unseen"] = (asked.unseen, images[len(asked.seen) :])
+    for name, (scenes, made) in parts.items():
+        found |= {f"{name} pairs, {k}": v for k, v in agreement(made, scenes).items()}
+    attention = word_attention(sampler, asked.seen[:ATTENDED])
+    return found | {f"attention of words, {k}": v for k, v in attention._asdict().items()}
+
+
+def agreement(images: Images, asked: Sequence[Scene]) -> dict[str, float]:
     """Shares of the images (N, H, W, 3) that show what their scenes ask for.
 
     Returns:
@@ -46,7 +73,7 @@ def agreement(images: Images, asked: list[Scene]) -> dict[str, float]:
 
 
 def word_attention(
-    sampler: ImageSampler, asked: list[Scene], steps: tuple[int, int] | None = None
+    sampler: ImageSampler, asked: Sequence[Scene], steps: tuple[int, int] | None = None
 ) -> WordAttention:
     """The mean attention of the words for colours and shapes inside the things they stand for.
 

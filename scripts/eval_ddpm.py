@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from diffusion.options import DiffusionOptions, SamplingOptions
 from unet.errors import InputError
 from unet.training.cli import load_config, run_script
-
-if TYPE_CHECKING:
-    from diffusion.features import FeatureExtractor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +55,8 @@ class EvalOptions(SamplingOptions):
             raise InputError(f"--count {self.count} must be at least 4")
         if self.bits < 0:
             raise InputError(f"--bits {self.bits} must be 0 or more")
+        if self.out and (self.out.is_dir() or not self.out.absolute().parent.is_dir()):
+            raise InputError(f"--out {self.out}: give a file in a folder that exists")
         if self.classifier and self.inception:
             raise InputError("--classifier and --inception each give the features: give one")
 
@@ -69,7 +69,7 @@ class EvalOptions(SamplingOptions):
         found = []
         for way in self.compare:
             sampler, colon, steps = way.partition(":")
-            if not (colon and steps.isdigit() and sampler in samplers):
+            if not (colon and re.fullmatch("[0-9]{1,6}", steps) and sampler in samplers):
                 raise InputError(f"--compare {way!r}: write sampler:steps, such as ddim:50")
             given = {**fields, "sampler": sampler, "steps": int(steps)}
             given["eta"] = self.eta if sampler == "ddim" else 0.0
@@ -80,15 +80,24 @@ class EvalOptions(SamplingOptions):
 
 def main(options: EvalOptions) -> None:
     from diffusion.data import DiffusionData
-    from diffusion.evaluation import Judge, held_out_bits, timed_samples
+    from diffusion.evaluation import (
+        Judge,
+        comparison,
+        held_out_bits,
+        lines,
+        settings,
+        timed_samples,
+        wanted_like,
+    )
+    from diffusion.features import open_extractor
     from diffusion.model import DiffusionUNet
     from diffusion.sampling import ImageSampler
+    from diffusion.shapes_evaluation import judge_captions, scenes_to_ask
     from unet.device import pick_device
-    from unet.files import write_text
 
     model = DiffusionUNet.from_pretrained(options.model).to(pick_device(options.device))
     samplers = [ImageSampler(model, way) for way in options.ways()]
-    extractor = chosen_extractor(options)
+    extractor = open_extractor(options.classifier, options.inception, options.device)
     file = Path(options.model).resolve().parent / "config.yaml"  # of the run: the same are held out
     run = load_config(DiffusionOptions, file) if file.exists() else {}
     first = samplers[0]
@@ -101,66 +110,48 @@ def main(options: EvalOptions) -> None:
         val=run.get("val", DiffusionOptions.val),
         skip_bad=run.get("skip_bad", False),
         classes=bool(first.classes),
+        captions=model.text is not None,
     )
     if data.size != (first.height, first.width):
         raise InputError(
             f"the images are {data.size[0]} x {data.size[1]}, but the model makes {first.height} x "
             f"{first.width}: bring them to its size"
         )
-    judge = Judge(data, extractor)
-    rows: list[dict[str, Any]] = []
+    judge = Judge(data, extractor, first.classes)
+    found: dict[str, Any] = {"model": options.model, "data": options.data, "rows": []}
+    asked = (
+        scenes_to_ask(options.count, options.seed)
+        if model.text and options.data == "shapes"
+        else None
+    )
     for sampler in samplers:
-        images, classes, seconds = timed_samples(sampler, options.count)
-        way = sampler.options
+        wanted = asked.captions if asked else wanted_like(data, sampler, options.count)
+        images, seconds = timed_samples(sampler, wanted)
         row = {
-            "sampler": way.sampler,
-            "steps": way.steps,
+            "settings": settings(sampler.options),
             "evaluations": sampler.from_noise().evaluations,
-            "guidance": way.guidance,
-            "seed": way.seed,
-            **judge(images, classes, sampler.classes),
+            **judge(images, wanted),
+            **(judge_captions(sampler, images, asked) if asked else {}),
             "seconds": seconds,
         }
-        rows.append(row)
+        found["rows"].append(row)
         print("\n".join(lines(row)), flush=True)
-    found: dict[str, Any] = {"model": options.model, "data": options.data, "rows": rows}
+        save(options, found)
+    if len(samplers) > 1:
+        name = extractor.frechet_name if extractor else None
+        print("\n".join(comparison(found["rows"], name)))
     if options.bits:
-        found["bits"] = {
-            "images": min(options.bits, len(data.val)),
-            "bits per dimension": held_out_bits(model, data, options.bits, options.seed),
-        }
-        print(
-            "bits per dimension: {bits per dimension:.3f} ({images} held-out images)".format(
-                **found["bits"]
-            )
-        )
+        batch_size = options.batch_size
+        found["bits"] = held_out_bits(model, data, options.bits, options.seed, batch_size)
+        print(", ".join(f"{k} {v}" for k, v in found["bits"].items()))
+        save(options, found)
+
+
+def save(options: EvalOptions, found: dict[str, Any]) -> None:
+    from unet.files import write_text
+
     if options.out:
         write_text(options.out, json.dumps(found, indent=2) + "\n")
-
-
-def chosen_extractor(options: EvalOptions) -> FeatureExtractor | None:
-    from diffusion.features import ClassifierFeatures, InceptionFeatures
-    from unet.device import pick_device
-
-    if options.classifier:
-        return ClassifierFeatures(options.classifier, pick_device(options.device))
-    if options.inception:
-        return InceptionFeatures(options.inception, pick_device(options.device))
-    return None
-
-
-def lines(row: dict[str, Any]) -> list[str]:
-    """A row for people."""
-    facts = ("sampler", "steps", "evaluations", "guidance", "seed", "samples", "real", "seconds")
-    text = [
-        ", ".join(
-            f"{k} {row[k]:.4g}" if isinstance(row[k], float) else f"{k} {row[k]}"
-            for k in facts
-            if k in row
-        )
-    ]
-    text += [f"  {k}: {v:.4f}" for k, v in row.items() if k not in (*facts, "notes")]
-    return text + [f"  note: {note}" for note in row["notes"]]
 
 
 if __name__ == "__main__":

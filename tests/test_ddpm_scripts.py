@@ -218,7 +218,7 @@ def test_training_can_start_from_a_model(trained, tmp_path) -> None:
         for path in (trained / "run", tmp_path / "same")
     )
     assert all(torch.allclose(ours[k], v, atol=1e-6) for k, v in theirs.items())
-    assert run_train(*options, *start, "--out", tmp_path / "other") == 2  # lacks the classes
+    assert run_train(*options, *start, "--out", tmp_path / "other") == 0  # without classes
 
 
 # -- sampling
@@ -286,10 +286,13 @@ def test_samples_are_judged(trained, tmp_path, capsys) -> None:
     options = ("--classifier", tmp_path / "c/model", "--bits", 2, "--out", tmp_path / "found.json")
     assert run_eval(*common, *options, "--compare", "ddim:3", "heun:2") == 0
     printed = capsys.readouterr().out
-    assert "sampler heun, steps 2, evaluations 3" in printed
+    assert "sampler heun, steps 2, seed 0, evaluations 2; samples 8" in printed
+    table = printed.split("evaluations   seconds")[1].splitlines()[1:3]
+    assert [line.split()[0] for line in table] == ["ddim:3", "heun:2"]
+    assert table[0].split()[4] == "1.000"
     assert "FID" not in printed
     found = json.loads((tmp_path / "found.json").read_text())
-    assert [row["sampler"] for row in found["rows"]] == ["ddim", "heun"]
+    assert [row["settings"]["sampler"] for row in found["rows"]] == ["ddim", "heun"]
     for row in found["rows"]:
         assert row["samples"] == 8
         assert 0 <= row["class accuracy"] <= 1
