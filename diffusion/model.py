@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from diffusion.text import WordEncoder
+from diffusion.text import ClipText, WordEncoder
 from unet.config import UNetConfig
 from unet.errors import InputError
 from unet.folder import FolderModel
@@ -40,7 +40,9 @@ class DiffusionUNet(FolderModel):
         self.head.add_module("act", make_activation(config))
         self.head.add_module("conv", conv)
         text = self.info.get("text")
-        self.text = None if text is None else WordEncoder.from_dict(text)
+        self.text: WordEncoder | ClipText | None = (
+            None if text is None else WordEncoder.from_dict(text)
+        )
         if self.text is not None and self.text.channels != config.context_channels:
             raise InputError(
                 f"a text encoder of width {self.text.channels} does not go with "
@@ -61,7 +63,7 @@ class DiffusionUNet(FolderModel):
 
         With a text encoder, `tokens` (B, L) of `text.tokenize` can stand for context and mask.
         """
-        if tokens is not None and self.text is not None:
+        if tokens is not None and isinstance(self.text, WordEncoder):
             context, mask = self.text(tokens)
         features = self.trunk(x, t, context, mask=mask, classes=classes)
         return unpatch(self.head(features), self.config.patch, x.shape[-2:])

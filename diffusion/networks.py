@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 from unet import PRESETS, UNetConfig
+from unet.training.plan import DEFAULT_MINUTES
 
 _COARSEST = 8  # side of the coarsest map, at most: self-attention is cheap there
 _ACCELERATOR = 30  # minutes of this kind of processor that a minute of a GPU is worth, roughly
-_WIDTHS = ((32, 15), (48, 60), (64, 240), (96, 1440))  # channels, and minutes on a CPU up to which
+# Channels, and minutes on a CPU up to which, for a finest map of _PLACES; larger ones take longer.
+_WIDTHS = ((32, 20), (48, 80), (64, 300), (96, 2000))
 _WIDEST = 128
+_PLACES = 16 * 16
 _FEW = 2_000  # images, of which a wide network would learn each by heart
 
 
@@ -20,7 +23,7 @@ def automatic_config(
 
     Args:
         channels, size, count: of the images.
-        minutes: the budget; None: it is in steps or epochs, and taken as ten minutes.
+        minutes: the budget; None: it is in steps or epochs, and taken as the default minutes.
         accelerator: the network is trained on a GPU.
     """
     side = max(size)
@@ -29,9 +32,11 @@ def automatic_config(
     while -(-side // patch) > _COARSEST * 2 ** (levels - 1):
         levels += 1
     levels = max(2, levels)
-    budget = (minutes or 10.0) * (_ACCELERATOR if accelerator else 1)
+    minutes = minutes or DEFAULT_MINUTES
+    places = -(-size[0] // patch) * -(-size[1] // patch)
+    budget = minutes * (_ACCELERATOR if accelerator else 1) * _PLACES / places
     width = next((w for w, most in _WIDTHS if budget <= most), _WIDEST)
-    reasons = [f"{budget:g} minutes of a CPU" if not accelerator else f"{minutes or 10:g} minutes"]
+    reasons = [f"{minutes:g} minutes of a {'GPU' if accelerator else 'CPU'}"]
     if count < _FEW and width > 64:
         width = 64
         reasons.append(f"only {count} images")

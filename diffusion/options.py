@@ -69,21 +69,33 @@ class DiffusionOptions(FitOptions):
     width: int | None = None
     """Channels of the finest level, instead of the network's."""
 
+    latents: Path | None = None
+    """Train in the latents of this autoencoder: a folder of diffusers' AutoencoderKL, or a pipeline
+    folder with vae/. Each image is encoded once, to OUT/latents."""
+
+    text_encoder: Path | None = None
+    """With --captions: pipeline folder whose CLIP, text_encoder/ and tokenizer/, reads them; none
+    given: that of a pipeline in --latents, else a small one is trained along."""
+
     init: str | None = None
     """Model folder whose weights to start from, and whose network to take; what differs, such as a
-    head or the classes, starts anew."""
+    head or the classes, starts anew. Or a diffusers pipeline, or its unet/."""
 
-    noise: Literal["cosine", "linear", "scaled-linear", "sigmoid"] = "cosine"
-    """Noise schedule."""
+    trained: Literal["all", "attention"] = "all"
+    """attention: of the network in --init, train the spatial transformers alone."""
 
-    timesteps: int = 1000
-    """Noise levels T."""
+    noise: Literal["cosine", "linear", "scaled-linear", "sigmoid"] | None = None
+    """Noise schedule; none given: that of a pipeline in --init, else cosine."""
+
+    timesteps: int | None = None
+    """Noise levels T; none given: those of a pipeline's schedule, else 1000."""
 
     zero_snr: bool = False
     """Leave no signal at all at the last noise level (not with eps)."""
 
-    prediction: Literal["v", "eps", "x0"] = "v"
-    """What the network predicts: the noise, the image, or v, a mixture of both."""
+    prediction: Literal["v", "eps", "x0"] | None = None
+    """What the network predicts: the noise, the image, or v, a mixture of both; none given: what a
+    pipeline in --init does, else v."""
 
     learn_variance: bool = False
     """Learn the variance of the reverse steps as well, by the hybrid loss."""
@@ -101,6 +113,18 @@ class DiffusionOptions(FitOptions):
             raise InputError(f"--width {self.width} must be at least 1")
         if self.classes and self.captions:
             raise InputError("--classes and --captions each say what an image shows: give one")
+        if self.text_encoder and not self.captions:
+            raise InputError(
+                f"--text-encoder {self.text_encoder} has nothing to read: give --captions"
+            )
+        if self.latents and (self.crops or self.flips):
+            raise InputError(
+                "--latents encodes each image once and whole: leave out --crops and --flips"
+            )
+        if self.trained == "attention" and not self.init:
+            raise InputError(
+                "--trained attention leaves the rest of the network as it is: give one with --init"
+            )
         if self.zero_snr and self.prediction == "eps":
             raise InputError(
                 "--zero-snr leaves no signal at the last noise level, where --prediction eps says "

@@ -108,9 +108,11 @@ class StableDiffusion:
         folder = Path(path)
         check_folder(folder, with_unet=checkpoint is None)
         schedule = read_schedule(folder)
-        unet = read_checkpoint(Path(checkpoint), folder) if checkpoint else read_unet(folder)
+        unet = (
+            read_checkpoint(Path(checkpoint), folder) if checkpoint else read_unet(folder / "unet")
+        )
         text_encoder, tokenizer = read_text_model(folder)
-        autoencoder = read_autoencoder(folder)
+        autoencoder = read_autoencoder(folder / "vae")
         factor = 2 ** (len(autoencoder.config.block_out_channels) - 1)
         return cls(
             unet.to(device, dtype),

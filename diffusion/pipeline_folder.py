@@ -80,16 +80,16 @@ def read_schedule(folder: Path) -> PipelineSchedule:
 # The U-Net
 
 
-def read_unet(folder: Path) -> DiffusionUNet:
-    """The U-Net of `unet/`.
+def read_unet(where: Path) -> DiffusionUNet:
+    """The U-Net of a pipeline's `unet/`, or of such a folder alone.
 
     Raises:
         InputError: a config that we cannot express, no weights, weights that do not fit it.
     """
-    config, out_channels = _folder_config(folder)
-    file = next((f for name in _UNET_FILES if (f := folder / "unet" / name).is_file()), None)
+    config, out_channels = read_unet_config(where)
+    file = next((f for name in _UNET_FILES if (f := where / name).is_file()), None)
     if file is None:
-        raise InputError(f"{folder / 'unet'} lacks its weights: {' or '.join(_UNET_FILES)}")
+        raise InputError(f"{where} lacks its weights: {' or '.join(_UNET_FILES)}")
     return _built(read_weights(file), config, out_channels, "diffusers", file)
 
 
@@ -103,7 +103,8 @@ def read_checkpoint(file: Path, folder: Path) -> DiffusionUNet:
         InputError: no such file; a pickle with code in it; no Stable Diffusion U-Net.
     """
     state = read_weights(file)
-    given = _folder_config(folder) if (folder / "unet" / "config.json").is_file() else None
+    where = folder / "unet"
+    given = read_unet_config(where) if (where / "config.json").is_file() else None
     try:
         layout = detect_layout(state)
     except InputError as error:
@@ -166,8 +167,9 @@ def config_from_compvis(state: Mapping[str, Tensor]) -> tuple[UNetConfig, int]:
         ) from error
 
 
-def _folder_config(folder: Path) -> tuple[UNetConfig, int]:
-    file = folder / "unet" / "config.json"
+def read_unet_config(where: Path) -> tuple[UNetConfig, int]:
+    """The config and the output channels of a pipeline's `unet/`."""
+    file = where / "config.json"
     try:
         return config_from_diffusers(read_json(file))
     except InputError as error:
@@ -246,13 +248,13 @@ def _unet_keys(keys: Any) -> list[str]:
 # The other parts, by the libraries that define them
 
 
-def read_autoencoder(folder: Path) -> Any:
-    """diffusers' AutoencoderKL of `vae/`, in float32."""
+def read_autoencoder(where: Path) -> Any:
+    """diffusers' AutoencoderKL of a pipeline's `vae/`, in float32."""
     try:
         from diffusers import AutoencoderKL
     except ImportError as error:
         raise _missing("diffusers") from error
-    return _by_library(AutoencoderKL, folder / "vae", "_class_name", "AutoencoderKL")
+    return _by_library(AutoencoderKL, where, "_class_name", "AutoencoderKL")
 
 
 def read_text_model(folder: Path) -> tuple[Any, Any]:

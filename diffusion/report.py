@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from diffusion.data import DiffusionData
+from diffusion.autoencoder import Autoencoder
 from diffusion.denoiser import Denoiser
+from diffusion.latents import Data, autoencoder_of
 from diffusion.metrics import nearest_neighbours
 from diffusion.model import DiffusionUNet
 from diffusion.options import SamplingOptions
@@ -34,7 +35,7 @@ APPEARING, FRAMES = 4, 40  # samples in the strip and the GIF, and steps
 TRAINING, HELD_OUT = "#0072b2", "#d55e00"
 
 
-def write_report(run: Path, model: DiffusionUNet, data: DiffusionData, seed: int) -> Path:
+def write_report(run: Path, model: DiffusionUNet, data: Data, seed: int) -> Path:
     """Writes report.png, errors.json and samples/appearing.{png,gif} into a run folder.
 
     Returns:
@@ -42,10 +43,11 @@ def write_report(run: Path, model: DiffusionUNet, data: DiffusionData, seed: int
     """
     errors = level_errors(model, data)
     write_text(run / "errors.json", json.dumps(errors, indent=2) + "\n")
-    sampler = few_steps(model, seed)
+    autoencoder = autoencoder_of(data)
+    sampler = few_steps(model, seed, autoencoder=autoencoder)
     wanted = shown_conditions(data, SHOWN)
     samples = sampler(SHOWN, wanted)
-    every = few_steps(model, seed, FRAMES)
+    every = few_steps(model, seed, FRAMES, autoencoder)
     chosen = [i * SHOWN // APPEARING for i in range(APPEARING)]
     frames = every.appearing(APPEARING, [wanted[i] for i in chosen])
     with replacing(run / "samples" / "appearing.png") as temporary:
@@ -57,13 +59,16 @@ def write_report(run: Path, model: DiffusionUNet, data: DiffusionData, seed: int
     return path
 
 
-def few_steps(model: DiffusionUNet, seed: int, steps: int = 20) -> ImageSampler:
+def few_steps(
+    model: DiffusionUNet, seed: int, steps: int = 20, autoencoder: Autoencoder | None = None
+) -> ImageSampler:
     """The sampler of the pictures: `steps` of them, or as many as the model has noise levels."""
     most = NoiseSchedule.from_dict(model.info["schedule"]).steps
-    return ImageSampler(model, SamplingOptions(seed=seed, batch_size=SHOWN, steps=min(steps, most)))
+    options = SamplingOptions(seed=seed, batch_size=SHOWN, steps=min(steps, most))
+    return ImageSampler(model, options, autoencoder)
 
 
-def level_errors(model: DiffusionUNet, data: DiffusionData) -> dict[str, list[float]]:
+def level_errors(model: DiffusionUNet, data: Data) -> dict[str, list[float]]:
     """The mean squared error of the predicted noise by noise level: comparable between models.
 
     Whatever the network predicts, its eps is judged (L_simple of DDPM, eq. 14, level by level), on
@@ -96,7 +101,7 @@ def level_errors(model: DiffusionUNet, data: DiffusionData) -> dict[str, list[fl
     return found
 
 
-def _figure(run: Path, errors: dict[str, list[float]], samples: Images, data: DiffusionData) -> Any:
+def _figure(run: Path, errors: dict[str, list[float]], samples: Images, data: Data) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -113,7 +118,7 @@ def _figure(run: Path, errors: dict[str, list[float]], samples: Images, data: Di
     return figure
 
 
-def shown_conditions(data: DiffusionData, count: int) -> list[int | str | None]:
+def shown_conditions(data: Data, count: int) -> list[int | str | None]:
     """What `count` samples are to show: held-out captions, or every class in order."""
     if data.captioned:
         return data.conditions([data.val[i % len(data.val)] for i in range(count)])
@@ -126,10 +131,10 @@ def spread(indices: Sequence[int], count: int) -> list[int]:
     return [indices[i] for i in places]
 
 
-def nearest_panel(samples: Images, data: DiffusionData, count: int = 4) -> Any:
+def nearest_panel(samples: Images, data: Data, count: int = 4) -> Any:
     """Samples, each with the training images nearest in its pixels: is it learnt by heart?"""
-    size = data.channels * data.size[0] * data.size[1]
-    training = data.images(spread(data.train, min(MOST_COMPARED, MOST_BYTES // size)))
+    most = min(MOST_COMPARED, MOST_BYTES // samples[0].size)
+    training = data.images(spread(data.train, most))
     _, nearest = nearest_neighbours(samples, training, min(count, len(training)))
     return panel(
         [

@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from numpy.typing import NDArray
 from torch import Tensor
 
 from diffusion.attention_maps import recorded_attention
+from diffusion.autoencoder import Autoencoder
 from diffusion.denoiser import Clipped, Denoiser
 from diffusion.editing import (
     ITERATIONS,
@@ -31,7 +33,7 @@ from diffusion.pixels import to_uint8
 from diffusion.prediction import DenoiserLike
 from diffusion.samplers import Step, count_evaluations, finish, get_sampler, sample
 from diffusion.schedule import CLEAN, SEEDS, NoiseSchedule, NoiseSource
-from diffusion.text import WordEncoder
+from diffusion.text import ClipText, WordEncoder
 from unet.errors import InputError
 
 Images = NDArray[np.uint8]  # (N, H, W, C)
@@ -60,13 +62,22 @@ class ImageSampler:
     Args:
         model: as `diffusion.training` saves it: its `info` holds the noise schedule, the kind of
             prediction, the size of the images, and the names of the classes.
+        autoencoder: of a model that works in latents; None: it is read from where training read it,
+            and so is CLIP, where the model has its text from it.
 
     Raises:
-        InputError: settings that do not fit the model, such as more steps than noise levels.
+        InputError: settings that do not fit the model, such as more steps than noise levels; an
+            autoencoder or a CLIP that is not there any more.
     """
 
-    def __init__(self, model: DiffusionUNet, options: SamplingOptions) -> None:
+    def __init__(
+        self,
+        model: DiffusionUNet,
+        options: SamplingOptions,
+        autoencoder: Autoencoder | None = None,
+    ) -> None:
         self.model, self.options = model.eval(), options
+        self.autoencoder = autoencoder or self._read_parts()
         self.schedule = NoiseSchedule.from_dict(_known(model, "schedule"))
         self.height, self.width = _known(model, "size")
         self.classes: list[str] = model.info.get("classes") or []
@@ -78,7 +89,7 @@ class ImageSampler:
             self.sampler_options["variance"] = options.variance
         get_sampler(options.sampler, self.sampler_options)
         self.denoiser = self._denoiser()
-        if options.variance == "learned" and model.out_channels == self.channels:
+        if options.variance == "learned" and model.out_channels == model.config.in_channels:
             raise InputError(
                 "--variance learned is for models that were trained with --learn-variance: choose "
                 "fixed-small or fixed-large"
@@ -86,11 +97,30 @@ class ImageSampler:
 
     @property
     def channels(self) -> int:
-        return self.model.config.in_channels
+        """Channels of the images."""
+        found = self.autoencoder
+        return found.image_channels if found else self.model.config.in_channels
 
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+    def _read_parts(self) -> Autoencoder | None:
+        """The autoencoder where the model works in latents; the model gets its CLIP, too."""
+        info = self.model.info
+        try:
+            if "text_encoder" in info and self.model.text is None:
+                clip = ClipText.from_pretrained(info["text_encoder"])
+                clip.model.to(self.device)
+                use_clip(self.model, clip)
+            if "autoencoder" in info:
+                return Autoencoder.from_folder(info["autoencoder"], self.device)
+        except InputError as error:
+            raise InputError(
+                f"the model was trained with parts that cannot be read any more ({error}): use "
+                "txt2img.py with the pipeline/ of its run"
+            ) from error
+        return None
 
     def _denoiser(self) -> DenoiserLike:
         options, model = self.options, self.model
@@ -115,7 +145,9 @@ class ImageSampler:
                 rescale=options.guidance_rescale,
                 interval=options.guidance_interval,
             )
-        return denoiser if options.clip == "none" else Clipped(denoiser, options.clip)
+        if options.clip == "none" or self.autoencoder:  # latents have no range
+            return denoiser
+        return Clipped(denoiser, options.clip)
 
     def class_index(self, name: str) -> int:
         """The index of a class by its name.
@@ -129,7 +161,7 @@ class ImageSampler:
         return self.classes.index(name)
 
     @property
-    def text(self) -> WordEncoder:
+    def text(self) -> WordEncoder | ClipText:
         """The model's text encoder.
 
         Raises:
@@ -157,6 +189,7 @@ class ImageSampler:
 
     def variants(self, image: Tensor, strength: float) -> Plan:
         """Images out of an image (1, C, H, W) in noise: see `editing.sdedit`."""
+        image = self._encoded(image)
 
         def run(places: range, seeds: Sequence[int], wanted: Wanted) -> Iterator[Step]:
             images, given = (
@@ -169,6 +202,9 @@ class ImageSampler:
 
     def inpainted(self, image: Tensor, mask: Tensor) -> Plan:
         """An image (1, C, H, W), of which the masked part is made anew: see `editing.inpaint`."""
+        image = self._encoded(image)
+        if self.autoencoder:  # all latents that a masked pixel belongs to
+            mask = F.max_pool2d(mask.float(), self.autoencoder.factor) > 0
 
         def run(places: range, seeds: Sequence[int], wanted: Wanted) -> Iterator[Step]:
             images, given = (
@@ -186,6 +222,7 @@ class ImageSampler:
         Both are encoded by DDIM's inversion, mixed on the sphere, and decoded by DDIM, whatever the
         sampler, since nothing else comes back to where it started.
         """
+        first, last = self._encoded(first), self._encoded(last)
         given: dict[str, Any] = {"conditioning": self.model.conditioning([wanted])}
         ends: list[Tensor] = []
 
@@ -209,8 +246,18 @@ class ImageSampler:
         return Plan(run, downs, evaluations)
 
     def _noise(self, source: NoiseSource) -> Tensor:
-        x = source.draw((self.channels, self.height, self.width)).to(self.device)
+        size = self.height, self.width
+        if self.autoencoder:
+            size = self.autoencoder.size(*size)
+        x = source.draw((self.model.config.in_channels, *size)).to(self.device)
         return x.contiguous(memory_format=torch.channels_last)
+
+    def _encoded(self, image: Tensor) -> Tensor:
+        """The image, or the mean of its latents."""
+        return self.autoencoder.encode(image)[0].to(self.device) if self.autoencoder else image
+
+    def _decoded(self, x: Tensor) -> Images:
+        return to_bytes(self.autoencoder.decode(x) if self.autoencoder else x)
 
     def _given(self, source: NoiseSource | None, wanted: Wanted) -> dict[str, Any]:
         return {
@@ -246,7 +293,7 @@ class ImageSampler:
             for step in plan.run(range(count)[part], seeds[part], wanted[part]):
                 if on_step is not None:
                     on_step(step)
-            yield to_bytes(step.x)
+            yield self._decoded(step.x)
 
     def __call__(self, count: int, wanted: Wanted | None = None) -> Images:
         """All of the first images of the seed, uint8 (N, H, W, C)."""
@@ -257,9 +304,9 @@ class ImageSampler:
     ) -> list[Images]:
         """The first images as they appear: the noise, and what it has become after each step."""
         seeds = image_seeds(self.options.seed, count, first)
-        frames = [to_bytes(self._noise(NoiseSource(seeds)))]
+        frames = [self._decoded(self._noise(NoiseSource(seeds)))]
         steps = self.from_noise().run(range(count), seeds, wanted or [None] * count)
-        return frames + [to_bytes(step.x) for step in steps]
+        return frames + [self._decoded(step.x) for step in steps]
 
     def attending(
         self, wanted: Wanted, steps: tuple[int, int] | None = None, *, first: int = 0
@@ -282,13 +329,18 @@ class ImageSampler:
             run = self.from_noise().run(range(len(wanted)), seeds, wanted)
             for done, step in enumerate(run, start=1):
                 record.paused, x = done not in counted, step.x
-        return to_bytes(x), record.maps((self.height, self.width))
+        return self._decoded(x), record.maps((self.height, self.width))
 
 
 def image_seeds(seed: int, count: int, first: int = 0) -> list[int]:
     """A seed for each image of a run: consecutive ones, from a place that the run's seed gives."""
     start = int(np.random.SeedSequence(seed).generate_state(1)[0])
     return [(start + first + i) % SEEDS for i in range(count)]
+
+
+def use_clip(model: DiffusionUNet, clip: ClipText) -> None:
+    """Lets a CLIP text model read for a model: beside it, neither trained nor saved with it."""
+    model.text = clip
 
 
 def to_bytes(x: Tensor) -> Images:

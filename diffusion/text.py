@@ -254,19 +254,33 @@ class ClipText:
             )
         return cls(tokenizer, model)
 
-    @torch.no_grad()
-    def encode(self, texts: Sequence[str]) -> TextContext:
-        tokens = self.tokenizer(
+    def __deepcopy__(self, memo: dict[int, Any]) -> ClipText:
+        return self  # frozen: the averaged copy of a network can share it
+
+    def tokenize(self, texts: Sequence[str]) -> Tensor:
+        """Tokens (B, L) int64 on the CPU, padded or cut to the model's length."""
+        tokens: Tensor = self.tokenizer(
             list(texts),
             padding="max_length",
             max_length=self.longest,
             truncation=True,
             return_tensors="pt",
-        )
-        masked = getattr(self.model.config, "use_attention_mask", False)  # as diffusers asks
-        names = ("input_ids", "attention_mask") if masked else ("input_ids",)
-        given = {name: tokens[name].to(self.model.device) for name in names}
-        return TextContext(self.model(**given).last_hidden_state, None)
+        ).input_ids
+        return tokens
+
+    @torch.no_grad()
+    def __call__(self, tokens: Tensor) -> TextContext:
+        """Tokens (B, L) of `tokenize` to a context (B, L, C), on their device."""
+        if self.model.device != tokens.device:
+            self.model.to(tokens.device)
+        given: dict[str, Any] = {}
+        if getattr(self.model.config, "use_attention_mask", False):  # as diffusers asks
+            ends = (tokens == self.tokenizer.eos_token_id).long()
+            given["attention_mask"] = (ends.cumsum(dim=1) - ends == 0).long()
+        return TextContext(self.model(tokens, **given).last_hidden_state, None)
+
+    def encode(self, texts: Sequence[str]) -> TextContext:
+        return self(self.tokenize(texts).to(self.model.device))
 
     def words(self, text: str) -> list[str]:
         ids = self.tokenizer(text, max_length=self.longest, truncation=True).input_ids

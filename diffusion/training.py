@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,31 +14,40 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from diffusion.autoencoder import Autoencoder
 from diffusion.data import DiffusionData
 from diffusion.denoiser import Denoiser
+from diffusion.initial import (
+    PREDICTION,
+    chosen_config,
+    chosen_noise,
+    clip_folder,
+    freeze_all_but_attention,
+    initialise,
+    read_clip,
+)
+from diffusion.latents import Data, LatentData, autoencoder_of
 from diffusion.model import DiffusionUNet
-from diffusion.networks import automatic_config
 from diffusion.options import DiffusionOptions
 from diffusion.pictures import grid, rgb, table
-from diffusion.prediction import diffusion_loss, get_prediction
+from diffusion.pipeline_export import obstacle, write_pipeline
+from diffusion.prediction import diffusion_loss
 from diffusion.report import few_steps, shown_conditions, spread, write_report
-from diffusion.sampling import to_bytes
+from diffusion.sampling import to_bytes, use_clip
 from diffusion.schedule import NoiseSchedule, NoiseSource
 from diffusion.text import PADDING, WordEncoder
-from unet import PRESETS, UNetConfig
 from unet.device import pick_device
-from unet.errors import InputError
-from unet.folder import load_strictly, read_config, read_weights
+from unet.errors import Interrupted
 from unet.training.batches import Key, sample_rng
+from unet.training.cli import save_config
 from unet.training.fit import fit
-from unet.training.run import is_main_process, run_folder
+from unet.training.run import RunFolder, is_main_process, run_folder
 from unet.training.task import Batch, Processes, Task
 
 SHOWN_LEVELS = 8  # of the pictures
 SHOWN = 36  # samples in the picture at each evaluation
 LEAST_JUDGED, MOST_JUDGED = 128, 500  # held-out images, and as many training images
 PART = 125  # of them at a time
-TEXT_CHANNELS = 128  # of a token
 
 
 def train(options: DiffusionOptions) -> dict[str, float]:
@@ -47,17 +56,22 @@ def train(options: DiffusionOptions) -> dict[str, float]:
     Raises:
         InputError: a mistake in the options or the data, before anything is trained.
     """
-    schedule = NoiseSchedule(kind=options.noise, steps=options.timesteps, zero_snr=options.zero_snr)
-    get_prediction(options.prediction, schedule)
+    schedule, prediction, noise = chosen_noise(options)
+    options = replace(options, prediction=prediction)
     data = load_data(options)
     model, why = make_model(options, data, schedule)
     if options.network == "auto" and not options.init:  # which a resumed run must not choose anew
         options = replace(options, width=model.config.channels)
     if is_main_process():
         parameters = sum(p.numel() for p in model.parameters())
-        print(f"{data.describe()}\nnetwork: {parameters / 1e6:.2f} M parameters, {why}", flush=True)
+        print(f"{data.describe()}\nnetwork: {parameters / 1e6:.2f} M parameters, {why}\n{noise}")
+        if isinstance(data, LatentData) and (why_not := obstacle(model, data.autoencoder)):
+            print(f"diffusers will have no pipeline of this model: {why_not}")
+        sys.stdout.flush()
     task = DiffusionTask(options, data, schedule)
     with run_folder(options):
+        if isinstance(data, LatentData):
+            _encode(data, options)
         figures = fit(
             Task(
                 model=model,
@@ -72,124 +86,79 @@ def train(options: DiffusionOptions) -> dict[str, float]:
         if is_main_process():
             best = DiffusionUNet.from_pretrained(options.out / "model")
             best.to(pick_device(options.device))
+            if "text_encoder" in best.info:
+                best.text = model.text  # as saved models do not hold it
             print(f"report: {write_report(options.out, best, data, options.seed)}")
+            clip, autoencoder = clip_folder(options), autoencoder_of(data)
+            if clip and autoencoder and not obstacle(best, autoencoder):
+                write_pipeline(options.out / "pipeline", best, autoencoder, clip)
+                print(f"for txt2img.py --model and for diffusers: {options.out / 'pipeline'}")
     return figures
 
 
-def load_data(options: DiffusionOptions) -> DiffusionData:
-    """The training and held-out images that the options name."""
-    return DiffusionData(
+def load_data(options: DiffusionOptions) -> Data:
+    """The training and held-out images that the options name, or what they become in latents."""
+    autoencoder = None
+    if options.latents:
+        device = pick_device(options.device) if is_main_process() else "cpu"
+        autoencoder = Autoencoder.from_folder(options.latents, device)
+    images = DiffusionData(
         options.data,
         size=options.size,
-        channels=options.channels,
+        channels=options.channels or (autoencoder.image_channels if autoencoder else None),
         crops=options.crops,
-        flips=options.flips,
+        flips=False if autoencoder else options.flips,
         val=options.val,
         skip_bad=options.skip_bad,
         classes=options.classes,
         captions=options.captions,
     )
+    return LatentData(images, autoencoder, options.out / "latents") if autoencoder else images
+
+
+def _encode(data: LatentData, options: DiffusionOptions) -> None:
+    """Encodes the images; what a signal interrupts goes on with --resume."""
+    try:
+        data.encode()
+    except Interrupted:
+        save_config(replace(options, resume=False), options.out / "config.yaml")
+        raise
 
 
 def make_model(
-    options: DiffusionOptions, data: DiffusionData, schedule: NoiseSchedule
+    options: DiffusionOptions, data: Data, schedule: NoiseSchedule
 ) -> tuple[DiffusionUNet, str]:
     """The network for these images, with random weights or those of `--init`, and why this one."""
     torch.manual_seed(options.seed)
-    config, why = _choose_config(options, data)
+    clip, autoencoder = read_clip(options), autoencoder_of(data)
+    config, why = chosen_config(options, data, clip)
     if options.classes:
         config = replace(config, classes=len(data.classes) + 1)  # the last one stands for none
     info: dict[str, Any] = {
         "schedule": schedule.to_dict(),
-        "prediction": options.prediction,
-        "size": list(data.size),
+        "prediction": options.prediction or PREDICTION,
+        "size": list(data.image_size if isinstance(data, LatentData) else data.size),
         "classes": list(data.classes) if options.classes else [],
     }
-    if config.context_channels is not None:
+    if autoencoder:
+        info["autoencoder"] = str(autoencoder.folder)
+    if clip:
+        info["text_encoder"] = str(Path(str(clip_folder(options))).resolve())
+    elif config.context_channels is not None:
         captions = (data.caption(i) for i in (*data.train, *data.val))
         text = WordEncoder.from_captions(captions, width=config.context_channels)
         info["text"] = text.to_dict()
         why += f"; {len(text.vocabulary)} words, {text.longest - 1} in the longest caption"
     model = DiffusionUNet(config, data.channels * (2 if options.learn_variance else 1), info)
-    if options.init and not options.resume:
-        _initialise(model, options.init)
+    if clip:
+        use_clip(model, clip)
+    if options.init and not (options.resume and RunFolder(options.out).state.exists()):
+        initialise(model, options.init)
+    if options.trained == "attention":
+        freeze_all_but_attention(model)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        why += f"; of which {trained / 1e6:.2f} M of the spatial transformers are trained"
     return model, why
-
-
-def _choose_config(options: DiffusionOptions, data: DiffusionData) -> tuple[UNetConfig, str]:
-    """The config that the options name, or the automatic one, and why it is this one."""
-    fits = [
-        name
-        for name, preset in PRESETS.items()
-        if preset.config.time and (preset.config.context_channels is None) != options.captions
-    ]
-    if options.network == "auto" and options.init:
-        config, why = (
-            _config_of(options.init, data.channels, captions=options.captions),
-            f"as of {options.init}",
-        )
-    elif options.network == "auto":
-        on_gpu = options.device != "cpu" and torch.accelerator.is_available()
-        config, why = automatic_config(
-            data.channels, data.size, len(data.train), options.max_minutes, accelerator=on_gpu
-        )
-    elif options.network in fits:
-        preset = PRESETS[options.network]
-        config, why = replace(preset.config, in_channels=data.channels), preset.source
-    else:
-        what = "with" if options.captions else "without"
-        raise InputError(
-            f"--network {options.network!r} is no preset of a network with a timestep and {what} "
-            f"text: choose auto or one of {', '.join(fits)}"
-        )
-    if options.width:
-        heads = config.head_channels and math.gcd(config.head_channels, options.width)
-        config = replace(config, channels=options.width, head_channels=heads)
-        why = f"{options.width} channels as asked for, else: {why}"
-    if options.captions and config.context_channels is None:
-        config = replace(config, attention="transformer", context_channels=TEXT_CHANNELS)
-    return config, why
-
-
-def _config_of(path: str, channels: int, *, captions: bool) -> UNetConfig:
-    """The config of a model to start from, without what belongs to its classes and its text."""
-    config = UNetConfig.from_dict(read_config(Path(path))["unet"])
-    if not config.time:
-        raise InputError(
-            f"--init {path} has no timestep: name a --network for it, or start from a diffusion "
-            "model"
-        )
-    if config.context_channels is not None and not captions:
-        raise InputError(f"--init {path} reads text: give --captions, or another model")
-    return replace(config, in_channels=channels, classes=0)
-
-
-_CLASSES = "trunk.class_embedding."
-
-
-def _initialise(model: DiffusionUNet, path: str) -> None:
-    """Starts from a model of either task: all of its weights that the model has, too.
-
-    What belongs to classes and texts is taken over only where these are the same.
-
-    Raises:
-        InputError: a trunk of another shape.
-    """
-    described = read_config(Path(path))
-    state, own = read_weights(Path(path)), model.state_dict()
-    differs = tuple(
-        prefix
-        for key, prefix in (("classes", _CLASSES), ("text", "text."))
-        if described["info"].get(key) != model.info.get(key)
-    )
-    trunk = {
-        k: v for k, v in state.items() if k.startswith("trunk.") and not k.startswith(_CLASSES)
-    }
-    rest = {k: v for k, v in own.items() if not k.startswith("trunk.") or k.startswith(_CLASSES)}
-    for k in rest.keys() & state.keys():
-        if state[k].shape == rest[k].shape and not k.startswith(differs):
-            rest[k] = state[k]
-    load_strictly(model, {**trunk, **rest}, path)
 
 
 class NoisedSamples:
@@ -200,9 +169,7 @@ class NoisedSamples:
     batch that it is in, and so on the number of training processes and accumulated parts.)
     """
 
-    def __init__(
-        self, data: DiffusionData, options: DiffusionOptions, model: DiffusionUNet
-    ) -> None:
+    def __init__(self, data: Data, options: DiffusionOptions, model: DiffusionUNet) -> None:
         self.samples, self.seed = data.samples(options.seed), options.seed
         self.null, self.dropout = (model.config.classes or 0) - 1, options.label_dropout
         self.text = model.text
@@ -247,13 +214,14 @@ def stratified_timesteps(place: Tensor, steps: int) -> Tensor:
 class DiffusionTask:
     """Loss, held-out figures and pictures of a diffusion model."""
 
-    def __init__(
-        self, options: DiffusionOptions, data: DiffusionData, schedule: NoiseSchedule
-    ) -> None:
+    def __init__(self, options: DiffusionOptions, data: Data, schedule: NoiseSchedule) -> None:
         self.options, self.data, self.schedule = options, data, schedule
+        self.prediction = options.prediction or PREDICTION
+        self.autoencoder = autoencoder_of(data)
+        self.padded = clip_folder(options) is None  # with CLIP, padding counts
 
     def _loss(self, model: nn.Module, x0: Tensor, t: Tensor, noise: Tensor, **given: Any) -> Tensor:
-        return diffusion_loss(model, self.schedule, self.options.prediction, x0, t, noise, **given)
+        return diffusion_loss(model, self.schedule, self.prediction, x0, t, noise, **given)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         t = stratified_timesteps(batch["place"], self.schedule.steps)
@@ -262,7 +230,8 @@ class DiffusionTask:
             given["classes"] = batch["label"]
         if "tokens" in batch:
             tokens = batch["tokens"]
-            given["tokens"] = tokens[:, : (tokens != PADDING).sum(dim=1).max()]
+            longest = (tokens != PADDING).sum(dim=1).max() if self.padded else tokens.shape[1]
+            given["tokens"] = tokens[:, :longest]
         return self._loss(model, batch["image"], t, batch["noise"], **given).mean()
 
     def evaluate(self, model: DiffusionUNet, processes: Processes) -> Mapping[str, float]:
@@ -309,7 +278,7 @@ class DiffusionTask:
             level = self.schedule.level(t)
             parts = level.signal * x0, level.noise * noise
             for row, x in zip(rows.values(), (parts[0] + parts[1], *parts), strict=True):
-                row.append(rgb(to_bytes(x)[0]))
+                row.append(self._shown(x))
             titles.append(f"t = {t}\n{level.signal:.2f} / {level.noise:.2f}")
         return {"forward": table(rows, titles)}
 
@@ -318,13 +287,19 @@ class DiffusionTask:
         return {"samples": grid(self._samples(model)), "noise": self._noise_table(model)}
 
     def _samples(self, model: DiffusionUNet) -> Any:
-        return few_steps(model, self.options.seed)(SHOWN, shown_conditions(self.data, SHOWN))
+        sampler = few_steps(model, self.options.seed, autoencoder=self.autoencoder)
+        return sampler(SHOWN, shown_conditions(self.data, SHOWN))
+
+    def _shown(self, x: Tensor) -> Any:
+        """The first of images, or of the images that latents stand for."""
+        x = x[:1]
+        return rgb(to_bytes(self.autoencoder.decode(x) if self.autoencoder else x)[0])
 
     def _noise_table(self, model: DiffusionUNet) -> Image.Image:
         device = next(model.parameters()).device
         x0 = self.data.batch(self.data.val[:1])[0].to(device)
         noise = NoiseSource([self.options.seed]).draw(x0.shape[1:]).to(device)
-        denoiser = Denoiser(model, self.schedule, self.options.prediction)
+        denoiser = Denoiser(model, self.schedule, self.prediction)
         given = model.conditioning(self.data.conditions(self.data.val[:1]))
         last = self.schedule.steps - 1
         levels = np.linspace(0, last, SHOWN_LEVELS + 2).round().astype(int).tolist()[1:-1]
@@ -336,5 +311,5 @@ class DiffusionTask:
             # Standard normal noise has little beyond 3, which a third brings into the picture.
             shown = (x, noise / 3, found.eps / 3, found.x0)
             for row, picture in zip(rows.values(), shown, strict=True):
-                row.append(rgb(to_bytes(picture)[0]))
+                row.append(self._shown(picture))
         return table(rows, [f"t = {t}" for t in levels])

@@ -314,7 +314,7 @@ def test_samples_are_judged(trained, tmp_path, capsys) -> None:
         (("--zero-snr", "--prediction", "eps"), "--prediction v or x0"),
         (("--timesteps", "1"), "steps from 2"),
         (("--seed", str(2**32)), "--seed 4294967296"),
-        (("--network", "paper"), "cannot be trained here"),
+        (("--network", "paper"), "is no preset of a network with a timestep and without text"),
         (("--network", "odd"), "'odd' is no preset"),
         (("--classes",), "has no classes"),
     ],

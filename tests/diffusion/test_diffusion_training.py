@@ -256,11 +256,14 @@ def test_the_automatic_network_can_be_built_for_any_image(
 
 
 def test_more_time_and_more_images_make_a_wider_network() -> None:
-    def width(minutes: float, count: int = 50_000, accelerator: bool = False) -> int:
-        config, _ = automatic_config(3, (64, 64), count, minutes, accelerator=accelerator)
+    def width(
+        minutes: float, count: int = 50_000, accelerator: bool = False, side: int = 64
+    ) -> int:
+        config, _ = automatic_config(3, (side, side), count, minutes, accelerator=accelerator)
         return config.channels
 
-    widths = [width(m) for m in (1, 30, 120, 600, 5000)]
+    widths = [width(m) for m in (1, 120, 600, 3000, 10_000)]
     assert widths == sorted(set(widths))
     assert width(60, accelerator=True) > width(60)
+    assert width(120, side=256) < width(120)
     assert width(5000, count=500) < width(5000)
