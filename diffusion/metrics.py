@@ -297,20 +297,14 @@ def memorisation(samples: Images, held_out: Images, training: Images) -> Memoris
     return Memorisation(distances / usual, copies, found, warning)
 
 
-def sample_warnings(real: int, fake: int, dimensions: int) -> list[str]:
-    """What to print beside figures of so few images; empty where there are enough."""
-    found = []
-    if min(real, fake) <= dimensions:
-        found.append(
-            f"{min(real, fake):,} images for {dimensions:,} features: the covariance is singular "
-            "and the Fréchet distance too large; compare it only for this number of images"
-        )
-    if max(real, fake) > 1.1 * min(real, fake):
-        found.append(
-            f"{real:,} real images and {fake:,} samples: precision and recall are meant for equal "
-            "numbers"
-        )
-    return found
+def sample_warnings(images: int, dimensions: int) -> list[str]:
+    """What to print beside figures of so few images, in the smaller set; empty if they suffice."""
+    if images > dimensions:
+        return []
+    return [
+        f"{images:,} images for {dimensions:,} features: the covariance is singular and the "
+        "Fréchet distance too large; compare it only for this number of images"
+    ]
 
 
 def _checked(features: Features, name: str, least: int) -> FloatArray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import os
 import re
 import sys
 from dataclasses import dataclass
@@ -50,30 +50,37 @@ class EvalOptions(SamplingOptions):
     """JSON file for the figures."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        self.ways()  # has the checks of the ways themselves
         if self.count < 4:
             raise InputError(f"--count {self.count} must be at least 4")
         if self.bits < 0:
             raise InputError(f"--bits {self.bits} must be 0 or more")
-        if self.out and (self.out.is_dir() or not self.out.absolute().parent.is_dir()):
-            raise InputError(f"--out {self.out}: give a file in a folder that exists")
+        if self.out:
+            folder = self.out.absolute().parent
+            if self.out.is_dir() or not (folder.is_dir() and os.access(folder, os.W_OK)):
+                raise InputError(f"--out {self.out}: give a file in a folder that can be written")
         if self.classifier and self.inception:
             raise InputError("--classifier and --inception each give the features: give one")
 
     def ways(self) -> list[SamplingOptions]:
-        """The settings to judge: the options' own, or those of --compare."""
+        """The settings to judge: the options' own, or those of --compare.
+
+        An option of one sampler alone goes to that one, which must be among them.
+        """
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(SamplingOptions)}
         if not self.compare:
             return [SamplingOptions(**fields)]
         samplers = get_args(get_type_hints(SamplingOptions)["sampler"])
+        named = {way.partition(":")[0] for way in self.compare}
         found = []
         for way in self.compare:
             sampler, colon, steps = way.partition(":")
             if not (colon and re.fullmatch("[0-9]{1,6}", steps) and sampler in samplers):
                 raise InputError(f"--compare {way!r}: write sampler:steps, such as ddim:50")
             given = {**fields, "sampler": sampler, "steps": int(steps)}
-            given["eta"] = self.eta if sampler == "ddim" else 0.0
-            given["variance"] = self.variance if sampler == "ddpm" else "fixed-small"
+            for option, owner in (("eta", "ddim"), ("variance", "ddpm")):
+                if owner in named - {sampler}:
+                    given[option] = getattr(SamplingOptions, option)
             found.append(SamplingOptions(**given))
         return found
 
@@ -82,10 +89,10 @@ def main(options: EvalOptions) -> None:
     from diffusion.data import DiffusionData
     from diffusion.evaluation import (
         Judge,
+        check_bits,
         comparison,
         held_out_bits,
         lines,
-        settings,
         timed_samples,
         wanted_like,
     )
@@ -97,6 +104,8 @@ def main(options: EvalOptions) -> None:
 
     model = DiffusionUNet.from_pretrained(options.model).to(pick_device(options.device))
     samplers = [ImageSampler(model, way) for way in options.ways()]
+    if options.bits:
+        check_bits(samplers[0])
     extractor = open_extractor(options.classifier, options.inception, options.device)
     file = Path(options.model).resolve().parent / "config.yaml"  # of the run: the same are held out
     run = load_config(DiffusionOptions, file) if file.exists() else {}
@@ -118,6 +127,8 @@ def main(options: EvalOptions) -> None:
             f"{first.width}: bring them to its size"
         )
     judge = Judge(data, extractor, first.classes)
+    if (trained_on := run.get("data", options.data)) != options.data:
+        judge.notes.append(f"copies are looked for in {options.data}, not in {trained_on}")
     found: dict[str, Any] = {"model": options.model, "data": options.data, "rows": []}
     asked = (
         scenes_to_ask(options.count, options.seed)
@@ -128,7 +139,7 @@ def main(options: EvalOptions) -> None:
         wanted = asked.captions if asked else wanted_like(data, sampler, options.count)
         images, seconds = timed_samples(sampler, wanted)
         row = {
-            "settings": settings(sampler.options),
+            "settings": dataclasses.asdict(sampler.options),
             "evaluations": sampler.from_noise().evaluations,
             **judge(images, wanted),
             **(judge_captions(sampler, images, asked) if asked else {}),
@@ -148,10 +159,11 @@ def main(options: EvalOptions) -> None:
 
 
 def save(options: EvalOptions, found: dict[str, Any]) -> None:
+    from diffusion.evaluation import to_json
     from unet.files import write_text
 
     if options.out:
-        write_text(options.out, json.dumps(found, indent=2) + "\n")
+        write_text(options.out, to_json(found))
 
 
 if __name__ == "__main__":

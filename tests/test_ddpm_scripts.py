@@ -11,6 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
+from diffusion import evaluation
+from diffusion.classifier import ClassifierUNet, classifier_config
 from diffusion.model import DiffusionUNet
 from diffusion.options import DiffusionOptions
 from scripts import eval_ddpm, sample_ddpm, train_classifier, train_ddpm
@@ -293,12 +295,46 @@ def test_samples_are_judged(trained, tmp_path, capsys) -> None:
     assert "FID" not in printed
     found = json.loads((tmp_path / "found.json").read_text())
     assert [row["settings"]["sampler"] for row in found["rows"]] == ["ddim", "heun"]
+    assert all("worst class" in row for row in found["rows"])
     for row in found["rows"]:
         assert row["samples"] == 8
         assert 0 <= row["class accuracy"] <= 1
         assert any(key.startswith("Fréchet distance (features of the classifier") for key in row)
         assert row["notes"]  # too few images for these features
     assert found["bits"]["bits per dimension"] > 0
+
+
+def test_options_of_one_sampler_go_to_it_alone(trained, tmp_path, capsys) -> None:
+    data = ("--data", trained / "discs.npz", "--model", trained / "run/model", "--count", 4)
+    options = ("--compare", "ddpm:2", "ddim:2", "--eta", 0.5, "--variance", "fixed-large")
+    assert run_eval(*data, *options, "--out", tmp_path / "found.json") == 0
+    assert "sampler ddim, steps 2, seed 0, evaluations 2, eta 0.5;" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "found.json").read_text())["rows"]
+    found = [(row["settings"]["eta"], row["settings"]["variance"]) for row in rows]
+    assert found == [(0, "fixed-large"), (0.5, "fixed-small")]
+
+
+def test_figures_are_written_row_by_row(trained, tmp_path, monkeypatch) -> None:
+    made = evaluation.timed_samples
+
+    def stops_at_the_second(sampler, wanted):
+        if sampler.options.steps == 3:
+            raise KeyboardInterrupt
+        return made(sampler, wanted)
+
+    monkeypatch.setattr(evaluation, "timed_samples", stops_at_the_second)
+    data = ("--data", trained / "discs.npz", "--model", trained / "run/model", "--count", 4)
+    options = ("--compare", "ddim:2", "ddim:3", "--out", tmp_path / "found.json")
+    assert run_eval(*data, *options) == 130
+    (row,) = json.loads((tmp_path / "found.json").read_text())["rows"]
+    assert row["settings"]["steps"] == 2
+
+
+def test_copies_are_said_to_be_looked_for_in_other_data(trained, tmp_path, capsys) -> None:
+    np.savez(tmp_path / "other.npz", images=discs(40), labels=np.arange(40) % 2)
+    options = ("--data", tmp_path / "other.npz", "--count", 4, "--steps", 2)
+    assert run_eval("--model", trained / "run/model", *options) == 0
+    assert f"other.npz, not in {trained / 'discs.npz'}" in capsys.readouterr().out
 
 
 # -- mistakes
@@ -374,14 +410,34 @@ def test_a_mistake_is_one_sentence_before_sampling(
     [
         (("--compare", "ddim"), "write sampler:steps"),
         (("--compare", "odd:3"), "write sampler:steps"),
+        (("--compare", "ddim:²"), "'ddim:²': write sampler:steps"),
+        (("--compare", "ddim:0"), "--steps 0 must be at least 1"),
+        (("--compare", "ddim:3", "ddim:1001"), "1001 sampling steps"),
+        (("--compare", "ddpm:3", "heun:3", "--eta", "0.5"), "--eta 0.5 is for --sampler ddim"),
+        (("--compare", "ddim:3", "--variance", "learned"), "is for --sampler ddpm, not ddim"),
+        (("--eta", "0.5"), "--eta 0.5 is for --sampler ddim, not dpmpp-2m"),
         (("--count", "3"), "--count 3"),
+        (("--out", "no/such/found.json"), "found.json: give a file in a folder"),
+        (("--out", "MODEL"), "model: give a file in a folder"),
+        (("--data", "no/such.npz"), "no/such.npz"),
         (("--classifier", "a", "--inception", "b"), "give one"),
         (("--classifier", "MODEL"), "diffusion"),
+        (("--classifier", "OTHER"), "knows cat, dog, but the model makes 0, 1"),
     ],
 )
-def test_a_mistake_is_one_sentence_before_judging(trained, capsys, arguments, told) -> None:
-    given = [str(trained / "run/model") if a == "MODEL" else a for a in arguments]
-    data = ("--data", trained / "discs.npz", "--model", trained / "run/model")
+def test_a_mistake_is_one_sentence_before_judging(
+    trained, tmp_path, capsys, monkeypatch, arguments, told
+) -> None:
+    monkeypatch.setattr(evaluation, "timed_samples", lambda *_: pytest.fail("it samples"))
+    if "OTHER" in arguments:
+        info = {"classes": ["cat", "dog"], "size": [12, 12]}
+        model = ClassifierUNet(classifier_config((12, 12), 1, 4), 2, info)
+        model.save_pretrained(tmp_path / "other")
+    places = {"MODEL": trained / "run/model", "OTHER": tmp_path / "other"}
+    given = [str(places.get(a, a)) for a in arguments]
+    data = ("--model", trained / "run/model")
+    if "--data" not in given:
+        data = (*data, "--data", trained / "discs.npz")
     assert run_eval(*data, *given) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ")

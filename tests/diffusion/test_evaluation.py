@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from diffusion import evaluation
 from diffusion.data import DiffusionData
-from diffusion.evaluation import Judge, held_out_bits, wanted_like, with_mirror_images
+from diffusion.evaluation import (
+    Judge,
+    check_bits,
+    comparison,
+    held_out_bits,
+    lines,
+    timed_samples,
+    to_json,
+    wanted_like,
+    with_mirror_images,
+)
+from diffusion.features import ClassifierFeatures
 from diffusion.model import DiffusionUNet
 from diffusion.options import SamplingOptions
 from diffusion.sampling import ImageSampler
@@ -18,6 +34,7 @@ from diffusion.schedule import NoiseSchedule
 from diffusion.shapes import caption, draw, held_out, parse
 from diffusion.shapes_evaluation import agreement, judge_captions, scenes_to_ask, word_attention
 from diffusion.text import WordEncoder
+from unet import InputError
 from unet.config import UNetConfig
 
 RNG = np.random.default_rng(0)
@@ -64,6 +81,78 @@ def test_classes_are_asked_for_in_the_shares_of_the_real_images(tmp_path: Path, 
         assert np.abs(shares - n * np.array([50, 20, 10]) / 80).max() <= 1
     other = ImageSampler(small_model(classes=["x", "y"]), SamplingOptions())
     assert wanted_like(data, other, 6) == [0, 1, 0, 1, 0, 1]
+    mixed = ImageSampler(small_model(classes=["2", "x", "0"]), SamplingOptions())
+    assert np.bincount(wanted_like(data, mixed, 60)).tolist() == [10, 0, 50]
+
+
+@pytest.mark.parametrize("count", [1, 40, 113])
+def test_shares_of_classes_are_rounded_by_largest_remainder(tmp_path: Path, count: int) -> None:
+    numbers = RNG.integers(1, 40, 12)
+    labels = np.repeat(np.arange(12), numbers)
+    data = DiffusionData(noise_set(tmp_path, labels, len(labels)), classes=True)
+    sampler = ImageSampler(small_model(classes=list(data.classes)), SamplingOptions())
+    names = np.array(data.classes)[wanted_like(data, sampler, count)]
+    found = np.array([(names == str(c)).sum() for c in range(12)])
+    exact = count * numbers / numbers.sum()
+    up = exact - np.floor(exact)
+    assert np.isin(found - np.floor(exact), (0, 1)).all()
+    assert found.sum() == count
+    assert up[found > exact].min(initial=1) >= up[found <= exact].max(initial=0)
+
+
+class Brightness(ClassifierFeatures):
+    """Takes the mean of an image for its feature, and dark images for class a, others for b."""
+
+    def __init__(self, classes: tuple[str, ...] = ("b", "a")) -> None:
+        self.name, self._classes, self.most = "brightness", classes, 0
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self._classes
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        self.most = max(self.most, len(images))
+        return images.reshape(len(images), -1)[:, :2].astype(np.float32)
+
+    def classify(self, images: np.ndarray) -> np.ndarray:
+        return (images.mean(axis=(1, 2, 3)) < 128).astype(np.int64)
+
+
+def halves(path: Path) -> DiffusionData:
+    images = RNG.integers(0, 100, (40, 8, 8), np.uint8)
+    images[20:] += 150
+    np.savez(path / "set.npz", images=images, labels=np.repeat([0, 1], 20))
+    return DiffusionData(path / "set.npz", classes=True)
+
+
+def test_accuracy_is_that_of_the_class_asked_for_and_of_the_worst(tmp_path: Path) -> None:
+    judge = Judge(halves(tmp_path), Brightness(), ["a", "b"])
+    images = RNG.integers(0, 100, (20, 8, 8, 1), np.uint8)
+    images[10:] += 150
+    wanted = [0] * 11 + [1] * 9  # a, whose class of the classifier is its second one
+    found = judge(images, wanted)
+    assert found["class accuracy"] == 0.95
+    assert found["worst class"] == "a"
+    assert found["accuracy of the worst class"] == 10 / 11
+    assert any("one only has class" in note for note in found["notes"])  # "0", "1" in the file
+    with pytest.raises(InputError, match="brightness knows b, a, but the model makes a, c"):
+        Judge(judge.data, Brightness(), ["a", "c"])
+
+
+def test_memory_is_bounded_by_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, whole = halves(tmp_path), Brightness()
+    before = Judge(data, whole)
+    monkeypatch.setattr(evaluation, "MOST_BYTES", 6 * 64)
+    parts = Brightness()
+    after = Judge(data, parts)
+    np.testing.assert_array_equal(after.features, before.features)
+    assert (whole.most, parts.most) == (40, 6)
+    assert (len(before.training), before.notes) == (2 * len(data.train), [])
+    assert len(after.training) == 6
+    assert len(after.held_out) == 3
+    assert after.notes == [
+        f"copies are looked for among 3 of the {len(data.train)} training images"
+    ]
 
 
 @pytest.mark.parametrize("mirrored", [False, True])
@@ -91,6 +180,83 @@ def test_bits_do_not_depend_on_the_batch_size(tmp_path: Path) -> None:
     found = [held_out_bits(model, data, 5, 0, size) for size in (2, 5)]
     assert found[0]["bits per dimension"] == pytest.approx(found[1]["bits per dimension"], rel=1e-4)
     assert (found[0]["images"], found[0]["noise levels"]) == (5, 20)
+    assert found[0]["variance"] == "fixed-large"
+    assert held_out_bits(model, data, 2, 2**32 - 1, 2)["bits per dimension"] > 0  # the last seed
+
+
+def test_a_model_of_latents_has_no_bits() -> None:
+    autoencoder: Any = SimpleNamespace(image_channels=3, factor=8)
+    with pytest.raises(InputError, match="--bits is for models of pixels"):
+        check_bits(ImageSampler(small_model(), SamplingOptions(), autoencoder))
+    check_bits(ImageSampler(small_model(), SamplingOptions()))
+
+
+def test_progress_bars_end_at_their_totals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bars: list[Any] = []
+
+    class Bar:
+        def __init__(self, **given: Any) -> None:
+            self.total, self.done = given["total"], 0
+            bars.append(self)
+
+        def __enter__(self) -> Bar:
+            return self
+
+        def __exit__(self, *error: object) -> None: ...
+
+        def update(self) -> None:
+            self.done += 1
+
+    data = DiffusionData(noise_set(tmp_path))
+    monkeypatch.setattr(evaluation, "tqdm", Bar)
+    images, seconds = timed_samples(
+        ImageSampler(small_model(), SamplingOptions(steps=3, batch_size=2)), [None] * 5
+    )
+    held_out_bits(small_model(), data, 5, 0, 2)
+    assert (len(images), seconds > 0) == (5, True)
+    assert [(bar.done, bar.total) for bar in bars] == [(9, 9), (60, 60)]
+
+
+# -- figures for people and for programs
+
+
+def row(distance: float = 2.0, **changed: Any) -> dict[str, Any]:
+    given = dataclasses.asdict(SamplingOptions(**changed))
+    figures = {"D": distance, "class accuracy": 0.98125, "worst class": "7"}
+    figures |= {"accuracy of the worst class": 0.95, "seconds": 1.5}
+    return {"settings": given, "evaluations": 20, "samples": 8, **figures, "notes": ["rough"]}
+
+
+def test_a_row_names_the_settings_that_differ_from_the_usual() -> None:
+    first, *figures = lines(row(sampler="ddim", eta=0.5, guidance=2.0, spacing="leading"))
+    assert first == (
+        "sampler ddim, steps 20, seed 0, evaluations 20, spacing leading, eta 0.5, guidance 2.0; "
+        "samples 8"
+    )
+    assert figures == [
+        "  D: 2.0000",
+        "  seconds: 1.5000",
+        "  class accuracy: 98.12 %, worst class: 7 95.00 %",
+        "  note: rough",
+    ]
+    assert lines(row())[0] == "sampler dpmpp-2m, steps 20, seed 0, evaluations 20; samples 8"
+
+
+def test_rows_are_compared_with_the_first() -> None:
+    table = comparison([row(2.0), row(3.0, steps=5)], "D")
+    assert [line.split() for line in table[2:]] == [
+        ["dpmpp-2m:20", "20", "1.5", "2.0000", "1.000", "98.12", "%"],
+        ["dpmpp-2m:5", "20", "1.5", "3.0000", "1.500", "98.12", "%"],
+    ]
+    assert "nan" in comparison([row(0.0)], "D")[2]
+    assert "distance" not in "".join(comparison([row()], None))
+
+
+def test_json_has_neither_infinity_nor_nan() -> None:
+    found = {"rows": [{**row(guidance=2.0), "x": math.nan}], "y": 0.1}
+    back = json.loads(to_json(found), parse_constant=lambda name: pytest.fail(name))
+    assert back["rows"][0]["settings"]["guidance_interval"] == [0.0, None]
+    assert (back["rows"][0]["x"], back["y"]) == (None, 0.1)
 
 
 # -- captions
