@@ -139,8 +139,9 @@ class SamplingOptions:
     steps: int = 20
     """Steps from noise to image."""
 
-    sampler: Literal["ddpm", "ddim", "euler", "heun", "dpmpp-2m", "dpmpp-2m-sde"] = "dpmpp-2m"
-    """Sampler. heun evaluates the network twice a step, the others once."""
+    sampler: Literal["ddpm", "ddim", "euler", "heun", "dpmpp-2m", "dpmpp-2m-sde"] = "dpmpp-2m-sde"
+    """Sampler. heun evaluates the network twice a step, the others once. ddpm and dpmpp-2m-sde draw
+    noise in each step, which repairs what a network of little training does wrong."""
 
     spacing: Literal["trailing", "leading", "linspace", "karras"] = "trailing"
     """How the steps are spread over the noise levels."""
