@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -162,6 +162,11 @@ class DiffusionData:
             return used, pixels[:, ::-1] if mirrored else pixels
         raise InputError("no image is left that can be read")
 
+    def draw(self, index: int, rng: np.random.Generator) -> tuple[int, Tensor]:
+        """The image that `load` gives, and its index, cut and mirrored at random."""
+        used, pixels = self.load(index, rng)
+        return used, as_tensor(pixels)
+
     def describe(self) -> str:
         """What was found, for people: images, sizes, classes, captions, split."""
         infos = self._infos.values()
@@ -308,20 +313,35 @@ class DiffusionData:
         return np.flatnonzero(~last).tolist(), np.flatnonzero(last).tolist()
 
 
+class Drawable(Protocol):
+    """What `TrainingSamples` needs of its data; see `DiffusionData`."""
+
+    train: list[int]
+    labels: NDArray[np.int64] | None
+    captioned: bool
+
+    def draw(self, index: int, rng: np.random.Generator) -> tuple[int, Tensor]: ...
+
+    def caption(self, index: int) -> str: ...
+
+    def name(self, index: int) -> str: ...
+
+
 class TrainingSamples:
-    """`samples[epoch, index]`: "image" (C, H, W) in [-1, 1]; "label" () where there are classes;
-    "caption" (str) where captions were asked for. See `unet.training.batches.Samples`.
+    """`samples[epoch, index]`: "image" (C, H, W), of pixels in [-1, 1] or of latents; "label" ()
+    where there are classes; "caption" (str) where captions were asked for. See
+    `unet.training.batches.Samples`.
     """
 
-    def __init__(self, data: DiffusionData, seed: int) -> None:
+    def __init__(self, data: Drawable, seed: int) -> None:
         self.data, self.seed = data, seed
 
     def __len__(self) -> int:
         return len(self.data.train)
 
     def __getitem__(self, key: Key) -> dict[str, Any]:
-        used, pixels = self.data.load(self.data.train[key[1]], sample_rng(self.seed, *key))
-        sample: dict[str, Any] = {"image": as_tensor(pixels)}
+        used, image = self.data.draw(self.data.train[key[1]], sample_rng(self.seed, *key))
+        sample: dict[str, Any] = {"image": image}
         if self.data.labels is not None:
             sample["label"] = torch.tensor(int(self.data.labels[used]))
         if self.data.captioned:
@@ -330,9 +350,6 @@ class TrainingSamples:
 
     def name(self, index: int) -> str:
         return self.data.name(self.data.train[index])
-
-
-# -- pixels
 
 
 def _colour(channels: int) -> str:

@@ -23,11 +23,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffusion.autoencoder import Autoencoder
-from diffusion.data import DiffusionData
+from diffusion.data import DiffusionData, TrainingSamples
 from diffusion.pixels import as_tensor
 from unet.errors import InputError, Interrupted, RunError
 from unet.files import write_text
-from unet.training.batches import Key, sample_rng
+from unet.training.batches import sample_rng
 from unet.training.run import is_main_process, signals_caught
 
 PART = 4  # images that are encoded at a time
@@ -181,14 +181,15 @@ class LatentData:
     # ------------------------------------------------------------------------------------------
     # What training and pictures ask for
 
-    def samples(self, seed: int = 0) -> LatentSamples:
+    def samples(self, seed: int = 0) -> TrainingSamples:
         """The training latents, drawn anew from their posteriors in each epoch."""
-        return LatentSamples(self, seed)
+        return TrainingSamples(self, seed)
 
-    def draw(self, index: int, rng: np.random.Generator) -> Tensor:
-        """Latents (c, h, w) of an image, scaled, from their posterior."""
+    def draw(self, index: int, rng: np.random.Generator) -> tuple[int, Tensor]:
+        """The image that the latents are of, and latents (c, h, w) from their posterior, scaled."""
         mean, std = self._moments[index]
-        return torch.from_numpy(mean + std * rng.standard_normal(mean.shape, dtype=np.float32))
+        latents = mean + std * rng.standard_normal(mean.shape, dtype=np.float32)
+        return self.used(index), torch.from_numpy(latents)
 
     def used(self, index: int) -> int:
         """The image that the latents of this index are of."""
@@ -197,7 +198,7 @@ class LatentData:
     def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Latents (B, c, h, w), the same at each call, and labels (B,) or zeros."""
         labels = [0 if self.labels is None else int(self.labels[self.used(i)]) for i in indices]
-        latents = [self.draw(i, sample_rng(0, 0, i)) for i in indices]
+        latents = [self.draw(i, sample_rng(0, 0, i))[1] for i in indices]
         return torch.stack(latents), torch.tensor(labels)
 
     def conditions(self, indices: Sequence[int]) -> list[int | str | None]:
@@ -216,30 +217,6 @@ class LatentData:
 
     def name(self, index: int) -> str:
         return self.source.name(index)
-
-
-class LatentSamples:
-    """`samples[epoch, index]`: as of `diffusion.data.TrainingSamples`, "image" being latents."""
-
-    def __init__(self, data: LatentData, seed: int) -> None:
-        self.data, self.seed = data, seed
-
-    def __len__(self) -> int:
-        return len(self.data.train)
-
-    def __getitem__(self, key: Key) -> dict[str, Any]:
-        index = self.data.train[key[1]]
-        used = self.data.used(index)
-        latents = self.data.draw(index, sample_rng(self.seed, *key))
-        sample: dict[str, Any] = {"image": latents}
-        if self.data.labels is not None:
-            sample["label"] = torch.tensor(int(self.data.labels[used]))
-        if self.data.captioned:
-            sample["caption"] = self.data.caption(used)
-        return sample
-
-    def name(self, index: int) -> str:
-        return self.data.name(self.data.train[index])
 
 
 Data: TypeAlias = DiffusionData | LatentData

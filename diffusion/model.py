@@ -63,7 +63,7 @@ class DiffusionUNet(FolderModel):
 
         With a text encoder, `tokens` (B, L) of `text.tokenize` can stand for context and mask.
         """
-        if tokens is not None and isinstance(self.text, WordEncoder):
+        if tokens is not None and self.text is not None:
             context, mask = self.text(tokens)
         features = self.trunk(x, t, context, mask=mask, classes=classes)
         return unpatch(self.head(features), self.config.patch, x.shape[-2:])
