@@ -100,10 +100,6 @@ class DiffusionOptions(FitOptions):
     learn_variance: bool = False
     """Learn the variance of the reverse steps as well, by the hybrid loss."""
 
-    perturbation: float = 0.0
-    """Noise in the network's input beyond that which it is to predict, as a share of it: teaches it
-    to go on from its own errors, such as 0.1 (input perturbation)."""
-
     weighting: Literal["plain", "min-snr"] = "plain"
     """Weight of the noise levels in the loss."""
 
@@ -113,8 +109,6 @@ class DiffusionOptions(FitOptions):
             raise InputError(f"--size {self.size} must be at least 1 pixel")
         if not 0 <= self.label_dropout < 1:
             raise InputError(f"--label-dropout {self.label_dropout} must be in [0, 1)")
-        if not 0 <= self.perturbation < 1:
-            raise InputError(f"--perturbation {self.perturbation} must be in [0, 1)")
         if self.width is not None and self.width < 1:
             raise InputError(f"--width {self.width} must be at least 1")
         if self.classes and self.captions:

@@ -132,7 +132,6 @@ def diffusion_loss(
     noise: Tensor,
     *,
     weighting: Weighting = "plain",
-    extra_noise: Tensor | None = None,
     **conditioning: Any,
 ) -> Tensor:
     """The training loss of each image, (B,): DDPM, alg. 1.
@@ -146,13 +145,10 @@ def diffusion_loss(
         t: (B,) timesteps, whole numbers.
         noise: (B, C, H, W), standard normal.
         weighting: see `loss_weight`.
-        extra_noise: (B, C, H, W), added to the noise in the input alone, so that the network learns
-            to go on from its own errors: input perturbation (arXiv 2301.11706, alg. 3).
     """
     rule = get_prediction(prediction, schedule)
     signal, sigma = schedule.rates(t, x0)
-    added = noise if extra_noise is None else noise + extra_noise
-    x = signal * x0 + sigma * added
+    x = signal * x0 + sigma * noise
     output, mix = split_output(model(x, t, **conditioning), x)
     error = (output - rule.target(x0, noise, signal, sigma)) ** 2
     loss = loss_weight(weighting, rule, schedule.snr(t)) * reduce(error, "b ... -> b", "mean")

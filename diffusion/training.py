@@ -172,7 +172,6 @@ class NoisedSamples:
     def __init__(self, data: Data, options: DiffusionOptions, model: DiffusionUNet) -> None:
         self.samples, self.seed = data.samples(options.seed), options.seed
         self.null, self.dropout = (model.config.classes or 0) - 1, options.label_dropout
-        self.perturbation = options.perturbation
         self.text = model.text
 
     def __len__(self) -> int:
@@ -183,9 +182,6 @@ class NoisedSamples:
         rng = sample_rng(self.seed + 1, *key)
         shape = sample["image"].shape
         sample["noise"] = torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
-        if self.perturbation:
-            extra = self.perturbation * rng.standard_normal(shape, dtype=np.float32)
-            sample["extra_noise"] = torch.from_numpy(extra)
         sample["place"] = torch.from_numpy(rng.random(2, dtype=np.float32))
         label, caption = sample.pop("label", None), sample.pop("caption", "")
         dropped = rng.random() < self.dropout
@@ -230,8 +226,6 @@ class DiffusionTask:
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         t = stratified_timesteps(batch["place"], self.schedule.steps)
         given: dict[str, Any] = {"weighting": self.options.weighting}
-        if "extra_noise" in batch:
-            given["extra_noise"] = batch["extra_noise"]
         if "label" in batch:
             given["classes"] = batch["label"]
         if "tokens" in batch:

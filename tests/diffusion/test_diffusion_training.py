@@ -88,21 +88,6 @@ def test_noise_and_level_belong_to_the_sample(archive: Path) -> None:
     assert float(noise.std()) == pytest.approx(1, abs=0.03)
 
 
-def test_a_perturbed_input_has_more_noise_than_is_to_be_predicted(archive: Path) -> None:
-    data = DiffusionData(archive)
-    plain, perturbed = (
-        NoisedSamples(data, options(archive, perturbation=share), network(data))
-        for share in (0.0, 0.3)
-    )
-    assert "extra_noise" not in plain[0, 0]
-    samples = [perturbed[0, i] for i in range(len(perturbed))]
-    noise, extra = (torch.stack([s[k] for s in samples]) for k in ("noise", "extra_noise"))
-    assert float(extra.std()) == pytest.approx(0.3, rel=0.05)
-    assert abs(float((noise * extra).mean())) < 0.01
-    with pytest.raises(InputError, match=r"--perturbation 1.0 must be in \[0, 1\)"):
-        options(archive, perturbation=1.0)
-
-
 @pytest.mark.parametrize(("dropout", "share"), [(0.0, 0.0), (0.3, 0.3)])
 def test_labels_are_dropped_as_often_as_asked_for(
     archive: Path, dropout: float, share: float

@@ -121,22 +121,6 @@ def test_the_loss_is_the_mean_squared_error_of_each_image(name: PredictionName) 
 
 
 @every_prediction
-def test_extra_noise_is_in_the_input_and_not_in_the_target(name: PredictionName) -> None:
-    x0, t, noise = batch()
-    extra = 0.1 * torch.randn_like(noise)
-    target = PREDICTIONS[name].target(x0, noise, *S.rates(t, x0))
-    inputs: list[Tensor] = []
-
-    def perfect(x: Tensor, t: Tensor) -> Tensor:
-        inputs.append(x)
-        return target
-
-    loss = diffusion_loss(perfect, S, name, x0, t, noise, extra_noise=extra)
-    assert_close(loss, torch.zeros(4))
-    assert_close(inputs[0], S.q_sample(x0, t, noise + extra))
-
-
-@every_prediction
 def test_a_perfect_network_has_no_loss(name: PredictionName) -> None:
     x0, t, noise = batch()
     target = PREDICTIONS[name].target(x0, noise, *S.rates(t, x0))
