@@ -72,7 +72,9 @@ def draw(options: DemoOptions, run: Path) -> None:
     from diffusion.training import train
 
     print("\nTraining a diffusion model on generated pictures of shapes:", flush=True)
-    train(DiffusionOptions(out=run, max_minutes=options.minutes, seed=options.seed))
+    # In so short a time many small steps teach more than few large ones.
+    minutes, seed = options.minutes, options.seed
+    train(DiffusionOptions(out=run, max_minutes=minutes, batch_size=32, seed=seed))
     print(
         "\nPictures:\n"
         f"  {run / 'samples/appearing.png'} (and .gif): pictures that come out of noise\n"
