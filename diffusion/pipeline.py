@@ -33,6 +33,7 @@ from diffusion.recipe import PictureSettings
 from diffusion.samplers import Step, sample
 from diffusion.sampling import to_bytes
 from diffusion.schedule import NoiseSource
+from diffusion.text import ClipText
 from unet.errors import InputError, RunError
 
 STRENGTH = 0.8  # of image to image, where none is asked for
@@ -65,7 +66,7 @@ class StableDiffusion:
         size: tuple[int, int] | None = None,
     ) -> None:
         self.unet, self.autoencoder, self.schedule = unet, autoencoder, schedule
-        self.text_encoder, self.tokenizer = text_encoder, tokenizer
+        self.text = ClipText(tokenizer, text_encoder)
         config = autoencoder.config
         self.factor: int = 2 ** (len(config.block_out_channels) - 1)  # pixels a latent
         self.scale: float = config.scaling_factor
@@ -78,11 +79,11 @@ class StableDiffusion:
                 f"the U-Net takes {taken} channels and makes {made}, which does not fit the "
                 f"autoencoder's latents of {self.channels}"
             )
-        width = text_encoder.config.hidden_size
-        if unet.config.context_channels != width:
+        if unet.config.context_channels != self.text.channels:
             raise InputError(
                 f"the U-Net reads text of {unet.config.context_channels} channels, but the text "
-                f"encoder makes {width}: they are of different versions of Stable Diffusion"
+                f"encoder makes {self.text.channels}: they are of different versions of Stable "
+                "Diffusion"
             )
 
     @classmethod
@@ -265,12 +266,13 @@ class StableDiffusion:
 
     def encode_prompts(self, prompts: Sequence[str]) -> tuple[Tensor, list[str]]:
         """(B, L, C) of texts, and of each what was cut off since the model takes no more."""
-        return encode_prompts(self.text_encoder, self.tokenizer, prompts)
+        return self.text.encode(prompts).context, [self.text.cut(text) for text in prompts]
 
     def cut_prompts(self, settings: PictureSettings) -> dict[str, str]:
         """What of "prompt" and "negative" is cut off, since the text model takes no more."""
-        cut = self.encode_prompts([settings.prompt, settings.negative])[1]
-        return {k: v for k, v in zip(("prompt", "negative"), cut, strict=True) if v}
+        cut = {"prompt": self.text.cut(settings.prompt)}
+        cut["negative"] = self.text.cut(settings.negative)
+        return {name: text for name, text in cut.items() if text}
 
     @torch.no_grad()
     def encode(self, images: Tensor, source: NoiseSource) -> Tensor:
@@ -300,33 +302,6 @@ class StableDiffusion:
 def strength_of(settings: PictureSettings, *, mask: bool) -> float:
     """The share of a run from an image that is taken."""
     return settings.strength or (1.0 if mask else STRENGTH)
-
-
-@torch.no_grad()
-def encode_prompts(
-    text_encoder: Any, tokenizer: Any, prompts: Sequence[str]
-) -> tuple[Tensor, list[str]]:
-    """Texts as CLIP's last hidden states, as Stable Diffusion takes them.
-
-    Returns:
-        (B, L, C), padded to the L tokens that the text model takes, all of which count; and of each
-        text what was cut off at its end, or "".
-    """
-    longest = min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings)
-    padded = tokenizer(
-        list(prompts),
-        padding="max_length",
-        max_length=longest,
-        truncation=True,
-        return_tensors="pt",
-    )
-    whole = tokenizer(list(prompts), verbose=False)["input_ids"]
-    cut = [tokenizer.decode(ids[longest - 1 : -1]) if len(ids) > longest else "" for ids in whole]
-    device = next(text_encoder.parameters()).device
-    masked = getattr(text_encoder.config, "use_attention_mask", False)
-    mask = padded["attention_mask"].to(device) if masked else None
-    context = text_encoder(padded["input_ids"].to(device), attention_mask=mask)[0]
-    return context, cut
 
 
 def _trained_size(folder: Path, factor: int) -> tuple[int, int] | None:
