@@ -39,7 +39,7 @@ from diffusion.text import PADDING, WordEncoder
 from unet.device import pick_device
 from unet.errors import Interrupted
 from unet.training.batches import Key, sample_rng
-from unet.training.cli import save_config
+from unet.training.config_file import save_config
 from unet.training.fit import fit
 from unet.training.run import RunFolder, is_main_process, run_folder
 from unet.training.task import Batch, Processes, Task

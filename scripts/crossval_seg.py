@@ -13,7 +13,8 @@ from typing import Any
 from segmentation.options import RECIPES, SegmentationOptions
 from unet.errors import InputError
 from unet.files import write_text
-from unet.training.cli import load_config, run_script, save_config
+from unet.training.cli import run_script
+from unet.training.config_file import load_config, save_config
 
 MAY_CHANGE = ("out", "resume", "device", "workers")  # when a cross-validation goes on
 COLUMNS = ("dice", "iou", "accuracy", "v_rand", "v_info", "rand_error", "pixel_error")

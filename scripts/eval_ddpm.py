@@ -12,7 +12,8 @@ from typing import Any, get_args, get_type_hints
 
 from diffusion.options import DiffusionOptions, SamplingOptions
 from unet.errors import InputError
-from unet.training.cli import load_config, run_script
+from unet.training.cli import run_script
+from unet.training.config_file import load_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,8 +153,7 @@ def main(options: EvalOptions) -> None:
         name = extractor.frechet_name if extractor else None
         print("\n".join(comparison(found["rows"], name)))
     if options.bits:
-        batch_size = options.batch_size
-        found["bits"] = held_out_bits(model, data, options.bits, options.seed, batch_size)
+        found["bits"] = held_out_bits(model, data, options.bits, options.seed, options.batch_size)
         print(", ".join(f"{k} {v}" for k, v in found["bits"].items()))
         save(options, found)
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Literal
 
 from segmentation.options import SegmentationOptions
 from unet.errors import InputError
-from unet.training.cli import load_config, run_script
+from unet.training.cli import run_script
+from unet.training.config_file import load_config
 
 if TYPE_CHECKING:
     from segmentation.data import Pair

@@ -17,7 +17,8 @@ from diffusion.model import DiffusionUNet
 from diffusion.options import DiffusionOptions
 from scripts import eval_ddpm, sample_ddpm, train_classifier, train_ddpm
 from unet.images import read_image, write_image
-from unet.training.cli import load_config, run_script
+from unet.training.cli import run_script
+from unet.training.config_file import load_config
 from unet.training.run import read_log
 
 SMALL = ("--width", "8", "--batch-size", "4", "--evaluations", "1", "--log-every", "1")

@@ -18,7 +18,8 @@ from segmentation.phantom import phantom_stack
 from segmentation.training import load_data, make_model, train
 from unet import InputError, UNetConfig
 from unet.images import read_image, write_image
-from unet.training.cli import load_config, run_script
+from unet.training.cli import run_script
+from unet.training.config_file import load_config
 from unet.training.run import read_log
 
 SMALL = ("--width", "4", "--crop", "32", "--batch-size", "2", "--steps", "2", "--evaluations", "1")

@@ -21,7 +21,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from unet.errors import InputError, RunError
-from unet.training.cli import load_config, parse, run_script, save_config
+from unet.training.cli import parse, run_script
+from unet.training.config_file import load_config, save_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -316,7 +317,8 @@ def script(tmp_path: Path) -> Path:
         import sys
         from dataclasses import dataclass
         from pathlib import Path
-        from unet.training.cli import run_script, save_config
+        from unet.training.cli import run_script
+        from unet.training.config_file import save_config
 
         @dataclass(frozen=True, kw_only=True)
         class Options:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import dataclasses
 import math
 import os
@@ -20,7 +19,7 @@ from tqdm import tqdm
 from unet.errors import InputError, Interrupted, RunError
 from unet.folder import check_fit
 from unet.training.batches import BatchKeys, make_loader
-from unet.training.cli import save_config
+from unet.training.config_file import save_config
 from unet.training.ema import EMA
 from unet.training.options import FitOptions
 from unet.training.plan import Budget, Progress, make_optimizer
@@ -48,12 +47,6 @@ def fit(task: Task, options: FitOptions) -> dict[str, float]:
     return Trainer(task, options).run()
 
 
-def _leave() -> None:
-    """Ends the threads that talk to the other processes, lest they abort the exit."""
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
 class Trainer:
     """The state of `fit`, with a method for each part of the loop."""
 
@@ -75,8 +68,6 @@ class Trainer:
                 f"{started} processes were started, but {self.processes.count} found each other: "
                 "start them with torchrun --nproc-per-node, or one of them alone"
             )
-        if self.processes.count > 1:
-            atexit.register(_leave)
         self.keys = BatchKeys(
             len(task.samples),
             options.batch_size,

@@ -1,0 +1,152 @@
+"""The YAML file that holds the options of a run, by the fields of their dataclass."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import enum
+import reprlib
+import types
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from unet.errors import InputError
+from unet.files import write_text
+
+_CONFIG_BYTES = 1_000_000  # no config is larger: guards against a mistyped path to data
+
+
+def load_config(cls: type, path: Path | str) -> dict[str, Any]:
+    """The values of the YAML file `path`, by field name of `cls`; InputError names file and key."""
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            data = file.read(_CONFIG_BYTES + 1)
+    except FileNotFoundError:
+        raise InputError(f"there is no config file '{path}'") from None
+    except OSError as error:
+        raise InputError(f"cannot read the config file '{path}': {error.strerror}") from None
+    if len(data) > _CONFIG_BYTES:
+        raise InputError(f"'{path}' is larger than {_CONFIG_BYTES} bytes, so it is not a config")
+    try:
+        content = yaml.safe_load(data)
+    # beside YAMLError, PyYAML's constructors leak these for tagged or malformed scalars
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" at line {mark.line + 1}" if mark else ""
+        raise InputError(f"the config file '{path}' is not readable as YAML{line}") from None
+    except RecursionError:
+        raise InputError(f"the config file '{path}' is nested too deeply") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise InputError(f"the config file '{path}' must be a list of lines 'option: value'")
+
+    hints = field_types(cls)
+    values: dict[str, Any] = {}
+    for key, value in content.items():
+        name = key.replace("-", "_") if isinstance(key, str) else reprlib.repr(key)
+        if name not in hints:
+            raise InputError(
+                f"'{path}' sets the unknown option '{name}'{nearest(name, list(hints))}"
+            )
+        try:
+            values[name] = _decode(value, hints[name])
+        except ValueError:
+            raise InputError(
+                f"'{path}' sets {name} to {reprlib.repr(value)}, "
+                f"which must be {expected(hints[name])}"
+            ) from None
+    return values
+
+
+def save_config(config: Any, path: Path | str) -> None:
+    """Write the dataclass instance `config` as YAML, such that ``--config path`` gives it again.
+
+    The file is replaced whole: a kill leaves the old one or the new one.
+    """
+    values = {name: _encode(getattr(config, name)) for name in field_types(type(config))}
+    # escaped to ASCII: PyYAML does not read back every other character that it writes, U+0085 say
+    text = yaml.safe_dump(values, sort_keys=False)
+    write_text(Path(path), f"# The options of a run: --config with this file repeats it.\n{text}")
+
+
+def _encode(value: Any) -> Any:
+    if isinstance(value, enum.Enum):
+        return value.name
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, (tuple, list)):
+        return [_encode(item) for item in value]
+    raise TypeError(f"an option of type {type(value).__name__} cannot be saved as YAML")
+
+
+def _decode(value: Any, hint: Any) -> Any:
+    """`value` as YAML gives it, as a `hint`; ValueError where it is something else."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        for option in args:  # the first that fits, as on the command line
+            with contextlib.suppress(ValueError):
+                return _decode(value, option)
+        raise ValueError
+    if origin is Literal:
+        for choice in args:
+            if type(choice) is type(value) and choice == value:
+                return choice
+        raise ValueError
+    if origin in (tuple, list) and isinstance(value, list):
+        if origin is list or args[1:] == (...,):
+            args = (args[0],) * len(value)
+        return origin(_decode(item, arg) for item, arg in zip(value, args, strict=True))
+    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        if isinstance(value, str) and value in hint.__members__:
+            return hint[value]
+    elif hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        with contextlib.suppress(OverflowError):
+            return float(value)  # YAML 1.1 reads 1e-4, without a point, as text
+    elif hint is Path and isinstance(value, str) and value:
+        return Path(value)
+    elif hint in (bool, int, str, types.NoneType) and type(value) is hint:
+        return value
+    raise ValueError
+
+
+def expected(hint: Any) -> str:
+    """What `_decode` accepts, in words."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(expected(option) for option in args)
+    if origin is Literal:
+        return "one of " + ", ".join(str(choice) for choice in args)
+    if origin is list or args[1:] == (...,):
+        return f"a list with each item {expected(args[0])}"
+    if origin is tuple:
+        return f"a list of {len(args)}: {', '.join(expected(arg) for arg in args)}"
+    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        return "one of " + ", ".join(hint.__members__)
+    words = {
+        bool: "true or false",
+        int: "a whole number",
+        float: "a number",
+        str: "text (in quotes, if it looks like something else)",
+        Path: "a path",
+        types.NoneType: "None (in YAML: null)",
+    }
+    return words[hint]
+
+
+def field_types(cls: type) -> dict[str, Any]:
+    """Name -> type of the fields that the constructor takes, without Annotated."""
+    hints = get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
+
+
+def nearest(name: str, valid: list[str]) -> str:
+    """The end of a sentence about the unknown option `name`: which of `valid` was meant."""
+    match = difflib.get_close_matches(name, valid, n=1)
+    return f"; did you mean {match[0]}?" if match else "; --help lists the options"
