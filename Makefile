@@ -9,7 +9,7 @@ ARGS ?=
 
 PY = "$(VENV)/bin/python"
 
-.PHONY: help demo test test-slow lint venv clean
+.PHONY: help demo test test-slow lint bench venv clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -28,6 +28,10 @@ lint: venv  ## ruff check, ruff format --check, mypy
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy
+
+bench: venv  ## measure this code beside others; ARGS="--rows sd-v1", docs/benchmarks.md
+	@$(PY) -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[bench]"
+	@$(PY) benchmarks/bench.py $(ARGS)
 
 # The stamp holds the place of the tree (an editable install points at it) and the checksum of the
 # two files that say what to install: while both are unchanged there is nothing to do.

@@ -66,7 +66,6 @@ def load_models(
     tables: list[ClassTable] = []
     for folder in folders:
         model = SegmentationUNet.from_pretrained(folder).to(pick_device(device))
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # stubs lack it
         for name in ("classes", "normalisation", "threshold"):
             if name not in model.info:
                 raise InputError(

@@ -6,6 +6,7 @@ overlapping tiles (arXiv 1505.04597, fig. 2), in memory that does not grow with 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,12 +14,14 @@ from typing import Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from segmentation.augment import mirror
 from segmentation.model import SegmentationUNet
 from unet.errors import InputError
 from unet.geometry import input_size, output_size, receptive_radius
+from unet.layers import ConvBlock
 
 Probability = NDArray[np.float32]
 
@@ -55,7 +58,7 @@ class Predictor:
     """Class probabilities by one or several models, as their mean.
 
     Args:
-        models: models for the same classes, in evaluation mode.
+        models: models for the same classes, in evaluation mode. Copies of them predict.
         tile: side of the square tiles in pixels, rounded down to a multiple of the models' stride.
             Images up to this size are predicted whole.
         overlap: pixels that neighbouring tiles share. Where it is at least twice the receptive
@@ -82,7 +85,7 @@ class Predictor:
                     f"a model with {theirs[0]} channels and {theirs[1]} outputs cannot be averaged "
                     f"with one with {first[0]} and {first[1]}"
                 )
-        self.models, self.symmetries = list(models), symmetries
+        self.models, self.symmetries = [folded(model) for model in models], symmetries
         # Tiles start at multiples of the stride, so that pooling meets the same pixels as in the
         # whole image.
         stride = max(m.config.stride for m in models)
@@ -149,6 +152,25 @@ class Predictor:
                 batch = _turned(image, turn)[None].contiguous(memory_format=torch.channels_last)
                 found.append(_turned_back(probabilities(model(batch)[0].float()), turn)[:, :h, :w])
         return torch.stack(found).mean(0).cpu().numpy()
+
+
+def folded(model: SegmentationUNet) -> SegmentationUNet:
+    """A copy for prediction alone: the same function up to rounding, in less time and memory.
+
+    Batch normalisation goes into the weights of the convolution before it, activations overwrite
+    their input, and weights are laid out channels_last.
+    """
+    model = copy.deepcopy(model)
+    for block in model.modules():
+        if not isinstance(block, ConvBlock):
+            continue
+        for conv, norm in (("conv1", "norm1"), ("conv2", "norm2")):
+            if isinstance(found := getattr(block, norm), nn.BatchNorm2d):
+                setattr(block, conv, fuse_conv_bn_eval(getattr(block, conv), found))
+                setattr(block, norm, nn.Identity())
+        if hasattr(block.act, "inplace"):
+            block.act.inplace = True
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # stubs lack it
 
 
 def probabilities(logits: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from segmentation.model import SegmentationUNet
-from segmentation.predict import Predictor, TensorSource, classes, probabilities
+from segmentation.predict import Predictor, TensorSource, classes, folded, probabilities
 from unet import InputError, UNetConfig
 from unet.geometry import receptive_radius
 
@@ -110,6 +111,30 @@ def test_an_ensemble_is_the_mean_of_its_models():
     source = TensorSource(torch.randn(1, 30, 31))
     alone = [Predictor([model])(source) for model in models]
     np.testing.assert_allclose(Predictor(models)(source), np.mean(alone, axis=0), atol=1e-6)
+
+
+@pytest.mark.parametrize("activation", ["relu", "leaky-relu", "silu", "gelu"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_folded_copy_computes_the_same_and_leaves_the_model_alone(name, activation):
+    config = replace(CONFIGS[name], activation=activation)
+    model = network(config)
+    for norm in model.modules():
+        if isinstance(norm, torch.nn.BatchNorm2d):
+            norm.running_mean.normal_()
+            norm.running_var.uniform_(0.5, 2)
+            norm.weight.data.normal_()
+            norm.bias.data.normal_()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    quick = folded(model)
+    x = torch.randn(2, 1, 76, 76)
+    with torch.inference_mode():
+        expected = model(x)
+        given = x.clone()
+        torch.testing.assert_close(quick(given), expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(given, x)
+    norms = [m for m in quick.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert config.block == "res" or norms == []
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
 def test_models_that_do_not_go_together_are_refused():
