@@ -140,19 +140,14 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor], where: str) -> 
     """Loads weights that must fit the model key by key and shape by shape.
 
     A model built on the meta device becomes real. Tensors are copied, as those of a safetensors
-    file keep the whole file mapped; kernels of convolutions are laid out channels_last at once.
+    file keep the whole file mapped.
 
     Raises:
         InputError: names the missing and superfluous keys and the shapes that differ.
     """
     check_fit(model.state_dict(), state, where)
-    model.load_state_dict({k: _own(v) for k, v in state.items()}, assign=True)
-
-
-def _own(tensor: Tensor) -> Tensor:
-    if tensor.ndim == 4:
-        return tensor.clone(memory_format=torch.channels_last)
-    return tensor.clone(memory_format=torch.contiguous_format)
+    copies = {k: v.clone(memory_format=torch.contiguous_format) for k, v in state.items()}
+    model.load_state_dict(copies, assign=True)
 
 
 def check_fit(model: Mapping[str, Tensor], state: Mapping[str, Tensor], where: str) -> None:
