@@ -65,7 +65,7 @@ def _image(*shape: int) -> Tensor:
 
 
 def _trained(
-    model: nn.Module, image: Tensor, loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer
+    model: nn.Module, loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer
 ) -> Work:
     def run() -> None:
         optimizer.zero_grad()
@@ -89,7 +89,7 @@ def _segmentation_step(model: nn.Module, shape: tuple[int, ...], *, ours: bool) 
     def loss() -> Tensor:
         return F.binary_cross_entropy_with_logits(model(image), mask)
 
-    return _trained(model, image, loss, optimizer)
+    return _trained(model, loss, optimizer)
 
 
 def _classic() -> SegmentationUNet:
@@ -212,7 +212,7 @@ def _ddpm_step(model: nn.Module, size: int, *, ours: bool, precision: str = "fp3
             noisy = scheduler.add_noise(x0, noise, t)
             return F.mse_loss(model(noisy, t).sample, noise)
 
-    work = _trained(model, x0, loss, optimizer)
+    work = _trained(model, loss, optimizer)
     return replace(work, check=lambda: loss().detach().numpy())
 
 
