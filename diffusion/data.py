@@ -1,7 +1,8 @@
 """Images to train a diffusion model on: a folder, an .npz, a stack, or `shapes`, read by one class.
 
 Whatever the source, an image is decoded, brought to 8 bits, to grey or RGB, and to one size, and
-kept that way while memory allows. Networks see [-1, 1]: see `diffusion.pixels`.
+kept that way if all of them fit; of larger sets every image is read when it is needed. Networks see
+[-1, 1]: see `diffusion.pixels`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from unet.errors import InputError
 from unet.images import ImageInfo
 from unet.training.batches import Key, sample_rng
 
-CACHE_BYTES = 2**31  # of images kept in memory, in each process
+CACHE_BYTES = 2**31  # images that together take no more are kept in memory, in each process
 CHECKED = 20_000  # files whose headers are read before training; of more, as many spread evenly
 CHECKED_PIXELS = 2**28  # up to so many in all, these files are decoded before training, too
 CROP = 64  # side of a crop where no size is given
@@ -102,11 +103,11 @@ class DiffusionData:
         self.flips = plain if flips is None else flips
         self._bad: set[int] = set()  # images that are left out
         self._cache: dict[int, Pixels] = {}
-        self._free = CACHE_BYTES
         self._infos = self._check_headers()
         self.channels = channels or max(info.channels for info in self._infos.values())
         self._alike = size is None and not crops
         self.size = self._choose_size(size)
+        self._keeps = self._bytes() <= CACHE_BYTES
         self._check_pixels()
         self._places = self._find_places()  # (N, 3): image, top, left
         self._end: int | None = None  # row of a single image below which all is held out
@@ -211,8 +212,7 @@ class DiffusionData:
             self._leave_out(image, error)
             return None
         pixels = pixels if self.crops else resized(pixels, self.size)
-        if pixels.nbytes <= self._free:
-            self._free -= pixels.nbytes
+        if self._keeps:
             self._cache[image] = pixels
         return pixels
 
@@ -258,6 +258,12 @@ class DiffusionData:
                 )
         return first if self._alike else (side, side)
 
+    def _bytes(self) -> int:
+        """Of all images as they would be kept, as far as those say that were looked at."""
+        sizes = [(i.height, i.width) for i in self._infos.values()] if self.crops else [self.size]
+        mean = sum(height * width for height, width in sizes) / len(sizes)
+        return round(mean * len(self.source.names) * self.channels)
+
     def _check_pixels(self) -> None:
         """Decodes a small set, so that a bad file is found before training."""
         pixels = sum(info.height * info.width for info in self._infos.values())
@@ -265,17 +271,16 @@ class DiffusionData:
             self._infos = {i: info for i, info in self._infos.items() if self._try(i) is not None}
 
     def _find_places(self) -> NDArray[np.int64]:
+        images = [i for i in range(len(self.source.names)) if i not in self._bad]
+        if not self.crops:
+            return np.pad(np.array(images, np.int64)[:, None], ((0, 0), (0, 2)))
         places = []
-        for image in range(len(self.source.names)):
-            if image in self._bad:
-                continue
-            tops = lefts = [0]
-            if self.crops:
-                info = self._infos.get(image) or self.source.info(image)
-                tops, lefts = (
-                    np.linspace(0, n - side, n // side).astype(int).tolist()
-                    for n, side in zip((info.height, info.width), self.size, strict=True)
-                )
+        for image in images:
+            info = self._infos.get(image) or self.source.info(image)
+            tops, lefts = (
+                np.linspace(0, n - side, n // side).astype(int).tolist()
+                for n, side in zip((info.height, info.width), self.size, strict=True)
+            )
             places += [(image, top, left) for top in tops for left in lefts]
         return np.array(places, np.int64).reshape(-1, 3)
 

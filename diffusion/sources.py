@@ -28,7 +28,7 @@ class Source:
     names: Sequence[str]  # for messages
     read: Callable[[int], Array]
     kind: ImageInfo | None = None  # of all images; None: each is a file with a header of its own
-    files: Sequence[Path] = ()
+    files: Sequence[str] = ()
     classes: tuple[str, ...] = ()
     labels: NDArray[np.int64] | None = None
     captioned: bool = False
@@ -36,7 +36,7 @@ class Source:
     note: str = ""
 
     def info(self, image: int) -> ImageInfo:
-        return self.kind or image_info(self.files[image])
+        return self.kind or image_info(Path(self.files[image]))
 
 
 def open_source(data: str | Path, captions: bool, size: int | None, seed: int) -> Source:
@@ -110,57 +110,73 @@ def _classified(source: Source, labels: list[Any]) -> Source:
 
 
 def _in_files(path: Path, captions: bool) -> Source:
-    """An image or stack, or all of a folder with its subfolders, in natural order."""
-    root = path if path.is_dir() else path.parent
-    files, tables = _walk(path) if path.is_dir() else ([path], [])
-    pages: list[tuple[Path, int | None]] = []
+    """An image or stack, or all of a folder with its subfolders, in natural order.
+
+    Of a million files no more is kept than their names, as strings.
+    """
+    files, folders, tables = _walk(path) if path.is_dir() else ([str(path)], [""], [])
+    stacks = {}  # file -> its pages, where it has several
     for file in files:
-        count = 1
-        if file.suffix.lower() in (".tif", ".tiff", ".npy"):
+        if file.lower().endswith((".tif", ".tiff", ".npy")):
             with suppress(InputError):  # which is raised again where the image is read
-                count = image_info(file).pages
-        pages += [(file, page if count > 1 else None) for page in range(count)]
+                if (count := image_info(Path(file)).pages) > 1:
+                    stacks[file] = count
+    names, pages = files, None
+    if stacks:
+        counts = [stacks.get(file, 1) for file in files]
+        pages = [n for count in counts for n in (range(count) if count > 1 else [None])]
+        files, folders = (
+            [value for value, count in zip(values, counts, strict=True) for _ in range(count)]
+            for values in (files, folders)
+        )
+        names = [
+            file if page is None else f"{file} page {page}"
+            for file, page in zip(files, pages, strict=True)
+        ]
     source = Source(
-        names=[str(file) if page is None else f"{file} page {page}" for file, page in pages],
-        read=partial(_read_page, pages),
-        files=[file for file, _ in pages],
+        names=names,
+        read=partial(_read_page, files, pages),
+        files=files,
         captioned=bool(tables),
     )
     if captions and tables:
         table = _read_captions(tables)
-        missing = next((file for file in source.files if file not in table), None)
+        missing = next((file for file in files if file not in table), None)
         if missing:
             raise InputError(f"'{missing}' has no line in metadata.jsonl: add its caption")
-        texts = [table[file] for file in source.files]
-        source = replace(source, caption=texts.__getitem__)
-    folders = [file.relative_to(root).parts[0] for file in source.files if file.parent != root]
-    if len(folders) < len(pages) or len(set(folders)) < 2:
+        source = replace(source, caption=[table[file] for file in files].__getitem__)
+    if "" in folders or len(set(folders)) < 2:
         return source
     return _classified(source, folders)
 
 
-def _read_page(pages: Sequence[tuple[Path, int | None]], image: int) -> Array:
-    return read_image(*pages[image])
+def _read_page(files: Sequence[str], pages: Sequence[int | None] | None, image: int) -> Array:
+    return read_image(Path(files[image]), pages[image] if pages else None)
 
 
-def _walk(root: Path) -> tuple[list[Path], list[Path]]:
-    """Images in natural order, and metadata.jsonl, in a folder and below; hidden ones are not."""
-    images: list[tuple[Any, Path]] = []
+def _walk(root: Path) -> tuple[list[str], list[str], list[Path]]:
+    """Images in natural order, in a folder and below, without hidden ones; the subfolder of each,
+    "" for none; and every metadata.jsonl.
+    """
+    images: list[tuple[Any, str, str]] = []
     tables = []
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        inside = [natural_key(part) for part in Path(folder).relative_to(root).parts]
+        parts = Path(folder).relative_to(root).parts
+        inside = [natural_key(part) for part in parts]
+        top, start = parts[0] if parts else "", "" if folder == "." else folder
         for name in names:
             if name == "metadata.jsonl":
                 tables.append(Path(folder, name))
             elif name.lower().endswith(SUFFIXES) and not name.startswith("."):
-                images.append(([*inside, natural_key(name)], Path(folder, name)))
+                images.append(([*inside, natural_key(name)], os.path.join(start, name), top))
     if not images:
         raise InputError(f"'{root}': no image in this folder ({', '.join(SUFFIXES)})")
-    return [path for _, path in sorted(images)], tables
+    images.sort()
+    return [path for _, path, _ in images], [top for _, _, top in images], tables
 
 
-def _read_captions(tables: Iterable[Path]) -> dict[Path, str]:
+def _read_captions(tables: Iterable[Path]) -> dict[str, str]:
     """The captions of the files that each metadata.jsonl names, relative to its folder."""
     captions = {}
     for table in tables:
@@ -181,5 +197,5 @@ def _read_captions(tables: Iterable[Path]) -> dict[Path, str]:
                     f"line {number} of '{table}' is none such as "
                     '{"file_name": "0.png", "text": "a red circle"}'
                 ) from error
-            captions[table.parent / name] = text
+            captions[str(table.parent / name)] = text
     return captions
