@@ -14,7 +14,7 @@ from diffusion.attention_maps import attention_figure
 from diffusion.pictures import Images, grid, write_gif
 from unet.errors import InputError
 from unet.files import replacing
-from unet.images import write_image
+from unet.images import read_image, write_image
 
 IN_GRID = 100  # images in grid.png, at most
 
@@ -33,8 +33,6 @@ class SampleFolder:
         self.path = path
         if path.is_file() or (path.is_dir() and any(path.iterdir()) and not overwrite):
             raise InputError(f"--out {path} is in use: give --overwrite or another folder")
-        self.shown: list[np.ndarray] = []
-        self.written = 0
 
     def begin(self) -> None:
         """Makes the folder, and removes what an earlier run wrote to it (nothing else)."""
@@ -46,19 +44,25 @@ class SampleFolder:
         for name in ("grid.png", "samples.npz", "appearing.gif"):
             (self.path / name).unlink(missing_ok=True)
 
-    def add(self, images: Images, first: int = 0) -> None:
-        """Writes the next images, uint8 (N, H, W, C)."""
-        for image in images:
-            write_image(self.path / "images" / f"{first + self.written:05d}.png", image)
-            self.written += 1
-            if len(self.shown) < IN_GRID:
-                self.shown.append(image)
+    def add(self, images: Images, first: int) -> None:
+        """Writes images, uint8 (N, H, W, C), the first of them under this number."""
+        for number, image in enumerate(images, first):
+            write_image(self._file(number), image)
 
-    def write_grid(self) -> Path:
-        return self._save(grid(np.stack(self.shown)), "grid.png")
+    def read(self, numbers: Sequence[int]) -> Images:
+        """What was written, by whatever process."""
+        return np.stack([read_image(self._file(number)) for number in numbers])
 
-    def write_npz(self, images: Images, labels: Sequence[int] | None) -> None:
+    def _file(self, number: int) -> Path:
+        return self.path / "images" / f"{number:05d}.png"
+
+    def write_grid(self, numbers: Sequence[int]) -> Path:
+        """Of the first hundred of these images."""
+        return self._save(grid(self.read(numbers[:IN_GRID])), "grid.png")
+
+    def write_npz(self, numbers: Sequence[int], labels: Sequence[int] | None) -> None:
         """`images` uint8 (N, H, W, C), and `labels` int64 (N,) where there are classes."""
+        images = self.read(numbers)
         with replacing(self.path / "samples.npz") as temporary, temporary.open("wb") as file:
             if labels is None:
                 np.savez_compressed(file, images=images)

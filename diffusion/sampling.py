@@ -35,6 +35,7 @@ from diffusion.samplers import Step, count_evaluations, finish, get_sampler, sam
 from diffusion.schedule import CLEAN, SEEDS, NoiseSchedule, NoiseSource
 from diffusion.text import ClipText, WordEncoder
 from unet.errors import InputError
+from unet.training.task import Processes
 
 Images = NDArray[np.uint8]  # (N, H, W, C)
 Wanted = Sequence[int | str | None]  # the class of each image, or its text; None: any
@@ -278,6 +279,7 @@ class ImageSampler:
         first: int = 0,
         plan: Plan | None = None,
         on_step: Callable[[Step], object] | None = None,
+        processes: Processes | None = None,
     ) -> Iterator[Images]:
         """Images `first` to `first + count` of the seed, uint8 (B, H, W, C), as they get ready.
 
@@ -285,15 +287,20 @@ class ImageSampler:
             wanted: the class or text of each image; none given: any.
             plan: what they start from; none given: noise.
             on_step: called after each step of each batch.
+            processes: share the batches, of which only this one's are made: see `starts`.
         """
         plan, wanted = plan or self.from_noise(), list(wanted or [None] * count)
         seeds = image_seeds(self.options.seed, count, first)
-        for start in range(0, count, self.options.batch_size):
+        for start in self.starts(count, processes):
             part = slice(start, start + self.options.batch_size)
             for step in plan.run(range(count)[part], seeds[part], wanted[part]):
                 if on_step is not None:
                     on_step(step)
             yield self._decoded(step.x)
+
+    def starts(self, count: int, processes: Processes | None = None) -> Sequence[int]:
+        """The place of the first image of each batch that this process makes."""
+        return (processes or Processes()).share(range(0, count, self.options.batch_size))
 
     def __call__(self, count: int, wanted: Wanted | None = None) -> Images:
         """All of the first images of the seed, uint8 (N, H, W, C)."""

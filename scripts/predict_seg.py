@@ -61,7 +61,9 @@ class PredictOptions:
 def main(options: PredictOptions) -> int:
     from segmentation.output import FilePredictor, load_models, predict_files
     from segmentation.predict import Predictor
+    from unet.training.task import Processes
 
+    processes = Processes.started(options.device)
     models, table, threshold = load_models(options.model, options.device)
     predict = Predictor(models, tile=options.tile, overlap=options.overlap, symmetries=options.tta)
     predictor = FilePredictor(
@@ -71,7 +73,9 @@ def main(options: PredictOptions) -> int:
         min_size=options.min_size,
         labels=options.labels,
     )
-    failed = predict_files(predictor, options.input, options.out, overwrite=options.overwrite)
+    failed = predict_files(
+        predictor, options.input, options.out, overwrite=options.overwrite, processes=processes
+    )
     return 1 if failed else 0
 
 

@@ -16,30 +16,44 @@ SHOWN = 16  # images in the GIF and of whose attention there are pictures, at mo
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from diffusion.output import SampleFolder
     from diffusion.sampling import Images, ImageSampler, Plan, Wanted
+    from unet.training.task import Processes
 
 
 def main(options: SampleOptions) -> None:
-    import numpy as np
-
     from diffusion.model import DiffusionUNet
     from diffusion.output import SampleFolder
     from diffusion.sampling import ImageSampler
     from unet.device import pick_device
+    from unet.training.task import Processes
 
+    processes = Processes.started(options.device)
     folder = SampleFolder(options.out, overwrite=options.overwrite)
     model = DiffusionUNet.from_pretrained(options.model).to(pick_device(options.device))
     sampler = ImageSampler(model, options)
     wanted = chosen_conditions(options, sampler)
     plan = chosen_plan(options, sampler, wanted)
-    folder.begin()
-    every = []
-    for images in made(options, sampler, plan, wanted):
-        folder.add(images, options.first)
-        every += [images] if options.npz else []
+    processes.wait()  # lest one finds what another has written already
+    if processes.main:
+        folder.begin()
+    processes.wait()
+    starts = sampler.starts(options.count, processes)
+    for start, images in zip(starts, made(options, sampler, plan, wanted, processes), strict=True):
+        folder.add(images, options.first + start)
+    processes.wait()
+    if processes.main:
+        write_pictures(options, sampler, wanted, folder)
+
+
+def write_pictures(
+    options: SampleOptions, sampler: ImageSampler, wanted: Wanted, folder: SampleFolder
+) -> None:
+    """What shows all images together, and those of the first of them."""
+    numbers = range(options.first, options.first + options.count)
     if options.npz:
         labels = [int(w) for w in wanted if w is not None] if sampler.classes else []
-        folder.write_npz(np.concatenate(every), labels or None)
+        folder.write_npz(numbers, labels or None)
     shown = wanted[:SHOWN]
     if options.gif:
         folder.write_gif(sampler.appearing(len(shown), shown, first=options.first))
@@ -47,7 +61,7 @@ def main(options: SampleOptions) -> None:
         images, maps = sampler.attending(shown, options.attention_steps, first=options.first)
         words = [sampler.text.words(str(text)) for text in shown]
         folder.write_attention(images, words, maps, options.first)
-    print(f"images: {folder.write_grid()}")
+    print(f"images: {folder.write_grid(numbers)}")
 
 
 def chosen_conditions(options: SampleOptions, sampler: ImageSampler) -> Wanted:
@@ -93,25 +107,33 @@ def chosen_plan(options: SampleOptions, sampler: ImageSampler, wanted: Wanted) -
 
 
 def made(
-    options: SampleOptions, sampler: ImageSampler, plan: Plan, wanted: Wanted
+    options: SampleOptions,
+    sampler: ImageSampler,
+    plan: Plan,
+    wanted: Wanted,
+    processes: Processes,
 ) -> Iterator[Images]:
-    """The images batch by batch, under a progress bar with the time left."""
+    """This process's images batch by batch, under a progress bar with the time left."""
     from tqdm import tqdm
 
     doubled = ", each for twice the images (guidance)" if options.guidance != 1 else ""
     before = f", after {plan.once} for the two" if plan.once else ""
-    print(
+    shared = f", shared by {processes.count} processes" if processes.count > 1 else ""
+    said = (
         f"{options.count} images of {sampler.height} x {sampler.width} by {options.sampler}: "
-        f"{plan.evaluations} evaluations of the network an image{doubled}{before}"
+        f"{plan.evaluations} evaluations of the network an image{doubled}{before}{shared}"
     )
-    total = plan.steps * -(-options.count // options.batch_size)
-    with tqdm(total=total, unit="step", disable=None) as bar:
+    if processes.main:
+        print(said)
+    total = plan.steps * len(sampler.starts(options.count, processes))
+    with tqdm(total=total, unit="step", disable=None if processes.main else True) as bar:
         yield from sampler.batches(
             options.count,
             wanted,
             first=options.first,
             plan=plan,
             on_step=lambda step: bar.update(),
+            processes=processes,
         )
 
 

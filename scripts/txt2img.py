@@ -137,8 +137,7 @@ def main(options: Txt2ImgOptions) -> None:
             for seed, pixels in zip(seeds, model.decode(x), strict=True):
                 file = options.out / "images" / f"{seed - recipe.seed:05d}.png"
                 write_picture(file, pixels, dataclasses.replace(recipe, seed=seed))
-                folder.shown.append(pixels)
-    print(f"pictures: {folder.write_grid()}")
+    print(f"pictures: {folder.write_grid(range(count))}")
 
 
 def chosen_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:

@@ -23,6 +23,7 @@ from unet.device import pick_device
 from unet.errors import InputError
 from unet.images import Array, ImageInfo, image_info, list_images, write_image
 from unet.rasters import open_raster, writing_bands
+from unet.training.task import Processes
 
 AT_ONCE = 2**24  # pixels of an image that is predicted and written as a whole
 PREVIEW = 2048  # pixels a side of the overlay of a larger one, at most
@@ -192,9 +193,17 @@ def without_specks(found: NDArray[np.uint8], min_size: int) -> NDArray[np.uint8]
 
 
 def predict_files(
-    predictor: FilePredictor, source: Path, out: Path, *, overwrite: bool = False
+    predictor: FilePredictor,
+    source: Path,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    processes: Processes | None = None,
 ) -> list[str]:
     """Predicts a file or all images of a folder.
+
+    Args:
+        processes: share the images.
 
     Returns:
         What went wrong with the images that failed, a sentence each; the others are written.
@@ -202,6 +211,7 @@ def predict_files(
     Raises:
         InputError: no image, or files in the way, before anything is predicted.
     """
+    processes = processes or Processes()
     slices, failed = find_slices(source)
     count = len(slices) + len(failed)
     made: dict[Path, Path] = {}  # from which image each file comes
@@ -214,11 +224,17 @@ def predict_files(
             made[file] = image.path
             if file.exists() and not overwrite:
                 raise InputError(f"{file} exists already: give --overwrite or another --out")
-    for image in tqdm(slices, unit="image", disable=None):
+    processes.wait()  # lest one finds what another has written already
+    mine = []
+    quiet = None if processes.main else True
+    for image in tqdm(processes.share(slices), unit="image", disable=quiet):
         try:
             predictor.run(image, out)
         except InputError as error:
-            failed.append(str(error))
+            mine.append(str(error))
+    failed += [message for part in processes.gather(mine) for message in part]
+    if not processes.main:
+        return failed
     for message in failed:
         print(f"error: {message}", file=sys.stderr)
     print(f"{count - len(failed)} of {count} images predicted, in {out}")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +25,7 @@ from unet.training.cli import run_script
 from unet.training.config_file import load_config
 from unet.training.run import read_log
 
+TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 SMALL = ("--width", "4", "--crop", "32", "--batch-size", "2", "--steps", "2", "--evaluations", "1")
 
 
@@ -332,6 +336,31 @@ def test_a_stack_is_predicted_slice_by_slice(model_folder, tmp_path):
     assert {p.name for p in (tmp_path / "out").glob("*_mask.png")} == {
         f"stack_{i}_mask.png" for i in range(3)
     }
+
+
+def test_two_processes_share_the_images_to_predict(model_folder, tmp_path):
+    images = tmp_path / "images"
+    for i, image in enumerate(phantom_stack(3, (33, 47), seed=2)[0]):
+        write_image(images / f"{i}.png", image)
+    (images / "damaged.png").write_bytes(b"")
+    arguments = ("--model", model_folder, "--input", images, "--out")
+    assert run_predict(*arguments, tmp_path / "one") == 1
+    done = subprocess.run(
+        [sys.executable, *TWO, predict_seg.__file__, *map(str, arguments), tmp_path / "two"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode != 0
+    assert done.stdout.count("3 of 4 images predicted") == 1, done.stderr
+    one, two = ({p.name: p for p in (tmp_path / n).iterdir()} for n in ("one", "two"))
+    assert one.keys() == two.keys()
+    assert len(one) == 9
+    for name in one:
+        first, second = (read_image(files[name]).astype(int) for files in (one, two))
+        # Of 65535 and of 255: other threads may round otherwise.
+        assert np.mean(first != second) < 0.01, name
 
 
 @pytest.mark.parametrize(

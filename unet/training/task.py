@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
+from accelerate import PartialState
 from accelerate.utils import gather_object
 from PIL import Image
 from torch import Tensor, nn
@@ -23,6 +26,28 @@ class Processes:
 
     rank: int = 0
     count: int = 1
+
+    @classmethod
+    def started(cls, device: str) -> Processes:
+        """Those that torchrun started, each from now on with a GPU of its own where there are any.
+
+        Args:
+            device: `auto` or what a command line names.
+        """
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+            return cls()
+        state = PartialState(cpu=device == "cpu" or not torch.accelerator.is_available())
+        return cls(state.process_index, state.num_processes)
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the one that says what was done."""
+        return self.rank == 0
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.count > 1:
+            PartialState().wait_for_everyone()
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
         """This process's part of the items; the parts of all processes are all items, once each."""
