@@ -68,7 +68,9 @@ class Side:
         )
         self.seconds: list[float] = []
         self.peak = 0.0
-        self.parameters: int = self._answer()["parameters"]
+        first = self._answer()
+        self.parameters: int = first["parameters"]
+        self.before: float = first["before"]  # MiB
 
     def ask(self, *words: object) -> dict[str, Any]:
         assert self.process.stdin is not None
@@ -143,6 +145,7 @@ def _measure(name: str, options: Options) -> dict[str, Any]:
                     "seconds": statistics.median(side.seconds),
                     "all": side.seconds,
                     "MiB": side.peak,
+                    "MiB before": side.before,
                     "parameters": side.parameters,
                     "share of peak": side.ask("flops")["flops"]
                     / statistics.median(side.seconds)
@@ -155,11 +158,25 @@ def _measure(name: str, options: Options) -> dict[str, Any]:
                 side.close()
     return {
         "what": row.what,
+        "axis": row.axis,
+        "exponents": _exponents(found) if row.axis else {},
         "sides": found,
         "target": dict(row.target or {}),
         "difference": difference,
         "peak GFLOP/s": peak / 1e9,
     }
+
+
+def _exponents(sides: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """The slopes of a line through the logarithms: 1 where twice the size takes twice as much."""
+    import numpy as np
+
+    sizes = np.log([float(size) for size in sides])
+    grown = {
+        "seconds": [side["seconds"] for side in sides.values()],
+        "memory": [max(side["MiB"] - side["MiB before"], 1) for side in sides.values()],
+    }
+    return {unit: float(np.polyfit(sizes, np.log(y), 1)[0]) for unit, y in grown.items()}
 
 
 def _difference(name: str, sides: list[Side], tolerance: float | None) -> float | None:
@@ -244,7 +261,9 @@ def _lines(row: Mapping[str, Any]) -> list[str]:
         if "MiB" in side:
             text += f", {side['MiB']:.0f} MiB, {side['share of peak']:.0%} of the peak"
         lines.append(text)
-    for name, ratio in _ratios(row).items():
+    for unit, exponent in row.get("exponents", {}).items():
+        lines.append(f"  {unit} grow with {row['axis']} to the power of {exponent:.2f}")
+    for name, ratio in ({} if row.get("axis") else _ratios(row)).items():
         target = row["target"].get(name)
         aim = f" (aim: at most {target})" if target else ""
         lines.append(f"  first / {name}: {ratio:.2f}{aim}")
@@ -258,11 +277,16 @@ def _table(found: Mapping[str, Any]) -> str:
         f"{machine['processor']}, {machine['threads']} threads, Python {machine['python']}, "
         f"{versions}; {machine['date']}; medians of {machine['rounds']} rounds, "
         f"`{machine['command']}`",
-        "",
-        "| work | side | seconds | ratio | aim | MiB | share of the peak |",
-        "|---|---|---|---|---|---|---|",
     ]
-    for row in found["rows"].values():
+    grown = [row for row in found["rows"].values() if row.get("axis")]
+    compared = [row for row in found["rows"].values() if not row.get("axis")]
+    if compared:
+        lines += [
+            "",
+            "| work | side | seconds | ratio | aim | MiB | share of the peak |",
+            "|---|---|---|---|---|---|---|",
+        ]
+    for row in compared:
         ratios = _ratios(row)
         what = row["what"]
         for name, side in row["sides"].items():
@@ -277,7 +301,23 @@ def _table(found: Mapping[str, Any]) -> str:
             ]
             lines.append(f"| {' | '.join(cells)} |")
             what = ""
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines + [line for row in grown for line in _growth(row)]) + "\n"
+
+
+def _growth(row: Mapping[str, Any]) -> list[str]:
+    """A table of a row whose sides are sizes."""
+    powers = ", ".join(f"{unit} {exponent:.2f}" for unit, exponent in row["exponents"].items())
+    return [
+        "",
+        f"{row['what']}; fitted exponents: {powers}",
+        "",
+        f"| {row['axis']} | seconds | MiB beyond what the network takes |",
+        "|---|---|---|",
+        *(
+            f"| {size} | {side['seconds']:.4g} | {max(side['MiB'] - side['MiB before'], 0):.0f} |"
+            for size, side in row["sides"].items()
+        ),
+    ]
 
 
 if __name__ == "__main__":

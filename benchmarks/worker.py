@@ -43,8 +43,8 @@ def main(row: str, side: str, threads: int, shared: Path) -> None:
     from benchmarks.rows import ROWS
 
     work = ROWS[row].sides[side](shared)
-    answer: dict[str, object] = {"parameters": work.parameters}
     forget_peak()
+    answer: dict[str, object] = {"parameters": work.parameters, "before": peak_memory()}
     while True:
         print(json.dumps(answer), file=answers, flush=True)
         words = sys.stdin.readline().split()

@@ -62,3 +62,20 @@ def test_sides_that_compute_something_else_are_refused(tmp_path, monkeypatch) ->
     with pytest.raises(RunError, match="v-rand: the sides differ by"):
         bench.main(options)
     assert not (tmp_path / "b.json").exists()
+
+
+def test_growth_is_told_by_its_powers(monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks.bench import _exponents, _table
+
+    sides = {
+        str(n): {"seconds": 0.1 * n**2, "MiB": 100 + 3 * n, "MiB before": 100} for n in (4, 8, 32)
+    }
+    exponents = _exponents(sides)
+    assert exponents == pytest.approx({"seconds": 2.0, "memory": 1.0})
+    row = {"what": "work", "axis": "pixels", "sides": sides, "exponents": exponents, "target": {}}
+    machine = dict.fromkeys(("processor", "threads", "python", "date", "rounds", "command"), "x")
+    table = _table({"machine": {**machine, "versions": {}}, "rows": {"scale": row}})
+    assert "fitted exponents: seconds 2.00, memory 1.00" in table
+    assert "| 32 | 102.4 | 96 |" in table
+    assert "ratio" not in table
