@@ -133,6 +133,8 @@ def chosen_config(
     if options.captions and config.context_channels is None:
         width = clip.channels if clip else TEXT_CHANNELS
         config = replace(config, attention="transformer", context_channels=width)
+        if not options.init:  # branches that start at zero learn later to look at the text
+            config = replace(config, zero_init=False)
     if clip and config.context_channels != clip.channels:
         raise InputError(
             f"--init {options.init} reads text of {config.context_channels} channels, but the text "

@@ -57,7 +57,7 @@ def train(options: DiffusionOptions) -> dict[str, float]:
         InputError: a mistake in the options or the data, before anything is trained.
     """
     schedule, prediction, noise = chosen_noise(options)
-    options = replace(options, prediction=prediction)
+    options = replace(options.chosen(), prediction=prediction)
     data = load_data(options)
     model, why = make_model(options, data, schedule)
     if options.network == "auto" and not options.init:  # which a resumed run must not choose anew
@@ -196,18 +196,21 @@ class NoisedSamples:
         return self.samples.name(index)
 
 
-def stratified_timesteps(place: Tensor, steps: int) -> Tensor:
+def stratified_timesteps(place: Tensor, steps: int, shift: float = 1.0) -> Tensor:
     """Timesteps (B,), one from each of B equal parts of 0 ... steps - 1, in random order.
 
-    Each alone is uniform; together they cover all noise levels, which makes the loss of a batch
-    less noisy (as the low-discrepancy sampler of arXiv 2107.00630, appendix I.1).
+    Without a shift each alone is uniform; together they cover all noise levels, which makes the
+    loss of a batch less noisy (as the low-discrepancy sampler of arXiv 2107.00630, appendix I.1).
 
     Args:
         place: (B, 2), uniform in [0, 1): the order of the first column decides which image gets
             which part, the second one where in it.
+        shift: above 1, noisy levels are likelier: u in [0, 1] becomes shift u / (1 + (shift - 1) u)
+            (arXiv 2403.03206, eq. 23).
     """
     rank = place[:, 0].argsort().argsort()
     u = (rank + place[:, 1]) / len(place)
+    u = shift * u / (1 + (shift - 1) * u)
     return (u * steps).long().clamp(max=steps - 1)
 
 
@@ -224,7 +227,8 @@ class DiffusionTask:
         return diffusion_loss(model, self.schedule, self.prediction, x0, t, noise, **given)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        t = stratified_timesteps(batch["place"], self.schedule.steps)
+        shift = 1.0 if self.options.shift is None else self.options.shift
+        t = stratified_timesteps(batch["place"], self.schedule.steps, shift)
         given: dict[str, Any] = {"weighting": self.options.weighting}
         if "label" in batch:
             given["classes"] = batch["label"]

@@ -49,6 +49,15 @@ def network(data: DiffusionData, **values: Any) -> DiffusionUNet:
 # -- noise levels
 
 
+@pytest.mark.parametrize("shift", [0.5, 1.0, 3.0])
+def test_a_shift_makes_noisy_levels_likelier_by_its_formula(shift: float) -> None:
+    place = torch.from_numpy(np.random.default_rng(0).random((50_000, 2)))
+    t = stratified_timesteps(place, 1000, shift)
+    for u in (0.1, 0.5, 0.9):
+        below = shift * u / (1 + (shift - 1) * u) * 1000
+        assert float((t < below).float().mean()) == pytest.approx(u, abs=2e-3)
+
+
 @given(st.integers(1, 40), st.sampled_from([10, 100, 1000]), st.integers(0, 2**16))
 def test_a_batch_has_a_noise_level_from_each_of_as_many_equal_parts(
     batch: int, steps: int, seed: int
@@ -253,6 +262,21 @@ def test_the_automatic_network_can_be_built_for_any_image(
         assert model(x, torch.zeros(1)).shape == x.shape
     assert -(-max(height, width) // config.stride) <= 8
     assert f"{height} x {width}" in why
+
+
+def test_text_is_learned_by_an_optimizer_and_a_start_of_its_own() -> None:
+    text = DiffusionOptions(captions=True, width=8)
+    plain = DiffusionOptions(width=8)
+    asked = text.chosen()
+    assert (asked.lr, asked.beta2, asked.shift) == (7e-4, 0.99, 3.0)
+    asked = plain.chosen()
+    assert (asked.lr, asked.beta2, asked.shift) == (2e-3, 0.999, 1.0)
+    assert DiffusionOptions(captions=True, lr=1e-3).chosen().lr == 1e-3
+    for asked, starts_at_zero in ((text, False), (plain, True)):
+        data = DiffusionData("shapes", captions=asked.captions)
+        model = make_model(asked, data, NoiseSchedule(kind="cosine"))[0]
+        assert model.config.zero_init is starts_at_zero
+        assert bool(model.head.conv.weight.any()) is not starts_at_zero
 
 
 def test_more_time_and_more_images_make_a_wider_network() -> None:

@@ -44,6 +44,9 @@ class FitOptions:
     momentum: float = 0.9
     """Momentum of sgd and rmsprop, beta1 of adamw."""
 
+    beta2: float = 0.999
+    """Decay of adamw's mean of squared gradients."""
+
     weight_decay: float = 0.0
     """Weight decay."""
 
@@ -110,12 +113,13 @@ class FitOptions:
             if not getattr(self, name) >= 0:
                 flag = name.replace("_", "-")
                 raise InputError(f"--{flag} {getattr(self, name)} must be 0 or more")
-        if not self.lr > 0:
+        if self.lr is not None and not self.lr > 0:  # None: a script may choose it by the data
             raise InputError(f"--lr {self.lr} must be above 0")
         if self.seed >= 2**32:
             raise InputError(f"--seed {self.seed} must be below 2^32")
-        for name in ("ema", "warmup", "momentum"):
-            if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"--{name} {getattr(self, name)} must be in [0, 1)")
+        for name in ("ema", "warmup", "momentum", "beta2"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                raise InputError(f"--{name} {value} must be in [0, 1)")
         if self.workers is not None and self.workers < 0:
             raise InputError(f"--workers {self.workers} must be 0 or more")

@@ -71,5 +71,5 @@ def make_optimizer(model: nn.Module, options: FitOptions) -> torch.optim.Optimiz
         return torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=decay)
     if options.optimizer == "rmsprop":
         return torch.optim.RMSprop(parameters, lr=lr, momentum=momentum, weight_decay=decay)
-    betas = (momentum, 0.999)
+    betas = (momentum, options.beta2)
     return torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=decay, fused=True)
