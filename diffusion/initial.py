@@ -111,7 +111,12 @@ def chosen_config(
     elif options.network == "auto":
         on_gpu = options.device != "cpu" and pick_device("auto").type != "cpu"
         config, why = automatic_config(
-            data.channels, data.size, len(data.train), options.max_minutes, accelerator=on_gpu
+            data.channels,
+            data.size,
+            len(data.train),
+            options.max_minutes,
+            accelerator=on_gpu,
+            text=options.captions,
         )
         if isinstance(data, LatentData) and config.patch > 1:
             config, why = without_patches(config), f"{why}; in latents as more levels, not patches"

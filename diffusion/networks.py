@@ -12,12 +12,19 @@ _ACCELERATOR = 30  # minutes of this kind of processor that a minute of a GPU is
 # Channels, and minutes on a CPU up to which, for a finest map of _PLACES; larger ones take longer.
 _WIDTHS = ((32, 20), (48, 80), (64, 300), (96, 2000))
 _WIDEST = 128
+_TEXT = 0.5  # of the minutes count where a network reads: transformers make each step longer
 _PLACES = 16 * 16
 _FEW = 2_000  # images, of which a wide network would learn each by heart
 
 
 def automatic_config(
-    channels: int, size: tuple[int, int], count: int, minutes: float | None, *, accelerator: bool
+    channels: int,
+    size: tuple[int, int],
+    count: int,
+    minutes: float | None,
+    *,
+    accelerator: bool,
+    text: bool = False,
 ) -> tuple[UNetConfig, str]:
     """A config of the family of the "diffusion" preset, and why it is this one, in words.
 
@@ -25,6 +32,7 @@ def automatic_config(
         channels, size, count: of the images.
         minutes: the budget; None: it is in steps or epochs, and taken as the default minutes.
         accelerator: the network is trained on a GPU.
+        text: it reads captions.
     """
     side = max(size)
     patch = 1 if side < 24 else 2 if side < 128 else 4
@@ -35,6 +43,7 @@ def automatic_config(
     minutes = minutes or DEFAULT_MINUTES
     places = -(-size[0] // patch) * -(-size[1] // patch)
     budget = minutes * (_ACCELERATOR if accelerator else 1) * _PLACES / places
+    budget *= _TEXT if text else 1
     width = next((w for w, most in _WIDTHS if budget <= most), _WIDEST)
     reasons = [f"{minutes:g} minutes of a {'GPU' if accelerator else 'CPU'}"]
     if count < _FEW and width > 64:

@@ -20,10 +20,11 @@ class DiffusionOptions(FitOptions):
     out: Path = Path("runs/ddpm")
     """Run folder to make: config.yaml, metrics.jsonl, samples/, model/, state/."""
 
-    batch_size: int = 64
-    """Images an optimizer step, over all processes and accumulated parts together."""
+    batch_size: int | None = None  # type: ignore[assignment]  # none reaches `fit`: see `chosen`
+    """Images an optimizer step, over all processes and accumulated parts together; none given: 64,
+    with captions 32."""
 
-    lr: float | None = None  # type: ignore[assignment]  # none reaches `fit`: see `chosen`
+    lr: float | None = None  # type: ignore[assignment]
     """Highest learning rate; none given: 2e-3, with captions 7e-4."""
 
     beta2: float | None = None  # type: ignore[assignment]
@@ -118,6 +119,7 @@ class DiffusionOptions(FitOptions):
         lr, beta2, shift = (7e-4, 0.99, 3.0) if self.captions else (2e-3, 0.999, 1.0)
         return replace(
             self,
+            batch_size=self.batch_size or (32 if self.captions else 64),
             lr=lr if self.lr is None else self.lr,
             beta2=beta2 if self.beta2 is None else self.beta2,
             shift=shift if self.shift is None else self.shift,

@@ -268,9 +268,9 @@ def test_text_is_learned_by_an_optimizer_and_a_start_of_its_own() -> None:
     text = DiffusionOptions(captions=True, width=8)
     plain = DiffusionOptions(width=8)
     asked = text.chosen()
-    assert (asked.lr, asked.beta2, asked.shift) == (7e-4, 0.99, 3.0)
+    assert (asked.lr, asked.beta2, asked.shift, asked.batch_size) == (7e-4, 0.99, 3.0, 32)
     asked = plain.chosen()
-    assert (asked.lr, asked.beta2, asked.shift) == (2e-3, 0.999, 1.0)
+    assert (asked.lr, asked.beta2, asked.shift, asked.batch_size) == (2e-3, 0.999, 1.0, 64)
     assert DiffusionOptions(captions=True, lr=1e-3).chosen().lr == 1e-3
     for asked, starts_at_zero in ((text, False), (plain, True)):
         data = DiffusionData("shapes", captions=asked.captions)

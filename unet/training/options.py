@@ -106,14 +106,14 @@ class FitOptions:
                 "takes back that of a config file)"
             )
         for name in ("batch_size", "accumulate", "save_every", "log_every"):
-            if getattr(self, name) < 1:
-                flag = name.replace("_", "-")
-                raise InputError(f"--{flag} {getattr(self, name)} must be at least 1")
+            value = getattr(self, name)  # None: a script chooses it by the data
+            if value is not None and value < 1:
+                raise InputError(f"--{name.replace('_', '-')} {value} must be at least 1")
         for name in ("evaluations", "clip", "weight_decay", "seed"):
             if not getattr(self, name) >= 0:
                 flag = name.replace("_", "-")
                 raise InputError(f"--{flag} {getattr(self, name)} must be 0 or more")
-        if self.lr is not None and not self.lr > 0:  # None: a script may choose it by the data
+        if self.lr is not None and not self.lr > 0:
             raise InputError(f"--lr {self.lr} must be above 0")
         if self.seed >= 2**32:
             raise InputError(f"--seed {self.seed} must be below 2^32")
