@@ -47,13 +47,13 @@ class SampleFolder:
     def add(self, images: Images, first: int) -> None:
         """Writes images, uint8 (N, H, W, C), the first of them under this number."""
         for number, image in enumerate(images, first):
-            write_image(self._file(number), image)
+            write_image(self.file(number), image)
 
     def read(self, numbers: Sequence[int]) -> Images:
         """What was written, by whatever process."""
-        return np.stack([read_image(self._file(number)) for number in numbers])
+        return np.stack([read_image(self.file(number)) for number in numbers])
 
-    def _file(self, number: int) -> Path:
+    def file(self, number: int) -> Path:
         return self.path / "images" / f"{number:05d}.png"
 
     def write_grid(self, numbers: Sequence[int]) -> Path:

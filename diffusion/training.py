@@ -218,7 +218,7 @@ class DiffusionTask:
     """Loss, held-out figures and pictures of a diffusion model."""
 
     def __init__(self, options: DiffusionOptions, data: Data, schedule: NoiseSchedule) -> None:
-        self.options, self.data, self.schedule = options, data, schedule
+        self.options, self.data, self.schedule = options.chosen(), data, schedule
         self.prediction = options.prediction or PREDICTION
         self.autoencoder = autoencoder_of(data)
         self.padded = clip_folder(options) is None  # with CLIP, padding counts
@@ -227,8 +227,7 @@ class DiffusionTask:
         return diffusion_loss(model, self.schedule, self.prediction, x0, t, noise, **given)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        shift = 1.0 if self.options.shift is None else self.options.shift
-        t = stratified_timesteps(batch["place"], self.schedule.steps, shift)
+        t = stratified_timesteps(batch["place"], self.schedule.steps, self.options.shift or 1.0)
         given: dict[str, Any] = {"weighting": self.options.weighting}
         if "label" in batch:
             given["classes"] = batch["label"]

@@ -135,7 +135,7 @@ def main(options: Txt2ImgOptions) -> None:
                 x = step.x
                 bar.update()
             for seed, pixels in zip(seeds, model.decode(x), strict=True):
-                file = options.out / "images" / f"{seed - recipe.seed:05d}.png"
+                file = folder.file(seed - recipe.seed)
                 write_picture(file, pixels, dataclasses.replace(recipe, seed=seed))
     print(f"pictures: {folder.write_grid(range(count))}")
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 # Before torch is imported, here and in every process that a test starts: the networks are tiny, and
@@ -37,3 +40,15 @@ def isbi2012() -> Path:
 def mnist() -> Path:
     """MNIST as mnist_train.npz and mnist_test.npz."""
     return _data_folder("MNIST_DIR", "mnist_train.npz")
+
+
+@pytest.fixture
+def two_processes() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs a script with its arguments as two processes of torchrun."""
+
+    def run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+        launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+        command = [sys.executable, *launch, script, *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+    return run

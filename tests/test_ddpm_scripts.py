@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +21,6 @@ from unet.training.cli import run_script
 from unet.training.config_file import load_config
 from unet.training.run import read_log
 
-TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 SMALL = ("--width", "8", "--batch-size", "4", "--evaluations", "1", "--log-every", "1")
 
 
@@ -449,17 +445,10 @@ def test_a_mistake_is_one_sentence_before_judging(
     assert told in error
 
 
-def test_two_processes_share_the_images(trained: Path, tmp_path: Path) -> None:
+def test_two_processes_share_the_images(trained: Path, tmp_path: Path, two_processes: Any) -> None:
     arguments = ("--model", trained / "run/model", "--count", 5, "--steps", 2, "--batch-size", 2)
     assert run_sample(*arguments, "--npz", "--out", tmp_path / "one") == 0
-    script = str(Path(sample_ddpm.__file__))
-    done = subprocess.run(
-        [sys.executable, *TWO, script, *map(str, arguments), "--npz", "--out", tmp_path / "two"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    done = two_processes(sample_ddpm.__file__, *arguments, "--npz", "--out", tmp_path / "two")
     assert done.returncode == 0, done.stderr
     assert "shared by 2 processes" in done.stdout
     one, two = (np.load(tmp_path / name / "samples.npz") for name in ("one", "two"))

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +22,6 @@ from unet.training.cli import run_script
 from unet.training.config_file import load_config
 from unet.training.run import read_log
 
-TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 SMALL = ("--width", "4", "--crop", "32", "--batch-size", "2", "--steps", "2", "--evaluations", "1")
 
 
@@ -338,20 +334,14 @@ def test_a_stack_is_predicted_slice_by_slice(model_folder, tmp_path):
     }
 
 
-def test_two_processes_share_the_images_to_predict(model_folder, tmp_path):
+def test_two_processes_share_the_images_to_predict(model_folder, tmp_path, two_processes):
     images = tmp_path / "images"
     for i, image in enumerate(phantom_stack(3, (33, 47), seed=2)[0]):
         write_image(images / f"{i}.png", image)
     (images / "damaged.png").write_bytes(b"")
     arguments = ("--model", model_folder, "--input", images, "--out")
     assert run_predict(*arguments, tmp_path / "one") == 1
-    done = subprocess.run(
-        [sys.executable, *TWO, predict_seg.__file__, *map(str, arguments), tmp_path / "two"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    done = two_processes(predict_seg.__file__, *arguments, tmp_path / "two")
     assert done.returncode != 0
     assert done.stdout.count("3 of 4 images predicted") == 1, done.stderr
     one, two = ({p.name: p for p in (tmp_path / n).iterdir()} for n in ("one", "two"))

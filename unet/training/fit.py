@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -61,13 +60,8 @@ class Trainer:
             gradient_accumulation_steps=options.accumulate,
         )
         self.device = self.accelerator.device
-        self.main = self.accelerator.is_main_process
-        self.processes = Processes(self.accelerator.process_index, self.accelerator.num_processes)
-        if self.processes.count != (started := int(os.environ.get("WORLD_SIZE", 1))):
-            raise InputError(
-                f"{started} processes were started, but {self.processes.count} found each other: "
-                "start them with torchrun --nproc-per-node, or one of them alone"
-            )
+        self.processes = Processes.started(options.device)
+        self.main = self.processes.main
         self.keys = BatchKeys(
             len(task.samples),
             options.batch_size,

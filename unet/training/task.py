@@ -13,6 +13,7 @@ from accelerate.utils import gather_object
 from PIL import Image
 from torch import Tensor, nn
 
+from unet.errors import InputError
 from unet.folder import FolderModel
 from unet.training.batches import Samples
 
@@ -33,10 +34,18 @@ class Processes:
 
         Args:
             device: `auto` or what a command line names.
+
+        Raises:
+            InputError: not all of them are there.
         """
-        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        if (started := int(os.environ.get("WORLD_SIZE", 1))) == 1:
             return cls()
         state = PartialState(cpu=device == "cpu" or not torch.accelerator.is_available())
+        if state.num_processes != started:
+            raise InputError(
+                f"{started} processes were started, but {state.num_processes} found each other: "
+                "start them with torchrun --nproc-per-node, or one of them alone"
+            )
         return cls(state.process_index, state.num_processes)
 
     @property
