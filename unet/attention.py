@@ -11,6 +11,7 @@ from unet.config import UNetConfig
 from unet.layers import Conditioning, GroupNorm, make_norm, zero_init
 
 _FEW_KEYS = 256
+_VECTOR = 16  # float32 numbers that a wide processor multiplies at once
 
 
 def head_count(channels: int, config: UNetConfig) -> int:
@@ -23,8 +24,9 @@ def head_count(channels: int, config: UNetConfig) -> int:
 class Attention(nn.Module):
     """Multi-head attention, softmax(Q K^T / sqrt(d)) V (arXiv 1706.03762, eq. 1).
 
-    Goes through `scaled_dot_product_attention`, whose memory grows linearly with the tokens; but on
-    a CPU in bfloat16, where its kernel is slow for a few tokens, these are multiplied by hand.
+    Goes through `scaled_dot_product_attention`, whose memory grows linearly with the tokens. On a
+    CPU its kernel is helped: heads narrower than a vector are padded to one, and in bfloat16, where
+    it is slow for a few tokens, these are multiplied by hand.
     """
 
     def __init__(
@@ -44,15 +46,20 @@ class Attention(nn.Module):
         source = x if context is None else context
         q, k, v = map(self._split, (self.q(x), self.k(source), self.v(source)))
         mask = None if mask is None else mask[:, None, None, :]  # (B, 1, 1, L)
-        by_hand = q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= _FEW_KEYS
-        attend = attend_by_hand if by_hand else F.scaled_dot_product_attention
-        y = attend(q, k, v, mask)
+        on_cpu = q.device.type == "cpu"
+        if on_cpu and q.dtype == torch.bfloat16 and k.shape[2] <= _FEW_KEYS:
+            y = attend_by_hand(q, k, v, mask)
+        elif on_cpu and q.shape[3] < _VECTOR:
+            y = attend_padded(q, k, v, mask)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, mask)
         return self.out(rearrange(y, "b h n d -> b n (h d)"))
 
     def probabilities(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
         """The softmax alone, for pictures: how x attends to each token, (B, heads, N, L)."""
         q, k = map(self._split, (self.q(x), self.k(context)))
-        return _softmax(q, k, None if mask is None else mask[:, None, None, :])
+        mask = None if mask is None else mask[:, None, None, :]
+        return _scores(q, k, mask).softmax(dim=-1, dtype=torch.float32)
 
     def _split(self, y: Tensor) -> Tensor:
         return rearrange(y, "b n (h d) -> b h n d", h=self.heads)
@@ -60,14 +67,19 @@ class Attention(nn.Module):
 
 def attend_by_hand(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """`scaled_dot_product_attention` written out: queries (B, heads, N, d), keys and values L."""
-    return _softmax(q, k, mask).to(v.dtype) @ v
+    return _scores(q, k, mask).softmax(dim=-1) @ v
 
 
-def _softmax(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
+def attend_padded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """`scaled_dot_product_attention` of heads with zeros behind, which change no sum."""
+    d = q.shape[-1]
+    q, k, v = (F.pad(z, (0, _VECTOR - d)) for z in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, mask, scale=d**-0.5)[..., :d]
+
+
+def _scores(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (B, heads, N, L)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    return scores.softmax(dim=-1, dtype=torch.float32)
+    return scores if mask is None else scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
 
 
 class SelfAttention(nn.Module):

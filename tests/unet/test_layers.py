@@ -149,12 +149,12 @@ def attended(module: Attention, x: Tensor, source: Tensor, mask: Tensor | None =
     return torch.stack(images)
 
 
-@pytest.mark.parametrize("heads", [1, 2, 4])
-def test_attention_is_its_formula(heads: int) -> None:
-    x, context = torch.randn(2, 7, 8), torch.randn(2, 5, 6)
-    own = Attention(8, heads, bias=True)
+@pytest.mark.parametrize(("channels", "heads"), [(8, 1), (8, 2), (8, 4), (32, 2), (60, 3)])
+def test_attention_is_its_formula(channels: int, heads: int) -> None:
+    x, context = torch.randn(2, 7, channels), torch.randn(2, 5, 6)
+    own = Attention(channels, heads, bias=True)  # heads of 8 and less are padded, others not
     close(own(x), attended(own, x, x))
-    cross = Attention(8, heads, 6)
+    cross = Attention(channels, heads, 6)
     close(cross(x, context), attended(cross, x, context))
     mask = torch.tensor([[True, False, True, True, False], [False, True, False, False, False]])
     close(cross(x, context, mask), attended(cross, x, context, mask))

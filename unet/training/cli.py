@@ -37,6 +37,7 @@ from typing import Any, TypeVar
 import tyro
 
 from unet.errors import InputError, Interrupted, RunError
+from unet.memory import keep_freed_memory
 from unet.training.config_file import expected, field_types, load_config, nearest
 
 T = TypeVar("T")
@@ -128,6 +129,7 @@ def _status(
     """The exit status of `run`, and what there is to say on stderr."""
     try:
         options = parse(cls, argv, description=description, recipes=recipes)
+        keep_freed_memory()
         status = run(options) or 0
         sys.stdout.flush()
         return status
