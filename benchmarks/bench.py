@@ -26,6 +26,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks import growth  # noqa: E402
 from unet.errors import InputError, RunError  # noqa: E402
 from unet.files import write_text  # noqa: E402
 from unet.training.cli import run_script  # noqa: E402
@@ -48,7 +49,7 @@ class Options:
     """Threads of each process."""
 
     out: Path = Path("benchmarks.json")
-    """JSON file for the figures; beside it, .md, the table."""
+    """JSON file for the figures; beside it, .md, the table, and .png, how cost grows."""
 
 
 class Side:
@@ -112,6 +113,8 @@ def main(options: Options) -> None:
         print("\n".join(_lines(found["rows"][name])), flush=True)
         write_text(options.out, json.dumps(found, indent=2) + "\n")
         write_text(options.out.with_suffix(".md"), _table(found))
+        if grown := [row for row in found["rows"].values() if row.get("axis")]:
+            growth.draw(grown, options.out.with_suffix(".png"))
 
 
 def _measure(name: str, options: Options) -> dict[str, Any]:
@@ -159,24 +162,12 @@ def _measure(name: str, options: Options) -> dict[str, Any]:
     return {
         "what": row.what,
         "axis": row.axis,
-        "exponents": _exponents(found) if row.axis else {},
+        "exponents": growth.exponents(found) if row.axis else {},
         "sides": found,
         "target": dict(row.target or {}),
         "difference": difference,
         "peak GFLOP/s": peak / 1e9,
     }
-
-
-def _exponents(sides: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """The slopes of a line through the logarithms: 1 where twice the size takes twice as much."""
-    import numpy as np
-
-    sizes = np.log([float(size) for size in sides])
-    grown = {
-        "seconds": [side["seconds"] for side in sides.values()],
-        "memory": [max(side["MiB"] - side["MiB before"], 1) for side in sides.values()],
-    }
-    return {unit: float(np.polyfit(sizes, np.log(y), 1)[0]) for unit, y in grown.items()}
 
 
 def _difference(name: str, sides: list[Side], tolerance: float | None) -> float | None:
@@ -301,23 +292,7 @@ def _table(found: Mapping[str, Any]) -> str:
             ]
             lines.append(f"| {' | '.join(cells)} |")
             what = ""
-    return "\n".join(lines + [line for row in grown for line in _growth(row)]) + "\n"
-
-
-def _growth(row: Mapping[str, Any]) -> list[str]:
-    """A table of a row whose sides are sizes."""
-    powers = ", ".join(f"{unit} {exponent:.2f}" for unit, exponent in row["exponents"].items())
-    return [
-        "",
-        f"{row['what']}; fitted exponents: {powers}",
-        "",
-        f"| {row['axis']} | seconds | MiB beyond what the network takes |",
-        "|---|---|---|",
-        *(
-            f"| {size} | {side['seconds']:.4g} | {max(side['MiB'] - side['MiB before'], 0):.0f} |"
-            for size, side in row["sides"].items()
-        ),
-    ]
+    return "\n".join(lines + [line for row in grown for line in growth.table(row)]) + "\n"
 
 
 if __name__ == "__main__":

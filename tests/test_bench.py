@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -64,18 +65,22 @@ def test_sides_that_compute_something_else_are_refused(tmp_path, monkeypatch) ->
     assert not (tmp_path / "b.json").exists()
 
 
-def test_growth_is_told_by_its_powers(monkeypatch) -> None:
+def test_growth_is_told_by_its_powers(monkeypatch, tmp_path) -> None:
     monkeypatch.syspath_prepend(str(ROOT))
-    from benchmarks.bench import _exponents, _table
+    from benchmarks.bench import _table
+    from benchmarks.growth import draw, exponents
 
     sides = {
         str(n): {"seconds": 0.1 * n**2, "MiB": 100 + 3 * n, "MiB before": 100} for n in (4, 8, 32)
     }
-    exponents = _exponents(sides)
-    assert exponents == pytest.approx({"seconds": 2.0, "memory": 1.0})
-    row = {"what": "work", "axis": "pixels", "sides": sides, "exponents": exponents, "target": {}}
+    powers = exponents(sides)
+    assert powers == pytest.approx({"seconds": 2.0, "memory": 1.0})
+    row = {"what": "work", "axis": "pixels", "sides": sides, "exponents": powers, "target": {}}
     machine = dict.fromkeys(("processor", "threads", "python", "date", "rounds", "command"), "x")
     table = _table({"machine": {**machine, "versions": {}}, "rows": {"scale": row}})
     assert "fitted exponents: seconds 2.00, memory 1.00" in table
     assert "| 32 | 102.4 | 96 |" in table
     assert "ratio" not in table
+    draw([row, row], tmp_path / "b.png")
+    with Image.open(tmp_path / "b.png") as picture:
+        assert picture.width > picture.height > 200  # side by side
