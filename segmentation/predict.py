@@ -7,6 +7,7 @@ overlapping tiles (arXiv 1505.04597, fig. 2), in memory that does not grow with 
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -22,6 +23,7 @@ from segmentation.model import SegmentationUNet
 from unet.errors import InputError
 from unet.geometry import input_size, output_size, receptive_radius
 from unet.layers import ConvBlock
+from unet.memory import ran_out_of_memory
 
 Probability = NDArray[np.float32]
 
@@ -54,13 +56,35 @@ class TensorSource:
         return self.image[:, rows, columns]
 
 
+@dataclass(frozen=True)
+class _Part:
+    """A rectangle of an image as an image of its own."""
+
+    whole: Source
+    rows: slice
+    columns: slice
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.rows.stop - self.rows.start, self.columns.stop - self.columns.start
+
+    def read(self, rows: slice, columns: slice, model: SegmentationUNet) -> Tensor:
+        top, left = self.rows.start, self.columns.start
+        return self.whole.read(
+            slice(rows.start + top, rows.stop + top),
+            slice(columns.start + left, columns.stop + left),
+            model,
+        )
+
+
 class Predictor:
     """Class probabilities by one or several models, as their mean.
 
     Args:
         models: models for the same classes, in evaluation mode. Copies of them predict.
         tile: side of the square tiles in pixels, rounded down to a multiple of the models' stride.
-            Images up to this size are predicted whole.
+            Images up to this size are predicted whole. Where memory runs out, smaller tiles are
+            taken from then on, which is said on stderr.
         overlap: pixels that neighbouring tiles share. Where it is at least twice the receptive
             radius, tiles give what the whole image gives; below, they are blended linearly.
         symmetries: average over the eight symmetries of a square (test-time augmentation).
@@ -88,9 +112,10 @@ class Predictor:
         self.models, self.symmetries = [folded(model) for model in models], symmetries
         # Tiles start at multiples of the stride, so that pooling meets the same pixels as in the
         # whole image.
-        stride = max(m.config.stride for m in models)
+        self.stride = stride = max(m.config.stride for m in models)
         self.tile = max(stride, tile // stride * stride)
         self.overlap = -(-overlap // stride) * stride
+        self._smaller: Predictor | None = None  # what predicts once memory has run out
         if 2 * self.overlap > self.tile:
             raise InputError(
                 f"tiles of {self.tile} pixels cannot overlap by {self.overlap}, more than half: "
@@ -141,9 +166,23 @@ class Predictor:
         x = (np.arange(self.overlap) + 0.5 - margin) / (self.overlap - 2 * margin)
         return np.clip(x, 0, 1).astype(np.float32)
 
-    @torch.inference_mode()
     def _tile(self, source: Source, rows: slice, columns: slice) -> Probability:
-        """Mean probabilities (K, h, w) of a rectangle over models and symmetries."""
+        """Mean probabilities (K, h, w) of a rectangle, in smaller tiles where memory runs out."""
+        if self._smaller is None:
+            try:
+                return self._whole(source, rows, columns)
+            except Exception as error:
+                size = self.tile // 2 // self.stride * self.stride
+                if not ran_out_of_memory(error) or size < 2 * self.stride:
+                    raise
+            print(f"memory ran out: tiles of {size} pixels instead of {self.tile}", file=sys.stderr)
+            self._smaller = copy.copy(self)
+            self._smaller.tile = size
+            self._smaller.overlap = min(self.overlap, size // 2 // self.stride * self.stride)
+        return self._smaller(_Part(source, rows, columns))
+
+    @torch.inference_mode()
+    def _whole(self, source: Source, rows: slice, columns: slice) -> Probability:
         h, w = rows.stop - rows.start, columns.stop - columns.start
         found = []
         for model in self.models:

@@ -1,4 +1,4 @@
-"""The device that a command line names."""
+"""The device and the precision that a command line names."""
 
 from __future__ import annotations
 
@@ -19,3 +19,15 @@ def pick_device(name: str) -> torch.device:
         reason = str(error).splitlines()[0]
         raise InputError(f"--device {name} cannot be used here: {reason}") from error
     return device
+
+
+def pick_precision(name: str, device: torch.device) -> str:
+    """What `accelerate` calls the precision; auto: bf16 where the processor computes in it."""
+    if name == "auto":
+        if device.type == "cuda":
+            return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+        found: dict[str, bool] = (
+            getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+        )
+        return "bf16" if found.get("avx512_bf16") or found.get("amx_bf16") else "no"
+    return "no" if name == "fp32" else name

@@ -16,5 +16,9 @@ class RunError(RuntimeError):
     """
 
 
+class DiskError(RunError):
+    """A file of a run that cannot be written, as where the disk is full."""
+
+
 class Interrupted(SystemExit):
     """SIGINT or SIGTERM ended a run after its state was saved; the code is 128 + the signal."""

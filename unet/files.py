@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT}  # of an OSError
 
 
 @contextmanager

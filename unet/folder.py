@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from unet.config import MOST_CHANNELS, UNetConfig
-from unet.errors import InputError, RunError
+from unet.errors import DiskError, InputError
 from unet.files import replacing, write_text
 from unet.model import UNet
 
@@ -71,7 +71,7 @@ class FolderModel(nn.Module, ModelHubMixin):
             try:
                 save_file(state, temporary, metadata={"format": "pt"})
             except SafetensorError as error:  # which is how safetensors reports a full disk
-                raise RunError(f"{file} cannot be written, is the disk full? {error}") from error
+                raise DiskError(f"{file} cannot be written, is the disk full? {error}") from error
         write_text(folder / CONFIG, json.dumps(described, indent=2) + "\n")
         if push_to_hub:
             return str(self.push_to_hub(repo_id=repo_id or folder.name, **hub))

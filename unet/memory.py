@@ -1,9 +1,11 @@
-"""The memory of the process."""
+"""The memory of the process, and what it means that it ran out."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+from collections.abc import Callable, Iterable
+from typing import Any
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
@@ -19,3 +21,29 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(_MMAP_THRESHOLD, 2**30)
         libc.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether that is what an exception of PyTorch, NumPy or Python says."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and "allocate memory" in str(error)
+
+
+def kept_for_backward(forward: Callable[[], Any], parameters: Iterable[Any]) -> int:
+    """Bytes that a forward pass keeps for the backward pass, beside the parameters."""
+    import torch
+
+    known = {p.untyped_storage().data_ptr() for p in parameters}
+    kept: dict[int, int] = {}
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        result = forward()
+    del result  # not before: freed memory would be counted once for all that lies there
+    return sum(kept.values())

@@ -18,7 +18,7 @@ from diffusion.pixels import fitted, to_uint8, to_unit
 from diffusion.shapes import example, example_caption, held_out, parse
 from unet.errors import InputError
 from unet.images import write_image
-from unet.training.batches import BatchKeys, make_loader
+from unet.training.batches import BatchKeys, make_batches
 
 RNG = np.random.default_rng(0)
 COLOUR = RNG.integers(0, 256, (40, 12, 16, 3), np.uint8)
@@ -554,7 +554,7 @@ def test_batches_are_collated(tmp_path: Path, workers: int) -> None:
     data = DiffusionData(captioned(tmp_path), captions=True)
     samples = data.samples(0)
     keys = BatchKeys(len(samples), 4, seed=0)
-    batch = next(iter(make_loader(samples, keys, workers, pin=False)))
+    batch = next(make_batches(samples, keys, workers, pin=False))
     assert batch["image"].shape == (4, 3, 12, 16)
     for i, text in zip(batch["index"].tolist(), batch["caption"], strict=True):
         assert text == f"picture {Path(samples.name(i)).stem}"

@@ -97,6 +97,35 @@ def test_less_overlap_leaves_no_seam():
     assert steps.max() < 0.05
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError, RuntimeError])
+def test_where_memory_runs_out_smaller_tiles_give_the_same(monkeypatch, capsys, error):
+    model = network(SAME)
+    source = TensorSource(torch.randn(1, 150, 170))
+    wanted = Predictor([model], tile=128, overlap=32)(source)
+    forward, refused = SegmentationUNet.forward, []
+
+    def short_of_memory(self, x):
+        if x.shape[-2] * x.shape[-1] > 64 * 64:
+            refused.append(x.shape)
+            raise error("can't allocate memory: you tried to allocate 99999 bytes")
+        return forward(self, x)
+
+    monkeypatch.setattr(SegmentationUNet, "forward", short_of_memory)
+    predictor = Predictor([model], tile=128, overlap=32)
+    np.testing.assert_allclose(predictor(source), wanted, atol=1e-6)
+    assert len(refused) == 1  # then it is known
+    assert capsys.readouterr().err == "memory ran out: tiles of 64 pixels instead of 128\n"
+
+
+def test_no_tile_is_small_enough(monkeypatch, capsys):
+    def forward(self, x):
+        raise torch.OutOfMemoryError("no memory at all")
+
+    monkeypatch.setattr(SegmentationUNet, "forward", forward)
+    with pytest.raises(torch.OutOfMemoryError):
+        Predictor([network(SAME)], tile=128, overlap=32)(TensorSource(torch.randn(1, 50, 50)))
+
+
 def test_symmetries_make_a_prediction_that_turns_with_the_image():
     predict = Predictor([network(SAME)], symmetries=True)
     image = torch.randn(1, 24, 24)

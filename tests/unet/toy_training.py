@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -40,7 +41,16 @@ class ToyOptions(FitOptions):
     """The signal to die of."""
 
     nan_at: int = -1
-    """Index of a sample that is not a number; -1: none."""
+    """Index of a sample that is not a number; -1: none, -2: all."""
+
+    bad_gradient_at: int = -1
+    """Index of a sample whose loss is finite and whose gradient is not; -1: none."""
+
+    wait: float = 0.0
+    """Seconds to wait in each step."""
+
+    memory: int = 1_000_000
+    """Samples above which a step runs out of memory."""
 
 
 class ToySamples:
@@ -59,7 +69,7 @@ class ToySamples:
         y, x = torch.meshgrid(torch.arange(16.0), torch.arange(16.0), indexing="ij")
         disc = ((y - row) ** 2 + (x - column) ** 2 < 9).float()[None]
         image = disc + 0.5 * torch.from_numpy(rng.standard_normal((1, 16, 16))).float()
-        if index == self.options.nan_at:
+        if self.options.nan_at in (index, -2):
             image = image * torch.nan
         return {"image": image, "mask": disc}
 
@@ -79,9 +89,15 @@ def toy_task(options: ToyOptions) -> Task:
     def loss(model: nn.Module, batch: Batch) -> Tensor:
         nonlocal steps
         steps += 1
+        time.sleep(options.wait)
+        if len(batch["index"]) > options.memory:
+            raise torch.OutOfMemoryError("a stand-in for a full GPU")
         if steps == options.die_at:
             os.kill(os.getpid(), options.with_signal)
-        return F.binary_cross_entropy_with_logits(model(batch["image"]), batch["mask"])
+        found = F.binary_cross_entropy_with_logits(model(batch["image"]), batch["mask"])
+        if (batch["index"] == options.bad_gradient_at).any():
+            found = found + (0 * found).sqrt()  # adds 0, and 0 times infinity to the gradient
+        return found
 
     def evaluate(model: nn.Module, processes: Processes) -> Mapping[str, float]:
         part = [

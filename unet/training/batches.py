@@ -7,8 +7,9 @@ training processes changes a sample.
 
 from __future__ import annotations
 
+import multiprocessing
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from types import FrameType
 from typing import Any, Protocol
 
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from unet.errors import InputError
+from unet.errors import InputError, RunError
 
 Key = tuple[int, int]  # (epoch, index)
 
@@ -103,9 +104,11 @@ def _outlive_one_signal(worker: int) -> None:
         signal.signal(number, pass_over)
 
 
-def make_loader(samples: Samples, keys: BatchKeys, workers: int, *, pin: bool) -> DataLoader[Any]:
-    """An endless loader of collated batches in the order of `keys`."""
-    return DataLoader(
+def make_batches(
+    samples: Samples, keys: BatchKeys, workers: int, *, pin: bool
+) -> Generator[Any, None, None]:
+    """Collated batches in the order of `keys`, without end; to be closed. See `next_batch`."""
+    loader = DataLoader(
         _Indexed(samples),
         batch_sampler=keys,
         num_workers=workers,
@@ -113,3 +116,39 @@ def make_loader(samples: Samples, keys: BatchKeys, workers: int, *, pin: bool) -
         worker_init_fn=_outlive_one_signal,
         generator=torch.Generator(),  # else each start draws from the generator of the dropout
     )
+    others = set(multiprocessing.active_children())
+    batches = iter(loader)
+    started = set(multiprocessing.active_children()) - others
+    if started and hasattr(signal, "SIGCHLD"):
+        # The loader's handler raises wherever a worker's death meets this process, be it in the
+        # middle of a save. Without it the loader tells so when it is asked for the next batch.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield from batches
+    finally:
+        # An error holds the loader, and the end of the interpreter would wait for its workers.
+        del batches
+        for worker in started:
+            worker.kill()
+
+
+def next_batch(batches: Iterator[Any]) -> Any:
+    """The next batch; what a worker process says of it, or its end, is told as here.
+
+    Raises:
+        InputError: a sample cannot be read.
+        RunError: a worker process was killed.
+    """
+    try:
+        return next(batches)
+    except InputError as error:  # a worker's comes with its traceback in the text
+        raise InputError(str(error).rstrip().rpartition("InputError: ")[2]) from None
+    except (RuntimeError, OSError, EOFError) as error:
+        # Killed before the batch was asked for, or while its tensors came over.
+        cut = isinstance(error, EOFError) or getattr(error, "filename", "") is None
+        if not cut and "DataLoader worker" not in str(error):
+            raise
+        raise RunError(
+            "a process that prepares batches was killed, perhaps as memory is short: go on with "
+            "--resume, with fewer --workers"
+        ) from error

@@ -24,7 +24,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import dataclasses
-import errno
 import io
 import os
 import re
@@ -37,16 +36,17 @@ from typing import Any, TypeVar
 import tyro
 
 from unet.errors import InputError, Interrupted, RunError
-from unet.memory import keep_freed_memory
+from unet.files import DISK_FULL
+from unet.memory import keep_freed_memory, ran_out_of_memory
 from unet.training.config_file import expected, field_types, load_config, nearest
 
 T = TypeVar("T")
 
+_SMALLER = ("batch_size", "tile", "size", "crop")  # options that take memory
 _CONFIG_HELP = (
     "--config FILE.yaml sets options from a file, such as the config.yaml of an earlier run; "
     "the options given beside it win."
 )
-_DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 def parse(
@@ -147,13 +147,21 @@ def _status(
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _stdout_is_closed():
             return 141
-        if error.filename is None and error.errno not in _DISK_FULL:
+        if error.filename is None and error.errno not in DISK_FULL:
             raise
         message, status = error.strerror or str(error), 2
         if error.filename is not None:
             message = f"cannot use '{os.fsdecode(error.filename)}': {message}"
-        if error.errno in _DISK_FULL:
+        if error.errno in DISK_FULL:
             message += "; free some space or choose a folder on another disk"
+    except Exception as error:
+        if not ran_out_of_memory(error):
+            raise
+        fields = field_types(cls)
+        smaller = [f"--{n.replace('_', '-')}" for n in _SMALLER if n in fields]
+        message = "the memory ran out"
+        message += f": give a smaller {' or '.join(smaller)}" if smaller else ""
+        status = 1
     print("error:", re.sub(r"\s*\n\s*", " ", message.strip()), file=sys.stderr)
     return status
 

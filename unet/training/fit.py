@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
-from torch import Tensor
 from tqdm import tqdm
 
-from unet.errors import InputError, Interrupted, RunError
+from unet.device import pick_precision
+from unet.errors import DiskError, InputError, Interrupted, RunError
+from unet.files import DISK_FULL
 from unet.folder import check_fit
-from unet.training.batches import BatchKeys, make_loader
+from unet.training.batches import BatchKeys, make_batches, next_batch
 from unet.training.config_file import save_config
 from unet.training.ema import EMA
 from unet.training.options import FitOptions
 from unet.training.plan import Budget, Progress, make_optimizer
-from unet.training.run import RunFolder, signals_caught
+from unet.training.run import RunFolder, signals_caught, tensorboard
+from unet.training.step import Stepper
 from unet.training.task import Batch, Processes, Task
 
 
@@ -56,7 +60,7 @@ class Trainer:
         AcceleratorState._reset_state()  # of an earlier run in this process, in another precision
         self.accelerator = Accelerator(
             cpu=on_cpu,
-            mixed_precision=_precision(options, on_cpu),
+            mixed_precision=pick_precision(options.precision, PartialState(cpu=on_cpu).device),
             gradient_accumulation_steps=options.accumulate,
         )
         self.device = self.accelerator.device
@@ -80,13 +84,17 @@ class Trainer:
         if options.compile:
             model.compile()
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.stepper = Stepper(
+            task, options, self.accelerator, self.model, self.optimizer, self.processes, self._say
+        )
         self.progress = Progress()
         self.figures: dict[str, float] = {}  # of the best evaluation
-        self.gradient_norm = 0.0
+        self.going_on = True  # a full disk may be passed over
+        self.unwritten: set[str] = set()
         set_seed(options.seed, device_specific=True)  # dropout differs between processes
         if options.resume:
             self._restore()
-        self.board = _tensorboard(options, self.progress.step) if self.main else None
+        self.board = tensorboard(options, self.progress.step) if self.main else None
         # Nothing of a run that is refused is left behind, so this comes last.
         if self.main:
             self.folder.samples.mkdir(parents=True, exist_ok=True)
@@ -100,14 +108,15 @@ class Trainer:
         self.keys.start_step = progress.step
         on_gpu = self.device.type == "cuda"
         workers = options.workers if options.workers is not None else (4 if on_gpu else 0)
-        batches = iter(make_loader(self.task.samples, self.keys, workers, pin=on_gpu))
+        batches = make_batches(self.task.samples, self.keys, workers, pin=on_gpu)
         self.started = time.monotonic() - progress.seconds
-        with signals_caught() as caught, self._bar() as bar:
+        with signals_caught() as caught, closing(batches), self._bar() as bar:
             while self.budget.share(progress) < 1:
                 loss = self._step(batches)
                 progress.step += 1
-                progress.loss_sum += loss
-                progress.loss_count += 1
+                if loss is not None:
+                    progress.loss_sum += loss
+                    progress.loss_count += 1
                 signum = self._agree(max(caught, default=0))
                 self._advance(bar)
                 if progress.step % options.log_every == 0:
@@ -116,6 +125,7 @@ class Trainer:
                 if due:
                     self._evaluate()
                 if due or signum or progress.step % options.save_every == 0:
+                    self.going_on = not signum
                     self._save_state()
                 if signum:
                     self._stop(signum)
@@ -130,45 +140,23 @@ class Trainer:
 
     # -- a step -----------------------------------------------------------------------------------
 
-    def _step(self, batches: Iterator[Batch]) -> float:
-        """One optimizer step; the mean loss over the batch of all processes."""
+    def _step(self, batches: Iterator[Batch]) -> float | None:
+        """One optimizer step; the mean loss over the batch of all processes.
+
+        None: the loss or the gradient is not finite, and the step was left out.
+        """
+        try:
+            parts = [next_batch(batches) for _ in range(self.options.accumulate)]
+        except (InputError, RunError):
+            if self.progress.step and self.processes.count == 1:
+                self._save_state()  # of the last whole step
+            raise
         for group in self.optimizer.param_groups:
             group["lr"] = self.options.lr * self.budget.rate(self.progress)
-        total = 0.0
-        for _ in range(self.options.accumulate):
-            batch = next(batches)
-            inputs = {
-                k: v.to(self.device, non_blocking=True) if isinstance(v, Tensor) else v
-                for k, v in batch.items()
-            }
-            with self.accelerator.accumulate(self.model):
-                loss = self.task.loss(self.model, inputs)
-                value = float(self.accelerator.reduce(loss.detach(), "mean"))
-                if not math.isfinite(value):
-                    self._not_finite("loss", value, batch)
-                total += value / self.options.accumulate
-                self.accelerator.backward(loss)
-                if self.accelerator.sync_gradients:
-                    limit = self.options.clip or math.inf
-                    norm = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
-                    self.gradient_norm = float(norm)
-                    # With fp16 an overflow is normal: the loss scaler skips the step.
-                    if not math.isfinite(self.gradient_norm) and self.accelerator.scaler is None:
-                        self._not_finite("gradient", self.gradient_norm, batch)
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-        if self.ema:
+        loss = self.stepper(parts, self.progress)
+        if self.ema and loss is not None:
             self.ema.update(self.accelerator.unwrap_model(self.model), self.progress.step)
-        return total
-
-    def _not_finite(self, what: str, value: float, batch: Batch) -> None:
-        names = [self.task.samples.name(int(i)) for i in batch["index"]]
-        names = sorted({n for part in self.processes.gather(names) for n in part})
-        raise RunError(
-            f"the {what} is {value} at step {self.progress.step + 1}, in a batch of "
-            f"{', '.join(names)}: look at these files, or try a lower --lr than {self.options.lr}, "
-            f"a lower --clip than {self.options.clip}, or --precision fp32"
-        )
+        return loss
 
     def _agree(self, signum: int) -> int:
         """The signal that any process caught, and the main process's clock, for all of them."""
@@ -201,25 +189,28 @@ class Trainer:
             name = task.score.removeprefix("-")
             score = figures[name] if name == task.score else -figures[name]
         kept = score < progress.best or score == -math.inf
+        if kept and self.main:
+            save = lambda: model.save_pretrained(self.folder.model)  # noqa: E731
+            kept = self._written("the best weights", save)
         if kept:
             progress.best, self.figures = score, figures
-            if self.main:
-                model.save_pretrained(self.folder.model)
         if not self.ema:
             model.train()
         progress.evaluated_step, progress.evaluated_seconds = progress.step, progress.seconds
         progress.evaluation_seconds = self.processes.gather(time.monotonic() - start)[0]
         if self.main:
             for name, picture in pictures.items():
-                picture.save(self.folder.samples / f"{name}-{progress.step:06d}.png")
+                file = self.folder.samples / f"{name}-{progress.step:06d}.png"
+                self._written("pictures", functools.partial(picture.save, file))
             held_out = {f"val_{k}": v for k, v in figures.items()}
-            self.folder.log(step=progress.step, **held_out, kept=kept)
+            self._log(**held_out, kept=kept)
             self._board(figures, "val")
             if figures:
                 shown = "  ".join(f"{k} {v:.4f}" for k, v in figures.items())
                 self._say(f"step {progress.step}: held out: {shown}")
 
     def _finish(self) -> None:
+        self.going_on = False
         if self.progress.loss_count:
             self._log_training()
         if self.progress.evaluated_step != self.progress.step:
@@ -227,6 +218,12 @@ class Trainer:
             self._evaluate()
         self._agree(0)
         self._save_state()
+        if self.task.evaluate and self.progress.best == math.inf:
+            name = self.task.score.removeprefix("-")
+            raise RunError(
+                f"no evaluation gave a finite {name}, so no weights "
+                f"were kept in {self.folder.model}: look at {self.folder.metrics}"
+            )
         if self.board:
             self.board.close()
 
@@ -240,18 +237,36 @@ class Trainer:
         if not self.main:
             return
         scaler = self.accelerator.scaler
-        self.folder.save_state(
-            {
-                **dataclasses.asdict(self.progress),
-                "figures": self.figures,
-                "model": self.accelerator.unwrap_model(self.model).state_dict(),
-                "ema": self.ema.model.state_dict() if self.ema else None,
-                "optimizer_name": self.options.optimizer,
-                "optimizer": self.optimizer.state_dict(),
-                "scaler": scaler.state_dict() if scaler else None,
-                "rng": rngs,
-            }
-        )
+        state = {
+            **dataclasses.asdict(self.progress),
+            "figures": self.figures,
+            "model": self.accelerator.unwrap_model(self.model).state_dict(),
+            "ema": self.ema.model.state_dict() if self.ema else None,
+            "optimizer_name": self.options.optimizer,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": scaler.state_dict() if scaler else None,
+            "rng": rngs,
+        }
+        self._written("the state", lambda: self.folder.save_state(state))
+
+    def _written(self, what: str, write: Callable[[], object]) -> bool:
+        """Writes to the run folder. A full disk is told once and passed over while the run goes on,
+        as there may be room again when the next state is saved."""
+        try:
+            write()
+        except (OSError, DiskError) as error:
+            full = isinstance(error, DiskError) or error.errno in DISK_FULL
+            if not (full and self.going_on):
+                raise
+            if what not in self.unwritten:
+                self._say(
+                    f"step {self.progress.step}: {what} cannot be written, is the disk full? The "
+                    "run goes on and tries again: free some space"
+                )
+            self.unwritten.add(what)
+            return False
+        self.unwritten.discard(what)
+        return True
 
     def _restore(self) -> None:
         state = self.folder.load_state()
@@ -282,7 +297,8 @@ class Trainer:
             group.update(setting)  # the options decide, not what was saved
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.progress = Progress(**{f.name: state[f.name] for f in dataclasses.fields(Progress)})
+        names = {f.name for f in dataclasses.fields(Progress)} & state.keys()
+        self.progress = Progress(**{name: state[name] for name in names})
         self.figures = state["figures"]
         if len(state["rng"]) == self.processes.count:
             rng = state["rng"][self.processes.rank]
@@ -311,8 +327,9 @@ class Trainer:
     def _advance(self, bar: tqdm[Any]) -> None:
         progress = self.progress
         done = progress.step if self.budget.steps else min(progress.seconds, self.budget.seconds)
+        loss = progress.loss_sum / progress.loss_count if progress.loss_count else math.nan
         bar.set_postfix_str(
-            f"loss {progress.loss_sum / progress.loss_count:.4f}, step {progress.step}, "
+            f"loss {loss:.4f}, step {progress.step}, "
             f"{progress.step / max(progress.seconds, 1e-9):.2f} steps/s",
             refresh=False,
         )
@@ -321,43 +338,24 @@ class Trainer:
     def _log_training(self) -> None:
         progress = self.progress
         values = {
-            "loss": progress.loss_sum / progress.loss_count,
             "lr": self.optimizer.param_groups[0]["lr"],
-            "gradient_norm": self.gradient_norm,
+            "gradient_norm": self.stepper.gradient_norm,
             "epoch": progress.step * self.options.batch_size / len(self.task.samples),
             "seconds": round(progress.seconds, 3),
         }
+        if progress.loss_count:
+            values = {"loss": progress.loss_sum / progress.loss_count, **values}
+        if progress.skipped:
+            values["skipped"] = progress.skipped
         progress.loss_sum, progress.loss_count = 0.0, 0
         if self.main:
-            self.folder.log(step=progress.step, **values)
+            self._log(**values)
             self._board(values, "train")
+
+    def _log(self, **values: Any) -> None:
+        self._written("the log", lambda: self.folder.log(step=self.progress.step, **values))
 
     def _board(self, values: Mapping[str, float], group: str) -> None:
         if self.board:
             for name, value in values.items():
                 self.board.add_scalar(f"{group}/{name}", value, self.progress.step)
-
-
-def _precision(options: FitOptions, on_cpu: bool) -> str:
-    """What `accelerate` calls the precision; auto: bf16 where the processor computes in it."""
-    if options.precision == "auto":
-        device = PartialState(cpu=on_cpu).device
-        if device.type == "cuda":
-            return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
-        found: dict[str, bool] = (
-            getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
-        )
-        return "bf16" if found.get("avx512_bf16") or found.get("amx_bf16") else "no"
-    return "no" if options.precision == "fp32" else options.precision
-
-
-def _tensorboard(options: FitOptions, step: int) -> Any:
-    if not options.tensorboard:
-        return None
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise InputError(
-            "--tensorboard needs the package tensorboard: pip install tensorboard"
-        ) from error
-    return SummaryWriter(options.out / "tensorboard", purge_step=step + 1)

@@ -72,7 +72,12 @@ class FitOptions:
     """Recompute activations in the backward pass: less memory, about a third more time."""
 
     compile: bool = False
-    """Compile the network with torch.compile: worth it from some minutes of training on."""
+    """Compile the network with torch.compile, which takes a minute or more. Where it was measured,
+    on a CPU, it never paid (docs/benchmarks.md); GPUs were not measured."""
+
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """A step whose loss or gradient is NaN or infinite: stop, or leave it out and say so (100 in a
+    row stop the run)."""
 
     seed: int = 0
     """Seed of everything random: weights, order, augmentation, noise, dropout."""

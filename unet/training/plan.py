@@ -26,6 +26,7 @@ class Progress:
     best: float = math.inf
     loss_sum: float = 0.0  # over the steps since the last line of the log
     loss_count: int = 0
+    skipped: int = 0  # steps left out as their loss or gradient was not finite
 
 
 class Budget:

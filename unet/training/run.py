@@ -9,6 +9,7 @@ state/         everything that resuming needs
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from unet.errors import InputError, RunError
+from unet.errors import DiskError, InputError
 from unet.files import replacing, write_text
 from unet.training.options import FitOptions
 
@@ -78,9 +79,13 @@ class RunFolder:
                 self.path.rmdir()
 
     def log(self, **values: Any) -> None:
-        """Appends a line to metrics.jsonl, in one write."""
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
+        """Appends a line to metrics.jsonl in one write; what a full disk cuts is taken back."""
+        line = (json.dumps(values) + "\n").encode()
+        with self.metrics.open("ab", buffering=0) as file:
+            end = file.tell()
+            if file.write(line) < len(line):
+                file.truncate(end)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def cut_log(self, step: int) -> None:
         """Drops the lines after `step` and a half-written one, so that none stands twice."""
@@ -94,7 +99,7 @@ class RunFolder:
             try:
                 torch.save(dict(state), temporary)
             except RuntimeError as error:  # which is how torch reports a full disk
-                raise RunError(
+                raise DiskError(
                     f"{self.state} cannot be written, is the disk full? {error}"
                 ) from error
 
@@ -155,3 +160,16 @@ def signals_caught() -> Iterator[list[int]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def tensorboard(options: FitOptions, step: int) -> Any:
+    """A writer of TensorBoard events where the options ask for one."""
+    if not options.tensorboard:
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise InputError(
+            "--tensorboard needs the package tensorboard: pip install tensorboard"
+        ) from error
+    return SummaryWriter(options.out / "tensorboard", purge_step=step + 1)

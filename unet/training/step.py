@@ -1,0 +1,137 @@
+"""One optimizer step, and what to do with a step that fails."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable
+
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import Tensor, nn
+
+from unet.errors import RunError
+from unet.memory import kept_for_backward, ran_out_of_memory
+from unet.training.options import FitOptions
+from unet.training.plan import Progress
+from unet.training.task import Batch, Processes, Task
+
+MOST_SKIPPED = 100  # steps in a row that may be left out
+
+
+class Stepper:
+    """Takes optimizer steps.
+
+    Args:
+        model, optimizer: as the accelerator prepared them.
+        say: prints a sentence, in the main process.
+
+    Attributes:
+        gradient_norm: of the last step, before clipping.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        options: FitOptions,
+        accelerator: Accelerator,
+        model: nn.Module,
+        optimizer: AcceleratedOptimizer,
+        processes: Processes,
+        say: Callable[[str], None],
+    ) -> None:
+        self.task, self.options, self.accelerator = task, options, accelerator
+        self.model, self.optimizer, self.processes = model, optimizer, processes
+        self.say = say
+        self.gradient_norm = 0.0
+        self.skipped_in_row = 0
+
+    def __call__(self, parts: list[Batch], progress: Progress) -> float | None:
+        """A step on a batch in parts: its mean loss over all processes, or None: it was left out.
+
+        Raises:
+            RunError: the loss or the gradient is not finite; memory ran out.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        spared = [b.clone() for b in model.buffers()] if self.options.nonfinite == "skip" else []
+        try:
+            loss = self._optimize(parts, progress)
+        except Exception as error:
+            if not ran_out_of_memory(error):
+                raise
+            error.__traceback__ = None  # whose frames hold the memory
+            raise RunError(self._too_large(parts[0], progress)) from error
+        if loss is None:
+            for buffer, value in zip(model.buffers(), spared, strict=True):
+                buffer.copy_(value)  # statistics of batch norm
+        return loss
+
+    def _optimize(self, parts: list[Batch], progress: Progress) -> float | None:
+        accelerator = self.accelerator
+        total: float | None = 0.0
+        for batch in parts:
+            inputs = {
+                k: v.to(accelerator.device, non_blocking=True) if isinstance(v, Tensor) else v
+                for k, v in batch.items()
+            }
+            with accelerator.accumulate(self.model):
+                loss = self.task.loss(self.model, inputs)
+                value = float(accelerator.reduce(loss.detach(), "mean"))
+                if not math.isfinite(value):
+                    self._not_finite("loss", value, [batch], progress)
+                    total = None
+                if total is not None:
+                    total += value / self.options.accumulate
+                    accelerator.backward(loss)
+                if total is not None and accelerator.sync_gradients:
+                    limit = self.options.clip or math.inf
+                    norm = float(accelerator.clip_grad_norm_(self.model.parameters(), limit))
+                    # With fp16 an overflow is normal: the loss scaler skips the step.
+                    if not math.isfinite(norm) and accelerator.scaler is None:
+                        self._not_finite("gradient", norm, parts, progress)
+                        total = None
+                    else:
+                        self.gradient_norm = norm
+                if total is not None:
+                    self.optimizer.step()
+                self.optimizer.zero_grad()
+        if total is None:
+            progress.skipped += 1
+            self.skipped_in_row += 1
+        else:
+            self.skipped_in_row = 0
+        return total
+
+    def _not_finite(self, what: str, value: float, parts: list[Batch], progress: Progress) -> None:
+        """Says which step is left out, and stops where it may not be."""
+        names = [self.task.samples.name(int(i)) for batch in parts for i in batch["index"]]
+        names = sorted({n for part in self.processes.gather(names) for n in part})
+        text = f"the {what} is {value} at step {progress.step + 1}, in a batch of "
+        text += ", ".join(names)
+        skip = self.options.nonfinite == "skip"
+        if skip and self.skipped_in_row + 1 < MOST_SKIPPED:
+            self.say(f"left out: {text}")
+            return
+        again = f"{self.skipped_in_row} steps in a row were left out, and " if skip else ""
+        raise RunError(
+            f"{again}{text}: look at these files, or try a lower --lr than {self.options.lr}, "
+            f"a lower --clip than {self.options.clip}, or --precision fp32"
+        )
+
+    def _too_large(self, batch: Batch, progress: Progress) -> str:
+        """What a step needs where memory ran out, measured on a single sample, and what to do."""
+        device, count = self.accelerator.device, len(batch["index"])
+        one = {k: v[:1].to(device) if isinstance(v, Tensor) else v[:1] for k, v in batch.items()}
+        model = self.accelerator.unwrap_model(self.model)
+        text = f"the memory of {device} ran out at step {progress.step + 1}"
+        with contextlib.suppress(RuntimeError, ValueError, MemoryError):
+            kept = kept_for_backward(lambda: self.task.loss(model, one), model.parameters())
+            text += (
+                f": the backward pass needs about {kept / 2**30:.3g} GiB a sample, "
+                f"{kept * count / 2**30:.3g} GiB for the {count} that go through the network "
+                "together"
+            )
+        return (
+            f"{text}; --accumulate {2 * self.options.accumulate} takes half of it for the same "
+            "result, --checkpointing less, and so do a smaller --batch-size and smaller images"
+        )
