@@ -89,7 +89,7 @@ class ClassifierFeatures(FeatureExtractor):
 
     def __init__(self, folder: str | Path, device: str | torch.device = "cpu") -> None:
         self.name = f"the classifier {folder}"
-        self.model = ClassifierUNet.from_pretrained(folder).to(device)
+        self.model = ClassifierUNet.from_pretrained(folder).to(device).float()
         self.device = device
 
     @property

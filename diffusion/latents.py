@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 import time
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ from unet.training.run import is_main_process, signals_caught
 
 PART = 4  # images that are encoded at a time
 SAVED = 20.0  # seconds of encoding that a kill loses, at most
+_ARRAYS = ("moments.npy", "used.npy")
 WAITING = 0.5  # seconds between looks of the processes that wait
 
 
@@ -92,22 +94,19 @@ class LatentData:
         else:
             while self._done() < self.count:
                 time.sleep(WAITING)
-        self._moments = np.load(self.folder / "moments.npy", mmap_mode="r")
-        self._used = np.load(self.folder / "used.npy")
+        self._moments, self._used = (self._open(name, "r") for name in _ARRAYS)
+        if not ((self._used >= 0) & (self._used < self.count)).all():
+            raise self._damaged("used.npy")
 
     def _encode_from(self, done: int) -> None:
-        shape = (self.count, 2, self.channels, *self.size)
-        needed = 4 * int(np.prod(shape))
+        needed = sum(dtype.itemsize * math.prod(shape) for dtype, shape in self._kinds.values())
         self.folder.mkdir(parents=True, exist_ok=True)
         if not done and needed > shutil.disk_usage(self.folder).free:
             raise InputError(
                 f"the latents need {needed / 1e9:.1f} GB, more than is free where '{self.folder}' "
                 "is: give an --out on another disk"
             )
-        mode = "r+" if done else "w+"
-        open_array = np.lib.format.open_memmap
-        moments = open_array(self.folder / "moments.npy", mode, np.dtype(np.float32), shape)
-        used = open_array(self.folder / "used.npy", mode, np.dtype(np.int64), shape[:1])
+        moments, used = (self._open(name, "r+" if done else "w+") for name in _ARRAYS)
 
         def save() -> None:
             moments.flush()
@@ -153,15 +152,38 @@ class LatentData:
         try:
             progress = json.loads(file.read_text(encoding="utf-8"))
             of, done = progress["of"], progress["done"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"'{file}' cannot be read: remove '{self.folder}'") from error
-        names = ("moments.npy", "used.npy")
-        if of != self._fingerprint or not all((self.folder / n).is_file() for n in names):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise self._damaged(file.name) from error
+        if type(done) is not int or done < 0:
+            raise self._damaged(file.name)
+        if of != self._fingerprint or not all((self.folder / n).is_file() for n in _ARRAYS):
             raise InputError(
                 f"'{self.folder}' holds the latents of other images, or of another autoencoder: "
                 "remove it, or give another --out"
             )
-        return int(done)
+        return done
+
+    @property
+    def _kinds(self) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
+        """The type and the shape of each array."""
+        posteriors = (self.count, 2, self.channels, *self.size)
+        kinds = (np.dtype(np.float32), posteriors), (np.dtype(np.int64), (self.count,))
+        return dict(zip(_ARRAYS, kinds, strict=True))
+
+    def _open(self, name: str, mode: Literal["r", "r+", "w+"]) -> np.memmap[Any, Any]:
+        dtype, shape = self._kinds[name]
+        try:
+            array = np.lib.format.open_memmap(self.folder / name, mode, dtype, shape)
+        except OSError:
+            raise  # such as a full disk
+        except Exception as error:  # numpy raises what a wrong byte leads it to
+            raise self._damaged(name) from error
+        if array.dtype != dtype or array.shape != shape:
+            raise self._damaged(name)
+        return array
+
+    def _damaged(self, name: str) -> InputError:
+        return InputError(f"'{self.folder / name}' cannot be read: remove '{self.folder}'")
 
     @cached_property
     def _fingerprint(self) -> dict[str, Any]:

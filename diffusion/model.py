@@ -14,6 +14,8 @@ from unet.errors import InputError
 from unet.folder import FolderModel
 from unet.layers import make_activation, make_norm, unpatch, zero_init
 
+LARGEST = 2**16  # pixels a side
+
 
 class DiffusionUNet(FolderModel):
     """A prediction for every pixel and channel of a noisy image (DDPM, arXiv 2006.11239).
@@ -48,6 +50,29 @@ class DiffusionUNet(FolderModel):
                 f"a text encoder of width {self.text.channels} does not go with "
                 f"context_channels={config.context_channels}: both are the same"
             )
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the images that it was trained on, from its `info`."""
+        match self.info.get("size"):
+            case [int(height), int(width)] if 0 < height <= LARGEST and 0 < width <= LARGEST:
+                return height, width
+            case other:
+                raise InputError(
+                    "the model's config.json must give height and width of its images, from 1 to "
+                    f"{LARGEST}, in info.size, not {other!r:.200}: train it with train_ddpm.py"
+                )
+
+    @property
+    def classes(self) -> list[str]:
+        """The names of the classes that it was trained on, from its `info`; empty without."""
+        names = self.info.get("classes") or []
+        if not isinstance(names, list | tuple) or not all(isinstance(n, str) for n in names):
+            raise InputError(
+                "the model's config.json must give the names of its classes in info.classes, not "
+                f"{names!r:.200}: train it with train_ddpm.py"
+            )
+        return list(names)
 
     def forward(
         self,

@@ -7,12 +7,9 @@ from __future__ import annotations
 
 import json
 import re
-import struct
-import zipfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -24,9 +21,10 @@ from diffusion.pipeline_schedule import PipelineSchedule
 from unet import PRESETS, UNetConfig
 from unet.convert import COMPVIS_PREFIX, detect_layout, from_layout
 from unet.diffusers_config import config_from_diffusers
-from unet.errors import InputError
+from unet.errors import InputError, said
 from unet.folder import load_strictly
 from unet.layouts import Layout
+from unet.pickles import load_pickle
 
 CONFIGS = {
     "unet": "config.json",
@@ -46,7 +44,6 @@ _SHOWN = (
     *("context_channels", "transformer_depth", "linear_projections"),
 )
 _OTHER_PARTS = ("first_stage_model.", "cond_stage_model.")  # autoencoder, text model
-_BROKEN = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError)
 
 
 def check_folder(folder: Path, *, with_unet: bool = True) -> None:
@@ -217,26 +214,25 @@ def read_weights(file: Path) -> dict[str, Tensor]:
         try:
             with safe_open(file, framework="pt") as weights:
                 return {key: weights.get_tensor(key) for key in _unet_keys(weights.keys())}
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"{file} cannot be read as safetensors weights: {error}") from error
+        except (OSError, SafetensorError, TypeError) as error:
+            raise InputError(
+                f"{file} cannot be read as safetensors weights: {said(error)}"
+            ) from error
     if file.suffix not in (".ckpt", ".pt", ".pth", ".bin"):
         raise InputError(f"{file} is no checkpoint: give a .safetensors or a .ckpt file")
     try:
-        mapped = zipfile.is_zipfile(file)  # else it is of PyTorch before 1.6
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
-    except UnpicklingError as error:
-        raise InputError(
-            f"{file} is a pickle with code in it, or damaged, and is not opened, since the code "
-            "would run: give its weights as .safetensors"
-        ) from error
-    except (*_BROKEN, EOFError, IndexError, AssertionError, struct.error) as error:
-        reason = str(error).partition("\n")[0]
-        raise InputError(f"{file} cannot be read as a checkpoint: {reason}") from error
+        state = load_pickle(file, "a checkpoint", mapped=True)
+    except InputError as error:
+        raise InputError(f"{error}: give its weights as .safetensors") from error.__cause__
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
         raise InputError(f"{file} holds a {type(state).__name__} instead of weights by name")
-    return {key: state[key] for key in _unet_keys(state)}
+    found = {key: state[key] for key in _unet_keys(state)}
+    for key, value in found.items():  # a view can be larger than the file
+        if isinstance(value, Tensor) and value.nbytes > value.untyped_storage().nbytes():
+            raise InputError(f"{file} holds less of {key} than its shape {tuple(value.shape)} says")
+    return found
 
 
 def _unet_keys(keys: Any) -> list[str]:
@@ -267,8 +263,8 @@ def read_text_model(folder: Path) -> tuple[Any, Any]:
     where = folder / "tokenizer"
     try:
         return model, CLIPTokenizer.from_pretrained(where, local_files_only=True)
-    except _BROKEN as error:
-        raise InputError(f"{where} cannot be read as a CLIP tokenizer: {_line(error)}") from error
+    except Exception as error:  # whatever a damaged file leads their many readers to
+        raise InputError(f"{where} cannot be read as a CLIP tokenizer: {said(error)}") from error
 
 
 def _by_library(kind: Any, where: Path, field: str, wanted: str) -> Any:
@@ -281,8 +277,8 @@ def _by_library(kind: Any, where: Path, field: str, wanted: str) -> Any:
         model, report = kind.from_pretrained(
             where, local_files_only=True, torch_dtype=torch.float32, output_loading_info=True
         )
-    except _BROKEN as error:
-        raise InputError(f"{where} cannot be read: {_line(error)}") from error
+    except Exception as error:  # whatever a damaged file leads their many readers to
+        raise InputError(f"{where} cannot be read: {said(error)}") from error
     for problem in ("missing_keys", "mismatched_keys", "error_msgs"):
         if report[problem]:
             raise InputError(
@@ -296,7 +292,3 @@ def _missing(library: str) -> InputError:
         f"Stable Diffusion needs {library}, which is not installed: run pip install "
         "'unet-diffusion[sd]'"
     )
-
-
-def _line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -25,6 +25,7 @@ _SPACINGS: dict[Any, Spacing | None] = {
     "trailing": "trailing",
     "linspace": "linspace",
 }
+_LARGEST = 10**9  # of a scheduler's numbers
 _ENDS: dict[Any, float] = {"zero": CLEAN, "sigma_min": 0}
 
 
@@ -130,8 +131,11 @@ def _choice(values: Mapping[str, Any], name: str, default: Any, table: Mapping[A
 
 def _number(values: Mapping[str, Any], name: str, default: float, *, whole: bool = False) -> float:
     value = values.get(name, default)
-    if type(value) not in ((int,) if whole else (int, float)):
-        raise InputError(f"{name}={value!r} of the scheduler must be a {'whole ' * whole}number")
+    if type(value) not in ((int,) if whole else (int, float)) or not abs(value) <= _LARGEST:
+        raise InputError(
+            f"{name}={value!r} of the scheduler must be a {'whole ' * whole}number of at most "
+            f"{_LARGEST:,}"
+        )
     return value
 
 

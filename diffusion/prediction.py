@@ -90,7 +90,7 @@ def get_prediction(name: PredictionName, schedule: NoiseSchedule) -> Prediction:
         InputError: an unknown name; eps where the last timestep has no signal: there the network
             sees nothing but the noise, and x0 does not follow (arXiv 2305.08891, sec. 3.1).
     """
-    if name not in PREDICTIONS:
+    if name not in tuple(PREDICTIONS):  # a damaged file may give what cannot be looked up
         raise InputError(f"prediction {name!r} is unknown; choose one of {', '.join(PREDICTIONS)}")
     if name == "eps" and schedule.zero_snr:
         raise InputError(

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any, Literal, get_args, get_type_hints
 import numpy as np
 from numpy.typing import NDArray
 
-from unet.errors import InputError
+from unet.errors import InputError, said
 from unet.files import replacing
 
 TextSampler = Literal["ddim", "dpmpp-2m", "euler"]
@@ -120,18 +121,16 @@ def read_recipe(path: Path) -> dict[str, Any]:
     from PIL import Image
 
     try:
-        with Image.open(path, formats=["PNG"]) as picture:
-            picture.load()  # a chunk may stand behind the pixels
-            text = picture.info.get(CHUNK)
-            values = None if text is None else json.loads(text)
-    except (
-        OSError,
-        ValueError,
-        SyntaxError,
-        RecursionError,
-        Image.DecompressionBombError,
-    ) as error:
-        raise InputError(f"{path} cannot be read as a PNG made by txt2img.py: {error}") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a file is read whole or refused
+            with Image.open(path, formats=["PNG"]) as picture:
+                picture.load()  # a chunk may stand behind the pixels
+                text = picture.info.get(CHUNK)
+        values = None if text is None else json.loads(text)
+    except Exception as error:  # decoders raise what a wrong byte leads them to, from any class
+        raise InputError(
+            f"{path} cannot be read as a PNG made by txt2img.py: {said(error)}"
+        ) from error
     if values is None:
         raise InputError(f"{path} says nothing of how it was made: give a PNG made by txt2img.py")
     names = {field.name for field in dataclasses.fields(Recipe)}

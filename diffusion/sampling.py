@@ -62,7 +62,8 @@ class ImageSampler:
 
     Args:
         model: as `diffusion.training` saves it: its `info` holds the noise schedule, the kind of
-            prediction, the size of the images, and the names of the classes.
+            prediction, the size of the images, and the names of the classes. It is put into
+            evaluation mode, its weights into the layout that convolutions like.
         autoencoder: of a model that works in latents; None: it is read from where training read it,
             and so is CLIP, where the model has its text from it.
 
@@ -78,10 +79,11 @@ class ImageSampler:
         autoencoder: Autoencoder | None = None,
     ) -> None:
         self.model, self.options = model.eval(), options
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # stubs lack it
         self.autoencoder = autoencoder or self._read_parts()
         self.schedule = NoiseSchedule.from_dict(_known(model, "schedule"))
-        self.height, self.width = _known(model, "size")
-        self.classes: list[str] = model.info.get("classes") or []
+        self.height, self.width = model.size
+        self.classes = model.classes
         self.timesteps = self.schedule.timesteps(options.steps, options.spacing)
         self.sampler_options: dict[str, Any] = {}
         if options.sampler == "ddim":

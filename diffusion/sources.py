@@ -19,6 +19,8 @@ from unet.errors import InputError
 from unet.images import SUFFIXES, Array, ImageInfo, image_info, natural_key, read_image
 
 DRAWN = 20_000  # pictures of shapes
+_ARRAYS = ("images.npy", "labels.npy")  # of an .npz
+ARCHIVE_BYTES = 2**32  # an .npz is unpacked into memory as a whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +74,18 @@ def _draw(seed: int, side: int, image: int) -> Array:
 def _archive(path: Path) -> Source:
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            members = archive.zip.infolist()
+            unpacked = sum(m.file_size for m in members if m.filename in _ARRAYS)
+            if unpacked > ARCHIVE_BYTES:
+                raise InputError(
+                    f"'{path}' unpacks to {unpacked:,} bytes, more than {ARCHIVE_BYTES:,}: give a "
+                    "folder of images or an .npy stack, which are read as they are needed"
+                )
             images, labels = archive["images"], archive.get("labels")
+            if not all(isinstance(a, np.ndarray | None) for a in (images, labels)):
+                raise TypeError("a member that is no array")
+    except InputError:
+        raise
     except Exception as error:  # zip, zlib and numpy raise what a wrong byte leads them to
         raise InputError(f"'{path}' cannot be read as an .npz with an array `images`") from error
     images = images[..., None] if images.ndim == 3 else images
@@ -181,7 +194,7 @@ def _read_captions(tables: Iterable[Path]) -> dict[str, str]:
     captions = {}
     for table in tables:
         try:
-            lines = table.read_text(encoding="utf-8").splitlines()
+            lines = table.read_text(encoding="utf-8").split("\n")  # not at U+2028
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"'{table}' cannot be read as UTF-8 text") from error
         for number, line in enumerate(lines, start=1):

@@ -103,7 +103,7 @@ def main(options: EvalOptions) -> None:
     from diffusion.shapes_evaluation import judge_captions, scenes_to_ask
     from unet.device import pick_device
 
-    model = DiffusionUNet.from_pretrained(options.model).to(pick_device(options.device))
+    model = DiffusionUNet.from_pretrained(options.model).to(pick_device(options.device)).float()
     samplers = [ImageSampler(model, way) for way in options.ways()]
     if options.bits:
         check_bits(samplers[0])

@@ -30,7 +30,7 @@ def main(options: SampleOptions) -> None:
 
     processes = Processes.started(options.device)
     folder = SampleFolder(options.out, overwrite=options.overwrite)
-    model = DiffusionUNet.from_pretrained(options.model).to(pick_device(options.device))
+    model = DiffusionUNet.from_pretrained(options.model).to(pick_device(options.device)).float()
     sampler = ImageSampler(model, options)
     wanted = chosen_conditions(options, sampler)
     plan = chosen_plan(options, sampler, wanted)

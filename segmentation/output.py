@@ -66,7 +66,7 @@ def load_models(
     models: list[SegmentationUNet] = []
     tables: list[ClassTable] = []
     for folder in folders:
-        model = SegmentationUNet.from_pretrained(folder).to(pick_device(device))
+        model = SegmentationUNet.from_pretrained(folder).to(pick_device(device)).float()
         for name in ("classes", "normalisation", "threshold"):
             if name not in model.info:
                 raise InputError(
@@ -74,6 +74,12 @@ def load_models(
                 )
         Normalisation.from_dict(model.info["normalisation"])
         tables.append(ClassTable.from_dict(model.info["classes"]))
+        threshold = model.info["threshold"]
+        if type(threshold) not in (int, float) or not 0 <= threshold <= 1:
+            raise InputError(
+                f"{folder} has the threshold {threshold!r} in its config.json, which must be a "
+                "number from 0 to 1"
+            )
         models.append(model)
         if tables[-1].values != tables[0].values:
             raise InputError(

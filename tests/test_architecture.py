@@ -71,6 +71,10 @@ def violations(source: str, path: Path) -> list[str]:
             found.append("calls torch.load without weights_only=True")
         if given.get("allow_pickle", "False") != "False":
             found.append(f"calls {name} with allow_pickle")
+        if "trust_remote_code" in given:
+            found.append(f"calls {name} with trust_remote_code")
+        if given.get("shell", "False") != "False" or name in ("os.system", "os.popen"):
+            found.append(f"calls {name} with a shell")
         if name in ("yaml.load", "yaml.unsafe_load", "yaml.full_load"):
             found.append(f"calls {name} instead of yaml.safe_load")
     if len(source.splitlines()) > MAX_LINES[package]:
@@ -102,6 +106,9 @@ def test_source_keeps_the_rules(path: Path) -> None:
         ("unet/a.py", "torch.load(path, weights_only=safe)"),
         ("unet/a.py", "np.load(path, allow_pickle=True)"),
         ("unet/a.py", "yaml.load(text, Loader)"),
+        ("unet/a.py", "AutoModel.from_pretrained(path, trust_remote_code=False)"),
+        ("unet/a.py", "subprocess.run(command, shell=True)"),
+        ("unet/a.py", "os.system(command)"),
         ("unet/a.py", "x = 1\n" * 381),
         ("scripts/a.py", "x = 1\n" * 171),
     ],

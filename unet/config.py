@@ -146,8 +146,8 @@ class UNetConfig:
             raise InputError(f"time_freq_shift={self.time_freq_shift} must be 0 or 1")
         if not 0 <= self.dropout < 1:
             raise InputError(f"dropout={self.dropout} must be in [0, 1)")
-        if not self.norm_eps > 0:
-            raise InputError(f"norm_eps={self.norm_eps} must be above 0")
+        if not 0 < self.norm_eps <= 1:
+            raise InputError(f"norm_eps={self.norm_eps} must be above 0 and at most 1")
 
     def _check_size(self) -> None:
         stem = self.in_channels * self.patch**2

@@ -115,6 +115,8 @@ def config_from_diffusers(values: Mapping[str, Any]) -> tuple[UNetConfig, int]:
     given = _read_fields(values)
     cross = values["_class_name"] == "UNet2DConditionModel"
     levels = len(given["down_block_types"])
+    if not levels:
+        _refuse(given, "down_block_types", "it must name one or more")
     kind = "CrossAttn" if cross else "Attn"
     at = [i for i, t in enumerate(given["down_block_types"]) if t == f"{kind}DownBlock2D"]
     for name, types in _block_types(levels, at, kind).items():

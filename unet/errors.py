@@ -1,12 +1,23 @@
 """How a script ends early: a mistake that the user can mend, a run that cannot go on, a signal."""
 
+import re
+
+_LONGEST = 6000  # characters of a message: a file's name can have 4096
+
 
 class InputError(ValueError):
     """A mistake in an argument, a config or a file: what, where, which value, how to mend it.
 
     The scripts print it as one sentence and exit with status 2; what is no such error keeps its
-    traceback.
+    traceback. It is one line, whatever the names and values in it: breaks become spaces, what
+    cannot be printed is escaped, and the middle of a very long one is left out.
     """
+
+    def __init__(self, message: str) -> None:
+        line = re.sub(r"\s*\n\s*", " ", message.strip())
+        text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+        half = _LONGEST // 2
+        super().__init__(text if len(text) <= _LONGEST else f"{text[:half]} ... {text[-half:]}")
 
 
 class RunError(RuntimeError):
@@ -18,6 +29,11 @@ class RunError(RuntimeError):
 
 class DiskError(RunError):
     """A file of a run that cannot be written, as where the disk is full."""
+
+
+def said(error: BaseException) -> str:
+    """The first line of what a library's exception says, or its name where it says nothing."""
+    return str(error).strip().partition("\n")[0][:300] or type(error).__name__
 
 
 class Interrupted(SystemExit):

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from unet.config import MOST_CHANNELS, UNetConfig
-from unet.errors import DiskError, InputError
+from unet.errors import DiskError, InputError, said
 from unet.files import replacing, write_text
 from unet.model import UNet
 
@@ -132,8 +132,8 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     file = folder / WEIGHTS
     try:
         return load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{file} cannot be read as safetensors weights: {error}") from error
+    except (OSError, SafetensorError, TypeError) as error:  # the last: a size that is too large
+        raise InputError(f"{file} cannot be read as safetensors weights: {said(error)}") from error
 
 
 def load_strictly(model: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
@@ -155,7 +155,7 @@ def check_fit(model: Mapping[str, Tensor], state: Mapping[str, Tensor], where: s
 
     Raises:
         InputError: names the missing and superfluous keys, and the shapes that differ; integers
-            where the model has floating-point numbers, of any precision, and the reverse.
+            where the model has floating-point numbers, of 16 bits or more, and the reverse.
     """
     wanted = {k: tuple(v.shape) for k, v in model.items()}
     given = {k: tuple(v.shape) for k, v in state.items()}
@@ -169,7 +169,11 @@ def check_fit(model: Mapping[str, Tensor], state: Mapping[str, Tensor], where: s
     differences += [
         f"has {k} of type {state[k].dtype} instead of {model[k].dtype}"
         for k in wanted
-        if k in given and state[k].is_floating_point() != model[k].is_floating_point()
+        if k in given
+        and (
+            state[k].is_floating_point() != model[k].is_floating_point()
+            or (state[k].is_floating_point() and state[k].element_size() < 2)
+        )
     ]
     if differences:
         shown = "; ".join(differences[:8])
@@ -182,6 +186,6 @@ def _download(repo_id: str, **options: Any) -> Path:
         files = [hf_hub_download(repo_id, name, **options) for name in (CONFIG, WEIGHTS)]
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise InputError(
-            f"{repo_id} is neither a folder here nor a model that the Hub gives: {error}"
+            f"{repo_id} is neither a folder here nor a model that the Hub gives: {said(error)}"
         ) from error
     return Path(files[0]).parent

@@ -7,12 +7,11 @@ names it. Nothing in a file is run, and more than MAX_PIXELS are refused before 
 
 from __future__ import annotations
 
-import itertools
 import logging
 import re
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -24,12 +23,13 @@ from einops import rearrange
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from unet.errors import InputError
+from unet.errors import InputError, said
 from unet.files import replacing
 
 Array: TypeAlias = NDArray[Any]
 
-MAX_PIXELS = 2**27  # of one page: 11,585 x 11,585; 0.4 GB as 8-bit RGB
+MAX_PIXELS = 2**27  # of one page: 11,585 x 11,585; 0.4 GB as 8-bit RGB, in a TIFF at most 1 GB
+MAX_PAGES = 2**21  # of a stack; it has fewer
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".npy")
 
 # None, CCITT, LZW, Deflate, PackBits, LZMA, Zstandard: decoded into a buffer of the declared size,
@@ -84,10 +84,10 @@ def list_images(folder: Path) -> list[Path]:
     return sorted(files, key=lambda path: natural_key(path.name))
 
 
-def natural_key(name: str) -> tuple[list[str | int], str]:
-    """Sort key that compares runs of digits as numbers: "a2" < "a10"."""
-    parts = re.split(r"([0-9]+)", name)  # text, digits, text, ...
-    return [int(part) if i % 2 else part for i, part in enumerate(parts)], name
+def natural_key(name: str) -> tuple[list[str | tuple[int, str]], str]:
+    """Sort key that compares runs of digits as numbers, however long: "a2" < "a10"."""
+    parts = re.split(r"0*([0-9]+)", name)  # text, digits, text, ...
+    return [(len(part), part) if i % 2 else part for i, part in enumerate(parts)], name
 
 
 def image_info(path: Path) -> ImageInfo:
@@ -96,18 +96,21 @@ def image_info(path: Path) -> ImageInfo:
     A size above MAX_PIXELS is reported, not refused: `read_image` refuses it.
 
     Raises:
-        InputError: not an image, or a stack whose pages differ.
+        InputError: not an image, or a stack whose pages differ, or too many.
     """
     with _open(path) as get_page:
         first = get_page(0).info
-        for index in itertools.count(1):
+        pages = first.pages
+        while first.pages == 1 and pages < MAX_PAGES:
             try:
-                info = get_page(index).info
+                if get_page(pages).info != first:
+                    raise InputError(f"page {pages} differs from page 0 in size, channels or depth")
             except IndexError:
                 break
-            if info != first:
-                raise InputError(f"page {index} differs from page 0 in size, channels or depth")
-        return replace(first, pages=index)
+            pages += 1
+        if pages >= MAX_PAGES:
+            raise InputError(f"it has {MAX_PAGES:,} pages or more; save it as several stacks")
+        return replace(first, pages=pages)
 
 
 def read_image(path: Path, page: int | None = None) -> Array:
@@ -207,10 +210,6 @@ class _Page:
 _GetPage: TypeAlias = Callable[[int], _Page]  # IndexError past the last page
 
 
-def _upright_size(rows: int, columns: int, orientation: int) -> tuple[int, int]:
-    return (columns, rows) if 5 <= orientation <= 8 else (rows, columns)
-
-
 @contextmanager
 def _read(
     path: Path, page: int | None, lossless: bool = False
@@ -239,7 +238,6 @@ def _open(path: Path) -> Iterator[_GetPage]:
             start = file.read(26)
         if not start:
             raise InputError("the file is empty (0 bytes)")
-        reader: AbstractContextManager[_GetPage]
         if start.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
             reader = _open_tiff(path)
         elif start.startswith(b"\x93NUMPY"):
@@ -253,7 +251,7 @@ def _open(path: Path) -> Iterator[_GetPage]:
     except InputError as error:
         raise InputError(f"{str(path)!r}: {error}") from error.__cause__
     except Exception as error:  # decoders raise what a wrong byte leads them to, from any class
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = said(error)
         raise InputError(f"{str(path)!r}: not an image, or a damaged one ({reason})") from error
 
 
@@ -285,7 +283,7 @@ def _open_pillow(path: Path, start: bytes) -> Iterator[_GetPage]:
 
         # Without the test Pillow decodes a PNG to look for EXIF data behind its pixels.
         turn = picture.getexif().get(_ORIENTATION, 1) if "exif" in picture.info else 1
-        height, width = _upright_size(picture.height, picture.width, turn)
+        height, width = picture.size[:: 1 if 5 <= turn <= 8 else -1]
         info = ImageInfo(
             height=height,
             width=width,
@@ -319,8 +317,9 @@ def _open_tiff(path: Path) -> Iterator[_GetPage]:
 
 
 def _tiff_page(page: Any) -> _Page:
-    if page.axes not in ("YX", "YXS", "SYX"):
-        raise InputError(f"its axes are {page.axes}; grey or RGB pages can be read")
+    stored = page.imagelength, page.imagewidth
+    if page.axes not in ("YX", "YXS", "SYX") or not all(isinstance(n, int) for n in stored):
+        raise InputError(f"its axes are {page.axes} of {stored}; grey or RGB pages can be read")
     if page.compression not in _TIFF_COMPRESSIONS:
         raise InputError(f"TIFF compression {page.compression!r}; save it with LZW or Deflate")
     samples = page.samplesperpixel
@@ -330,8 +329,8 @@ def _tiff_page(page: Any) -> _Page:
         raise InputError(f"{samples} channels of kind {page.photometric!r}; save it as grey or RGB")
 
     def decode() -> Array:
-        if page.is_tiled and page.tilewidth * page.tilelength * page.tiledepth > MAX_PIXELS:
-            raise InputError(f"its tiles have more than {MAX_PIXELS:,} pixels")
+        if max(page.nbytes // 8, page.tilewidth * page.tilelength * page.tiledepth) > MAX_PIXELS:
+            raise InputError(f"its tiles, or its values of 8 bytes, are over {MAX_PIXELS:,}")
         segments = zip(page.dataoffsets, page.databytecounts, strict=True)
         if any(start + size > page.parent.filehandle.size for start, size in segments):
             raise InputError("the file is truncated")
@@ -339,7 +338,7 @@ def _tiff_page(page: Any) -> _Page:
         return rearrange(array, "s h w -> h w s") if page.axes == "SYX" else array
 
     turn = page.tags.valueof(_ORIENTATION, 1)
-    height, width = _upright_size(page.imagelength, page.imagewidth, turn)
+    height, width = stored[:: -1 if 5 <= turn <= 8 else 1]
     info = ImageInfo(
         height=height,
         width=width,
@@ -364,6 +363,7 @@ def _open_npy(path: Path) -> Iterator[_GetPage]:
         width=pages.shape[2],
         channels=min(samples, 3) or 1,
         dtype=_image_dtype(array.dtype),
+        pages=len(pages),
         has_alpha=samples == 4,
     )
 

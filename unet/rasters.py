@@ -43,7 +43,7 @@ def open_raster(path: Path, page: int | None = None, info: ImageInfo | None = No
             pixels = pixels if page is None else pixels[page]
         else:
             pixels = tifffile.memmap(path, page=page or 0, mode="r")
-    except (OSError, ValueError, IndexError) as error:
+    except Exception as error:  # tifffile raises what a wrong byte leads it to
         raise InputError(
             f"'{path}' has {info.height} x {info.width} pixels, too many to decode at once: save "
             "it as an uncompressed TIFF or NPY, which is read in parts"

@@ -73,12 +73,13 @@ def test_training_in_flat_memory(tmp_path):
 
 def test_predictions_in_flat_memory():
     torch.manual_seed(0)
-    predictor = Predictor([SegmentationUNet(PRESETS["segmentation"].config, 1).eval()], tile=128)
+    config = PRESETS["segmentation"].config
+    predictor = Predictor([SegmentationUNet(config, 1).eval()], tile=128, overlap=32)
     rng = np.random.default_rng(0)
     memory = []
     for _ in range(COUNT):
         size = rng.integers(20, 200, 2).tolist()  # whole, and in tiles
-        predictor(TensorSource(torch.randn(PRESETS["segmentation"].config.in_channels, *size)))
+        predictor(TensorSource(torch.randn(config.in_channels, *size)))
         memory.append(resident())
     assert_flat(list(range(COUNT)), memory, "prediction")
 

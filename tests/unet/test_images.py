@@ -90,6 +90,7 @@ def test_files_are_listed_in_natural_order_without_hidden_ones(tmp_path: Path) -
 def test_numbers_in_names_sort_as_numbers(numbers: list[int]) -> None:
     names = [f"slice{n}.png" for n in numbers]
     assert sorted(names, key=natural_key) == [f"slice{n}.png" for n in sorted(numbers)]
+    assert natural_key("9" * 5000) < natural_key("1" + "0" * 5000)
 
 
 @pytest.mark.parametrize("make", [lambda p: None, Path.mkdir, lambda p: p.symlink_to(p)])

@@ -99,6 +99,9 @@ def run_script(
     reader of stdout went away. Every other exception is a bug and keeps its traceback. One of
     several processes ends here, with that status.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name that it cannot encode is escaped
+            stream.reconfigure(errors="backslashreplace")
     status = _status(run, cls, argv, description, recipes)
     _leave_group(status)
     return status

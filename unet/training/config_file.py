@@ -16,7 +16,27 @@ import yaml
 from unet.errors import InputError
 from unet.files import write_text
 
-_CONFIG_BYTES = 1_000_000  # no config is larger: guards against a mistyped path to data
+_CONFIG_BYTES = 2**16  # no config is larger: guards against a mistyped path to data
+_MOST_BITS = 4096  # of a whole number; longer ones cannot be printed
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without what lets a short file take endless time: aliases, and numbers of any length."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(None, None, "an alias", mark)
+        return super().compose_node(parent, index)
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        value = super().construct_yaml_int(node)
+        if value.bit_length() > _MOST_BITS:
+            raise yaml.constructor.ConstructorError(None, None, "a number", node.start_mark)
+        return value
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
 def load_config(cls: type, path: Path | str) -> dict[str, Any]:
@@ -32,9 +52,12 @@ def load_config(cls: type, path: Path | str) -> dict[str, Any]:
     if len(data) > _CONFIG_BYTES:
         raise InputError(f"'{path}' is larger than {_CONFIG_BYTES} bytes, so it is not a config")
     try:
-        content = yaml.safe_load(data)
+        content = _Loader(data).get_single_data()
     # beside YAMLError, PyYAML's constructors leak these for tagged or malformed scalars
-    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError) as error:
+    except (
+        *(yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError),
+        ArithmeticError,
+    ) as error:
         mark = getattr(error, "problem_mark", None)
         line = f" at line {mark.line + 1}" if mark else ""
         raise InputError(f"the config file '{path}' is not readable as YAML{line}") from None

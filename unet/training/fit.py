@@ -17,9 +17,10 @@ from accelerate.utils import set_seed
 from tqdm import tqdm
 
 from unet.device import pick_precision
-from unet.errors import DiskError, InputError, Interrupted, RunError
+from unet.errors import DiskError, InputError, Interrupted, RunError, said
 from unet.files import DISK_FULL
 from unet.folder import check_fit
+from unet.memory import ran_out_of_memory
 from unet.training.batches import BatchKeys, make_batches, next_batch
 from unet.training.config_file import save_config
 from unet.training.ema import EMA
@@ -275,6 +276,22 @@ class Trainer:
             if self.main:
                 self.folder.cut_log(-1)
             return
+        try:
+            self._take_up(state)
+        except InputError:
+            raise
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            if ran_out_of_memory(error):
+                raise
+            raise InputError(
+                f"{self.folder.state} is no saved state of this run: {said(error)}"
+            ) from error
+        if self.main:
+            self.folder.cut_log(self.progress.step)
+        self._say(f"resuming {self.folder.path} at step {self.progress.step}")
+
+    def _take_up(self, state: dict[str, Any]) -> None:
+        """Goes on from a saved state, with the options of this run."""
         where = str(self.folder.state)
         model = self.accelerator.unwrap_model(self.model)
         check_fit(model.state_dict(), state["model"], where)
@@ -307,9 +324,6 @@ class Trainer:
                 torch.cuda.set_rng_state(rng["cuda"], self.device)
         else:
             self._say("resuming with another number of processes: dropout starts from the seed")
-        if self.main:
-            self.folder.cut_log(self.progress.step)
-        self._say(f"resuming {self.folder.path} at step {self.progress.step}")
 
     # -- what a person sees -----------------------------------------------------------------------
 

@@ -16,7 +16,6 @@ import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from pickle import UnpicklingError
 from types import FrameType
 from typing import Any
 
@@ -25,6 +24,7 @@ from filelock import FileLock, Timeout
 
 from unet.errors import DiskError, InputError
 from unet.files import replacing, write_text
+from unet.pickles import load_pickle
 from unet.training.options import FitOptions
 
 _PARTS = ("config.yaml", "metrics.jsonl", "samples", "model", "state")
@@ -107,11 +107,7 @@ class RunFolder:
         """The last saved state, or None before the first one."""
         if not self.state.exists():
             return None
-        try:
-            state = torch.load(self.state, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, ValueError, UnpicklingError) as error:
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise InputError(f"{self.state} cannot be read as a saved state: {reason}") from error
+        state = load_pickle(self.state, "a saved state")
         if not isinstance(state, dict) or not isinstance(state.get("step"), int):
             raise InputError(f"{self.state} is no saved state of a training run")
         return state
@@ -133,13 +129,18 @@ def run_folder(options: FitOptions) -> Iterator[None]:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The entries of a metrics.jsonl; a last line that a kill cut short is left out."""
-    entries = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    """The entries of a metrics.jsonl, up to a line that a kill cut short or that is no entry."""
+    entries: list[dict[str, Any]] = []
+    for line in path.read_bytes().splitlines():
         try:
-            entries.append(json.loads(line))
-        except ValueError:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
             break
+        if not isinstance(entry, dict) or type(entry.get("step")) is not int:
+            break
+        if not all(isinstance(value, (int, float)) for value in entry.values()):
+            break
+        entries.append(entry)
     return entries
 
 

@@ -1,0 +1,61 @@
+"""What `torch.save` wrote, read without running what is in it, in no more memory than it takes."""
+
+from __future__ import annotations
+
+import warnings
+import zipfile
+from mmap import ACCESS_READ, mmap
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+
+from unet.errors import InputError, said
+
+
+def load_pickle(file: Path, what: str, *, mapped: bool = False) -> Any:
+    """Tensors, numbers, strings, and lists and dictionaries of them, on the CPU.
+
+    Args:
+        what: the file should be, for messages.
+        mapped: tensors are read when they are used, which files of PyTorch before 1.6 do not allow.
+
+    Raises:
+        InputError: an unreadable file, a pickle with code in it, or one that unpacks to more.
+    """
+    try:
+        archive = zipfile.is_zipfile(file)
+        if archive:
+            _check_members(file)
+        elif file.stat().st_size:
+            with file.open("rb") as opened, mmap(opened.fileno(), 0, access=ACCESS_READ) as whole:
+                _check_calls(whole)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a file is read whole or refused
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped and archive)
+    except UnpicklingError as error:
+        raise InputError(
+            f"{file} cannot be read as {what}: it is a pickle with code in it, or damaged, and is "
+            "not opened, since the code would run"
+        ) from error
+    except Exception as error:  # unpickling raises what a wrong byte leads it to, from any class
+        raise InputError(f"{file} cannot be read as {what}: {said(error)}") from error
+
+
+def _check_members(file: Path) -> None:
+    """PyTorch packs nothing, and reads a packed tensor that is mapped as it stands there."""
+    with zipfile.ZipFile(file) as archive:
+        members = archive.infolist()
+        for member in members:
+            if member.filename.endswith(".pkl") and member.file_size <= file.stat().st_size:
+                _check_calls(archive.read(member))
+    packed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
+    if packed or sum(member.file_size for member in members) > file.stat().st_size:
+        raise ValueError("PyTorch did not write this archive, which unpacks to more than it is")
+
+
+def _check_calls(pickled: bytes | mmap) -> None:
+    """PyTorch lets a pickle call bytearray(N), which takes any N bytes, and itself writes none."""
+    if pickled.find(b"bytearray") >= 0:
+        raise ValueError("it calls bytearray, which weights do not need")
