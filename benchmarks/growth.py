@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ def draw(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
         axes.minorticks_off()
         axes.set_xticks(sizes, [f"{size:g}" for size in sizes], rotation=45)
         axes.set_xlabel(row["axis"])
-        axes.set_title(row["what"].replace(", ", ",\n", 1), fontsize="small")
+        axes.set_title(textwrap.fill(row["what"], 36), fontsize="small")
         axes.legend(fontsize="small")
     figure.axes[0].set_ylabel("times the smallest size's")
     figure.savefig(file, dpi=80)

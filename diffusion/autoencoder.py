@@ -6,6 +6,7 @@ Latent diffusion (arXiv 2112.10752, sec. 3.1); the network is diffusers' Autoenc
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,8 @@ class Autoencoder:
             InputError: there is none, or it cannot be read.
         """
         given = Path(path)
-        folder = given / "vae" if (given / "vae").is_dir() else given
-        if not (folder / "config.json").is_file():
+        folder = given / "vae" if os.path.isdir(given / "vae") else given
+        if not os.path.isfile(folder / "config.json"):  # False for an impossible name, too
             raise InputError(
                 f"'{given}' holds no autoencoder: give a folder with the config.json of diffusers' "
                 "AutoencoderKL, or a pipeline folder with vae/"

@@ -14,7 +14,7 @@ from diffusion.latents import Data, LatentData
 from diffusion.model import DiffusionUNet
 from diffusion.networks import automatic_config
 from diffusion.options import DiffusionOptions
-from diffusion.pipeline_folder import CONFIGS, read_json, read_schedule, read_unet, read_unet_config
+from diffusion.pipeline_folder import CONFIGS, read_schedule, read_unet, read_unet_config
 from diffusion.prediction import PredictionName, get_prediction
 from diffusion.schedule import NoiseSchedule
 from diffusion.text import ClipText
@@ -22,6 +22,7 @@ from unet import PRESETS, UNetConfig
 from unet.attention import SpatialTransformer
 from unet.device import pick_device
 from unet.errors import InputError
+from unet.files import read_json
 from unet.folder import load_strictly, read_config, read_weights
 
 PREDICTION: PredictionName = "v"  # where neither the user nor a pipeline says another

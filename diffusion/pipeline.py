@@ -22,19 +22,19 @@ from diffusion.pipeline_folder import (
     check_folder,
     read_autoencoder,
     read_checkpoint,
-    read_json,
     read_schedule,
     read_text_model,
     read_unet,
 )
 from diffusion.pipeline_schedule import PipelineSchedule
 from diffusion.prediction import DenoiserLike
-from diffusion.recipe import PictureSettings
+from diffusion.recipe import LARGEST, PictureSettings
 from diffusion.samplers import Step, sample
 from diffusion.sampling import to_bytes
 from diffusion.schedule import NoiseSource
 from diffusion.text import ClipText
 from unet.errors import InputError, RunError
+from unet.files import read_json
 
 STRENGTH = 0.8  # of image to image, where none is asked for
 _LATENT_SIZE = 64  # of a U-Net whose config names none
@@ -311,4 +311,8 @@ def _trained_size(folder: Path, factor: int) -> tuple[int, int] | None:
     height, width = side if isinstance(side, list) and len(side) == 2 else (side, side)
     if type(height) is not int or type(width) is not int or min(height, width) < 1:
         return None
+    if max(height, width) * factor > LARGEST:
+        raise InputError(
+            f"{file} has sample_size {side!r:.200}, {factor} pixels each, more than {LARGEST}"
+        )
     return height * factor, width * factor

@@ -5,7 +5,6 @@ Local files only, and nothing in them is ever run.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -17,11 +16,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from diffusion.model import DiffusionUNet
+from diffusion.parts import Build, build_autoencoder, build_text_model, check_part, check_tokenizer
 from diffusion.pipeline_schedule import PipelineSchedule
 from unet import PRESETS, UNetConfig
 from unet.convert import COMPVIS_PREFIX, detect_layout, from_layout
 from unet.diffusers_config import config_from_diffusers
 from unet.errors import InputError, said
+from unet.files import read_json
 from unet.folder import load_strictly
 from unet.layouts import Layout
 from unet.pickles import load_pickle
@@ -190,17 +191,6 @@ def _built(
 # Files
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file."""
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{file} cannot be read as JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise InputError(f"{file} must hold one JSON object, not a {type(values).__name__}")
-    return values
-
-
 def read_weights(file: Path) -> dict[str, Tensor]:
     """The tensors of a `.safetensors`, or of a `.ckpt`, `.pt`, `.pth` or `.bin`, by name; of a
     whole CompVis checkpoint, those of the U-Net.
@@ -250,7 +240,7 @@ def read_autoencoder(where: Path) -> Any:
         from diffusers import AutoencoderKL
     except ImportError as error:
         raise _missing("diffusers") from error
-    return _by_library(AutoencoderKL, where, "_class_name", "AutoencoderKL")
+    return _by_library(AutoencoderKL, build_autoencoder, where, "_class_name", "AutoencoderKL")
 
 
 def read_text_model(folder: Path) -> tuple[Any, Any]:
@@ -259,20 +249,23 @@ def read_text_model(folder: Path) -> tuple[Any, Any]:
         from transformers import CLIPTextModel, CLIPTokenizer
     except ImportError as error:
         raise _missing("transformers") from error
-    model = _by_library(CLIPTextModel, folder / "text_encoder", "model_type", "clip_text_model")
+    where = folder / "text_encoder"
+    model = _by_library(CLIPTextModel, build_text_model, where, "model_type", "clip_text_model")
     where = folder / "tokenizer"
+    check_tokenizer(where)
     try:
         return model, CLIPTokenizer.from_pretrained(where, local_files_only=True)
     except Exception as error:  # whatever a damaged file leads their many readers to
         raise InputError(f"{where} cannot be read as a CLIP tokenizer: {said(error)}") from error
 
 
-def _by_library(kind: Any, where: Path, field: str, wanted: str) -> Any:
+def _by_library(kind: Any, build: Build, where: Path, field: str, wanted: str) -> Any:
     """A model by its library's from_pretrained; weights that are missing are an error."""
     if (found := read_json(where / "config.json").get(field)) != wanted:
         raise InputError(
             f"{where / 'config.json'} has {field} {found!r}, but Stable Diffusion's is {wanted!r}"
         )
+    check_part(where, build)
     try:
         model, report = kind.from_pretrained(
             where, local_files_only=True, torch_dtype=torch.float32, output_loading_info=True

@@ -22,7 +22,7 @@ TextSampler = Literal["ddim", "dpmpp-2m", "euler"]
 
 CHUNK = "txt2img"  # keyword of the PNG's text chunk
 _MOST_SEEDS = 2**32  # that differ, see NoiseSource
-_LARGEST = 2**14  # pixels a side
+LARGEST = 2**14  # pixels a side
 _BELONGING = {
     "model": {"checkpoint"},
     "init": {"inpaint", "mask", "strength"},
@@ -64,14 +64,14 @@ class PictureSettings:
         if self.size is not None and self.pixels is None:
             raise InputError(
                 f"size {self.size!r} must be WIDTHxHEIGHT in pixels, such as 512x768, of at most "
-                f"{_LARGEST} a side"
+                f"{LARGEST} a side"
             )
 
     @property
     def pixels(self) -> tuple[int, int] | None:
         """(height, width), where a size is given."""
         found = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", self.size or "", re.ASCII)
-        if found is None or max(int(found[1]), int(found[2])) > _LARGEST:
+        if found is None or max(int(found[1]), int(found[2])) > LARGEST:
             return None
         return int(found[2]), int(found[1])
 

@@ -113,11 +113,11 @@ class ImageSampler:
         info = self.model.info
         try:
             if "text_encoder" in info and self.model.text is None:
-                clip = ClipText.from_pretrained(info["text_encoder"])
+                clip = ClipText.from_pretrained(_folder(self.model, "text_encoder"))
                 clip.model.to(self.device)
                 use_clip(self.model, clip)
             if "autoencoder" in info:
-                return Autoencoder.from_folder(info["autoencoder"], self.device)
+                return Autoencoder.from_folder(_folder(self.model, "autoencoder"), self.device)
         except InputError as error:
             raise InputError(
                 f"the model was trained with parts that cannot be read any more ({error}): use "
@@ -355,6 +355,13 @@ def use_clip(model: DiffusionUNet, clip: ClipText) -> None:
 def to_bytes(x: Tensor) -> Images:
     """Images (B, C, H, W) in [-1, 1] as uint8 (B, H, W, C); what lies outside is clamped."""
     return rearrange(to_uint8(x), "b c h w -> b h w c").cpu().numpy()
+
+
+def _folder(model: DiffusionUNet, key: str) -> str:
+    name = model.info[key]
+    if not isinstance(name, str):
+        raise InputError(f"info.{key} in the model's config.json is {name!r:.200}, and no folder")
+    return name
 
 
 def _known(model: DiffusionUNet, key: str) -> Any:

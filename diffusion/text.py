@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import unicodedata
 from collections import Counter
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from diffusion.parts import build_text_model, check_part, check_tokenizer
 from unet.attention import Attention, FeedForward
 from unet.config import MOST_BLOCKS, MOST_CHANNELS
 from unet.errors import InputError
@@ -231,11 +233,13 @@ class ClipText:
             ) from error
         parts = Path(folder, "tokenizer"), Path(folder, "text_encoder")
         for part in parts:
-            if not part.is_dir():
+            if not os.path.isdir(part):  # False for an impossible name, too
                 raise InputError(f"'{folder}' has no {part.name}/: give a diffusers pipeline")
         whole = {"tokenizer.json"}, {"vocab.json", "merges.txt"}  # otherwise it would be empty
         if not any(names <= {file.name for file in parts[0].iterdir()} for names in whole):
             raise InputError(f"'{parts[0]}' lacks vocab.json and merges.txt: copy it whole")
+        check_tokenizer(parts[0])
+        check_part(parts[1], build_text_model)
         try:
             tokenizer = CLIPTokenizer.from_pretrained(parts[0], local_files_only=True)
             loaded: Any = CLIPTextModel.from_pretrained(

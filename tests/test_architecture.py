@@ -69,6 +69,10 @@ def violations(source: str, path: Path) -> list[str]:
             found.append(f"calls {name}")
         if name == "torch.load" and given.get("weights_only") != "True":
             found.append("calls torch.load without weights_only=True")
+        if given.get("weights_only", "True") != "True" and name != "torch.load":
+            found.append(f"calls {name} without weights_only")
+        if name.split(".")[-1] in ("extract", "extractall", "urlopen", "urlretrieve"):
+            found.append(f"calls {name}, which trusts a path or a URL")
         if given.get("allow_pickle", "False") != "False":
             found.append(f"calls {name} with allow_pickle")
         if "trust_remote_code" in given:
@@ -109,6 +113,9 @@ def test_source_keeps_the_rules(path: Path) -> None:
         ("unet/a.py", "AutoModel.from_pretrained(path, trust_remote_code=False)"),
         ("unet/a.py", "subprocess.run(command, shell=True)"),
         ("unet/a.py", "os.system(command)"),
+        ("unet/a.py", "Model.from_pretrained(path, weights_only=False)"),
+        ("unet/a.py", "tarfile.open(path).extractall(folder)"),
+        ("unet/a.py", "urllib.request.urlopen(url)"),
         ("unet/a.py", "x = 1\n" * 381),
         ("scripts/a.py", "x = 1\n" * 171),
     ],

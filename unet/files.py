@@ -1,15 +1,23 @@
-"""Files that are whole or not there: written under a temporary name, flushed, renamed."""
+"""Files that are whole or not there: written under a temporary name, flushed, renamed.
+
+And JSON files, read with a limit.
+"""
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from unet.errors import InputError
 
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT}  # of an OSError
+JSON_BYTES = 2**24  # no config is larger
 
 
 @contextmanager
@@ -41,6 +49,27 @@ def write_text(path: Path, text: str) -> None:
     """Writes a text file (UTF-8) so that a reader finds the old one or the new one, whole."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file of at most JSON_BYTES; what is no file, such as a device, is none.
+
+    Raises:
+        InputError: there is none, or it cannot be read.
+    """
+    try:
+        if not file.is_file():
+            raise ValueError("there is no such file")
+        with file.open("rb") as stream:
+            data = stream.read(JSON_BYTES + 1)
+        if len(data) > JSON_BYTES:
+            raise ValueError(f"it has more than {JSON_BYTES:,} bytes")
+        values = json.loads(data.decode("utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError(f"it must hold one JSON object, not a {type(values).__name__}")
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{file} cannot be read as JSON: {error}") from error
+    return values
 
 
 def _flush_folder(folder: Path) -> None:

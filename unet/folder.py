@@ -9,7 +9,12 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from huggingface_hub import ModelHubMixin, hf_hub_download
+from huggingface_hub import (
+    ModelHubMixin,
+    get_hf_file_metadata,
+    hf_hub_download,
+    hf_hub_url,
+)
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -17,11 +22,12 @@ from torch import Tensor, nn
 
 from unet.config import MOST_CHANNELS, UNetConfig
 from unet.errors import DiskError, InputError, said
-from unet.files import replacing, write_text
+from unet.files import JSON_BYTES, read_json, replacing, write_text
 from unet.model import UNet
 
 _REPO = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"  # owner/name on the Hub
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+_MOST_BYTES = {CONFIG: JSON_BYTES, WEIGHTS: 2**36}  # that are downloaded
 Model = TypeVar("Model", bound="FolderModel")
 
 
@@ -115,15 +121,13 @@ def read_config(folder: Path) -> dict[str, Any]:
                 f"{folder} is no model folder, {name} is missing: a model folder holds {CONFIG} "
                 f"and {WEIGHTS}, as training writes them to RUN/model"
             )
-    file = folder / CONFIG
-    try:
-        described = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{file} cannot be read as JSON: {error}") from error
+    described = read_json(folder / CONFIG)
     kinds = {"task": str, "out_channels": int, "unet": dict, "info": dict}
     for name, kind in kinds.items():
-        if not isinstance(described, dict) or not isinstance(described.get(name), kind):
-            raise InputError(f"{file} lacks a valid {name!r}: it is no config of this project")
+        if not isinstance(described.get(name), kind):
+            raise InputError(
+                f"{folder / CONFIG} lacks a valid {name!r}: it is no config of this project"
+            )
     return described
 
 
@@ -182,6 +186,8 @@ def check_fit(model: Mapping[str, Tensor], state: Mapping[str, Tensor], where: s
 
 
 def _download(repo_id: str, **options: Any) -> Path:
+    if not options.get("local_files_only"):
+        _check_sizes(repo_id, options)
     try:
         files = [hf_hub_download(repo_id, name, **options) for name in (CONFIG, WEIGHTS)]
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
@@ -189,3 +195,18 @@ def _download(repo_id: str, **options: Any) -> Path:
             f"{repo_id} is neither a folder here nor a model that the Hub gives: {said(error)}"
         ) from error
     return Path(files[0]).parent
+
+
+def _check_sizes(repo_id: str, options: Mapping[str, Any]) -> None:
+    """Raises an InputError for files that are too large to be a model's."""
+    for name, most in _MOST_BYTES.items():
+        try:
+            url = hf_hub_url(repo_id, name, revision=options.get("revision"))
+            size = get_hf_file_metadata(url, token=options.get("token")).size
+        except Exception:  # whatever its transport raises: the download says what is wrong
+            return
+        if size is None or size > most:
+            raise InputError(
+                f"{name} of {repo_id} has {size or 'an unknown number of'} bytes on the Hub, "
+                f"but at most {most:,} are fetched"
+            )

@@ -381,6 +381,10 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no json": (lambda p: (p / "unet/config.json").write_text("{"), "cannot be read as JSON"),
     "a list": (lambda p: (p / "unet/config.json").write_text("[]"), "must hold one JSON object"),
     "unknown field": (lambda p: edit_json(p / "unet/config.json", new=1), "unet/config.json.*new"),
+    "a picture that is too wide": (
+        lambda p: edit_json(p / "unet/config.json", sample_size=[8, 2**30]),
+        "sample_size",
+    ),
     "other text": (
         lambda p: edit_json(p / "text_encoder/config.json", model_type="t5"),
         "model_type 't5'",

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import FrozenInstanceError
 from itertools import pairwise
 from typing import Any, get_args
 
@@ -14,7 +15,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from diffusion.schedule import CLEAN, Level, NoiseSchedule, NoiseSource, Spacing, posterior
+from diffusion.schedule import (
+    CLEAN,
+    MOST_STEPS,
+    SEEDS,
+    Level,
+    NoiseSchedule,
+    NoiseSource,
+    Spacing,
+    posterior,
+)
 from unet.errors import InputError
 
 KINDS: list[tuple[Any, str]] = [
@@ -293,6 +303,28 @@ def test_a_schedule_survives_json(kind: Any, _: str) -> None:
 def test_wrong_settings_are_refused(settings: Any, says: str) -> None:
     with pytest.raises(InputError, match=says):
         NoiseSchedule.from_dict(settings)
+
+
+def test_the_limits_themselves_are_allowed() -> None:
+    assert len(NoiseSchedule(steps=MOST_STEPS).betas) == MOST_STEPS
+    assert_close(
+        NoiseSchedule(beta_start=0.01, beta_end=0.01).betas, torch.full((1000,), 0.01).double()
+    )
+    assert len(NoiseSource([0, SEEDS - 1]).draw((1,))) == 2
+    with pytest.raises(InputError, match=f"not {MOST_STEPS + 1}"):
+        NoiseSchedule(steps=MOST_STEPS + 1)
+    for seed in (-1, SEEDS):
+        with pytest.raises(InputError, match=f"seed {seed} must be"):
+            NoiseSource([seed])
+
+
+def test_equal_settings_are_the_same_schedule_for_ever() -> None:
+    s = NoiseSchedule(kind="cosine", steps=50)
+    assert len({s, NoiseSchedule(kind="cosine", steps=50), NoiseSchedule(kind="cosine")}) == 2
+    with pytest.raises(FrozenInstanceError):
+        s.steps = 60  # type: ignore[misc]
+    with pytest.raises(TypeError, match="positional"):  # which of five numbers would be which?
+        NoiseSchedule("cosine", 50)  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(

@@ -239,6 +239,17 @@ def encrypted() -> bytes:
     return bytes(archive)
 
 
+def linked(name: str, to: str) -> bytes:
+    """The archive with a symbolic link in place of one member."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for other in NAMES:
+            member = zipfile.ZipInfo(other)
+            member.external_attr = (0o120777 if other == name else 0o100644) << 16
+            archive.writestr(member, to if other == name else tiff(STACKS[other]))
+    return file.getvalue()
+
+
 PAGE = b"<!DOCTYPE html><title>Sign in</title>"
 
 
@@ -254,6 +265,7 @@ PAGE = b"<!DOCTYPE html><title>Sign in</title>"
             rf"ended after {len(ARCHIVE) - 30:,} of {len(ARCHIVE):,} bytes",
         ),
         (set_(body=ARCHIVE, headers={"Content-Length": str(2**40)}), "more than 268,435,456"),
+        (set_(body=ARCHIVE, headers={"Content-Length": "900"}), "the 900 bytes .* are no zip"),
         (redirect("file:///etc/passwd"), "file:///etc/passwd' is not allowed"),
         (redirect("data:application/zip,x"), "is not allowed"),
         (redirect("ftp://127.0.0.1/a.zip"), r"ftp://127\.0\.0\.1/a\.zip is refused"),
@@ -265,6 +277,7 @@ PAGE = b"<!DOCTYPE html><title>Sign in</title>"
         (altered(train_labels=tiff(STACKS["train-labels.tif"][:2])), "train-labels.tif has other"),
         (altered(test_volume=tiff(STACKS["test-volume.tif"])[:-50]), "damaged|truncated|missing"),
         (altered(test_volume=b"not a TIFF"), "not an image"),
+        (set_(body=linked("test-volume.tif", "/etc/passwd")), r"test-volume\.tif.* not an image"),
         (set_(body=forged_size("train-volume.tif", 2**31)), "unpacks to 2,147,483,648 bytes"),
         (set_(body=forged_size("train-volume.tif", 1000)), "CRC-32"),
         (set_(body=encrypted()), "encrypted"),

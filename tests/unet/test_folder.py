@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -244,6 +245,14 @@ def test_the_largest_allowed_shapes_are_never_allocated(folder: Path) -> None:
 # --- the Hub ------------------------------------------------------------------------------------
 
 
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ask(*args: Any, **options: Any) -> None:
+        raise OSError("no connection")
+
+    monkeypatch.setattr(unet.folder, "get_hf_file_metadata", ask)
+
+
 def test_a_repository_on_the_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
@@ -257,6 +266,16 @@ def test_a_repository_on_the_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     assert asked == [
         ("someone/cells", n, {"revision": "v1"}) for n in ("config.json", "model.safetensors")
     ]
+
+
+@pytest.mark.parametrize("size", [2**40, None])
+def test_a_file_on_the_hub_has_a_limit(monkeypatch: pytest.MonkeyPatch, size: int | None) -> None:
+    monkeypatch.setattr(
+        unet.folder, "get_hf_file_metadata", lambda *a, **k: SimpleNamespace(size=size)
+    )
+    monkeypatch.setattr(unet.folder, "hf_hub_download", lambda *a, **k: pytest.fail("fetched it"))
+    with pytest.raises(InputError, match=r"config.json of someone/cells has .* bytes on the Hub"):
+        SegmentationUNet.from_pretrained("someone/cells")
 
 
 def test_a_repository_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
