@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffusion.data import DiffusionData
-from diffusion.model import LARGEST
+from diffusion.model import trained_size
 from unet.config import UNetConfig
 from unet.errors import InputError
 from unet.folder import FolderModel
@@ -68,15 +68,7 @@ class ClassifierUNet(FolderModel):
     @property
     def size(self) -> tuple[int, int]:
         """Height and width of the images that it was trained on."""
-        match self.info.get("size"):
-            case [int(height), int(width)] if 0 < height <= LARGEST and 0 < width <= LARGEST:
-                return height, width
-            case other:
-                raise InputError(
-                    "the classifier's config.json must give height and width of its images, from "
-                    f"1 to {LARGEST}, in info.size, not {other!r:.200}: train it with "
-                    "train_classifier.py"
-                )
+        return trained_size(self.info)
 
     def features(self, x: Tensor) -> Tensor:
         """(B, in_channels, H, W) in [-1, 1], any size, to (B, D): the coarsest map's mean."""

@@ -54,14 +54,7 @@ class DiffusionUNet(FolderModel):
     @property
     def size(self) -> tuple[int, int]:
         """Height and width of the images that it was trained on, from its `info`."""
-        match self.info.get("size"):
-            case [int(height), int(width)] if 0 < height <= LARGEST and 0 < width <= LARGEST:
-                return height, width
-            case other:
-                raise InputError(
-                    "the model's config.json must give height and width of its images, from 1 to "
-                    f"{LARGEST}, in info.size, not {other!r:.200}: train it with train_ddpm.py"
-                )
+        return trained_size(self.info)
 
     @property
     def classes(self) -> list[str]:
@@ -102,3 +95,15 @@ class DiffusionUNet(FolderModel):
         null, device = self.config.classes - 1, next(self.parameters()).device
         indices = [null if w is None else int(w) for w in wanted]
         return {"classes": torch.tensor(indices, device=device)}
+
+
+def trained_size(info: Mapping[str, Any]) -> tuple[int, int]:
+    """Height and width of the images that a model was trained on, from its `info`."""
+    match info.get("size"):
+        case [int(height), int(width)] if 0 < height <= LARGEST and 0 < width <= LARGEST:
+            return height, width
+        case other:
+            raise InputError(
+                "the model's config.json must give height and width of its images, from 1 to "
+                f"{LARGEST}, in info.size, not {other!r:.200}: train it again"
+            )

@@ -40,13 +40,12 @@ def check_part(where: Path, build: Build) -> None:
         InputError: a config that asks for code, or for more numbers than the weights beside it can
             hold; an index that leads out of the folder.
     """
-    _check_config(where / "config.json")
+    described = _checked_config(where / "config.json")
     if (where / "adapter_config.json").exists():
         raise InputError(f"{where} has an adapter_config.json: give a model without an adapter")
     for index in where.glob("*.index.json"):
         names = read_json(index).get("weight_map")
         _check_names(index, names.values() if isinstance(names, dict) else [names])
-    described = read_json(where / "config.json")
     try:
         with torch.device("meta"):
             declared = sum(value.numel() for value in build(described).parameters())
@@ -84,7 +83,7 @@ def build_text_model(values: dict[str, Any]) -> nn.Module:
     return model
 
 
-def _check_config(file: Path) -> None:
+def _checked_config(file: Path) -> dict[str, Any]:
     described = read_json(file)
     for name, harmless in _HARMLESS.items():
         if described.get(name) not in harmless:
@@ -101,6 +100,7 @@ def _check_config(file: Path) -> None:
         blocks = len(levels) * depth if isinstance(levels, list) and type(depth) is int else depth
         if type(blocks) is int and blocks > MOST_BLOCKS:
             raise InputError(f"{file} declares {blocks} blocks, more than {MOST_BLOCKS}")
+    return described
 
 
 def _check_names(file: Path, names: Any) -> None:

@@ -184,7 +184,7 @@ def count_evaluations(
     return sum(
         evaluations(schedule.level(t), schedule.level(to))
         for t, to in pairwise([*timesteps, CLEAN])
-        if t > to
+        if t >= to
     )
 
 

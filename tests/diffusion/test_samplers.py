@@ -551,6 +551,15 @@ def test_the_table_counts_the_evaluations(
     assert calls[0] == timesteps[0]
 
 
+def test_jumps_back_up_cost_no_evaluation_and_steps_that_stay_do() -> None:
+    x, noise = source()
+    timesteps = [500, 300, 400, 400, 200]
+    run = list(sample(GaussianDenoiser(LINEAR), x, timesteps, noise=noise))
+    assert [step.t for step in run] == [300, 400, 200, CLEAN]
+    assert count_evaluations("ddim", timesteps, LINEAR) == len(run)
+    assert count_evaluations("heun", [500, 300, 400, 200], LINEAR) == 5  # the last step has one
+
+
 def test_a_run_may_start_and_end_anywhere() -> None:
     """From the same x, the second half of a run is a run."""
     denoiser, timesteps = wavy_denoiser(LINEAR, "v"), LINEAR.timesteps(10)

@@ -52,10 +52,8 @@ def uninterrupted(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    "part",
-    ["state/.state.pt", pytest.param("model/.model.safetensors", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["state/.state.pt", "model/.model.safetensors"])
 def test_a_kill_in_the_middle_of_a_save(uninterrupted, tmp_path, part):
     folder = tmp_path / "run"
     folder.mkdir()
@@ -112,6 +110,7 @@ def _children(pid: int) -> list[int]:
     return [int(child) for child in children.read_text().split()]
 
 
+@pytest.mark.slow
 def test_a_second_training_into_the_same_folder_is_refused(tmp_path):
     folder = tmp_path / "run"
     first = start(TOY, "--out", folder, "--steps", 10_000, "--log-every", 1, "--wait", 0.2)

@@ -130,7 +130,7 @@ def _log_a_long_line_onto_little_room(disk: str) -> None:
     refused = 0
     for step in range(2, 5):  # the first page still has room for some of it
         try:
-            folder.log(step=step, text="x" * 3000)
+            folder.log(step=step, **{f"x{i}": 0.123456789 for i in range(200)})
         except OSError:
             refused += 1
     ballast.unlink()

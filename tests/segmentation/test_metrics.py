@@ -360,6 +360,34 @@ def test_a_speck_is_neither_split_nor_merger() -> None:
     assert splits_and_mergers(warped, speck) == 0
 
 
+def test_the_most_confident_pixel_is_warped_first_and_of_equal_ones_the_upper_left() -> None:
+    """Of a bridge of two pixels between cells, one is warped: the other one would merge them."""
+    truth = np.ones((3, 6), bool)
+    truth[:, 2:4] = False
+    bridged = truth.copy()
+    bridged[1, 2:4] = True
+    for left, right, warped in ((0.2, 0.1, 2), (0.1, 0.2, 3), (0.1, 0.1, 2)):
+        confidence, expected = np.zeros((3, 6)), truth.copy()
+        confidence[1, 2:4] = left, right
+        expected[1, warped] = True
+        np.testing.assert_array_equal(warp(truth, bridged, confidence), expected)
+
+
+@pytest.mark.parametrize("turns", range(4))
+def test_pieces_that_join_within_20_pixels_are_one(turns: int) -> None:
+    """A ring that is cut once stays one piece for whoever sees its other side."""
+    for height, errors in ((20, 0), (21, 1)):
+        ring = np.zeros((height + 5, 9), bool)
+        ring[2:-2, 2:-2] = True
+        ring[3:-3, 3:-3] = False
+        cut = ring.copy()
+        cut[2, 4] = False
+        ring, cut = (np.rot90(mask, turns) for mask in (ring, cut))
+        assert splits_and_mergers(ring, cut) == errors
+        assert splits_and_mergers(ring, cut, radius=height) == 0
+        assert splits_and_mergers(ring, cut, radius=height - 1) == 1
+
+
 # ----------------------------------------------------------------------------------------------
 # The accumulator
 

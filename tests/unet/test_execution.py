@@ -100,7 +100,11 @@ class Operations(TorchDispatchMode):
     ("name", "size"),
     [*((name, (28, 20)) for name in CONFIGS), ("classic", (23, 17)), ("ddpm", (23, 17))],
 )
-def test_channels_last_stays_channels_last(name: str, size: tuple[int, int]) -> None:
+def test_channels_last_stays_channels_last(
+    name: str, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Padding copies the heads, which is for narrow ones, and these networks have no others.
+    monkeypatch.setattr("unet.attention._VECTOR", 1)
     model, given = build(CONFIGS[name]), arguments(CONFIGS[name], size=size)
     with torch.no_grad():
         expected = model(**given)
@@ -110,10 +114,7 @@ def test_channels_last_stays_channels_last(name: str, size: tuple[int, int]) -> 
             output = model(**given)
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
     assert output.is_contiguous(memory_format=torch.channels_last)
-    heads = {  # attention's (B, heads, tokens, channels), whose channels are padded, are no maps
-        op for op, x in operations.outputs if "dot_product" in op or x.shape[-1:] == (16,)
-    }
-    maps = {op: x for op, x in operations.outputs if x.ndim == 4 and op not in heads}
+    maps = {op: x for op, x in operations.outputs if x.ndim == 4 and "dot_product" not in op}
     assert len(maps) > 3
     strayed = [k for k, x in maps.items() if not x.is_contiguous(memory_format=torch.channels_last)]
     assert strayed == []
