@@ -113,6 +113,7 @@ def _train_until_the_end_on_a_full_disk(disk: str) -> None:
                       "step": RunFolder(folder).load_state()["step"]}))  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_disk_that_stays_full_is_one_sentence_and_the_last_state_stays(tmp_path):
     found = on_a_small_disk("_train_until_the_end_on_a_full_disk", tmp_path, 4000)
     assert found["status"] in (1, 2)
