@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage, sparse
 from skimage.segmentation import watershed
@@ -304,21 +306,23 @@ class IsbiMetrics:
                 f"to {p.max()}; divide 8-bit values by 255"
             )
         segments = components(truth)
-        scores, counts, warping = [], [], []
-        for threshold in self.thresholds:
+
+        def score(threshold: float) -> tuple[FloatArray, NDArray[np.int64], float]:
             mask = p > p.dtype.type(threshold)
             thinned = overlap(segments, thin_borders(mask))
-            scores.append((rand_score(thinned), info_score(thinned)))
+            scores = np.array((rand_score(thinned), info_score(thinned)))
             pixels = (int((mask & truth).sum()), int(truth.sum()), int(mask.sum()))
-            counts.append((rand_pairs(overlap(segments, components(mask))), pixels))
+            counts = np.array((rand_pairs(overlap(segments, components(mask))), pixels))
             errors = math.nan
             if self.warping and threshold < 1:
                 confidence = abs(p.astype(np.float64) - threshold)
                 errors = splits_and_mergers(warp(truth, mask, confidence), mask)
-            warping.append(errors)
-        self.slices.append(
-            SliceScores(name, p.size, np.array(scores), np.array(counts), np.array(warping))
-        )
+            return scores, counts, errors
+
+        # The watershed, most of the work, lets other threads run.
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            rows = zip(*pool.map(score, self.thresholds), strict=True)
+        self.slices.append(SliceScores(name, p.size, *map(np.array, rows)))
 
     def merge(self, other: IsbiMetrics) -> None:
         """Append the slices of another accumulator: as if they had been added here."""

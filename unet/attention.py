@@ -8,7 +8,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from unet.config import UNetConfig
-from unet.layers import Conditioning, GroupNorm, make_norm, zero_init
+from unet.layers import Conditioning, GroupNorm, Linear, make_norm, zero_init
 
 _FEW_KEYS = 256
 _VECTOR = 16  # float32 numbers that a wide processor multiplies at once
@@ -34,10 +34,10 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         self.heads = heads
-        self.q = nn.Linear(channels, channels, bias=bias)
-        self.k = nn.Linear(context_channels or channels, channels, bias=bias)
-        self.v = nn.Linear(context_channels or channels, channels, bias=bias)
-        self.out = nn.Linear(channels, channels)
+        self.q = Linear(channels, channels, bias=bias)
+        self.k = Linear(context_channels or channels, channels, bias=bias)
+        self.v = Linear(context_channels or channels, channels, bias=bias)
+        self.out = Linear(channels, channels)
 
     def forward(
         self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None
@@ -103,8 +103,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.proj = nn.Linear(channels, 8 * channels)
-        self.out = nn.Linear(4 * channels, channels)
+        self.proj = Linear(channels, 8 * channels)
+        self.out = Linear(4 * channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         x, gate = self.proj(x).chunk(2, dim=-1)
@@ -167,4 +167,4 @@ class SpatialTransformer(nn.Module):
 
 
 def _projection(channels: int, *, linear: bool) -> nn.Module:
-    return nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+    return Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import platform
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 
 from unet.config import UNetConfig
 from unet.errors import InputError
+
+_ONEDNN = torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64")
+_MANY_ROWS, _MUCH_WORK = 512, 2**24  # rows, multiplications: from where a convolution is faster
 
 
 class Conditioning(NamedTuple):
@@ -39,6 +43,26 @@ class GroupNorm(nn.GroupNorm):
         wide = x.float() if self.weight.dtype == torch.float32 else x
         y = torch.group_norm(wide, self.num_groups, self.weight, self.bias, self.eps)
         return y.to(x.dtype)
+
+
+class Linear(nn.Linear):
+    """A linear layer, which takes many float32 rows as a 1x1 convolution: the same sums, sooner.
+
+    On x86, PyTorch multiplies float32 matrices by MKL, which uses half of the vector width of AMD's
+    processors, and convolves by oneDNN, which uses all of it.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.numel() // self.in_features
+        pays = _ONEDNN and rows >= _MANY_ROWS and rows * self.weight.numel() >= _MUCH_WORK
+        if not pays or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+            return super().forward(x)
+        if x.dtype != torch.float32 or self.weight.dtype != torch.float32:
+            return super().forward(x)
+        images = 16 if rows % 16 == 0 else 1  # one thread goes to oneDNN with 16 images or more
+        maps = x.reshape(images, -1, 1, self.in_features).permute(0, 3, 1, 2)
+        y = F.conv2d(maps, self.weight[:, :, None, None], self.bias)
+        return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], self.out_features)
 
 
 def make_norm(channels: int, config: UNetConfig) -> nn.Module:
@@ -105,9 +129,7 @@ class ResBlock(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.scale_shift = config.scale_shift
         width = out_channels * (2 if config.scale_shift else 1)
-        self.emb = (
-            nn.Linear(config.embedding_channels, width) if config.embedding_channels else None
-        )
+        self.emb = Linear(config.embedding_channels, width) if config.embedding_channels else None
         self.norm2 = make_norm(out_channels, config)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
@@ -258,9 +280,9 @@ class TimeEmbedding(nn.Module):
         self.channels = config.channels
         self.cos_first = config.time_cos_first
         self.freq_shift = config.time_freq_shift
-        self.linear1 = nn.Linear(config.channels, config.embedding_channels)
+        self.linear1 = Linear(config.channels, config.embedding_channels)
         self.act = make_activation(config)
-        self.linear2 = nn.Linear(config.embedding_channels, config.embedding_channels)
+        self.linear2 = Linear(config.embedding_channels, config.embedding_channels)
 
     def forward(self, t: Tensor) -> Tensor:
         waves = sinusoids(t, self.channels, cos_first=self.cos_first, freq_shift=self.freq_shift)

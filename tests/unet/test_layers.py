@@ -20,6 +20,7 @@ from unet.layers import (
     ConvBlock,
     Downsample,
     GroupNorm,
+    Linear,
     ResBlock,
     Stem,
     TimeEmbedding,
@@ -84,6 +85,37 @@ def normalised(x: Tensor, norm: nn.Module, groups: int, eps: float) -> Tensor:
     y = x.reshape(b, groups, -1)
     y = (y - y.mean(2, keepdim=True)) / (y.var(2, keepdim=True, unbiased=False) + eps).sqrt()
     return y.reshape(b, c, h, w) * norm.weight[:, None, None] + norm.bias[:, None, None]
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(1040, 128), (4, 300, 128), (2, 521, 128), (1, 128), (0, 128)],
+    ids=["rows", "tokens", "odd", "one", "none"],
+)
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_is_torchs(shape: tuple[int, ...], bias: bool) -> None:
+    """Values and gradients, where many rows go another way, and where the rows lie apart."""
+    torch.manual_seed(0)
+    layer = Linear(128, 160, bias=bias)
+    plain = nn.Linear(128, 160, bias=bias)
+    plain.load_state_dict(layer.state_dict())
+    x = torch.randn(*shape[:-1], 256)[..., ::2]
+    mine, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    seed = torch.randn(*shape[:-1], 160)
+    assert torch.allclose(layer(x), plain(x), atol=1e-5)
+    (layer(mine) * seed).sum().backward()
+    (plain(theirs) * seed).sum().backward()
+    for a, b in zip([mine, *layer.parameters()], [theirs, *plain.parameters()], strict=True):
+        assert torch.allclose(a.grad, b.grad, atol=1e-4, rtol=1e-4)
+
+
+def test_linear_in_bfloat16_is_torchs() -> None:
+    layer, x = Linear(128, 160), torch.randn(1040, 128)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+        assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+    wide, x = Linear(128, 160).double(), x.double()
+    assert torch.equal(wide(x), F.linear(x, wide.weight, wide.bias))
 
 
 @pytest.mark.parametrize("scale_shift", [False, True])
