@@ -267,6 +267,41 @@ def test_two_processes_and_two_parts_give_the_losses_of_one(tmp_path):
     assert held_out[0] == pytest.approx(held_out[1], abs=1e-5)
 
 
+def test_split_among_two_processes_the_losses_are_those_of_one(tmp_path):
+    """The state that is saved is whole: it goes on split or not, on any number of processes."""
+    options = ("--steps", 12, "--log-every", 1, "--evaluations", 2, "--precision", "fp32")
+    assert toy("--out", tmp_path / "one", *options).returncode == 0
+    runs = {
+        "split": ((*options, "--shard", "--die-at", 9), TWO),
+        "put together": ((*options, "--no-shard", "--die-at", 9), ()),
+    }
+    for run, (own, launch) in runs.items():
+        assert toy("--out", tmp_path / run, *own, launch=launch).returncode != 0
+    for run, other in (("split", "put together"), ("put together", "split")):
+        own, launch = runs[other]
+        done = toy("--out", tmp_path / run, *own, "--die-at", 0, "--resume", launch=launch)
+        assert done.returncode == 0, done.stderr
+        assert "at step 6" in done.stdout
+    one = losses(tmp_path / "one")
+    for run in runs:
+        assert [s for s, _ in losses(tmp_path / run)] == [s for s, _ in one]
+        found = [v for _, v in losses(tmp_path / run)]
+        assert found == pytest.approx([v for _, v in one], abs=1e-5)
+        models = [load_file(tmp_path / r / "model/model.safetensors") for r in ("one", run)]
+        assert models[0].keys() == models[1].keys()
+        assert all(torch.allclose(v, models[1][k], atol=1e-4) for k, v in models[0].items())
+
+
+@pytest.mark.parametrize(
+    ("options", "said"), [((), "but there is one"), (("--compile",), "does not go with --compile")]
+)
+def test_splitting_is_refused_where_it_cannot_be(options, said, tmp_path):
+    done = toy("--out", tmp_path / "run", "--steps", 2, "--shard", *options)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert said in done.stderr
+    assert not (tmp_path / "run" / "model").exists()
+
+
 def test_workers_do_not_change_a_run(uninterrupted, tmp_path):
     options = ("--steps", 40, "--dropout", 0.3, "--norm", "batch", "--log-every", 7)
     assert toy("--out", tmp_path / "run", *options, "--workers", 2).returncode == 0

@@ -7,6 +7,8 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from unet.training.shard import local
+
 
 class EMA:
     """A copy of a model with averaged weights: theta' <- d theta' + (1 - d) theta.
@@ -36,4 +38,5 @@ class EMA:
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    found = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {name: local(tensor) for name, tensor in found.items()}

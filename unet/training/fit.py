@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import math
@@ -26,7 +27,8 @@ from unet.training.config_file import save_config
 from unet.training.ema import EMA
 from unet.training.options import FitOptions
 from unet.training.plan import Budget, Progress, make_optimizer
-from unet.training.run import RunFolder, signals_caught, tensorboard
+from unet.training.run import RunFolder, rng_state, set_rng_state, signals_caught, tensorboard
+from unet.training.shard import load_whole, optimizer_parts, shard, whole
 from unet.training.step import Stepper
 from unet.training.task import Batch, Processes, Task
 
@@ -78,13 +80,18 @@ class Trainer:
         self.budget = Budget(options, len(task.samples))
 
         model = task.model.to(self.device).train()
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # stubs lack it
         model.trunk.checkpointing = options.checkpointing
+        self.whole = copy.deepcopy(model).cpu() if options.shard else None  # judged and saved
+        if not options.shard:  # which takes no other format
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # stubs
         self.ema = EMA(model, options.ema) if options.ema else None
-        optimizer = make_optimizer(model, options)
+        self.model = self.accelerator.prepare_model(model, evaluation_mode=options.shard)
+        if options.shard:
+            averaged = [self.ema.model] if self.ema else []
+            shard([model, *averaged], self.processes.count, self.device)
+        self.optimizer = self.accelerator.prepare(make_optimizer(model, options))
         if options.compile:
             model.compile()
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.stepper = Stepper(
             task, options, self.accelerator, self.model, self.optimizer, self.processes, self._say
         )
@@ -174,6 +181,9 @@ class Trainer:
         """Evaluates the averaged weights, keeps them where they are the best, logs and draws."""
         task, progress, start = self.task, self.progress, time.monotonic()
         model: Any = self.ema.model if self.ema else self.accelerator.unwrap_model(self.model)
+        if self.whole:
+            self.whole.load_state_dict(whole(model.state_dict()))
+            model = self.whole.to(self.device)
         model.eval()
         if self.processes.count > 1:  # each has followed its own statistics since the last forward
             for buffer in model.buffers():
@@ -195,7 +205,9 @@ class Trainer:
             kept = self._written("the best weights", save)
         if kept:
             progress.best, self.figures = score, figures
-        if not self.ema:
+        if self.whole:
+            self.whole.cpu()
+        elif not self.ema:
             model.train()
         progress.evaluated_step, progress.evaluated_seconds = progress.step, progress.seconds
         progress.evaluation_seconds = self.processes.gather(time.monotonic() - start)[0]
@@ -231,24 +243,19 @@ class Trainer:
     # -- state ------------------------------------------------------------------------------------
 
     def _save_state(self) -> None:
-        rng = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            rng["cuda"] = torch.cuda.get_rng_state(self.device)
-        rngs = self.processes.gather(rng)
-        if not self.main:
-            return
         scaler = self.accelerator.scaler
         state = {
             **dataclasses.asdict(self.progress),
             "figures": self.figures,
-            "model": self.accelerator.unwrap_model(self.model).state_dict(),
-            "ema": self.ema.model.state_dict() if self.ema else None,
+            "model": whole(self.accelerator.unwrap_model(self.model).state_dict()),
+            "ema": whole(self.ema.model.state_dict()) if self.ema else None,
             "optimizer_name": self.options.optimizer,
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": whole(self.optimizer.state_dict()),
             "scaler": scaler.state_dict() if scaler else None,
-            "rng": rngs,
+            "rng": self.processes.gather(rng_state(self.device)),
         }
-        self._written("the state", lambda: self.folder.save_state(state))
+        if self.main:
+            self._written("the state", lambda: self.folder.save_state(state))
 
     def _written(self, what: str, write: Callable[[], object]) -> bool:
         """Writes to the run folder. A full disk is told once and passed over while the run goes on,
@@ -302,14 +309,14 @@ class Trainer:
                     f"{where} was saved with other settings of --optimizer or --ema: resume with "
                     f"those of {self.folder.path / 'config.yaml'}"
                 )
-        model.load_state_dict(state["model"])
+        load_whole(model, state["model"])
         if self.ema:
-            self.ema.model.load_state_dict(state["ema"])
+            load_whole(self.ema.model, state["ema"])
         settings = [
             {k: v for k, v in group.items() if k != "params"}
             for group in self.optimizer.param_groups
         ]
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(optimizer_parts(state["optimizer"], self.optimizer))
         for group, setting in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(setting)  # the options decide, not what was saved
         if self.accelerator.scaler and state["scaler"]:
@@ -318,10 +325,7 @@ class Trainer:
         self.progress = Progress(**{name: state[name] for name in names})
         self.figures = state["figures"]
         if len(state["rng"]) == self.processes.count:
-            rng = state["rng"][self.processes.rank]
-            torch.set_rng_state(rng["cpu"])
-            if "cuda" in rng and self.device.type == "cuda":
-                torch.cuda.set_rng_state(rng["cuda"], self.device)
+            set_rng_state(self.device, state["rng"][self.processes.rank])
         else:
             self._say("resuming with another number of processes: dropout starts from the seed")
 

@@ -71,6 +71,10 @@ class FitOptions:
     checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
 
+    shard: bool = False
+    """Split weights, gradients and the optimizer's state among the processes of torchrun (FSDP),
+    for networks that are too large for each of them."""
+
     compile: bool = False
     """Compile the network with torch.compile, which takes a minute or more. Where it was measured,
     on a CPU, it never paid (docs/benchmarks.md); GPUs were not measured."""
@@ -126,5 +130,8 @@ class FitOptions:
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:
                 raise InputError(f"--{name} {value} must be in [0, 1)")
+        if self.shard and (self.compile or self.precision == "fp16"):
+            other = "--compile" if self.compile else "--precision fp16"
+            raise InputError(f"--shard does not go with {other}: drop one of the two")
         if self.workers is not None and self.workers < 0:
             raise InputError(f"--workers {self.workers} must be 0 or more")

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
+from torch import Tensor
 
 from unet.errors import DiskError, InputError
 from unet.files import replacing, write_text
@@ -174,3 +175,18 @@ def tensorboard(options: FitOptions, step: int) -> Any:
             "--tensorboard needs the package tensorboard: pip install tensorboard"
         ) from error
     return SummaryWriter(options.out / "tensorboard", purge_step=step + 1)
+
+
+def rng_state(device: torch.device) -> dict[str, Tensor]:
+    """PyTorch's random numbers of this process, to be saved."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_rng_state(device: torch.device, state: Mapping[str, Tensor]) -> None:
+    """Goes on with the random numbers of an earlier process."""
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)

@@ -125,6 +125,8 @@ class Stepper:
         model = self.accelerator.unwrap_model(self.model)
         text = f"the memory of {device} ran out at step {progress.step + 1}"
         with contextlib.suppress(RuntimeError, ValueError, MemoryError):
+            if self.options.shard:
+                raise RuntimeError("the other processes would have to take part")
             kept = kept_for_backward(lambda: self.task.loss(model, one), model.parameters())
             text += (
                 f": the backward pass needs about {kept / 2**30:.3g} GiB a sample, "
