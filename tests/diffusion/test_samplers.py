@@ -593,6 +593,26 @@ def test_going_back_up_noises_x_as_the_forward_process_does() -> None:
     assert steps[1].x0.std().item() == pytest.approx(gain * spread, rel=0.01)
 
 
+def test_going_back_up_is_the_formula_of_repaint() -> None:
+    """arXiv 2201.09865, eq. 2, over more than one timestep: the same draw gives the same x."""
+
+    class Recording:
+        schedule = COSINE
+
+        def __call__(self, x: Tensor, t: Tensor | float, **conditioning: Any) -> Denoised:
+            asked.append(x)
+            return GaussianDenoiser(COSINE)(x, t)
+
+    asked: list[Tensor] = []
+    noise, again = NoiseSource([0]), NoiseSource([0])
+    x = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    low, high = next(sample(Recording(), x, [300, 200, 100], "ddim")).x, COSINE.level(800)
+    list(sample(Recording(), x, [300, 200, 800], "ddim", noise=noise))
+    kept = high.signal / COSINE.level(200).signal
+    wanted = kept * low + math.sqrt(1 - kept**2) * again.like(x)
+    assert_close(asked[-1], wanted, atol=1e-5, rtol=1e-5)
+
+
 def test_steps_need_no_gradient_and_change_nothing() -> None:
     x, _ = source()
     before = x.clone().requires_grad_()

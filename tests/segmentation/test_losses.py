@@ -424,6 +424,7 @@ def test_options_reach_the_loss_and_have_the_papers_defaults() -> None:
     [
         ("hinge", 1, {}, "'hinge' is unknown.*dice-ce"),
         ("bce", 3, {}, "has 3; use 'ce'"),
+        ("bce", 2, {}, "has 2; use 'ce'"),
         ("ce", 0, {}, "not 0"),
         ("dice", 1, {"label_smoothing": 0.1}, "'dice' has no option label_smoothing"),
         ("ce", 2, {"gamma": 2.0}, "no option gamma.*it has label_smoothing"),
@@ -444,6 +445,13 @@ def test_options_reach_the_loss_and_have_the_papers_defaults() -> None:
 def test_wrong_options_are_refused(name: Any, channels: int, options: Any, says: str) -> None:
     with pytest.raises(InputError, match=says):
         make_loss(name, channels, **options)
+
+
+def test_a_class_of_a_single_pixel_counts_as_much_as_any() -> None:
+    target = torch.zeros(1, 8, 8, dtype=torch.long)
+    target[0, 3, 4] = 1
+    logits = torch.tensor([30.0, -30.0]).view(1, 2, 1, 1).expand(1, 2, 8, 8)
+    assert dice(logits, target).item() == pytest.approx(0.5, abs=0.01)
 
 
 def test_a_smoothing_of_0_is_no_smoothing() -> None:

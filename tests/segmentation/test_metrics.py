@@ -133,6 +133,7 @@ def test_merged_confusion_matrices_are_one() -> None:
         (np.zeros((2, 3), int), np.zeros((3, 2), int), "shape"),
         (np.zeros((2, 2)), np.zeros((2, 2), int), "float64"),
         (np.zeros((2, 2), int), np.full((2, 2), 255), "255"),
+        (np.zeros((2, 2), int), np.full((2, 2), 3), "3"),
         (np.full((2, 2), -1), np.zeros((2, 2), int), "-1"),
     ],
 )
@@ -141,6 +142,12 @@ def test_confusion_matrix_refuses_what_are_not_classes(
 ) -> None:
     with pytest.raises(InputError, match=message):
         ConfusionMatrix(3).add(prediction, target)
+
+
+def test_a_confusion_matrix_has_a_class_at_least() -> None:
+    ConfusionMatrix(1).add(np.zeros((2, 2), int), np.zeros((2, 2), int))
+    with pytest.raises(InputError, match="not 0"):
+        ConfusionMatrix(0)
 
 
 def test_confusion_matrices_of_different_classes_do_not_merge() -> None:
@@ -409,6 +416,22 @@ def test_perfect_probabilities_have_no_error() -> None:
         assert result[error] == 0
 
 
+def test_the_warping_error_is_a_share_of_the_pixels() -> None:
+    """A hole in a membrane is one of them; where nothing can be above 1, it is not counted."""
+    holed = two_cells().astype(float)
+    holed[5, 7] = 1
+    metrics = IsbiMetrics(thresholds=(0.5, 1.0), warping=True)
+    metrics.add(holed, two_cells())
+    assert metrics.curves()["warping_error"][0] == pytest.approx(1 / holed.size)
+    assert np.isnan(metrics.curves()["warping_error"][1])
+
+
+def test_nothing_predicted_where_nothing_is_has_no_error() -> None:
+    metrics = IsbiMetrics(thresholds=(0.5,))
+    metrics.add(np.zeros((4, 4)), np.zeros((4, 4), int))
+    assert (metrics.result()["pixel_error"], metrics.result()["rand_error"]) == (0, 0)
+
+
 def test_result_is_the_mean_over_slices_and_then_the_best_threshold() -> None:
     metrics = filled()
     table = np.zeros((4, len(THRESHOLDS)))
@@ -486,6 +509,7 @@ def test_a_slice_without_cells_is_left_out_of_the_means() -> None:
         (np.zeros((1, 4, 4)), np.zeros((1, 4, 4), int), "slice by slice"),
         (np.zeros((4, 4), np.uint8), np.zeros((4, 4), int), "divide"),
         (np.full((4, 4), 255.0), np.zeros((4, 4), int), "divide"),
+        (np.full((4, 4), 1.5), np.zeros((4, 4), int), "divide"),
         (np.full((4, 4), np.nan), np.zeros((4, 4), int), "nan"),
         (np.zeros((0, 4)), np.zeros((0, 4), int), "2D"),
     ],
