@@ -53,6 +53,8 @@ class Linear(nn.Linear):
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():  # which would tie a graph to the number of rows
+            return super().forward(x)
         rows = x.numel() // self.in_features
         pays = _ONEDNN and rows >= _MANY_ROWS and rows * self.weight.numel() >= _MUCH_WORK
         if not pays or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):

@@ -395,6 +395,40 @@ def test_pieces_that_join_within_20_pixels_are_one(turns: int) -> None:
         assert splits_and_mergers(ring, cut, radius=height - 1) == 1
 
 
+def splits_and_mergers_by_definition(
+    warped: np.ndarray, prediction: np.ndarray, radius: int
+) -> int:
+    errors = 0
+    for y, x in np.argwhere(warped != prediction):
+
+        def pieces(mask: np.ndarray, reach: int, y: int = y, x: int = x) -> int:
+            """Pieces of the mask within reach of (y, x) that touch its eight neighbours."""
+            near = np.zeros(mask.shape, bool)
+            near[max(y - reach, 0) : y + reach + 1, max(x - reach, 0) : x + reach + 1] = True
+            around = components(mask & near)[max(y - 1, 0) : y + 2, max(x - 1, 0) : x + 2]
+            return len(set(around.flat) - {0})
+
+        without = warped.copy()
+        without[y, x] = False
+        labels = components(warped)
+        labels[y, x] = 0
+        around = set(labels[max(y - 1, 0) : y + 2, max(x - 1, 0) : x + 2].flat) - {0}
+        if warped[y, x] and len(around) == 1:
+            errors += pieces(without, radius) > 1
+        else:
+            errors += len(around) > 1
+    return errors
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("radius", [1, 2, 4])
+def test_splits_and_mergers_equal_their_definition(seed: int, radius: int) -> None:
+    rng = np.random.default_rng(seed)
+    warped, prediction = rng.random((2, 14, 17)) < 0.6
+    wanted = splits_and_mergers_by_definition(warped, prediction, radius)
+    assert splits_and_mergers(warped, prediction, radius) == wanted > 0
+
+
 # ----------------------------------------------------------------------------------------------
 # The accumulator
 
@@ -424,6 +458,17 @@ def test_the_warping_error_is_a_share_of_the_pixels() -> None:
     metrics.add(holed, two_cells())
     assert metrics.curves()["warping_error"][0] == pytest.approx(1 / holed.size)
     assert np.isnan(metrics.curves()["warping_error"][1])
+
+
+def test_what_is_far_from_the_threshold_is_warped_first() -> None:
+    for seed in range(6):
+        p, truth = blobs(seed), blobs(seed) + 0.2 * blobs(seed + 50) > 0.6
+        metrics = IsbiMetrics(thresholds=(0.3, 0.7), warping=True)
+        metrics.add(p, truth)
+        for threshold, found in zip((0.3, 0.7), metrics.curves()["warping_error"], strict=True):
+            mask = p > threshold
+            errors = splits_and_mergers(warp(truth, mask, abs(p - threshold)), mask)
+            assert found == pytest.approx(errors / p.size)
 
 
 def test_nothing_predicted_where_nothing_is_has_no_error() -> None:
