@@ -124,15 +124,14 @@ class Stepper:
         one = {k: v[:1].to(device) if isinstance(v, Tensor) else v[:1] for k, v in batch.items()}
         model = self.accelerator.unwrap_model(self.model)
         text = f"the memory of {device} ran out at step {progress.step + 1}"
-        with contextlib.suppress(RuntimeError, ValueError, MemoryError):
-            if self.options.shard:
-                raise RuntimeError("the other processes would have to take part")
-            kept = kept_for_backward(lambda: self.task.loss(model, one), model.parameters())
-            text += (
-                f": the backward pass needs about {kept / 2**30:.3g} GiB a sample, "
-                f"{kept * count / 2**30:.3g} GiB for the {count} that go through the network "
-                "together"
-            )
+        if not self.options.shard:  # where all processes would have to take part in a forward pass
+            with contextlib.suppress(RuntimeError, ValueError, MemoryError):
+                kept = kept_for_backward(lambda: self.task.loss(model, one), model.parameters())
+                text += (
+                    f": the backward pass needs about {kept / 2**30:.3g} GiB a sample, "
+                    f"{kept * count / 2**30:.3g} GiB for the {count} that go through the network "
+                    "together"
+                )
         return (
             f"{text}; --accumulate {2 * self.options.accumulate} takes half of it for the same "
             "result, --checkpointing less, and so do a smaller --batch-size and smaller images"
