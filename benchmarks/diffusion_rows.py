@@ -17,6 +17,7 @@ from diffusion.pipeline_folder import read_unet
 from diffusion.prediction import diffusion_loss
 from diffusion.samplers import finish, sample
 from diffusion.schedule import NoiseSchedule
+from unet.device import training_format
 from unet.training.options import FitOptions
 from unet.training.plan import make_optimizer
 
@@ -60,6 +61,7 @@ def _ddpm_step(model: nn.Module, size: int, *, ours: bool, precision: str = "fp3
     t = torch.arange(batch) * 1000 // batch
     schedule = NoiseSchedule(kind="linear")
     if ours:
+        model.to(memory_format=training_format(x0.device))  # type: ignore[call-overload]
         optimizer = make_optimizer(model, FitOptions(out=Path(), steps=1, lr=1e-4))
 
         def loss() -> Tensor:

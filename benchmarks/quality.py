@@ -58,6 +58,9 @@ class Options:
     ours: float = 3.0
     """Minutes that our training is given; its figure is that of its end."""
 
+    batch_size: int = 2
+    """Crops a step of our training: in a few minutes, many small steps teach more."""
+
     theirs: float = 30.0
     """Minutes after which the others are stopped."""
 
@@ -79,6 +82,7 @@ def main(options: Options) -> None:
         data=options.data,
         val_names=("24-29",),
         max_minutes=options.ours,
+        batch_size=options.batch_size,
         seed=options.seed,
         out=Path(),
     )

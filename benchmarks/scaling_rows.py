@@ -19,6 +19,7 @@ from segmentation.model import SegmentationUNet
 from segmentation.predict import Predictor, TensorSource
 from unet import PRESETS
 from unet.attention import Attention
+from unet.device import training_format
 from unet.training.options import FitOptions
 from unet.training.plan import make_optimizer
 
@@ -48,6 +49,7 @@ def _step(*, batch: int = 32, channels: int = 32) -> Work:
     model, schedule = _network(channels), NoiseSchedule()
     x0, noise = random_image(batch, 3, SIDE, SIDE) * 2 - 1, random_image(batch, 3, SIDE, SIDE)
     t = torch.arange(batch) * 1000 // batch
+    model.to(memory_format=training_format(x0.device))  # type: ignore[call-overload]
     optimizer = make_optimizer(model, FitOptions(out=Path(), steps=1))
     return trained(
         model, lambda: diffusion_loss(model, schedule, "v", x0, t, noise).mean(), optimizer

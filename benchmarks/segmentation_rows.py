@@ -17,6 +17,7 @@ from benchmarks.work import Row, Work, random_image, trained
 from segmentation.model import SegmentationUNet
 from segmentation.predict import Predictor, TensorSource
 from unet import PRESETS
+from unet.device import training_format
 from unet.training.options import FitOptions
 from unet.training.plan import make_optimizer
 
@@ -27,8 +28,7 @@ def _segmentation_step(model: nn.Module, shape: tuple[int, ...], *, ours: bool) 
     image = random_image(*shape)
     mask = (random_image(shape[0], 1, *shape[2:]) > 0.5).float()
     if ours:  # as the trainer does
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # stubs lack it
-        image = image.contiguous(memory_format=torch.channels_last)
+        model.to(memory_format=training_format(image.device))  # type: ignore[call-overload]
         optimizer = make_optimizer(model, FitOptions(out=Path(), steps=1))
     else:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)

@@ -25,6 +25,7 @@ from torch import nn
 from segmentation.model import SegmentationUNet
 from tests.unet.toy_training import ToyOptions, toy_task
 from unet import InputError, UNetConfig
+from unet.device import training_format
 from unet.training.batches import BatchKeys, sample_rng
 from unet.training.ema import EMA
 from unet.training.options import FitOptions
@@ -37,10 +38,12 @@ ROOT = Path(__file__).parents[2]
 TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
-def toy(*arguments: object, launch: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+def toy(
+    *arguments: object, launch: tuple[str, ...] = (), **environ: str
+) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, *launch, str(TOY), *map(str, arguments)]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environ}
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
 
 
@@ -208,6 +211,32 @@ def uninterrupted(tmp_path_factory):
     done = toy("--out", run, "--steps", 40, "--dropout", 0.3, "--norm", "batch", "--log-every", 7)
     assert done.returncode == 0, done.stderr
     return run
+
+
+def test_a_run_goes_on_in_the_layout_of_another_processor(tmp_path):
+    """Fused AdamW pairs weights and means by their place in memory."""
+    options = ("--steps", 24, "--evaluations", 2, "--log-every", 4)
+    wide = {"ATEN_CPU_CAPABILITY": "default"}  # which trains in channels_last
+    narrow = {"ATEN_CPU_CAPABILITY": "avx2"}
+    whole = toy("--out", tmp_path / "whole", *options, **wide)
+    assert whole.returncode == 0, whole.stderr
+    killed = toy("--out", tmp_path / "over", *options, "--die-at", 16, **wide)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    resumed = toy("--out", tmp_path / "over", *options, "--resume", "--die-at", 0, **narrow)
+    assert resumed.returncode == 0, resumed.stderr
+    found, expected = losses(tmp_path / "over"), losses(tmp_path / "whole")
+    assert found == [(n, pytest.approx(x, rel=1e-4)) for n, x in expected]
+
+
+def test_training_maps_are_laid_out_for_the_processor(monkeypatch):
+    for capability, expected in (
+        ("AVX2", torch.contiguous_format),
+        ("AVX512", torch.channels_last),
+        ("DEFAULT", torch.channels_last),
+    ):
+        monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda c=capability: c)
+        assert training_format(torch.device("cpu")) == expected
+        assert training_format(torch.device("cuda")) == torch.channels_last
 
 
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])

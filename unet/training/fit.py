@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from tqdm import tqdm
 
-from unet.device import pick_precision
+from unet.device import pick_precision, training_format
 from unet.errors import DiskError, InputError, Interrupted, RunError, said
 from unet.files import DISK_FULL
 from unet.folder import check_fit
@@ -83,7 +83,7 @@ class Trainer:
         model.trunk.checkpointing = options.checkpointing
         self.whole = copy.deepcopy(model).cpu() if options.shard else None  # judged and saved
         if not options.shard:  # which takes no other format
-            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # stubs
+            model.to(memory_format=training_format(self.device))  # type: ignore[call-overload]
         self.ema = EMA(model, options.ema) if options.ema else None
         self.model = self.accelerator.prepare_model(model, evaluation_mode=options.shard)
         if options.shard:
