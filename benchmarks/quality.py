@@ -1,7 +1,7 @@
 """Minutes of training until cells are parted as well as asked: quality.py --data ISBI_FOLDER.
 
-Three trainings after one another on the same slices, scored alike on those held out: this code's
-defaults, the recipe that tutorials of the challenge share, and MONAI's `BasicUNet` in the loop of
+Three trainings after one another on the same slices, scored alike on those held out: this code,
+the recipe that tutorials of the challenge share, and MONAI's `BasicUNet` in the loop of
 its own 2D tutorial. The others' clocks stand still while they are scored, ours does not.
 """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ from diffusion.prediction import DenoiserLike
 from diffusion.samplers import Step, count_evaluations, finish, get_sampler, sample
 from diffusion.schedule import CLEAN, SEEDS, NoiseSchedule, NoiseSource
 from diffusion.text import ClipText, WordEncoder
+from unet.device import pick_device
 from unet.errors import InputError
 from unet.training.task import Processes
 
@@ -57,13 +59,19 @@ class Plan:
     """Evaluations before the first batch."""
 
 
+def load_for_sampling(folder: str | Path, device: str) -> DiffusionUNet:
+    """A model folder's network on the device of that name, laid out as convolutions like it."""
+    model = DiffusionUNet.from_pretrained(folder).to(pick_device(device)).float()
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # stubs
+
+
 class ImageSampler:
     """A trained model with the settings of a sampling run.
 
     Args:
         model: as `diffusion.training` saves it: its `info` holds the noise schedule, the kind of
             prediction, the size of the images, and the names of the classes. It is put into
-            evaluation mode, its weights into the layout that convolutions like.
+            evaluation mode; its weights are left where they are, as it may be in training.
         autoencoder: of a model that works in latents; None: it is read from where training read it,
             and so is CLIP, where the model has its text from it.
 
@@ -79,7 +87,6 @@ class ImageSampler:
         autoencoder: Autoencoder | None = None,
     ) -> None:
         self.model, self.options = model.eval(), options
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # stubs lack it
         self.autoencoder = autoencoder or self._read_parts()
         self.schedule = NoiseSchedule.from_dict(_known(model, "schedule"))
         self.height, self.width = model.size

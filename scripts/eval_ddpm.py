@@ -98,12 +98,10 @@ def main(options: EvalOptions) -> None:
         wanted_like,
     )
     from diffusion.features import open_extractor
-    from diffusion.model import DiffusionUNet
-    from diffusion.sampling import ImageSampler
+    from diffusion.sampling import ImageSampler, load_for_sampling
     from diffusion.shapes_evaluation import judge_captions, scenes_to_ask
-    from unet.device import pick_device
 
-    model = DiffusionUNet.from_pretrained(options.model).to(pick_device(options.device)).float()
+    model = load_for_sampling(options.model, options.device)
     samplers = [ImageSampler(model, way) for way in options.ways()]
     if options.bits:
         check_bits(samplers[0])

@@ -22,15 +22,13 @@ if TYPE_CHECKING:
 
 
 def main(options: SampleOptions) -> None:
-    from diffusion.model import DiffusionUNet
     from diffusion.output import SampleFolder
-    from diffusion.sampling import ImageSampler
-    from unet.device import pick_device
+    from diffusion.sampling import ImageSampler, load_for_sampling
     from unet.training.task import Processes
 
     processes = Processes.started(options.device)
     folder = SampleFolder(options.out, overwrite=options.overwrite)
-    model = DiffusionUNet.from_pretrained(options.model).to(pick_device(options.device)).float()
+    model = load_for_sampling(options.model, options.device)
     sampler = ImageSampler(model, options)
     wanted = chosen_conditions(options, sampler)
     plan = chosen_plan(options, sampler, wanted)

@@ -41,6 +41,14 @@ def sampler(network: DiffusionUNet, **options: Any) -> ImageSampler:
     return ImageSampler(network, SamplingOptions(**{"steps": 5, **options}))
 
 
+def test_a_model_in_training_keeps_its_layout_when_it_is_sampled() -> None:
+    """Fused AdamW pairs weights and means by their place in memory."""
+    network = model()
+    before = {name: p.stride() for name, p in network.named_parameters()}
+    sampler(network)(2, {})
+    assert {name: p.stride() for name, p in network.named_parameters()} == before
+
+
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_an_image_depends_on_its_number_alone(name: Any) -> None:
     network = model(("a", "b"))
