@@ -81,6 +81,8 @@ class Evaluation:
         self.confusion = ConfusionMatrix(len(table.values))
         self.isbi = IsbiMetrics((threshold,), warping) if two else None
         self.tried = IsbiMetrics(thresholds, warping) if two and thresholds else None
+        # Pixels of class 0 and 1 above the first k thresholds of the grid, and not the next.
+        self.above = np.zeros((2, len(_GRID) + 1), np.int64)
         self.entropy = 0.0  # sum over the pixels
         self.images: list[ImageScores] = []  # in the order of their indices
 
@@ -92,6 +94,8 @@ class Evaluation:
         self.confusion.merge(confusion)
         entropy = _entropy(probability, mask)
         self.entropy += entropy
+        if len(self.table.values) == 2:
+            self.above += _counts_above(probability[-1], mask)
         scores = {**_figures(confusion), "loss": entropy / max(int(confusion.counts.sum()), 1)}
         scores |= {
             f"dice {name}": float(v)
@@ -114,6 +118,7 @@ class Evaluation:
             raise InputError("cannot merge scores of different classes or thresholds")
         self.confusion.merge(other.confusion)
         self.entropy += other.entropy
+        self.above += other.above
         for mine, theirs in ((self.isbi, other.isbi), (self.tried, other.tried)):
             if mine and theirs:
                 mine.merge(theirs)
@@ -130,6 +135,30 @@ class Evaluation:
     def challenge(self) -> dict[str, float]:
         """The ISBI scores, each at its own best threshold on these very images."""
         return self.tried.result() if self.tried and self.tried.slices else {}
+
+    def best_threshold(self, score: Literal["dice", "v_rand"] = "dice") -> float:
+        """The threshold with the highest mean Dice, of all pixels together, or mean V_Rand.
+
+        Of equal ones that next to 0.5. It belongs in the model's `info["threshold"]`, where these
+        are images that the model did not see. With more than two classes the most probable one is
+        taken and no threshold is used: 0.5.
+
+        Args:
+            score: dice chooses among 0.01, 0.02, ..., 0.99; v_rand among the `thresholds`.
+        """
+        if len(self.table.values) != 2:
+            return 0.5
+        if score == "v_rand":
+            if not self.tried:
+                raise ValueError("V_Rand chooses among thresholds: evaluate with some")
+            return _nearest_best(self.tried.thresholds, self.tried.curves()["v_rand"])
+        dice = []
+        for k in range(1, len(_GRID) + 1):
+            confusion = ConfusionMatrix(2)
+            below, above = self.above[:, :k].sum(1), self.above[:, k:].sum(1)
+            confusion.counts = np.stack([below, above], axis=1)
+            dice.append(confusion.mean_dice)
+        return _nearest_best(_GRID, np.array(dice))
 
     def worst_first(self) -> list[ImageScores]:
         """The images by rising mean Dice; one without a pixel to score comes last."""
@@ -231,45 +260,6 @@ def evaluate(
     return found
 
 
-def best_threshold(
-    predict: Predictor,
-    data: SegmentationData,
-    indices: Sequence[int],
-    score: Literal["dice", "v_rand"] = "dice",
-) -> float:
-    """The threshold with the highest mean Dice, of all pixels together, or the highest mean V_Rand.
-
-    Of equal ones that next to 0.5. It belongs in the model's `info["threshold"]`. With more than
-    two classes the most probable one is taken and no threshold is used: 0.5.
-
-    Args:
-        indices: of images that the models did not see, such as `data.val`.
-        score: dice chooses among 0.01, 0.02, ..., 0.99; v_rand, a second for 512 x 512 pixels,
-            among 0.05, 0.10, ..., 0.95.
-    """
-    if len(data.table.values) != 2:
-        return 0.5
-    grid = np.array(_GRID)
-    counts = np.zeros((2, len(grid) + 1), np.int64)  # pixels above the first k thresholds only
-    isbi = IsbiMetrics(COARSE)
-    for i in tqdm(indices, unit="image", desc="threshold", leave=False, disable=None):
-        probability, mask = predict(RasterSource(data.pairs[i].read_image()))[-1], data.load(i)[1]
-        if score == "v_rand":
-            isbi.add(*_as_isbi(probability[None], mask), data.pairs[i].name)
-            continue
-        above = np.searchsorted(grid.astype(probability.dtype), probability)
-        for k in (0, 1):
-            counts[k] += np.bincount(above[mask == k], minlength=len(grid) + 1)
-    if score == "v_rand":
-        return _nearest_best(np.array(COARSE), isbi.curves()["v_rand"])
-    dice = []
-    for k in range(len(grid)):
-        confusion = ConfusionMatrix(2)
-        confusion.counts = np.stack([counts[:, : k + 1].sum(1), counts[:, k + 1 :].sum(1)], axis=1)
-        dice.append(confusion.mean_dice)
-    return _nearest_best(grid, np.array(dice))
-
-
 def labelled_data(
     models: Sequence[SegmentationUNet],
     pairs: Sequence[Pair],
@@ -322,10 +312,18 @@ def class_names(table: ClassTable) -> list[str]:
     return [",".join(map(str, v)) if isinstance(v, tuple) else str(v) for v in table.values]
 
 
-def _nearest_best(grid: NDArray[np.float64], scores: NDArray[np.float64]) -> float:
+def _counts_above(probability: NDArray[np.floating[Any]], mask: Mask) -> NDArray[np.int64]:
+    """(2, 100): pixels of each class by the number of thresholds of the grid that they exceed."""
+    grid = np.array(_GRID, probability.dtype)
+    exceeded = np.searchsorted(grid, probability)
+    counts = [np.bincount(exceeded[mask == k], minlength=len(grid) + 1) for k in (0, 1)]
+    return np.array(counts, np.int64)
+
+
+def _nearest_best(thresholds: Sequence[float], scores: NDArray[np.float64]) -> float:
     if np.isnan(scores).all():
         return 0.5
-    best = grid[scores >= np.nanmax(scores) - 1e-12]
+    best = np.array(thresholds)[scores >= np.nanmax(scores) - 1e-12]
     return float(best[abs(best - 0.5).argmin()])
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from segmentation.augment import Augmentation
 from segmentation.classes import IGNORE
 from segmentation.data import Pair, SegmentationData, find_pairs, pairs_from_arrays, split_pairs
 from segmentation.download import isbi2012_folder
-from segmentation.evaluation import COARSE, Evaluation, best_threshold, evaluate
+from segmentation.evaluation import COARSE, Evaluation, evaluate
 from segmentation.losses import deeply_supervised, make_loss
 from segmentation.model import SegmentationUNet
 from segmentation.options import SegmentationOptions
@@ -75,20 +75,20 @@ def train(options: SegmentationOptions) -> dict[str, float]:
             options,
         )
         if is_main_process():
-            _finish(options, data)
+            _finish(options, data, figures)
     return figures
 
 
-def _finish(options: SegmentationOptions, data: SegmentationData) -> None:
+def _finish(
+    options: SegmentationOptions, data: SegmentationData, figures: Mapping[str, float]
+) -> None:
     """Saves the best threshold on the held-out images with the weights, and draws report.png."""
     model = SegmentationUNet.from_pretrained(options.out / "model").to(pick_device(options.device))
-    predict = Predictor([model])
-    by: Literal["dice", "v_rand"] = "v_rand" if options.best_by == "v_rand" else "dice"
-    threshold = best_threshold(predict, data, data.val, by)
+    threshold = figures.get("threshold", 0.5)
     if model.info["threshold"] != threshold:
         model.info["threshold"] = threshold
         model.save_pretrained(options.out / "model")
-    found = evaluate(predict, data, data.val, threshold=threshold, thresholds=())
+    found = evaluate(Predictor([model]), data, data.val, threshold=threshold, thresholds=())
     print(f"report: {write_report(options.out, found, data)}")
 
 
@@ -244,7 +244,8 @@ class SegmentationTask:
     def evaluate(self, model: SegmentationUNet, processes: Processes) -> Mapping[str, float]:
         """Figures over all held-out pixels: cross-entropy, accuracy, mean Dice and IoU.
 
-        With --best-by v_rand also V_Rand and V_Info, each at its best threshold.
+        With --best-by v_rand also V_Rand and V_Info, each at its best threshold. Of two classes
+        also the threshold to use: the best one for V_Rand, else for the mean Dice.
         """
         isbi = self.best_by == "v_rand"
         part, whole = (
@@ -258,9 +259,11 @@ class SegmentationTask:
         for other in processes.gather(part):
             whole.merge(other)
         scores, best = whole.scores(), whole.challenge()
-        return {k: scores[k] for k in ("loss", "accuracy", "dice", "iou")} | {
-            k: best[k] for k in ("v_rand", "v_info") if k in best
-        }
+        figures = {k: scores[k] for k in ("loss", "accuracy", "dice", "iou")}
+        figures |= {k: best[k] for k in ("v_rand", "v_info") if k in best}
+        if self.count == 2:
+            figures["threshold"] = whole.best_threshold("v_rand" if isbi else "dice")
+        return figures
 
     def pictures(self, model: SegmentationUNet) -> Mapping[str, Image.Image]:
         """Held-out images: image, mask, probability of the last class, errors."""

@@ -71,6 +71,12 @@ PRESETS: dict[str, Preset] = {
         size=512,
         source="our default for segmentation, chosen by measurement: docs/experiments.md",
     ),
+    "segmentation-quick": Preset(
+        config=replace(_SEGMENTATION, channels=24, multipliers=(1, 2, 4), patch=4),
+        out_channels=1,
+        size=512,
+        source="learns most in the first minute on a processor: docs/experiments.md",
+    ),
     "fcn-32s": Preset(
         config=replace(_SEGMENTATION, decoder="fcn-32s"),
         out_channels=1,

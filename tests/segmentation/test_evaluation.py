@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from segmentation.classes import IGNORE, Normalisation
 from segmentation.data import Pair, SegmentationData, pairs_from_arrays
 from segmentation.evaluation import (
+    COARSE,
     Evaluation,
-    best_threshold,
     evaluate,
     held_out,
     labelled_data,
@@ -205,6 +205,7 @@ def test_parts_in_any_order_are_the_whole(count, parts):
     whole = scored(data)
     assert merged.to_dict() == whole.to_dict()
     assert merged.lines() == whole.lines()
+    assert merged.best_threshold() == whole.best_threshold()
 
 
 def test_other_thresholds_are_not_merged():
@@ -259,7 +260,7 @@ def numbered(data: SegmentationData) -> SegmentationData:
 def test_the_best_threshold_beats_all_others():
     data = numbered(data_of(2, 3, ignore_value=200))
     predict = Fixed({i: noisy(data, i) ** 3 for i in range(3)})
-    chosen = best_threshold(predict, data, range(3))
+    chosen = evaluate(predict, data, range(3), thresholds=()).best_threshold()
     dice = {}
     for k in range(1, 100):
         confusion = ConfusionMatrix(2)
@@ -279,7 +280,7 @@ def test_v_rand_chooses_another_threshold():
     edge = (mask == 0) & (np.arange(56) % 8 == 0)
     p = np.where(edge, 0.7, mask * 0.93 + 0.02)[None].astype(np.float32)
     predict = Fixed({0: p})
-    chosen = best_threshold(predict, data, range(1), "v_rand")
+    chosen = evaluate(predict, data, range(1), thresholds=COARSE).best_threshold("v_rand")
     found = {
         t: evaluate(predict, data, range(1), threshold=t, thresholds=()).scores()["v_rand"]
         for t in (0.05, 0.5, chosen, 0.9)
@@ -291,13 +292,15 @@ def test_v_rand_chooses_another_threshold():
 def test_of_equal_thresholds_the_middle_is_taken():
     data = numbered(data_of(2, 1))
     mask = data.load(0)[1].astype(np.float32)
-    assert best_threshold(Fixed({0: mask[None]}), data, range(1)) == 0.5
-    assert best_threshold(Fixed({0: mask[None] * 0.3}), data, range(1)) == 0.29
+    for scale, chosen in ((1, 0.5), (0.3, 0.29)):
+        found = evaluate(Fixed({0: mask[None] * scale}), data, range(1), thresholds=())
+        assert found.best_threshold() == chosen
 
 
 def test_of_more_classes_no_threshold_is_chosen():
-    data = numbered(data_of(3, 1))
-    assert best_threshold(Fixed({}), data, range(1)) == 0.5
+    data = data_of(3, 1)
+    found = evaluate(Predictor([model_of(data)]), data, range(1))
+    assert found.best_threshold() == found.best_threshold("v_rand") == 0.5
 
 
 # -- which images ---------------------------------------------------------------------------------

@@ -12,9 +12,11 @@ import torch
 from PIL import Image
 
 from scripts import demo, predict_seg, train_seg
+from segmentation.evaluation import COARSE, evaluate
 from segmentation.model import SegmentationUNet
 from segmentation.options import RECIPES, SegmentationOptions
 from segmentation.phantom import phantom_stack
+from segmentation.predict import Predictor
 from segmentation.training import load_data, make_model, train
 from unet import InputError, UNetConfig
 from unet.images import read_image, write_image
@@ -202,15 +204,26 @@ def test_a_trunk_trained_by_another_task_can_start_a_segmentation(folder, tmp_pa
     assert all(torch.equal(v, fresh[k]) for k, v in started.trunk.state_dict().items())
 
 
-def test_the_phantom_is_learned(tmp_path):
+def test_the_quick_recipe_learns_the_phantom(tmp_path):
     """Better than the best threshold on the grey value can be, after a few seconds."""
-    options = SegmentationOptions(
-        out=tmp_path / "run", steps=100, batch_size=4, crop=96, lr=8e-3, width=12, evaluations=1
-    )
+    recipe = load_config(SegmentationOptions, RECIPES / "quick.yaml")
+    options = SegmentationOptions(out=tmp_path / "run", steps=60, crop=128, **recipe)
     figures = train(options)
     print(figures)
     assert figures["accuracy"] > 0.85
     assert figures["dice"] > 0.75
+
+
+def test_the_threshold_is_best_for_the_kept_weights(folder, tmp_path):
+    for by in ("v_rand", "dice"):
+        options = SegmentationOptions(
+            out=tmp_path / by, data=str(folder), steps=9, crop=32, width=4, evaluations=3, best_by=by
+        )
+        figures = train(options)
+        data = load_data(options)
+        model = SegmentationUNet.from_pretrained(tmp_path / by / "model")
+        found = evaluate(Predictor([model]), data, data.val, thresholds=COARSE)
+        assert figures["threshold"] == model.info["threshold"] == found.best_threshold(by)
 
 
 def test_the_default_recipe_is_what_training_does_anyway():
