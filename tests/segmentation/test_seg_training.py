@@ -217,7 +217,13 @@ def test_the_quick_recipe_learns_the_phantom(tmp_path):
 def test_the_threshold_is_best_for_the_kept_weights(folder, tmp_path):
     for by in ("v_rand", "dice"):
         options = SegmentationOptions(
-            out=tmp_path / by, data=str(folder), steps=9, crop=32, width=4, evaluations=3, best_by=by
+            out=tmp_path / by,
+            data=str(folder),
+            steps=9,
+            crop=32,
+            width=4,
+            evaluations=3,
+            best_by=by,
         )
         figures = train(options)
         data = load_data(options)
