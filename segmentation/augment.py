@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -58,10 +59,10 @@ def augmented_crop(
     target_size = target_size or size
     rows, columns = _grid(image.shape[-2:], rng, augmentation, size, target_size)
     exact = not (augmentation.rotation or augmentation.scale or augmentation.elastic)
-    crop = _nearest(image, rows, columns) if exact else _bilinear(image, rows, columns)
+    crop = _nearest([image], rows, columns)[0] if exact else _bilinear(image, rows, columns)
     top, left = ((n - t) // 2 for n, t in zip(size, target_size, strict=True))
     inner = (slice(top, top + target_size[0]), slice(left, left + target_size[1]))
-    targets = [_nearest(m[None], rows[inner], columns[inner])[0] for m in maps]
+    targets = _nearest(maps, rows[inner], columns[inner])
     return _vary_intensity(crop, rng, augmentation), targets
 
 
@@ -82,18 +83,24 @@ def _grid(
     bumps = rng.normal(0.0, 1.0, (2, 3, 3)) * a.elastic
 
     y, x = (torch.arange(n, dtype=torch.float32) - (n - 1) / 2 for n in size)  # from the centre
-    y, x = torch.meshgrid(y * (1 - 2 * flip_rows), x * (1 - 2 * flip_columns), indexing="ij")
+    y, x = y[:, None] * (1 - 2 * flip_rows), x * (1 - 2 * flip_columns)
     if swap and size[0] == size[1]:
         y, x = x, y
     cos, sin = math.cos(angle) / zoom, math.sin(angle) / zoom
     y, x = cos * y + sin * x, cos * x - sin * y
     if a.elastic:
         # "random displacement vectors on a coarse 3 by 3 grid ... bicubic": arXiv 1505.04597, 3.1
-        coarse = torch.from_numpy(bumps).float()[None]
-        fine = F.interpolate(coarse, size, mode="bicubic", align_corners=True)[0]
+        fine = _bicubic(size[0]) @ torch.from_numpy(bumps).float() @ _bicubic(size[1]).T
         y, x = y + fine[0], x + fine[1]
     centre = [c + (t - 1) / 2 for c, t in zip(corner, target_size, strict=True)]
     return y + centre[0], x + centre[1]
+
+
+@functools.lru_cache(maxsize=8)
+def _bicubic(n: int) -> Tensor:
+    """(n, 3): what each of 3 points weighs at n places from the first to the last of them."""
+    unit = torch.eye(3)[None, :, :, None]
+    return F.interpolate(unit, (n, 1), mode="bicubic", align_corners=True)[0, ..., 0].T
 
 
 def _vary_intensity(crop: Tensor, rng: np.random.Generator, a: Augmentation) -> Tensor:
@@ -101,16 +108,16 @@ def _vary_intensity(crop: Tensor, rng: np.random.Generator, a: Augmentation) -> 
     gamma = _log_uniform(rng, a.gamma)
     blur, noise = rng.uniform(0, a.blur), rng.uniform(0, a.noise)
     if a.gamma:
-        low, high = crop.amin(), crop.amax()
+        low, high = crop.aminmax()
         span = (high - low).clamp_min(1e-6)
-        crop = ((crop - low) / span) ** gamma * span + low
+        crop = crop.sub_(low).div_(span).pow_(gamma).mul_(span).add_(low)
     if a.contrast or a.brightness:
-        crop = crop * contrast + shift
+        crop = crop.mul_(contrast).add_(shift)
     if blur > 0.1:
         crop = _gaussian(crop, blur)
     if a.noise:
         white = rng.standard_normal(tuple(crop.shape), dtype=np.float32)
-        crop = crop + noise * torch.from_numpy(white)
+        crop = crop.add_(torch.from_numpy(white), alpha=noise)
     return crop
 
 
@@ -130,19 +137,22 @@ def mirror(index: Tensor, n: int) -> Tensor:
     """Indices beyond 0 ... n - 1 mirrored at the border pixels, however far they are."""
     if n == 1:
         return torch.zeros_like(index)
-    index = index.abs() % (2 * n - 2)
-    return torch.minimum(index, 2 * n - 2 - index)
+    index, period = index.abs(), 2 * n - 2
+    if index.max() > period:
+        index = index % period  # slow, and seldom needed
+    return torch.minimum(index, period - index)
 
 
-def _nearest(image: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    y = mirror(rows.round().long(), image.shape[-2])
-    x = mirror(columns.round().long(), image.shape[-1])
-    return image[:, y, x]
+def _nearest(maps: Sequence[Tensor], rows: Tensor, columns: Tensor) -> list[Tensor]:
+    """Values of maps (..., H, W) of one size at the nearest pixels."""
+    h, w = maps[0].shape[-2:]
+    y, x = mirror(rows.round().long(), h), mirror(columns.round().long(), w)
+    flat = y * w + x
+    return [m.flatten(-2)[..., flat] for m in maps]
 
 
 def _bilinear(image: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     h, w = image.shape[-2:]
-    y, x = mirror(rows, h), mirror(columns, w)
-    unit = [2 * x / max(w - 1, 1) - 1, 2 * y / max(h - 1, 1) - 1]  # grid_sample's -1 ... 1
+    unit = (columns * (2 / max(w - 1, 1)) - 1, rows * (2 / max(h - 1, 1)) - 1)  # -1 ... 1
     grid = torch.stack(unit, dim=-1)[None]
-    return F.grid_sample(image[None], grid, mode="bilinear", align_corners=True)[0]
+    return F.grid_sample(image[None], grid, padding_mode="reflection", align_corners=True)[0]

@@ -160,7 +160,8 @@ class Trainer:
                 self._save_state()  # of the last whole step
             raise
         for group in self.optimizer.param_groups:
-            group["lr"] = self.options.lr * self.budget.rate(self.progress)
+            lr = self.options.lr * group.get("lr_scale", 1.0)
+            group["lr"] = lr * self.budget.rate(self.progress)
         loss = self.stepper(parts, self.progress)
         if self.ema and loss is not None:
             self.ema.update(self.accelerator.unwrap_model(self.model), self.progress.step)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from unet.training.muon import Muon
 from unet.training.options import FitOptions
 
 DEFAULT_MINUTES = 10.0  # of a run without a budget
@@ -72,5 +73,8 @@ def make_optimizer(model: nn.Module, options: FitOptions) -> torch.optim.Optimiz
         return torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=decay)
     if options.optimizer == "rmsprop":
         return torch.optim.RMSprop(parameters, lr=lr, momentum=momentum, weight_decay=decay)
+    if options.optimizer == "muon":
+        beta2 = options.beta2
+        return Muon(model, lr=lr, momentum=momentum, beta2=beta2, weight_decay=decay)
     betas = (momentum, options.beta2)
     return torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=decay, fused=True)
