@@ -7,8 +7,10 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import ndimage
 
 from segmentation import augment
 from segmentation.augment import Augmentation, mirror
@@ -105,6 +107,27 @@ def test_beyond_the_border_the_image_is_mirrored():
     crop, _ = augmented_crop(image, image[0].int(), rng(), OFF, (4, 10))
     assert crop[0, 0].tolist() == [3, 2, 1, 0, 1, 2, 3, 2, 1, 0]
     assert mirror(torch.arange(-7, 8), 1).tolist() == [0] * 15
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_varied_crop_is_interpolated_as_by_scipy(seed):
+    image = torch.rand(1, 60, 40, generator=torch.Generator().manual_seed(seed))
+    mask = torch.arange(2400).reshape(60, 40)
+    geometry = Augmentation(rotation=180, scale=0.3, elastic=6)
+    crop, target = augmented_crop(image, mask, rng(seed), geometry, (90, 50))
+    places = np.stack(augment._grid(image.shape[-2:], rng(seed), geometry, (90, 50), (90, 50)))
+    found = ndimage.map_coordinates(image[0].numpy(), places, order=1, mode="mirror")
+    np.testing.assert_allclose(crop[0].numpy(), found, atol=1e-4)
+    nearest = ndimage.map_coordinates(mask.numpy(), places.round(), order=0, mode="mirror")
+    np.testing.assert_array_equal(target.numpy(), nearest)
+
+
+@pytest.mark.parametrize("n", [1, 2, 33])
+def test_displacements_are_bicubic_as_those_of_torch(n):
+    coarse = torch.randn(1, 1, 3, 3, generator=torch.Generator().manual_seed(n))
+    expected = F.interpolate(coarse, (n, 17), mode="bicubic", align_corners=True)[0, 0]
+    found = augment._bicubic(n) @ coarse[0, 0] @ augment._bicubic(17).T
+    torch.testing.assert_close(found, expected)
 
 
 def test_the_mask_of_a_valid_crop_is_its_centre():
