@@ -58,7 +58,7 @@ class Options:
     v_rand: float = 0.945
     """V_Rand after border thinning, the mean over the slices held out, at its best threshold."""
 
-    ours: float = 0.2
+    ours: float = 0.18
     """Minutes that our training is given; its figure is that of its end."""
 
     recipe: str = "quick"
