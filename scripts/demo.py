@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffusion.options import DiffusionOptions
-from segmentation.options import SegmentationOptions
+from segmentation.options import RECIPES, SegmentationOptions
 from unet.training.cli import run_script
+from unet.training.config_file import load_config
 
 UNSEEN_SEED, UNSEEN_SLICES = 1_000, 4
 SEGMENTATION_SHARE = 0.3  # of the minutes; drawing takes longer to learn
-# In so short a time many small steps teach more than few large ones.
-CROPS, IMAGES = 2, 8  # a step
+IMAGES = 8  # a step: in so short a time many small steps teach more than few large ones
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,8 @@ def segment(options: DemoOptions, run: Path) -> None:
 
     print("Training a segmentation on generated membrane images:", flush=True)
     minutes, seed = SEGMENTATION_SHARE * options.minutes, options.seed
-    train(SegmentationOptions(out=run, max_minutes=minutes, batch_size=CROPS, seed=seed))
+    recipe = load_config(SegmentationOptions, RECIPES / "quick.yaml")
+    train(SegmentationOptions(out=run, max_minutes=minutes, seed=seed, **recipe))
 
     images, labels = phantom_stack(UNSEEN_SLICES, (384, 384), seed=UNSEEN_SEED + options.seed)
     for i, image in enumerate(images):
