@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,17 +14,16 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor, nn
 
-from diffusion.pictures import enlarged, rgb
+from diffusion.pictures import LINE, cell, lettered, rgb
 from unet.attention import Attention, SpatialTransformer, TransformerBlock
 from unet.errors import InputError
 from unet.model import UNet
 from unet.pictures import RGB, panel
 
 COLUMNS = 8  # of a figure, at most
-CELL, TITLE = 128, 20  # pixels of a picture in it, about, and of the line above
 _HEAT = 0.7  # share of the heat's colour in a picture; the rest is the image in grey
 
 
@@ -143,24 +141,10 @@ def attention_figure(image: RGB, words: Sequence[str], maps: Tensor) -> Image.Im
             f"with maps {tuple(maps.shape)}: give one map a word, of the image's size"
         )
     heats = maps[: len(words)].numpy()
-    cells = [rgb(image), *(_overlaid(image, heat) for heat in heats)]
-    tiles = [_titled(*pair) for pair in zip(cells, ["image", *words], strict=True)]
+    cells = [cell(rgb(image)), *(cell(_overlaid(image, heat)) for heat in heats)]
+    titles = [lettered(word, cells[0].shape[1], LINE) for word in ("image", *words)]
+    tiles = [np.concatenate(pair) for pair in zip(titles, cells, strict=True)]
     return panel([tiles[i : i + COLUMNS] for i in range(0, len(tiles), COLUMNS)])
-
-
-def _titled(picture: RGB, title: str) -> RGB:
-    """A picture, enlarged or reduced to about 128 pixels a side, below its title."""
-    import matplotlib
-
-    font = Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")  # with most alphabets
-    image = Image.fromarray(enlarged(picture, CELL))
-    image.thumbnail((CELL, CELL), Image.Resampling.LANCZOS)
-    tile = Image.new("RGB", (image.width, image.height + TITLE), "white")
-    tile.paste(image, (0, TITLE))
-    ImageDraw.Draw(tile).text(
-        (1, TITLE / 2), title, "black", ImageFont.truetype(font, TITLE * 2 // 3), anchor="lm"
-    )
-    return np.asarray(tile)
 
 
 def _overlaid(image: RGB, heat: NDArray[np.float32]) -> RGB:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from unet.files import replacing
 from unet.pictures import RGB, panel
@@ -17,7 +16,8 @@ from unet.pictures import RGB, panel
 Images = NDArray[np.uint8]  # (N, H, W, C), C = 1 or 3
 
 GRID = 720  # pixels a side that a grid of small images is enlarged to, at most
-CELL = 112  # and a picture in a table
+CELL = 128  # a picture in a table, about
+LINE = 20  # a line of text
 _FRAMES, _LAST = 120, 1500  # milliseconds of a GIF
 
 
@@ -52,7 +52,9 @@ def strip(frames: Sequence[Images], count: int = 10) -> Image.Image:
 
 def write_gif(path: Path, frames: Sequence[Images]) -> None:
     """An animation of grids; the last frame stays a while."""
-    pictures = [grid(frame).quantize(dither=Image.Dither.NONE) for frame in frames]
+    grey = frames[0].shape[-1] == 1
+    grids = [grid(frame) for frame in frames]
+    pictures = [g.convert("L") if grey else g.quantize(dither=Image.Dither.NONE) for g in grids]
     times = [_FRAMES] * (len(pictures) - 1) + [_LAST]
     with replacing(path) as temporary:
         pictures[0].save(
@@ -61,22 +63,29 @@ def write_gif(path: Path, frames: Sequence[Images]) -> None:
 
 
 def table(rows: Mapping[str, Sequence[RGB]], titles: Sequence[str]) -> Image.Image:
-    """Pictures in named rows and titled columns."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    """Pictures of one size in named rows and titled columns."""
+    cells = [[cell(picture) for picture in row] for row in rows.values()]
+    height, width, _ = cells[0][0].shape
+    above = LINE * max(title.count("\n") + 1 for title in titles)
+    head = [lettered("", LINE, above), *(lettered(title, width, above) for title in titles)]
+    names = [np.rot90(lettered(name, height, LINE)) for name in rows]
+    return panel([head, *([name, *row] for name, row in zip(names, cells, strict=True))])
 
-    figure = Figure(figsize=(1.2 * len(titles) + 1.2, 1.25 * len(rows) + 0.4), dpi=110)
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(len(rows), len(titles), squeeze=False)
-    for line, (name, pictures) in zip(axes, rows.items(), strict=True):
-        for axis, picture in zip(line, pictures, strict=True):
-            axis.imshow(enlarged(picture, CELL), interpolation="nearest")
-            axis.set_xticks([])
-            axis.set_yticks([])
-        line[0].set_ylabel(name, fontsize=8)
-    for axis, title in zip(axes[0], titles, strict=True):
-        axis.set_title(title, fontsize=8)
-    figure.tight_layout(pad=0.4)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return Image.open(buffer).convert("RGB")
+
+def cell(picture: RGB) -> RGB:
+    """A picture, enlarged or reduced to about 128 pixels a side."""
+    image = Image.fromarray(enlarged(picture, CELL))
+    image.thumbnail((CELL, CELL), Image.Resampling.LANCZOS)
+    return np.asarray(image)
+
+
+def lettered(text: str, width: int, height: int) -> RGB:
+    """Lines of text in the middle of a white tile."""
+    import matplotlib
+
+    font = Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")  # with most alphabets
+    tile = Image.new("RGB", (width, height), "white")
+    draw, middle = ImageDraw.Draw(tile), (width / 2, height / 2)
+    letters = ImageFont.truetype(font, LINE * 2 // 3)
+    draw.text(middle, text, "black", letters, anchor="mm", align="center")
+    return np.asarray(tile)

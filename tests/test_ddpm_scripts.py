@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusion import evaluation
+from diffusion import evaluation, report
 from diffusion.classifier import ClassifierUNet, classifier_config
 from diffusion.model import DiffusionUNet
 from diffusion.options import DiffusionOptions
@@ -49,6 +50,15 @@ def discs(count: int, side: int = 12) -> np.ndarray:
         cy, cx = rng.uniform(4, side - 4, 2)
         images.append(255.0 * ((y - cy) ** 2 + (x - cx) ** 2 < (4 if i % 2 else 12)))
     return np.stack(images).astype(np.uint8)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def short_films() -> Iterator[None]:
+    """Reports of a few frames, and of neighbours among a few hundred images."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "FRAMES", 8)
+        patch.setattr(report, "MOST_COMPARED", 500)
+        yield
 
 
 @pytest.fixture(scope="module")

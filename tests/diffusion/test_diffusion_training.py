@@ -242,7 +242,7 @@ def test_a_model_that_reads_keeps_its_words_where_these_are_the_same(tmp_path: P
 # -- the network
 
 
-@settings(max_examples=60)
+@settings(max_examples=20)
 @given(
     st.integers(1, 700),
     st.integers(1, 700),

@@ -114,7 +114,8 @@ def test_a_stopped_and_resumed_training_is_that_of_one_sitting(folder, tmp_path)
         assert all(torch.equal(v, states[1][part][k]) for k, v in states[0][part].items())
 
 
-def test_the_demo_shows_what_it_says(tmp_path, capsys):
+def test_the_demo_shows_what_it_says(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("diffusion.report.MOST_COMPARED", 500)
     options = demo.DemoOptions(out=tmp_path, minutes=0.05)
     demo.main(options)
     printed = capsys.readouterr().out
@@ -307,8 +308,9 @@ def test_bad_data_is_one_sentence_before_anything_is_written(folder, tmp_path, c
         (("--lrr", "1"), "no option --lrr; did you mean --lr?"),
     ],
 )
-def test_a_mistaken_option_is_one_sentence(tmp_path, capsys, arguments, told):
-    assert run_train("--out", tmp_path / "run", *arguments) == 2
+def test_a_mistaken_option_is_one_sentence(folder, tmp_path, capsys, arguments, told):
+    data = () if {"--data", "--images"} & set(arguments) else ("--data", folder)
+    assert run_train("--out", tmp_path / "run", *data, *arguments) == 2
     error = capsys.readouterr().err.strip()
     assert told in error
     assert "\n" not in error
