@@ -32,7 +32,7 @@ from diffusion.options import DiffusionOptions
 from diffusion.pictures import grid, rgb, table
 from diffusion.pipeline_export import obstacle, write_pipeline
 from diffusion.prediction import diffusion_loss
-from diffusion.report import few_steps, shown_conditions, spread, write_report
+from diffusion.report import SHOWN, few_steps, shown_conditions, spread, write_report
 from diffusion.sampling import to_bytes, use_clip
 from diffusion.schedule import NoiseSchedule, NoiseSource
 from diffusion.text import PADDING, WordEncoder
@@ -45,7 +45,6 @@ from unet.training.run import RunFolder, is_main_process, run_folder
 from unet.training.task import Batch, Processes, Task
 
 SHOWN_LEVELS = 8  # of the pictures
-SHOWN = 36  # samples in the picture at each evaluation
 LEAST_JUDGED, MOST_JUDGED = 128, 500  # held-out images, and as many training images
 PART = 125  # of them at a time
 

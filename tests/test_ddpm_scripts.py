@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusion import evaluation, report
+from diffusion import evaluation, report, training
 from diffusion.classifier import ClassifierUNet, classifier_config
 from diffusion.model import DiffusionUNet
 from diffusion.options import DiffusionOptions
@@ -54,8 +54,10 @@ def discs(count: int, side: int = 12) -> np.ndarray:
 
 @pytest.fixture(autouse=True, scope="module")
 def short_films() -> Iterator[None]:
-    """Reports of a few frames, and of neighbours among a few hundred images."""
+    """Pictures of few samples and frames, and neighbours among a few hundred images."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "SHOWN", 9)
+        patch.setattr(training, "SHOWN", 9)
         patch.setattr(report, "FRAMES", 8)
         patch.setattr(report, "MOST_COMPARED", 500)
         yield
@@ -83,7 +85,7 @@ def test_a_run_holds_the_model_and_the_pictures(trained: Path) -> None:
         *("appearing.png", "appearing.gif"),
     }
     with Image.open(trained / "run/samples/appearing.gif") as film:
-        assert film.n_frames == 41
+        assert film.n_frames == report.FRAMES + 1
     model = DiffusionUNet.from_pretrained(trained / "run/model")
     assert model.config.classes == 3
     assert model.info["classes"] == ["0", "1"]

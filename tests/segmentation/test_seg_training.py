@@ -116,6 +116,8 @@ def test_a_stopped_and_resumed_training_is_that_of_one_sitting(folder, tmp_path)
 
 def test_the_demo_shows_what_it_says(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("diffusion.report.MOST_COMPARED", 500)
+    for module in ("report", "training"):
+        monkeypatch.setattr(f"diffusion.{module}.SHOWN", 9)
     options = demo.DemoOptions(out=tmp_path, minutes=0.05)
     demo.main(options)
     printed = capsys.readouterr().out

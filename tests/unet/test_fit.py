@@ -246,12 +246,12 @@ def uninterrupted(tmp_path_factory):
 
 def test_a_run_goes_on_in_the_layout_of_another_processor(tmp_path):
     """Fused AdamW pairs weights and means by their place in memory."""
-    options = ("--steps", 24, "--evaluations", 2, "--log-every", 4)
+    options = ("--steps", 12, "--evaluations", 2, "--log-every", 2)
     wide = {"ATEN_CPU_CAPABILITY": "default"}  # which trains in channels_last
     narrow = {"ATEN_CPU_CAPABILITY": "avx2"}
     whole = toy("--out", tmp_path / "whole", *options, **wide)
     assert whole.returncode == 0, whole.stderr
-    killed = toy("--out", tmp_path / "over", *options, "--die-at", 16, **wide)
+    killed = toy("--out", tmp_path / "over", *options, "--die-at", 8, **wide)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     resumed = toy("--out", tmp_path / "over", *options, "--resume", "--die-at", 0, **narrow)
     assert resumed.returncode == 0, resumed.stderr
