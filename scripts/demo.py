@@ -14,7 +14,7 @@ from unet.training.config_file import load_config
 
 UNSEEN_SEED, UNSEEN_SLICES = 1_000, 4
 SEGMENTATION_SHARE = 0.3  # of the minutes; drawing takes longer to learn
-IMAGES = 8  # a step: in so short a time many small steps teach more than few large ones
+IMAGES = 16  # a step: in so short a time small steps teach more than few large ones
 
 
 @dataclass(frozen=True, kw_only=True)

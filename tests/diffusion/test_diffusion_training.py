@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -270,7 +270,13 @@ def test_text_is_learned_by_an_optimizer_and_a_start_of_its_own() -> None:
     asked = text.chosen()
     assert (asked.lr, asked.beta2, asked.shift, asked.batch_size) == (7e-4, 0.99, 3.0, 32)
     asked = plain.chosen()
-    assert (asked.lr, asked.beta2, asked.shift, asked.batch_size) == (2e-3, 0.999, 1.0, 64)
+    assert (asked.lr, asked.beta2, asked.shift, asked.batch_size) == (2e-2, 0.999, 1.0, 32)
+    adamw = replace(plain, optimizer="adamw").chosen()
+    assert (adamw.lr, adamw.batch_size) == (2e-3, 64)
+    assert [
+        replace(plain, **given).chosen().optimizer
+        for given in ({}, {"captions": True}, {"init": "a/model"}, {"shard": True})
+    ] == ["muon", "adamw", "adamw", "adamw"]
     assert DiffusionOptions(captions=True, lr=1e-3).chosen().lr == 1e-3
     for asked, starts_at_zero in ((text, False), (plain, True)):
         data = DiffusionData("shapes", captions=asked.captions)
