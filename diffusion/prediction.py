@@ -159,9 +159,9 @@ def diffusion_loss(
     index = schedule.steps - 1 - t.to("cpu")
     q = Posterior(*(factor[index].to(x).view(signal.shape) for factor in q))
     bits = _transition_bits(q, x, x0, predicted, model_variance("learned", q, mix))
-    bits = torch.where(
-        t == 0, _decoder_bits(x0, predicted, model_variance("learned", q, mix)), bits
-    )
+    # Elsewhere eps gives an x0 far off, and no number times 0 would be the gradient.
+    mean = torch.where((t == 0).view(signal.shape), predicted, x0)
+    bits = torch.where(t == 0, _decoder_bits(x0, mean, model_variance("learned", q, mix)), bits)
     return loss + _BOUND_WEIGHT * schedule.steps * bits
 
 
