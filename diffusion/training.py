@@ -161,11 +161,10 @@ def make_model(
 
 
 class NoisedSamples:
-    """Training images, each with its noise and the place of its noise level among the batch's.
+    """Training images, each with its noise and the place of its timestep in its part of them all.
 
     All of it is drawn from the sample's own generator, so that a resumed run and one with other
-    numbers of worker processes see the same. (Which noise level a place becomes depends on the
-    batch that it is in, and so on the number of training processes and accumulated parts.)
+    numbers of processes see the same.
     """
 
     def __init__(self, data: Data, options: DiffusionOptions, model: DiffusionUNet) -> None:
@@ -181,7 +180,7 @@ class NoisedSamples:
         rng = sample_rng(self.seed + 1, *key)
         shape = sample["image"].shape
         sample["noise"] = torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
-        sample["place"] = torch.from_numpy(rng.random(2, dtype=np.float32))
+        sample["place"] = torch.tensor(rng.random(dtype=np.float32))
         label, caption = sample.pop("label", None), sample.pop("caption", "")
         dropped = rng.random() < self.dropout
         if self.null >= 0:
@@ -195,20 +194,25 @@ class NoisedSamples:
         return self.samples.name(index)
 
 
-def stratified_timesteps(place: Tensor, steps: int, shift: float = 1.0) -> Tensor:
-    """Timesteps (B,), one from each of B equal parts of 0 ... steps - 1, in random order.
+def stratified_timesteps(
+    position: Tensor, place: Tensor, batch: int, steps: int, *, seed: int = 0, shift: float = 1.0
+) -> Tensor:
+    """Timesteps (B,): over a whole batch one from each of its equal parts of 0 ... steps - 1.
 
     Without a shift each alone is uniform; together they cover all noise levels, which makes the
     loss of a batch less noisy (as the low-discrepancy sampler of arXiv 2107.00630, appendix I.1).
+    They are the same however a batch is cut for processes and accumulated parts.
 
     Args:
-        place: (B, 2), uniform in [0, 1): the order of the first column decides which image gets
-            which part, the second one where in it.
+        position: (B,) of the samples in the stream of all samples, in which each batch takes the
+            next `batch`; all of one batch.
+        place: (B,), uniform in [0, 1): where in its part a timestep lies.
+        seed: of the order in which the samples of each batch get the parts.
         shift: above 1, noisy levels are likelier: u in [0, 1] becomes shift u / (1 + (shift - 1) u)
             (arXiv 2403.03206, eq. 23).
     """
-    rank = place[:, 0].argsort().argsort()
-    u = (rank + place[:, 1]) / len(place)
+    order = np.random.default_rng((seed, int(position[0]) // batch)).permutation(batch)
+    u = (torch.from_numpy(order).to(position.device)[position % batch] + place) / batch
     u = shift * u / (1 + (shift - 1) * u)
     return (u * steps).long().clamp(max=steps - 1)
 
@@ -226,8 +230,15 @@ class DiffusionTask:
         return diffusion_loss(model, self.schedule, self.prediction, x0, t, noise, **given)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        t = stratified_timesteps(batch["place"], self.schedule.steps, self.options.shift or 1.0)
-        given: dict[str, Any] = {"weighting": self.options.weighting}
+        given, options = {"weighting": self.options.weighting}, self.options
+        t = stratified_timesteps(
+            batch["position"],
+            batch["place"],
+            options.batch_size or len(batch["place"]),
+            self.schedule.steps,
+            seed=options.seed,
+            shift=options.shift or 1.0,
+        )
         if "label" in batch:
             given["classes"] = batch["label"]
         if "tokens" in batch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,7 +106,9 @@ def main(options: Txt2ImgOptions) -> None:
     from diffusion.output import SampleFolder
     from diffusion.pipeline import StableDiffusion
     from unet.device import pick_device
+    from unet.training.task import Processes
 
+    processes = Processes.started(options.device)
     folder = SampleFolder(options.out, overwrite=options.overwrite)
     device = pick_device(options.device)
     model = StableDiffusion.from_pretrained(
@@ -119,25 +122,34 @@ def main(options: Txt2ImgOptions) -> None:
     mask = picture(recipe.mask, model, recipe)
     mask = None if mask is None else (mask.mean(dim=1, keepdim=True) > 0).float()
     steps = len(model.timesteps(recipe, image=image is not None, mask=mask is not None)[0])
-    for text, cut in model.cut_prompts(recipe).items():
-        print(f"the {text} is longer than the text model takes: its end {cut!r} is left out")
-    print(f"{count} pictures of {width}x{height} by {recipe.sampler}, {steps} steps each")
+    if processes.main:
+        for text, cut in model.cut_prompts(recipe).items():
+            print(f"the {text} is longer than the text model takes: its end {cut!r} is left out")
+        shared = f", shared by {processes.count} processes" if processes.count > 1 else ""
+        said = f"{count} pictures of {width}x{height} by {recipe.sampler}, {steps} steps each"
+        print(said + shared)
 
     batch = 1 if options.low_memory else options.batch_size
-    firsts = range(recipe.seed, last + 1, batch)
-    with tqdm(total=steps * len(firsts), unit="step", disable=None) as bar:
-        for first in firsts:
-            seeds = range(first, min(first + batch, last + 1))
-            run = model.sample(recipe, seeds, image=image, mask=mask)
-            if first == recipe.seed:  # nothing can be wrong with the input any more
-                folder.begin()
+    seeds = range(recipe.seed, last + 1)
+    parts = processes.share([seeds[i : i + batch] for i in range(0, count, batch)])
+    runs = (model.sample(recipe, part, image=image, mask=mask) for part in parts)
+    first = list(itertools.islice(runs, 1))  # nothing can be wrong with the input any more
+    processes.wait()  # lest one finds what another has written already
+    if processes.main:
+        folder.begin()
+    processes.wait()
+    hidden = None if processes.main else True
+    with tqdm(total=steps * len(parts), unit="step", disable=hidden) as bar:
+        for part, run in zip(parts, itertools.chain(first, runs), strict=True):
             for step in run:
                 x = step.x
                 bar.update()
-            for seed, pixels in zip(seeds, model.decode(x), strict=True):
+            for seed, pixels in zip(part, model.decode(x), strict=True):
                 file = folder.file(seed - recipe.seed)
                 write_picture(file, pixels, dataclasses.replace(recipe, seed=seed))
-    print(f"pictures: {folder.write_grid(range(count))}")
+    processes.wait()
+    if processes.main:
+        print(f"pictures: {folder.write_grid(range(count))}")
 
 
 def chosen_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:

@@ -66,9 +66,10 @@ class SegmentationUNet(FolderModel):
         With `deep` a list of them, before those the logits of the coarser levels, as small as these
         are, the coarsest first.
         """
-        maps = self.trunk.pyramid(x)
-        logits = unpatch(self.head(maps[-1]), self.config.patch, x.shape[-2:])
-        if not deep:
+        maps: list[Tensor] | None = [] if deep else None
+        features = self.trunk(x, maps=maps)
+        logits = unpatch(self.head(features), self.config.patch, x.shape[-2:])
+        if maps is None:
             return logits
         pairs = zip(self.coarse_heads, maps[1:-1], strict=True)
         return [*(head(m) for head, m in pairs), logits]

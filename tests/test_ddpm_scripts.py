@@ -68,9 +68,13 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with discs.npz and the run of a class-conditional model."""
     folder = tmp_path_factory.mktemp("ddpm")
     np.savez(folder / "discs.npz", images=discs(80), labels=np.arange(80) % 2)
-    arguments = ("--data", folder / "discs.npz", "--classes", "--out", folder / "run", *SMALL)
-    assert run_train(*arguments, "--steps", 4) == 0
+    assert run_train("--out", folder / "run", *training_of(folder)) == 0
     return folder
+
+
+def training_of(folder: Path) -> tuple[object, ...]:
+    data = ("--data", folder / "discs.npz", "--classes")
+    return *data, *SMALL, "--steps", 4, "--precision", "fp32"
 
 
 def test_a_run_holds_the_model_and_the_pictures(trained: Path) -> None:
@@ -469,3 +473,15 @@ def test_two_processes_share_the_images(trained: Path, tmp_path: Path, two_proce
     np.testing.assert_allclose(two["images"].astype(int), one["images"].astype(int), atol=1)
     np.testing.assert_array_equal(one["labels"], two["labels"])
     assert (tmp_path / "two/grid.png").is_file()
+
+
+def test_two_processes_give_the_losses_of_one(
+    trained: Path, tmp_path: Path, two_processes: Any
+) -> None:
+    done = two_processes(train_ddpm.__file__, "--out", tmp_path / "run", *training_of(trained))
+    assert done.returncode == 0, done.stderr
+    logs = [read_log(path / "run/metrics.jsonl") for path in (trained, tmp_path)]
+    for name, count in (("loss", 4), ("val_loss", 1)):
+        one, two = ([e[name] for e in log if name in e] for log in logs)
+        assert len(one) == count
+        assert two == pytest.approx(one, abs=1e-5)

@@ -100,6 +100,20 @@ def test_a_picture_is_repeated_from_its_png(made: Path, tmp_path: Path) -> None:
     assert (recipe["prompt"], recipe["negative"], recipe["seed"]) == ("dog", "dog", 7)
 
 
+def test_two_processes_share_the_pictures(
+    made: Path, pipeline: Path, tmp_path: Path, two_processes: Any
+) -> None:
+    arguments = ("--model", pipeline, *PROMPT, "--count", 3, "--seed", 5, "--batch-size", 1)
+    done = two_processes(txt2img.__file__, *arguments, "--out", tmp_path / "two")
+    assert done.returncode == 0, done.stderr
+    assert "shared by 2 processes" in done.stdout
+    assert done.stdout.count("pictures: ") == 1
+    for number in range(3):
+        difference = pixels(made, number).astype(int) - pixels(tmp_path / "two", number)
+        assert abs(difference).max() <= 1  # other batches may round otherwise
+    assert (tmp_path / "two/grid.png").is_file()
+
+
 def test_pictures_out_of_a_picture(pipeline: Path, image: Path, tmp_path: Path) -> None:
     few = ("--model", pipeline, *PROMPT, "--count", 1, "--sampler", "ddim")
     outs = [tmp_path / name for name in ("init", "inpaint", "again", "half")]

@@ -85,6 +85,7 @@ class UNet(nn.Module):
         *,
         mask: Tensor | None = None,
         classes: Tensor | None = None,
+        maps: list[Tensor] | None = None,
     ) -> Tensor:
         """Features of an image, (B, config.out_channels, H / patch, W / patch) with same padding.
 
@@ -94,22 +95,12 @@ class UNet(nn.Module):
             context: (B, L, context_channels) tokens, where the config has cross-attention.
             mask: (B, L) bool, True where a token of the context counts; None: all of them.
             classes: (B,) class indices, where the config has classes.
+            maps: a list that gets the middle's map and the last one of each decoder level, of which
+                the last are the features.
 
         Raises:
             InputError: an argument that does not fit the config.
         """
-        return self.pyramid(x, t, context, mask=mask, classes=classes)[-1]
-
-    def pyramid(
-        self,
-        x: Tensor,
-        t: Tensor | None = None,
-        context: Tensor | None = None,
-        *,
-        mask: Tensor | None = None,
-        classes: Tensor | None = None,
-    ) -> list[Tensor]:
-        """The middle's map and the last one of each decoder level, which ends with `forward`'s."""
         self._check(x, t, context, mask, classes)
         finest = [-(-n // self.config.patch) for n in x.shape[-2:]]
         cond = Conditioning(self._embed(t, classes), context, mask)
@@ -119,15 +110,16 @@ class UNet(nn.Module):
             if step.keeps:
                 kept.append(x)
         x = self._run(self.middle, x, cond)
-        maps = [x]
+        if maps is not None:
+            maps.append(x)
         for step in self.decoder:
             if step.joins:
                 x = self.join(x, kept.pop())
             h, w = kept[-1].shape[-2:] if kept else finest
             x = self._run(step, x, cond._replace(size=(h, w)))
-            if step.keeps:
+            if maps is not None and step.keeps:
                 maps.append(x)
-        return maps
+        return x
 
     def _embed(self, t: Tensor | None, classes: Tensor | None) -> Tensor | None:
         """The activated sum of the embeddings, (B, 4 * channels): once here, not in every block."""

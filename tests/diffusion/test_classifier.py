@@ -71,9 +71,10 @@ def test_features_are_the_mean_of_the_coarsest_map_of_a_unet():
     missing, unknown = unet.load_state_dict(model.trunk.state_dict(), strict=False)
     assert unknown == []
     assert {name.split(".")[0] for name in missing} == {"decoder"}
-    x = torch.rand(2, 1, 28, 28)
+    x, maps = torch.rand(2, 1, 28, 28), []
     with torch.no_grad():
-        torch.testing.assert_close(model.features(x), unet.pyramid(x)[0].mean(dim=(2, 3)))
+        unet(x, maps=maps)
+        torch.testing.assert_close(model.features(x), maps[0].mean(dim=(2, 3)))
 
 
 def test_every_weight_is_used():

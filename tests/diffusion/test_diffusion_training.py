@@ -26,6 +26,7 @@ from diffusion.training import (
     stratified_timesteps,
 )
 from unet.errors import InputError
+from unet.training.batches import BatchKeys
 from unet.training.task import Processes
 
 
@@ -49,10 +50,15 @@ def network(data: DiffusionData, **values: Any) -> DiffusionUNet:
 # -- noise levels
 
 
+def timesteps(batch: int, turn: int, steps: int, **given: Any) -> torch.Tensor:
+    """Those of a whole batch."""
+    place = torch.from_numpy(np.random.default_rng((batch, turn)).random(batch))
+    return stratified_timesteps(turn * batch + torch.arange(batch), place, batch, steps, **given)
+
+
 @pytest.mark.parametrize("shift", [0.5, 1.0, 3.0])
 def test_a_shift_makes_noisy_levels_likelier_by_its_formula(shift: float) -> None:
-    place = torch.from_numpy(np.random.default_rng(0).random((50_000, 2)))
-    t = stratified_timesteps(place, 1000, shift)
+    t = timesteps(50_000, 0, 1000, shift=shift)
     for u in (0.1, 0.5, 0.9):
         below = shift * u / (1 + (shift - 1) * u) * 1000
         assert float((t < below).float().mean()) == pytest.approx(u, abs=2e-3)
@@ -60,27 +66,47 @@ def test_a_shift_makes_noisy_levels_likelier_by_its_formula(shift: float) -> Non
 
 @given(st.integers(1, 40), st.sampled_from([10, 100, 1000]), st.integers(0, 2**16))
 def test_a_batch_has_a_noise_level_from_each_of_as_many_equal_parts(
-    batch: int, steps: int, seed: int
+    batch: int, steps: int, turn: int
 ) -> None:
-    place = torch.from_numpy(np.random.default_rng(seed).random((batch, 2)))
-    t = stratified_timesteps(place, steps)
+    t = timesteps(batch, turn, steps)
     assert t.dtype == torch.long
     for i, level in enumerate(t.sort().values.tolist()):
         assert i * steps // batch <= level <= (i + 1) * steps / batch
 
 
 def test_each_level_is_as_likely_as_any_other() -> None:
-    rng = np.random.default_rng(0)
-    found = torch.cat(
-        [stratified_timesteps(torch.from_numpy(rng.random((6, 2))), 10) for _ in range(4000)]
-    )
-    counts = torch.bincount(found, minlength=10)
+    found = torch.stack([timesteps(6, turn, 10) for turn in range(4000)])
+    counts = torch.bincount(found.flatten(), minlength=10)
     assert len(counts) == 10
     assert (counts / 2400 - 1).abs().max() < 0.05
-    first = torch.stack(
-        [stratified_timesteps(torch.from_numpy(rng.random((6, 2))), 10)[0] for _ in range(4000)]
-    )  # of one image alone
-    assert (torch.bincount(first, minlength=10) / 400 - 1).abs().max() < 0.2
+    for slot in range(6):  # of one place in the batch alone
+        assert (torch.bincount(found[:, slot], minlength=10) / 400 - 1).abs().max() < 0.2
+    order = torch.stack([timesteps(6, turn, 10, seed=1) for turn in range(4000)])
+    assert (order != found).any(dim=1).float().mean() > 0.9
+
+
+@given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.integers(0, 50))
+def test_a_batch_in_parts_has_the_noise_levels_of_the_whole(
+    part: int, accumulate: int, processes: int, turn: int
+) -> None:
+    batch = part * accumulate * processes
+    whole = timesteps(batch, turn, 1000)
+    place = torch.from_numpy(np.random.default_rng((batch, turn)).random(batch))
+    for process in range(processes):
+        keys = BatchKeys(
+            7,
+            batch,
+            seed=0,
+            start_step=turn,
+            accumulate=accumulate,
+            process=process,
+            processes=processes,
+        )
+        for _, draws in zip(range(accumulate), keys, strict=False):
+            position = torch.tensor([position for position, _, _ in draws])
+            slots = position % batch
+            found = stratified_timesteps(position, place[slots], batch, 1000)
+            assert torch.equal(found, whole[slots])
 
 
 # -- samples
@@ -174,12 +200,13 @@ def test_held_out_figures_are_the_same_each_time_and_in_any_number_of_parts(arch
 
 
 def test_the_loss_falls_on_the_noise_of_a_network_that_learns(archive: Path) -> None:
-    given = options(archive)
+    given = options(archive, batch_size=32)
     data, schedule = DiffusionData(archive), NoiseSchedule(kind="cosine")
     model, _ = make_model(given, data, schedule)
     task, samples = DiffusionTask(given, data, schedule), NoisedSamples(data, given, model)
     keys = ("image", "noise", "place")
     batch = {k: torch.stack([samples[0, i][k] for i in range(32)]) for k in keys}
+    batch["position"] = torch.arange(32)
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     losses = []
     for _ in range(30):

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Sampler
 from unet.errors import InputError, RunError
 
 Key = tuple[int, int]  # (epoch, index)
+Draw = tuple[int, int, int]  # (position, epoch, index)
 
 
 class Samples(Protocol):
@@ -39,11 +40,12 @@ def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
     return np.random.default_rng((seed, epoch, index))
 
 
-class BatchKeys(Sampler[list[Key]]):
-    """The keys of every batch from a step on, without end.
+class BatchKeys(Sampler[list[Draw]]):
+    """The draws of every batch from a step on, without end.
 
     The stream of keys is one random permutation of the indices after the other. A step takes the
-    next `batch_size` of them, cut into equal parts for `accumulate` rounds of `processes`.
+    next `batch_size` of them, cut into equal parts for `accumulate` rounds of `processes`. With
+    each key comes its position in the stream, and so in the batch of all processes.
     """
 
     def __init__(
@@ -67,31 +69,32 @@ class BatchKeys(Sampler[list[Key]]):
         self.process, self.processes = process, processes
         self._order: tuple[int, list[int]] = (-1, [])  # an epoch and its permutation
 
-    def __iter__(self) -> Iterator[list[Key]]:
+    def __iter__(self) -> Iterator[list[Draw]]:
         part = self.batch_size // (self.accumulate * self.processes)
         step = self.start_step
         while True:
             for turn in range(self.accumulate):
                 first = step * self.batch_size + (turn * self.processes + self.process) * part
-                yield [self._key(first + i) for i in range(part)]
+                yield [self._draw(first + i) for i in range(part)]
             step += 1
 
-    def _key(self, position: int) -> Key:
+    def _draw(self, position: int) -> Draw:
         epoch, place = divmod(position, self.length)
         if self._order[0] != epoch:
             rng = np.random.default_rng((self.seed, epoch))
             self._order = (epoch, rng.permutation(self.length).tolist())
-        return epoch, self._order[1][place]
+        return position, epoch, self._order[1][place]
 
 
 class _Indexed(torch.utils.data.Dataset[dict[str, Any]]):
-    """The samples, each with its index, so that a bad batch can be traced to its files."""
+    """The samples with their index, which leads to the file, and their position in the stream."""
 
     def __init__(self, samples: Samples) -> None:
         self.samples = samples
 
-    def __getitem__(self, key: Key) -> dict[str, Any]:
-        return {**self.samples[key], "index": key[1]}
+    def __getitem__(self, draw: Draw) -> dict[str, Any]:
+        position, *key = draw
+        return {**self.samples[key[0], key[1]], "index": key[1], "position": position}
 
 
 def _outlive_one_signal(worker: int) -> None:
