@@ -44,11 +44,19 @@ def mnist() -> Path:
 
 @pytest.fixture
 def two_processes() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs a script with its arguments as two processes of torchrun."""
+    """Runs a script with its arguments as two processes of torchrun, or of accelerate launch."""
+    launchers = {
+        "torchrun": ("torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+        "accelerate launch": (
+            *("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),
+            *("--main_process_port", "0"),  # a free one
+        ),
+    }
 
-    def run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-        launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-        command = [sys.executable, *launch, script, *map(str, arguments)]
+    def run(
+        script: str, *arguments: object, launcher: str = "torchrun"
+    ) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", *launchers[launcher], script, *map(str, arguments)]
         return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
     return run

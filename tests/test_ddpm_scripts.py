@@ -478,7 +478,8 @@ def test_two_processes_share_the_images(trained: Path, tmp_path: Path, two_proce
 def test_two_processes_give_the_losses_of_one(
     trained: Path, tmp_path: Path, two_processes: Any
 ) -> None:
-    done = two_processes(train_ddpm.__file__, "--out", tmp_path / "run", *training_of(trained))
+    arguments = ("--out", tmp_path / "run", *training_of(trained))
+    done = two_processes(train_ddpm.__file__, *arguments, launcher="accelerate launch")
     assert done.returncode == 0, done.stderr
     logs = [read_log(path / "run/metrics.jsonl") for path in (trained, tmp_path)]
     for name, count in (("loss", 4), ("val_loss", 1)):
