@@ -15,6 +15,7 @@ from diffusion.pictures import Images, grid, write_gif
 from unet.errors import InputError
 from unet.files import replacing
 from unet.images import read_image, write_image
+from unet.training.task import Processes
 
 IN_GRID = 100  # images in grid.png, at most
 
@@ -34,8 +35,17 @@ class SampleFolder:
         if path.is_file() or (path.is_dir() and any(path.iterdir()) and not overwrite):
             raise InputError(f"--out {path} is in use: give --overwrite or another folder")
 
-    def begin(self) -> None:
-        """Makes the folder, and removes what an earlier run wrote to it (nothing else)."""
+    def begin(self, processes: Processes) -> None:
+        """Makes the folder, and removes what an earlier run wrote to it (nothing else).
+
+        All of the processes call it, and go on together.
+        """
+        processes.wait()  # lest one finds what another has written already
+        if processes.main:
+            self._empty()
+        processes.wait()
+
+    def _empty(self) -> None:
         (self.path / "images").mkdir(parents=True, exist_ok=True)
         for folder in ("images", "attention"):
             for old in (self.path / folder).glob("*.png"):

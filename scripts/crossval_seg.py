@@ -86,8 +86,9 @@ def begin(options: CrossvalOptions) -> None:
         raise InputError(f"--out {options.out} holds no cross-validation: start without --resume")
     for name, value in saved.items():
         if name not in MAY_CHANGE and getattr(options, name) != value:
+            was = "not given" if value is None else value
             raise InputError(
-                f"--{name.replace('_', '-')} was {value} for the folds that are done: leave it out"
+                f"--{name.replace('_', '-')} was {was} for the folds that are done: leave it out"
             )
 
 

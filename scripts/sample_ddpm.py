@@ -32,10 +32,7 @@ def main(options: SampleOptions) -> None:
     sampler = ImageSampler(model, options)
     wanted = chosen_conditions(options, sampler)
     plan = chosen_plan(options, sampler, wanted)
-    processes.wait()  # lest one finds what another has written already
-    if processes.main:
-        folder.begin()
-    processes.wait()
+    folder.begin(processes)
     starts = sampler.starts(options.count, processes)
     for start, images in zip(starts, made(options, sampler, plan, wanted, processes), strict=True):
         folder.add(images, options.first + start)

@@ -129,15 +129,11 @@ def main(options: Txt2ImgOptions) -> None:
         said = f"{count} pictures of {width}x{height} by {recipe.sampler}, {steps} steps each"
         print(said + shared)
 
-    batch = 1 if options.low_memory else options.batch_size
-    seeds = range(recipe.seed, last + 1)
+    seeds, batch = range(recipe.seed, last + 1), 1 if options.low_memory else options.batch_size
     parts = processes.share([seeds[i : i + batch] for i in range(0, count, batch)])
     runs = (model.sample(recipe, part, image=image, mask=mask) for part in parts)
     first = list(itertools.islice(runs, 1))  # nothing can be wrong with the input any more
-    processes.wait()  # lest one finds what another has written already
-    if processes.main:
-        folder.begin()
-    processes.wait()
+    folder.begin(processes)
     hidden = None if processes.main else True
     with tqdm(total=steps * len(parts), unit="step", disable=hidden) as bar:
         for part, run in zip(parts, itertools.chain(first, runs), strict=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -19,8 +19,15 @@ class SegmentationOptions(FitOptions):
     batch_size: int = 4
     """Crops an optimizer step, over all processes and accumulated parts together."""
 
-    lr: float = 2e-3
-    """Highest learning rate."""
+    optimizer: Literal["adamw", "muon", "sgd", "rmsprop"] | None = None  # type: ignore[assignment]
+    """Optimizer. muon makes the steps of matrices orthogonal and leaves the rest to adamw. None
+    given: muon, but with --init or --shard adamw."""
+
+    lr: float | None = None  # type: ignore[assignment]  # none reaches `fit`: see `chosen`
+    """Highest learning rate; none given: 2e-3, with muon 0.08."""
+
+    momentum: float | None = None  # type: ignore[assignment]
+    """Momentum of muon, sgd and rmsprop, beta1 of adamw; none given: 0.9, with muon 0.8."""
 
     data: str = "phantom"
     """A folder with images and masks (image/ label/, images/ masks/, ... or the two ISBI 2012
@@ -118,6 +125,21 @@ class SegmentationOptions(FitOptions):
 
     noise: float = 0.1
     """Add noise of up to that many standard deviations of the grey values."""
+
+    def chosen(self) -> SegmentationOptions:
+        """These options, with an optimizer where none is named.
+
+        From random weights muon learns in a minute what adamw does in three (docs/experiments.md);
+        weights that are given would be moved far by its steps.
+        """
+        optimizer = self.optimizer or ("adamw" if self.init or self.shard else "muon")
+        lr, momentum = (0.08, 0.8) if optimizer == "muon" else (2e-3, 0.9)
+        return replace(
+            self,
+            optimizer=optimizer,
+            lr=lr if self.lr is None else self.lr,
+            momentum=momentum if self.momentum is None else self.momentum,
+        )
 
     def __post_init__(self) -> None:
         super().__post_init__()

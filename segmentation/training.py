@@ -50,7 +50,7 @@ def train(options: SegmentationOptions) -> dict[str, float]:
         InputError: a mistake in the options or the data, before anything is trained.
     """
     data = load_data(options)
-    options = adapted(options, data)
+    options = adapted(options.chosen(), data)
     model = make_model(options, data)
     size, target = _crop(options, data, model.config)
     if is_main_process():

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 # Before torch is imported, here and in every process that a test starts: the networks are tiny, and
@@ -40,23 +37,3 @@ def isbi2012() -> Path:
 def mnist() -> Path:
     """MNIST as mnist_train.npz and mnist_test.npz."""
     return _data_folder("MNIST_DIR", "mnist_train.npz")
-
-
-@pytest.fixture
-def two_processes() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs a script with its arguments as two processes of torchrun, or of accelerate launch."""
-    launchers = {
-        "torchrun": ("torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-        "accelerate launch": (
-            *("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),
-            *("--main_process_port", "0"),  # a free one
-        ),
-    }
-
-    def run(
-        script: str, *arguments: object, launcher: str = "torchrun"
-    ) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", *launchers[launcher], script, *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120)
-
-    return run

@@ -18,14 +18,13 @@ def bench(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 def test_a_row_compares_two_sides_and_writes_figures_and_table(tmp_path: Path) -> None:
     out = tmp_path / "b.json"
-    done = bench("--rows", "v-rand", "--rounds", 2, "--threads", 1, "--out", out)
+    done = bench("--rows", "v-rand", "--rounds", 1, "--threads", 1, "--out", out)
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())
     row = found["rows"]["v-rand"]
     assert list(row["sides"]) == ["ours", "scikit-image"]
     for side in row["sides"].values():
-        assert len(side["all"]) == 2
-        assert min(side["all"]) <= side["seconds"] <= max(side["all"])
+        assert side["all"] == [side["seconds"]]
         assert side["MiB"] > 50
     assert row["difference"] <= 1e-5
     assert row["peak GFLOP/s"] > 1

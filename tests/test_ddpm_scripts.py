@@ -17,6 +17,7 @@ from diffusion.classifier import ClassifierUNet, classifier_config
 from diffusion.model import DiffusionUNet
 from diffusion.options import DiffusionOptions
 from scripts import eval_ddpm, sample_ddpm, train_classifier, train_ddpm
+from tests.forks import run_forked
 from unet.images import read_image, write_image
 from unet.training.cli import run_script
 from unet.training.config_file import load_config
@@ -56,10 +57,10 @@ def discs(count: int, side: int = 12) -> np.ndarray:
 def short_films() -> Iterator[None]:
     """Pictures of few samples and frames, and neighbours among a few hundred images."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "SHOWN", 9)
-        patch.setattr(training, "SHOWN", 9)
-        patch.setattr(report, "FRAMES", 8)
-        patch.setattr(report, "MOST_COMPARED", 500)
+        for name, value in {"SHOWN": 9, "FRAMES": 8, "JUDGED": 8, "MOST_COMPARED": 500}.items():
+            patch.setattr(report, name, value)
+        for name, value in {"SHOWN": 9, "LEAST_JUDGED": 16, "MOST_JUDGED": 16}.items():
+            patch.setattr(training, name, value)
         yield
 
 
@@ -461,10 +462,11 @@ def test_a_mistake_is_one_sentence_before_judging(
     assert told in error
 
 
-def test_two_processes_share_the_images(trained: Path, tmp_path: Path, two_processes: Any) -> None:
+def test_two_processes_share_the_images(trained: Path, tmp_path: Path) -> None:
     arguments = ("--model", trained / "run/model", "--count", 5, "--steps", 2, "--batch-size", 2)
     assert run_sample(*arguments, "--npz", "--out", tmp_path / "one") == 0
-    done = two_processes(sample_ddpm.__file__, *arguments, "--npz", "--out", tmp_path / "two")
+    two = (*arguments, "--npz", "--out", tmp_path / "two")
+    done = run_forked(sample_ddpm.__file__, *two, processes=2)
     assert done.returncode == 0, done.stderr
     assert "shared by 2 processes" in done.stdout
     one, two = (np.load(tmp_path / name / "samples.npz") for name in ("one", "two"))
@@ -475,14 +477,13 @@ def test_two_processes_share_the_images(trained: Path, tmp_path: Path, two_proce
     assert (tmp_path / "two/grid.png").is_file()
 
 
-def test_two_processes_give_the_losses_of_one(
-    trained: Path, tmp_path: Path, two_processes: Any
-) -> None:
+def test_two_processes_give_the_losses_of_one(trained: Path, tmp_path: Path) -> None:
     arguments = ("--out", tmp_path / "run", *training_of(trained))
-    done = two_processes(train_ddpm.__file__, *arguments, launcher="accelerate launch")
+    done = run_forked(train_ddpm.__file__, *arguments, processes=2)
     assert done.returncode == 0, done.stderr
-    logs = [read_log(path / "run/metrics.jsonl") for path in (trained, tmp_path)]
-    for name, count in (("loss", 4), ("val_loss", 1)):
-        one, two = ([e[name] for e in log if name in e] for log in logs)
-        assert len(one) == count
-        assert two == pytest.approx(one, abs=1e-5)
+    one, two = (
+        [e["loss"] for e in read_log(path / "run/metrics.jsonl") if "loss" in e]
+        for path in (trained, tmp_path)
+    )
+    assert len(one) == 4
+    assert two == pytest.approx(one, abs=1e-5)

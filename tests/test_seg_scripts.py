@@ -331,7 +331,9 @@ def test_a_mistaken_cross_validation_is_one_sentence(crossval, tmp_path, capsys,
 def test_a_cross_validation_goes_on_with_its_own_settings(crossval, trained, tmp_path, capsys):
     before = (crossval / "whole/crossval.json").read_bytes()
     assert run_crossval("--out", crossval / "whole", "--resume", "--lr", "0.1") == 2
-    assert "--lr was 0.002" in capsys.readouterr().err
+    assert "--lr was not given for the folds" in capsys.readouterr().err
+    assert run_crossval("--out", crossval / "whole", "--resume", "--scale", "0.5") == 2
+    assert "--scale was 0.15 for the folds" in capsys.readouterr().err
     assert run_crossval("--out", crossval / "whole", "--data", crossval / "data") == 2
     assert "--resume" in capsys.readouterr().err
     assert (crossval / "whole/crossval.json").read_bytes() == before

@@ -15,6 +15,7 @@ from PIL import Image
 from diffusion.recipe import read_recipe
 from scripts import txt2img
 from tests.diffusion.tiny_pipeline import SIDE, write_pipeline
+from tests.forks import run_forked
 from unet.training.cli import run_script
 
 PROMPT = ("--prompt", "a cat", "--negative", "dog", "--steps", 3)
@@ -100,11 +101,10 @@ def test_a_picture_is_repeated_from_its_png(made: Path, tmp_path: Path) -> None:
     assert (recipe["prompt"], recipe["negative"], recipe["seed"]) == ("dog", "dog", 7)
 
 
-def test_two_processes_share_the_pictures(
-    made: Path, pipeline: Path, tmp_path: Path, two_processes: Any
-) -> None:
+@pytest.mark.slow  # diffusers and transformers are imported twice
+def test_two_processes_share_the_pictures(made: Path, pipeline: Path, tmp_path: Path) -> None:
     arguments = ("--model", pipeline, *PROMPT, "--count", 3, "--seed", 5, "--batch-size", 1)
-    done = two_processes(txt2img.__file__, *arguments, "--out", tmp_path / "two")
+    done = run_forked(txt2img.__file__, *arguments, "--out", tmp_path / "two", processes=2)
     assert done.returncode == 0, done.stderr
     assert "shared by 2 processes" in done.stdout
     assert done.stdout.count("pictures: ") == 1

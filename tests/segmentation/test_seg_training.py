@@ -18,6 +18,7 @@ from segmentation.options import RECIPES, SegmentationOptions
 from segmentation.phantom import phantom_stack
 from segmentation.predict import Predictor
 from segmentation.training import load_data, make_model, train
+from tests.forks import run_forked
 from unet import InputError, UNetConfig
 from unet.images import read_image, write_image
 from unet.training.cli import run_script
@@ -115,9 +116,11 @@ def test_a_stopped_and_resumed_training_is_that_of_one_sitting(folder, tmp_path)
 
 
 def test_the_demo_shows_what_it_says(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("diffusion.report.MOST_COMPARED", 500)
-    for module in ("report", "training"):
-        monkeypatch.setattr(f"diffusion.{module}.SHOWN", 9)
+    less = {"report.MOST_COMPARED": 500, "report.JUDGED": 8, "report.FRAMES": 8}
+    less |= {"report.SHOWN": 9, "training.SHOWN": 9, "training.MOST_JUDGED": 16}
+    for name, value in {**less, "training.LEAST_JUDGED": 16}.items():
+        monkeypatch.setattr(f"diffusion.{name}", value)
+    monkeypatch.setattr("segmentation.training.PHANTOM_SLICES", 6)
     options = demo.DemoOptions(out=tmp_path, minutes=0.05)
     demo.main(options)
     printed = capsys.readouterr().out
@@ -207,8 +210,9 @@ def test_a_trunk_trained_by_another_task_can_start_a_segmentation(folder, tmp_pa
     assert all(torch.equal(v, fresh[k]) for k, v in started.trunk.state_dict().items())
 
 
-def test_the_quick_recipe_learns_the_phantom(tmp_path):
+def test_the_quick_recipe_learns_the_phantom(tmp_path, monkeypatch):
     """Better than the best threshold on the grey value can be, after a few seconds."""
+    monkeypatch.setattr("segmentation.training.PHANTOM_SLICES", 12)
     recipe = load_config(SegmentationOptions, RECIPES / "quick.yaml")
     options = SegmentationOptions(out=tmp_path / "run", steps=60, **recipe | {"crop": 128})
     figures = train(options)
@@ -356,14 +360,14 @@ def test_a_stack_is_predicted_slice_by_slice(model_folder, tmp_path):
     }
 
 
-def test_two_processes_share_the_images_to_predict(model_folder, tmp_path, two_processes):
+def test_two_processes_share_the_images_to_predict(model_folder, tmp_path):
     images = tmp_path / "images"
     for i, image in enumerate(phantom_stack(3, (33, 47), seed=2)[0]):
         write_image(images / f"{i}.png", image)
     (images / "damaged.png").write_bytes(b"")
     arguments = ("--model", model_folder, "--input", images, "--out")
     assert run_predict(*arguments, tmp_path / "one") == 1
-    done = two_processes(predict_seg.__file__, *arguments, tmp_path / "two")
+    done = run_forked(predict_seg.__file__, *arguments, tmp_path / "two", processes=2)
     assert done.returncode != 0
     assert done.stdout.count("3 of 4 images predicted") == 1, done.stderr
     one, two = ({p.name: p for p in (tmp_path / n).iterdir()} for n in ("one", "two"))

@@ -5,15 +5,12 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import re
-import runpy
 import shlex
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -25,56 +22,38 @@ from safetensors.torch import load_file
 from torch import nn
 
 from segmentation.model import SegmentationUNet
+from tests.forks import run_forked
 from tests.unet.toy_training import ToyOptions, toy_task
 from unet import InputError, UNetConfig
 from unet.device import training_format
 from unet.training.batches import BatchKeys, Draw, sample_rng
 from unet.training.ema import EMA
+from unet.training.fit import fit
 from unet.training.options import FitOptions
 from unet.training.plan import Budget, Progress
-from unet.training.run import RunFolder, read_log
+from unet.training.run import RunFolder, read_log, run_folder
 from unet.training.task import Processes
 
 TOY = Path(__file__).parent / "toy_training.py"
 ROOT = Path(__file__).parents[2]
-TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-
-
-# Processes that find torch imported, which takes longer than a toy run.
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(
-    ["tests.unet.toy_training", "torch._dynamo", "torch.distributed.tensor"]
-)
+TWO = {
+    "torchrun": ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+    "accelerate launch": (
+        *("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),
+        *("--main_process_port", "0"),  # a free one
+    ),
+}
 
 
 def toy(
-    *arguments: object, launch: tuple[str, ...] = (), **environ: str
+    *arguments: object, launch: tuple[str, ...] = (), processes: int = 1, **environ: str
 ) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, *launch, str(TOY), *map(str, arguments)]
     if not launch and not environ:
-        return forked(command)
+        return run_forked(TOY, *arguments, processes=processes)
+    command = [sys.executable, *launch, str(TOY), *map(str, arguments)]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environ}
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
-
-
-def forked(command: list[str]) -> subprocess.CompletedProcess[str]:
-    with tempfile.TemporaryDirectory() as folder:
-        texts = [Path(folder, name) for name in ("out", "err")]
-        process = FORKS.Process(target=run_toy, args=(command[1:], *texts))
-        process.start()
-        process.join(120)
-        assert process.exitcode is not None, "the toy run hangs"
-        out, err = (text.read_text() for text in texts)
-    return subprocess.CompletedProcess(command, process.exitcode, out, err)
-
-
-def run_toy(arguments: list[str], out: Path, err: Path) -> None:
-    """In a process of its own: the script, with its output in two files."""
-    for stream, file in ((1, out), (2, err)):
-        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), stream)
-    sys.argv = arguments
-    runpy.run_path(str(TOY), run_name="__main__")
 
 
 def losses(run: Path) -> list[tuple[int, float]]:
@@ -245,18 +224,28 @@ def uninterrupted(tmp_path_factory):
     return run
 
 
-def test_a_run_goes_on_in_the_layout_of_another_processor(tmp_path):
+def test_a_run_goes_on_in_the_layout_of_another_processor(tmp_path, monkeypatch):
     """Fused AdamW pairs weights and means by their place in memory."""
-    options = ("--steps", 12, "--evaluations", 2, "--log-every", 2)
-    wide = {"ATEN_CPU_CAPABILITY": "default"}  # which trains in channels_last
-    narrow = {"ATEN_CPU_CAPABILITY": "avx2"}
-    whole = toy("--out", tmp_path / "whole", *options, **wide)
-    assert whole.returncode == 0, whole.stderr
-    killed = toy("--out", tmp_path / "over", *options, "--die-at", 8, **wide)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    resumed = toy("--out", tmp_path / "over", *options, "--resume", "--die-at", 0, **narrow)
-    assert resumed.returncode == 0, resumed.stderr
+
+    def train(run: str, layout: torch.memory_format, steps: int, *, resume: bool = False) -> None:
+        monkeypatch.setattr("unet.training.fit.training_format", lambda device: layout)
+        options = ToyOptions(
+            out=tmp_path / run,
+            steps=steps,
+            resume=resume,
+            schedule="constant",
+            warmup=0,
+            evaluations=1,
+            log_every=1,
+        )
+        with run_folder(options):
+            fit(toy_task(options), options)
+
+    train("whole", torch.channels_last, 6)
+    train("over", torch.channels_last, 3)
+    train("over", torch.contiguous_format, 6, resume=True)
     found, expected = losses(tmp_path / "over"), losses(tmp_path / "whole")
+    assert len(expected) == 6
     assert found == [(n, pytest.approx(x, rel=1e-4)) for n, x in expected]
 
 
@@ -312,7 +301,7 @@ def test_two_processes_and_two_parts_give_the_losses_of_one(tmp_path):
     options = ("--steps", 12, "--log-every", 1, "--evaluations", 2, "--precision", "fp32")
     assert toy("--out", tmp_path / "one", *options).returncode == 0
     assert toy("--out", tmp_path / "parts", *options, "--accumulate", 2).returncode == 0
-    both = toy("--out", tmp_path / "two", *options, launch=TWO)
+    both = toy("--out", tmp_path / "two", *options, launch=TWO["torchrun"])
     assert both.returncode == 0, both.stderr
     assert "2 processes" in both.stdout
     one = losses(tmp_path / "one")
@@ -333,14 +322,14 @@ def test_split_among_two_processes_the_losses_are_those_of_one(tmp_path):
     options = ("--steps", 12, "--log-every", 1, "--evaluations", 2, "--precision", "fp32")
     assert toy("--out", tmp_path / "one", *options).returncode == 0
     runs = {
-        "split": ((*options, "--shard", "--die-at", 9), TWO),
-        "put together": ((*options, "--no-shard", "--die-at", 9), ()),
+        "split": ((*options, "--shard", "--die-at", 9), 2),
+        "put together": ((*options, "--no-shard", "--die-at", 9), 1),
     }
-    for run, (own, launch) in runs.items():
-        assert toy("--out", tmp_path / run, *own, launch=launch).returncode != 0
+    for run, (own, processes) in runs.items():
+        assert toy("--out", tmp_path / run, *own, processes=processes).returncode != 0
     for run, other in (("split", "put together"), ("put together", "split")):
-        own, launch = runs[other]
-        done = toy("--out", tmp_path / run, *own, "--die-at", 0, "--resume", launch=launch)
+        own, processes = runs[other]
+        done = toy("--out", tmp_path / run, *own, "--die-at", 0, "--resume", processes=processes)
         assert done.returncode == 0, done.stderr
         assert "at step 6" in done.stdout
     one = losses(tmp_path / "one")
@@ -372,7 +361,8 @@ def test_workers_do_not_change_a_run(uninterrupted, tmp_path):
 def test_processes_agree_on_the_model_that_is_scored_and_saved(tmp_path):
     """Each process has batch statistics of its own between two steps."""
     run = tmp_path / "run"
-    done = toy("--out", run, "--steps", 6, "--norm", "batch", "--evaluations", 2, launch=TWO)
+    options = ("--steps", 6, "--norm", "batch", "--evaluations", 2)
+    done = toy("--out", run, *options, launch=TWO["accelerate launch"])
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("held out") == 2
     logged = [e["val_loss"] for e in read_log(run / "metrics.jsonl") if "val_loss" in e]

@@ -1,0 +1,64 @@
+"""Scripts in processes that find torch imported, which takes longer than a small run of theirs."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import runpy
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(
+    ["tests.unet.toy_training", "torch._dynamo", "torch.distributed.tensor"]
+)
+
+
+def run_forked(
+    script: str | Path, *arguments: object, processes: int = 1
+) -> subprocess.CompletedProcess[str]:
+    """Runs a script, as several processes with the environment that torchrun gives each.
+
+    Returns:
+        The first status that is not 0, and what the processes said, one after the other.
+    """
+    group: list[dict[str, str]] = [{}]
+    if processes > 1:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        known = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes)}
+        ranks = [{"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(processes)]
+        group = [known | {"LOCAL_WORLD_SIZE": str(processes)} | rank for rank in ranks]
+    command = [str(script), *map(str, arguments)]
+    with tempfile.TemporaryDirectory() as folder:
+        texts = [[Path(folder, f"{name}{i}") for name in ("out", "err")] for i in range(len(group))]
+        started = [
+            _FORKS.Process(target=_run, args=(command, environ, *files))
+            for environ, files in zip(group, texts, strict=True)
+        ]
+        for process in started:
+            process.start()
+        try:
+            for process in started:
+                process.join(120)
+            statuses = [process.exitcode for process in started]
+            assert None not in statuses, f"{script} hangs"
+        finally:
+            for process in started:
+                process.kill()
+        out, err = ("".join(files[i].read_text() for files in texts) for i in (0, 1))
+    status = next((s for s in statuses if s), 0)
+    return subprocess.CompletedProcess(command, status, out, err)
+
+
+def _run(command: list[str], environ: dict[str, str], out: Path, err: Path) -> None:
+    """In a process of its own: the script, with its output in two files."""
+    for stream, file in ((1, out), (2, err)):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), stream)
+    os.environ.update(environ)
+    sys.argv = command
+    runpy.run_path(command[0], run_name="__main__")
