@@ -20,6 +20,7 @@ from segmentation.predict import Predictor, TensorSource
 from unet import PRESETS
 from unet.attention import Attention
 from unet.device import training_format
+from unet.memory import PREDICTED, keep_freed_memory
 from unet.training.options import FitOptions
 from unet.training.plan import make_optimizer
 
@@ -28,15 +29,15 @@ SIDE = 32  # pixels of a diffusion model's images
 
 def _predicted(side: int) -> Work:
     """As predict_seg.py does: larger images in tiles, a band at a time."""
-    model = SegmentationUNet(PRESETS["segmentation"].config, 1).eval()
-    predictor = Predictor([model])
+    keep_freed_memory(PREDICTED)
+    predictor = Predictor([SegmentationUNet(PRESETS["segmentation"].config, 1).eval()])
     source = TensorSource(random_image(1, side, side))
 
     def run() -> None:
         for _ in predictor.bands(source):
             pass
 
-    return Work(run, model)
+    return Work(run, predictor.models[0])
 
 
 def _network(channels: int) -> DiffusionUNet:

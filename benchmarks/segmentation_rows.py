@@ -18,6 +18,7 @@ from segmentation.model import SegmentationUNet
 from segmentation.predict import Predictor, TensorSource
 from unet import PRESETS
 from unet.device import training_format
+from unet.memory import PREDICTED, keep_freed_memory
 from unet.training.options import FitOptions
 from unet.training.plan import make_optimizer
 
@@ -81,10 +82,10 @@ def _milesial() -> nn.Module:
 
 
 def _predicted(side: int) -> Work:
-    model = _classic().eval()
-    predictor = Predictor([model])
+    keep_freed_memory(PREDICTED)  # as predict_seg.py does
+    predictor = Predictor([_classic().eval()])
     source = TensorSource(random_image(1, side, side))
-    return Work(lambda: predictor(source), model)
+    return Work(lambda: predictor(source), predictor.models[0])
 
 
 def _predicted_by_monai(model: nn.Module, side: int) -> Work:

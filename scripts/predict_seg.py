@@ -36,7 +36,7 @@ class PredictOptions:
     """Also number the connected parts of the second of two classes, in NAME_labels.tif."""
 
     tile: int = 1024
-    """Larger images are predicted in tiles of that many pixels a side."""
+    """Larger images are predicted in tiles of at most that many pixels a side."""
 
     overlap: int = 128
     """Pixels that neighbouring tiles share."""
@@ -61,11 +61,14 @@ class PredictOptions:
 def main(options: PredictOptions) -> int:
     from segmentation.output import FilePredictor, load_models, predict_files
     from segmentation.predict import Predictor
+    from unet.memory import PREDICTED, keep_freed_memory
     from unet.training.task import Processes
 
+    keep_freed_memory(PREDICTED)
     processes = Processes.started(options.device)
     models, table, threshold = load_models(options.model, options.device)
     predict = Predictor(models, tile=options.tile, overlap=options.overlap, symmetries=options.tta)
+    del models  # copies of them predict
     predictor = FilePredictor(
         predict,
         table,

@@ -82,9 +82,9 @@ class Predictor:
 
     Args:
         models: models for the same classes, in evaluation mode. Copies of them predict.
-        tile: side of the square tiles in pixels, rounded down to a multiple of the models' stride.
-            Images up to this size are predicted whole. Where memory runs out, smaller tiles are
-            taken from then on, which is said on stderr.
+        tile: largest side of the tiles in pixels, rounded down to a multiple of the models' stride.
+            Images up to this size are predicted whole, larger ones in tiles of one size. Where
+            memory runs out, smaller tiles are taken from then on, which is said on stderr.
         overlap: pixels that neighbouring tiles share. Where it is at least twice the receptive
             radius, tiles give what the whole image gives; below, they are blended linearly.
         symmetries: average over the eight symmetries of a square (test-time augmentation).
@@ -125,7 +125,10 @@ class Predictor:
 
     def __call__(self, source: Source) -> Probability:
         """Probabilities (K, H, W) of a whole image; a single one is that of class 1."""
-        return np.concatenate([band for _, band in self.bands(source)], axis=1)
+        found = np.empty((self.models[0].out_channels, *source.shape), np.float32)
+        for top, band in self.bands(source):
+            found[:, top : top + band.shape[1]] = band
+        return found
 
     def bands(self, source: Source) -> Iterator[tuple[int, Probability]]:
         """Finished bands from top to bottom: their first row, and probabilities (K, rows, W)."""
@@ -148,8 +151,10 @@ class Predictor:
         """First pixel and end of each tile along an axis."""
         if n <= self.tile:
             return [(0, n)]
-        starts = range(0, n - self.overlap, self.tile - self.overlap)
-        return [(start, min(start + self.tile, n)) for start in starts]
+        new = n - self.overlap  # pixels that the tiles share out among them, as equally as may be
+        count = -(-new // (self.tile - self.overlap))
+        step = -(-new // (count * self.stride)) * self.stride
+        return [(start, min(start + step + self.overlap, n)) for start in range(0, new, step)]
 
     def _weights(self, spans: list[tuple[int, int]], i: int) -> NDArray[np.float32]:
         """Weights of a tile along an axis; those of all tiles at a pixel add up to 1."""
