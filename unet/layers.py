@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import platform
 from typing import NamedTuple
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from unet.config import UNetConfig
 from unet.errors import InputError
 
-_ONEDNN = torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64")
+_WIDE = "AVX512" in torch.backends.cpu.get_cpu_capability() and torch.backends.mkldnn.is_available()
 _MANY_ROWS, _MUCH_WORK = 512, 2**24  # rows, multiplications: from where a convolution is faster
 
 
@@ -48,15 +47,15 @@ class GroupNorm(nn.GroupNorm):
 class Linear(nn.Linear):
     """A linear layer, which takes many float32 rows as a 1x1 convolution: the same sums, sooner.
 
-    On x86, PyTorch multiplies float32 matrices by MKL, which uses half of the vector width of AMD's
-    processors, and convolves by oneDNN, which uses all of it.
+    PyTorch multiplies float32 matrices by MKL, which uses half of the AVX-512 of AMD's processors,
+    and convolves by oneDNN, which uses all of it.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():  # which would tie a graph to the number of rows
             return super().forward(x)
         rows = x.numel() // self.in_features
-        pays = _ONEDNN and rows >= _MANY_ROWS and rows * self.weight.numel() >= _MUCH_WORK
+        pays = _WIDE and rows >= _MANY_ROWS and rows * self.weight.numel() >= _MUCH_WORK
         if not pays or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
             return super().forward(x)
         if x.dtype != torch.float32 or self.weight.dtype != torch.float32:
@@ -108,6 +107,8 @@ class ConvBlock(nn.Module):
         self.conv2 = nn.Conv2d(mid_channels, out_channels, 3, padding=pad, bias=bias)
         self.norm2 = make_norm(out_channels, config)
         self.act = make_activation(config)
+        if isinstance(self.act, (nn.ReLU, nn.LeakyReLU)):
+            self.act.inplace = True  # no backward pass needs what it overwrites
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, cond: Conditioning) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -93,8 +94,10 @@ def normalised(x: Tensor, norm: nn.Module, groups: int, eps: float) -> Tensor:
     ids=["rows", "tokens", "odd", "one", "none"],
 )
 @pytest.mark.parametrize("bias", [True, False])
-def test_linear_is_torchs(shape: tuple[int, ...], bias: bool) -> None:
+@pytest.mark.parametrize("wide", [True, False])
+def test_linear_is_torchs(shape: tuple[int, ...], bias: bool, wide: bool, monkeypatch: Any) -> None:
     """Values and gradients, where many rows go another way, and where the rows lie apart."""
+    monkeypatch.setattr("unet.layers._WIDE", wide)
     torch.manual_seed(0)
     layer = Linear(128, 160, bias=bias)
     plain = nn.Linear(128, 160, bias=bias)
@@ -109,7 +112,8 @@ def test_linear_is_torchs(shape: tuple[int, ...], bias: bool) -> None:
         assert torch.allclose(a.grad, b.grad, atol=1e-4, rtol=1e-4)
 
 
-def test_linear_in_bfloat16_is_torchs() -> None:
+def test_linear_in_bfloat16_is_torchs(monkeypatch: Any) -> None:
+    monkeypatch.setattr("unet.layers._WIDE", True)
     layer, x = Linear(128, 160), torch.randn(1040, 128)
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(x).dtype == torch.bfloat16
