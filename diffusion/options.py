@@ -26,7 +26,7 @@ class DiffusionOptions(FitOptions):
 
     optimizer: Literal["adamw", "muon", "sgd", "rmsprop"] | None = None  # type: ignore[assignment]
     """Optimizer. muon makes the steps of matrices orthogonal and leaves the rest to adamw. None
-    given: muon, but with captions, --init or --shard adamw."""
+    given: muon, but with captions, --init, --shard or a --lr adamw."""
 
     lr: float | None = None  # type: ignore[assignment]
     """Highest learning rate; none given: 2e-3, with captions 7e-4, with muon ten times as much."""
@@ -118,13 +118,14 @@ class DiffusionOptions(FitOptions):
         """These options, with an optimizer and noise levels for the data where none are named.
 
         From random weights muon learns in the same time what adamw does not (docs/experiments.md);
-        with text it is untried, and weights that are given would be moved far by its steps.
+        with text it is untried, and weights that are given would be moved far by its steps. A rate
+        alone is taken for adamw's.
 
         At a high rate a network learns the look of images, but not what a text says of places,
         which shows in the noisiest levels alone.
         """
         lr, beta2, shift = (7e-4, 0.99, 3.0) if self.captions else (2e-3, 0.999, 1.0)
-        others = self.captions or self.init or self.shard
+        others = self.captions or self.init or self.shard or self.lr is not None
         optimizer = self.optimizer or ("adamw" if others else "muon")
         if optimizer == "muon":
             lr *= 10

@@ -296,20 +296,20 @@ class ImageSampler:
             wanted: the class or text of each image; none given: any.
             plan: what they start from; none given: noise.
             on_step: called after each step of each batch.
-            processes: share the batches, of which only this one's are made: see `starts`.
+            processes: share the batches, of which only this one's are made: see `parts`.
         """
         plan, wanted = plan or self.from_noise(), list(wanted or [None] * count)
         seeds = image_seeds(self.options.seed, count, first)
-        for start in self.starts(count, processes):
-            part = slice(start, start + self.options.batch_size)
-            for step in plan.run(range(count)[part], seeds[part], wanted[part]):
+        for part in self.parts(count, processes):
+            chosen = slice(part.start, part.stop)
+            for step in plan.run(part, seeds[chosen], wanted[chosen]):
                 if on_step is not None:
                     on_step(step)
             yield self._decoded(step.x)
 
-    def starts(self, count: int, processes: Processes | None = None) -> Sequence[int]:
-        """The place of the first image of each batch that this process makes."""
-        return (processes or Processes()).share(range(0, count, self.options.batch_size))
+    def parts(self, count: int, processes: Processes | None = None) -> Sequence[range]:
+        """The places of the images in each batch that this process makes."""
+        return (processes or Processes()).batches(count, self.options.batch_size)
 
     def __call__(self, count: int, wanted: Wanted | None = None) -> Images:
         """All of the first images of the seed, uint8 (N, H, W, C)."""

@@ -211,7 +211,8 @@ def stratified_timesteps(
         shift: above 1, noisy levels are likelier: u in [0, 1] becomes shift u / (1 + (shift - 1) u)
             (arXiv 2403.03206, eq. 23).
     """
-    order = np.random.default_rng((seed, int(position[0]) // batch)).permutation(batch)
+    stream = (seed, int(position[0]) // batch, 0, 1)  # not that of an epoch's order, or of a sample
+    order = np.random.default_rng(stream).permutation(batch)
     u = (torch.from_numpy(order).to(position.device)[position % batch] + place) / batch
     u = shift * u / (1 + (shift - 1) * u)
     return (u * steps).long().clamp(max=steps - 1)
@@ -230,11 +231,13 @@ class DiffusionTask:
         return diffusion_loss(model, self.schedule, self.prediction, x0, t, noise, **given)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        given, options = {"weighting": self.options.weighting}, self.options
+        given: dict[str, Any] = {"weighting": self.options.weighting}
+        options = self.options
+        assert options.batch_size
         t = stratified_timesteps(
             batch["position"],
             batch["place"],
-            options.batch_size or len(batch["place"]),
+            options.batch_size,
             self.schedule.steps,
             seed=options.seed,
             shift=options.shift or 1.0,

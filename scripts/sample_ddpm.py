@@ -33,9 +33,9 @@ def main(options: SampleOptions) -> None:
     wanted = chosen_conditions(options, sampler)
     plan = chosen_plan(options, sampler, wanted)
     folder.begin(processes)
-    starts = sampler.starts(options.count, processes)
-    for start, images in zip(starts, made(options, sampler, plan, wanted, processes), strict=True):
-        folder.add(images, options.first + start)
+    parts = sampler.parts(options.count, processes)
+    for part, images in zip(parts, made(options, sampler, plan, wanted, processes), strict=True):
+        folder.add(images, options.first + part.start)
     processes.wait()
     if processes.main:
         write_pictures(options, sampler, wanted, folder)
@@ -120,7 +120,7 @@ def made(
     )
     if processes.main:
         print(said)
-    total = plan.steps * len(sampler.starts(options.count, processes))
+    total = plan.steps * len(sampler.parts(options.count, processes))
     with tqdm(total=total, unit="step", disable=None if processes.main else True) as bar:
         yield from sampler.batches(
             options.count,

@@ -130,7 +130,7 @@ def main(options: Txt2ImgOptions) -> None:
         print(said + shared)
 
     seeds, batch = range(recipe.seed, last + 1), 1 if options.low_memory else options.batch_size
-    parts = processes.share([seeds[i : i + batch] for i in range(0, count, batch)])
+    parts = [seeds[part.start : part.stop] for part in processes.batches(count, batch)]
     runs = (model.sample(recipe, part, image=image, mask=mask) for part in parts)
     first = list(itertools.islice(runs, 1))  # nothing can be wrong with the input any more
     folder.begin(processes)

@@ -83,8 +83,8 @@ class Predictor:
     Args:
         models: models for the same classes, in evaluation mode. Copies of them predict.
         tile: largest side of the tiles in pixels, rounded down to a multiple of the models' stride.
-            Images up to this size are predicted whole, larger ones in tiles of one size. Where
-            memory runs out, smaller tiles are taken from then on, which is said on stderr.
+            Images up to this size are predicted whole, larger ones in tiles as equal as may be.
+            Where memory runs out, smaller tiles are taken from then on, which is said on stderr.
         overlap: pixels that neighbouring tiles share. Where it is at least twice the receptive
             radius, tiles give what the whole image gives; below, they are blended linearly.
         symmetries: average over the eight symmetries of a square (test-time augmentation).
@@ -153,7 +153,7 @@ class Predictor:
             return [(0, n)]
         new = n - self.overlap  # pixels that the tiles share out among them, as equally as may be
         count = -(-new // (self.tile - self.overlap))
-        step = -(-new // (count * self.stride)) * self.stride
+        step = max(self.overlap, -(-new // (count * self.stride)) * self.stride)
         return [(start, min(start + step + self.overlap, n)) for start in range(0, new, step)]
 
     def _weights(self, spans: list[tuple[int, int]], i: int) -> NDArray[np.float32]:

@@ -54,7 +54,7 @@ def train(options: SegmentationOptions) -> dict[str, float]:
     model = make_model(options, data)
     size, target = _crop(options, data, model.config)
     if is_main_process():
-        print(f"{data.describe()}\n{_describe_model(model, size, options.network)}", flush=True)
+        print(f"{data.describe()}\n{_describe_model(model, size, options)}", flush=True)
     augmentation = Augmentation(
         **{name: getattr(options, name) for name in Augmentation.__dataclass_fields__}
     )
@@ -159,9 +159,14 @@ def make_model(options: SegmentationOptions, data: SegmentationData) -> Segmenta
     return model
 
 
-def _describe_model(model: SegmentationUNet, size: tuple[int, int], name: str) -> str:
+def _describe_model(
+    model: SegmentationUNet, size: tuple[int, int], options: SegmentationOptions
+) -> str:
     parameters = sum(p.numel() for p in model.parameters())
-    return f"network {name}: {parameters / 1e6:.2f} M parameters, crops of {size[0]} x {size[1]}"
+    return (
+        f"network {options.network}: {parameters / 1e6:.2f} M parameters, crops of {size[0]} x "
+        f"{size[1]}, optimizer {options.optimizer} at {options.lr:g}"
+    )
 
 
 def _initialise(model: SegmentationUNet, path: str) -> None:

@@ -46,11 +46,11 @@ def run_forked(
             for process in started:
                 process.join(120)
             statuses = [process.exitcode for process in started]
-            assert None not in statuses, f"{script} hangs"
         finally:
             for process in started:
                 process.kill()
         out, err = ("".join(files[i].read_text() for files in texts) for i in (0, 1))
+        assert None not in statuses, f"{script} hangs: {err}"
     status = next((s for s in statuses if s), 0)
     return subprocess.CompletedProcess(command, status, out, err)
 

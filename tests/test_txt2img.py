@@ -103,7 +103,7 @@ def test_a_picture_is_repeated_from_its_png(made: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow  # diffusers and transformers are imported twice
 def test_two_processes_share_the_pictures(made: Path, pipeline: Path, tmp_path: Path) -> None:
-    arguments = ("--model", pipeline, *PROMPT, "--count", 3, "--seed", 5, "--batch-size", 1)
+    arguments = ("--model", pipeline, *PROMPT, "--count", 3, "--seed", 5)
     done = run_forked(txt2img.__file__, *arguments, "--out", tmp_path / "two", processes=2)
     assert done.returncode == 0, done.stderr
     assert "shared by 2 processes" in done.stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,12 @@ def test_each_level_is_as_likely_as_any_other() -> None:
     assert (counts / 2400 - 1).abs().max() < 0.05
     for slot in range(6):  # of one place in the batch alone
         assert (torch.bincount(found[:, slot], minlength=10) / 400 - 1).abs().max() < 0.2
+    # Of one image alone, where each batch is an epoch.
+    draws = itertools.islice(BatchKeys(6, 6, seed=0), 4000)
+    mine = torch.stack(
+        [found[turn, [index for _, _, index in keys].index(2)] for turn, keys in enumerate(draws)]
+    )
+    assert (torch.bincount(mine, minlength=10) / 400 - 1).abs().max() < 0.2
     order = torch.stack([timesteps(6, turn, 10, seed=1) for turn in range(4000)])
     assert (order != found).any(dim=1).float().mean() > 0.9
 
@@ -302,8 +309,8 @@ def test_text_is_learned_by_an_optimizer_and_a_start_of_its_own() -> None:
     assert (adamw.lr, adamw.batch_size) == (2e-3, 64)
     assert [
         replace(plain, **given).chosen().optimizer
-        for given in ({}, {"captions": True}, {"init": "a/model"}, {"shard": True})
-    ] == ["muon", "adamw", "adamw", "adamw"]
+        for given in ({}, {"captions": True}, {"init": "a/model"}, {"shard": True}, {"lr": 1e-3})
+    ] == ["muon", "adamw", "adamw", "adamw", "adamw"]
     assert DiffusionOptions(captions=True, lr=1e-3).chosen().lr == 1e-3
     for asked, starts_at_zero in ((text, False), (plain, True)):
         data = DiffusionData("shapes", captions=asked.captions)

@@ -76,9 +76,10 @@ def test_tiles_are_the_whole_where_the_overlap_covers_the_receptive_field(name, 
     assert [top for top, _ in bands] == list(np.cumsum([0] + [b.shape[1] for _, b in bands[:-1]]))
 
 
-@given(st.integers(1, 300), st.integers(1, 20), st.integers(0, 19))
-def test_the_weights_of_all_tiles_add_up_to_one(n, tile, overlap):
+@given(st.integers(1, 300), st.integers(1, 20), st.integers(0, 19), st.integers(0, 12))
+def test_the_weights_of_all_tiles_add_up_to_one(n, tile, overlap, radius):
     predict = Predictor([network(SAME)], tile=2 * (tile + 2 * overlap), overlap=2 * overlap)
+    predict.radius = radius
     total = np.zeros(n)
     spans = predict._spans(n)
     for i, (start, stop) in enumerate(spans):
@@ -86,6 +87,9 @@ def test_the_weights_of_all_tiles_add_up_to_one(n, tile, overlap):
     np.testing.assert_allclose(total, 1, atol=1e-6)
     assert spans[0][0] == 0
     assert spans[-1][1] == n
+    sizes = [stop - start for start, stop in spans]
+    assert max(sizes) <= predict.tile or len(spans) == 1
+    assert len(set(sizes[:-1])) <= 1
 
 
 def test_less_overlap_leaves_no_seam():

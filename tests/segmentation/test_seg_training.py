@@ -243,6 +243,20 @@ def test_the_default_recipe_is_what_training_does_anyway():
     assert {name: getattr(SegmentationOptions, name) for name in recipe} == recipe
 
 
+def test_the_optimizer_follows_the_weights_and_the_rate():
+    chosen = [
+        SegmentationOptions(out=Path("run"), **given).chosen()
+        for given in ({}, {"init": "a/model"}, {"shard": True}, {"lr": 0.01}, {"optimizer": "muon"})
+    ]
+    assert [(c.optimizer, c.lr, c.momentum) for c in chosen] == [
+        ("muon", 0.08, 0.8),
+        ("adamw", 2e-3, 0.9),
+        ("adamw", 2e-3, 0.9),
+        ("adamw", 0.01, 0.9),
+        ("muon", 0.08, 0.8),
+    ]
+
+
 def test_the_tutorial_recipe_says_what_it_is():
     recipe = load_config(SegmentationOptions, RECIPES / "tutorial.yaml")
     assert (recipe["network"], recipe["optimizer"]) == ("tutorial", "rmsprop")

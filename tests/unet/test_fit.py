@@ -94,6 +94,16 @@ def test_processes_and_parts_share_the_batches_of_one(length, part, accumulate, 
         assert [d for turn in turns for p in split for d in p[turn]] == draws
 
 
+@given(st.integers(1, 40), st.integers(1, 20), st.integers(1, 5))
+def test_batches_are_shared_as_evenly_as_may_be(count, size, processes):
+    parts = [Processes(rank, processes).batches(count, size) for rank in range(processes)]
+    assert sorted(n for part in parts for batch in part for n in batch) == list(range(count))
+    assert all(1 <= len(batch) <= size for part in parts for batch in part)
+    lengths = [len(part) for part in parts]
+    assert max(lengths) - min(lengths) <= 1
+    assert Processes().batches(count, size)[0] == range(min(count, size))
+
+
 @given(st.integers(1, 20), st.integers(1, 8))
 def test_every_epoch_holds_every_sample_once_and_its_order_is_its_own(length, batch):
     iterator = iter(BatchKeys(length, batch, seed=3))

@@ -62,6 +62,14 @@ class Processes:
         """This process's part of the items; the parts of all processes are all items, once each."""
         return items[self.rank :: self.count]
 
+    def batches(self, count: int, size: int) -> Sequence[range]:
+        """This process's batches of the numbers below `count`; those of all hold each of them once.
+
+        They are of `size` numbers or, lest a process be idle, of fewer.
+        """
+        size = min(size, -(-count // self.count))
+        return self.share([range(i, min(i + size, count)) for i in range(0, count, size)])
+
     def gather(self, part: T) -> list[T]:
         """What each process gives, in order, on every process."""
         return list(gather_object([part])) if self.count > 1 else [part]
