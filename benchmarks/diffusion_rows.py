@@ -15,7 +15,7 @@ from diffusion.denoiser import Denoiser
 from diffusion.model import DiffusionUNet
 from diffusion.pipeline_folder import read_unet
 from diffusion.prediction import diffusion_loss
-from diffusion.samplers import finish, sample
+from diffusion.samplers import SamplerName, finish, sample
 from diffusion.schedule import NoiseSchedule
 from unet.device import training_format
 from unet.training.options import FitOptions
@@ -92,21 +92,24 @@ def _evaluation(model: Any, *, ours: bool) -> Work:
     return Work(run, model, lambda: run().numpy())
 
 
-def _sampled(model: Any, steps: int, kind: str) -> Work:
+def _sampled(model: Any, steps: int, sampler: SamplerName, *, ours: bool) -> Work:
     """64 samples of 32 x 32 from the same noise."""
     model.eval()
     noise = torch.randn(64, 3, 32, 32, generator=torch.Generator().manual_seed(2))
-    if kind == "ours":
+    if ours:
         denoiser = Denoiser(model, NoiseSchedule(kind="linear"), "eps")
         timesteps = denoiser.schedule.timesteps(steps, "trailing")
 
         @torch.inference_mode()
         def run() -> Tensor:
-            return finish(sample(denoiser, noise, timesteps, "ddim"))
+            return finish(sample(denoiser, noise, timesteps, sampler))
     else:
-        from diffusers import DDIMScheduler
+        from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
-        scheduler = DDIMScheduler(1000, clip_sample=False, timestep_spacing="trailing")
+        if sampler == "ddim":
+            scheduler = DDIMScheduler(1000, clip_sample=False, timestep_spacing="trailing")
+        else:
+            scheduler = DPMSolverMultistepScheduler(1000, timestep_spacing="trailing")
 
         @torch.no_grad()
         def run() -> Tensor:
@@ -182,8 +185,17 @@ ROWS: dict[str, Row] = {
     "sampling": Row(
         "64 samples of 32 x 32 in 10 DDIM steps, the same weights and noise",
         {
-            "ours": lambda d: _sampled(_ours(d), 10, "ours"),
-            "diffusers": lambda d: _sampled(_theirs(d), 10, "diffusers"),
+            "ours": lambda d: _sampled(_ours(d), 10, "ddim", ours=True),
+            "diffusers": lambda d: _sampled(_theirs(d), 10, "ddim", ours=False),
+        },
+        tolerance=1e-3,
+        prepare=_save_ddpm,
+    ),
+    "sampling-dpm": Row(
+        "64 samples of 32 x 32 in 10 steps of DPM-Solver++(2M), the same weights and noise",
+        {
+            "ours": lambda d: _sampled(_ours(d), 10, "dpmpp-2m", ours=True),
+            "diffusers": lambda d: _sampled(_theirs(d), 10, "dpmpp-2m", ours=False),
         },
         tolerance=1e-3,
         prepare=_save_ddpm,

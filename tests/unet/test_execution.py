@@ -115,7 +115,7 @@ def test_channels_last_stays_channels_last(
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
     assert output.is_contiguous(memory_format=torch.channels_last)
     maps = {op: x for op, x in operations.outputs if x.ndim == 4 and "dot_product" not in op}
-    assert len(maps) > 3
+    assert len(maps) >= 3  # convolutions, pooling, joins; a ReLU allocates nothing
     strayed = [k for k, x in maps.items() if not x.is_contiguous(memory_format=torch.channels_last)]
     assert strayed == []
     copies = [op for op, x in operations.outputs if x.ndim > 2 and ("clone" in op or "copy" in op)]
