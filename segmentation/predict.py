@@ -212,7 +212,7 @@ def folded(model: SegmentationUNet) -> SegmentationUNet:
             if isinstance(found := getattr(block, norm), nn.BatchNorm2d):
                 setattr(block, conv, fuse_conv_bn_eval(getattr(block, conv), found))
                 setattr(block, norm, nn.Identity())
-        if isinstance(block.act, (nn.ReLU, nn.LeakyReLU, nn.SiLU)):
+        if isinstance(block.act, nn.SiLU):  # as a ReLU does in training, too
             block.act.inplace = True
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # stubs lack it
 

@@ -8,9 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-
-
-PREDICTED = 2**25  # bytes of a block
+PREDICTED = 2**25  # bytes of the largest block that a prediction keeps
 
 
 def keep_freed_memory(largest: int = 2**30) -> None:

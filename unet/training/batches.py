@@ -93,8 +93,8 @@ class _Indexed(torch.utils.data.Dataset[dict[str, Any]]):
         self.samples = samples
 
     def __getitem__(self, draw: Draw) -> dict[str, Any]:
-        position, *key = draw
-        return {**self.samples[key[0], key[1]], "index": key[1], "position": position}
+        position, epoch, index = draw
+        return {**self.samples[epoch, index], "index": index, "position": position}
 
 
 def _outlive_one_signal(worker: int) -> None:
