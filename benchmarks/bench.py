@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import growth  # noqa: E402
 from unet.errors import InputError, RunError  # noqa: E402
-from unet.files import write_text  # noqa: E402
+from unet.files.writing import write_text  # noqa: E402
 from unet.training.cli import run_script  # noqa: E402
 
 PACKAGES = ("torch", "numpy", "diffusers", "monai", "scikit-image")

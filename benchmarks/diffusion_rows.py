@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.work import Row, Work, random_image, trained
-from diffusion.denoiser import Denoiser
 from diffusion.model import DiffusionUNet
-from diffusion.pipeline_folder import read_unet
-from diffusion.prediction import diffusion_loss
-from diffusion.samplers import SamplerName, finish, sample
-from diffusion.schedule import NoiseSchedule
+from diffusion.process.denoiser import Denoiser
+from diffusion.process.loss import diffusion_loss
+from diffusion.process.samplers import SamplerName, finish, sample
+from diffusion.process.schedule import NoiseSchedule
+from diffusion.stable.folder import read_unet
 from unet.device import training_format
 from unet.training.options import FitOptions
 from unet.training.plan import make_optimizer

@@ -24,15 +24,15 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from segmentation.data import SegmentationData  # noqa: E402
-from segmentation.metrics import IsbiMetrics  # noqa: E402
+from segmentation.data.dataset import SegmentationData  # noqa: E402
+from segmentation.judging.isbi import IsbiMetrics  # noqa: E402
 from segmentation.model import SegmentationUNet  # noqa: E402
 from segmentation.options import RECIPES, SegmentationOptions  # noqa: E402
 from segmentation.predict import Predictor, TensorSource  # noqa: E402
 from segmentation.training import load_data, train  # noqa: E402
 from unet import PRESETS  # noqa: E402
 from unet.errors import InputError  # noqa: E402
-from unet.files import write_text  # noqa: E402
+from unet.files.writing import write_text  # noqa: E402
 from unet.training.cli import run_script  # noqa: E402
 from unet.training.config_file import load_config  # noqa: E402
 from unet.training.run import read_log  # noqa: E402

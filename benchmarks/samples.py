@@ -22,18 +22,19 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from diffusion.data import DiffusionData  # noqa: E402
-from diffusion.evaluation import Judge, timed_samples  # noqa: E402
-from diffusion.features import open_extractor  # noqa: E402
+from diffusion.data.images import DiffusionData  # noqa: E402
+from diffusion.data.pixels import to_bytes  # noqa: E402
+from diffusion.judging.evaluation import Judge, timed_samples  # noqa: E402
+from diffusion.judging.features import open_extractor  # noqa: E402
 from diffusion.model import DiffusionUNet  # noqa: E402
 from diffusion.options import SamplingOptions  # noqa: E402
-from diffusion.sampling import Images, ImageSampler, to_bytes  # noqa: E402
-from diffusion.schedule import NoiseSchedule  # noqa: E402
-from unet.convert import to_layout  # noqa: E402
-from unet.diffusers_config import config_to_diffusers  # noqa: E402
+from diffusion.process.schedule import NoiseSchedule  # noqa: E402
+from diffusion.sampling import Images, ImageSampler  # noqa: E402
 from unet.errors import InputError, RunError  # noqa: E402
-from unet.files import write_text  # noqa: E402
+from unet.files.writing import write_text  # noqa: E402
 from unet.training.cli import run_script  # noqa: E402
+from unet.weights.convert import to_layout  # noqa: E402
+from unet.weights.diffusers_config import config_to_diffusers  # noqa: E402
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 
 from benchmarks.work import Row, Work, random_image, trained
-from diffusion.denoiser import Denoiser
 from diffusion.model import DiffusionUNet
 from diffusion.networks import automatic_config
-from diffusion.prediction import diffusion_loss
-from diffusion.samplers import finish, sample
-from diffusion.schedule import NoiseSchedule
+from diffusion.process.denoiser import Denoiser
+from diffusion.process.loss import diffusion_loss
+from diffusion.process.samplers import finish, sample
+from diffusion.process.schedule import NoiseSchedule
 from segmentation.model import SegmentationUNet
 from segmentation.predict import Predictor, TensorSource
 from unet import PRESETS

@@ -107,7 +107,7 @@ def _crops(kind: str) -> Work:
     image, mask = random_image(1, 512, 512), (random_image(1, 512, 512) > 0.5).to(torch.uint8)
     size = (256, 256)
     if kind == "ours":
-        from segmentation.augment import Augmentation, augmented_crop
+        from segmentation.data.augment import Augmentation, augmented_crop
 
         rng = np.random.default_rng(0)
         augmentation = Augmentation()
@@ -140,7 +140,7 @@ def _crops(kind: str) -> Work:
 
 def _rand(kind: str) -> Work:
     """V_Rand of a 512 x 512 slice at one threshold."""
-    from segmentation.metrics import components, overlap, rand_score, thin_borders
+    from segmentation.judging.isbi import components, overlap, rand_score, thin_borders
 
     rng = np.random.default_rng(0)
     noise = torch.from_numpy(rng.standard_normal((2, 1, 512, 512))).float()

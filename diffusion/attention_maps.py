@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from diffusion.pictures import LINE, cell, lettered, rgb
 from unet.attention import Attention, SpatialTransformer, TransformerBlock
 from unet.errors import InputError
+from unet.files.pictures import RGB, panel
 from unet.model import UNet
-from unet.pictures import RGB, panel
 
 COLUMNS = 8  # of a figure, at most
 _HEAT = 0.7  # share of the heat's colour in a picture; the rest is the image in grey

@@ -10,20 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffusion.latents import Data, LatentData
 from diffusion.model import DiffusionUNet
 from diffusion.networks import automatic_config
 from diffusion.options import DiffusionOptions
-from diffusion.pipeline_folder import CONFIGS, read_schedule, read_unet, read_unet_config
-from diffusion.prediction import PredictionName, get_prediction
-from diffusion.schedule import NoiseSchedule
-from diffusion.text import ClipText
+from diffusion.process.prediction import PredictionName, get_prediction
+from diffusion.process.schedule import NoiseSchedule
+from diffusion.stable.clip import ClipText
+from diffusion.stable.folder import CONFIGS, read_schedule, read_unet, read_unet_config
+from diffusion.stable.latents import Data, LatentData
 from unet import PRESETS, UNetConfig
 from unet.attention import SpatialTransformer
 from unet.device import pick_device
 from unet.errors import InputError
-from unet.files import read_json
-from unet.folder import load_strictly, read_config, read_weights
+from unet.files.writing import read_json
+from unet.weights.folder import load_strictly, read_config, read_weights
 
 PREDICTION: PredictionName = "v"  # where neither the user nor a pipeline says another
 TEXT_CHANNELS = 128  # of a token of our own text encoder

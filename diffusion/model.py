@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from diffusion.text import ClipText, WordEncoder
+from diffusion.text import TextEncoder, WordEncoder
 from unet.config import UNetConfig
 from unet.errors import InputError
-from unet.folder import FolderModel
 from unet.layers import make_activation, make_norm, unpatch, zero_init
+from unet.weights.folder import FolderModel
 
 LARGEST = 2**16  # pixels a side
 
@@ -42,9 +42,7 @@ class DiffusionUNet(FolderModel):
         self.head.add_module("act", make_activation(config))
         self.head.add_module("conv", conv)
         text = self.info.get("text")
-        self.text: WordEncoder | ClipText | None = (
-            None if text is None else WordEncoder.from_dict(text)
-        )
+        self.text: TextEncoder | None = None if text is None else WordEncoder.from_dict(text)
         if self.text is not None and self.text.channels != config.context_channels:
             raise InputError(
                 f"a text encoder of width {self.text.channels} does not go with "

@@ -13,8 +13,8 @@ from torch import Tensor
 from diffusion.attention_maps import attention_figure
 from diffusion.pictures import Images, grid, write_gif
 from unet.errors import InputError
-from unet.files import replacing
-from unet.images import read_image, write_image
+from unet.files.images import read_image, write_image
+from unet.files.writing import replacing
 from unet.training.task import Processes
 
 IN_GRID = 100  # images in grid.png, at most

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from unet.files import replacing
-from unet.pictures import RGB, panel
+from unet.files.pictures import RGB, panel
+from unet.files.writing import replacing
 
 Images = NDArray[np.uint8]  # (N, H, W, C), C = 1 or 3
 

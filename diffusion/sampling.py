@@ -3,60 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from numpy.typing import NDArray
 from torch import Tensor
 
 from diffusion.attention_maps import recorded_attention
-from diffusion.autoencoder import Autoencoder
-from diffusion.denoiser import Clipped, Denoiser
-from diffusion.editing import (
-    ITERATIONS,
-    inpaint,
-    invert,
-    repaint_timesteps,
-    sdedit,
-    sdedit_timesteps,
-    slerp,
-)
-from diffusion.guidance import Guided
+from diffusion.data.pixels import to_bytes
 from diffusion.model import DiffusionUNet
 from diffusion.options import SamplingOptions
-from diffusion.pixels import to_uint8
-from diffusion.prediction import DenoiserLike
-from diffusion.samplers import Step, count_evaluations, finish, get_sampler, sample
-from diffusion.schedule import CLEAN, SEEDS, NoiseSchedule, NoiseSource
-from diffusion.text import ClipText, WordEncoder
+from diffusion.plans import Plan, Plans, Wanted
+from diffusion.process.denoiser import Clipped, Denoiser
+from diffusion.process.guidance import Guided
+from diffusion.process.noise import SEEDS, NoiseSource
+from diffusion.process.prediction import DenoiserLike
+from diffusion.process.samplers import Step, get_sampler
+from diffusion.process.schedule import NoiseSchedule
+from diffusion.stable.autoencoder import Autoencoder
+from diffusion.stable.clip import ClipText
+from diffusion.text import TextEncoder
 from unet.device import pick_device
 from unet.errors import InputError
 from unet.training.task import Processes
 
 Images = NDArray[np.uint8]  # (N, H, W, C)
-Wanted = Sequence[int | str | None]  # the class of each image, or its text; None: any
-# Of a batch: its places in the run, its seeds and what is wanted.
-Run = Callable[[range, Sequence[int], Wanted], Iterator[Step]]
-
-JUMP, REPEATS = 5, 4  # of RePaint (arXiv 2201.09865), whose 10 and 10 are for 250 steps
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How a batch of images is made, and what it takes."""
-
-    run: Run
-    steps: int
-    evaluations: int
-    """Evaluations of the network for each batch; guidance makes each twice as large."""
-    once: int = 0
-    """Evaluations before the first batch."""
 
 
 def load_for_sampling(folder: str | Path, device: str) -> DiffusionUNet:
@@ -99,6 +72,15 @@ class ImageSampler:
             self.sampler_options["variance"] = options.variance
         get_sampler(options.sampler, self.sampler_options)
         self.denoiser = self._denoiser()
+        self.plans = Plans(
+            model,
+            self.denoiser,
+            self.timesteps,
+            options.sampler,
+            self.sampler_options,
+            model.size,
+            self.autoencoder,
+        )
         if options.variance == "learned" and model.out_channels == model.config.in_channels:
             raise InputError(
                 "--variance learned is for models that were trained with --learn-variance: choose "
@@ -122,7 +104,7 @@ class ImageSampler:
             if "text_encoder" in info and self.model.text is None:
                 clip = ClipText.from_pretrained(_folder(self.model, "text_encoder"))
                 clip.model.to(self.device)
-                use_clip(self.model, clip)
+                self.model.text = clip
             if "autoencoder" in info:
                 return Autoencoder.from_folder(_folder(self.model, "autoencoder"), self.device)
         except InputError as error:
@@ -171,7 +153,7 @@ class ImageSampler:
         return self.classes.index(name)
 
     @property
-    def text(self) -> WordEncoder | ClipText:
+    def text(self) -> TextEncoder:
         """The model's text encoder.
 
         Raises:
@@ -183,99 +165,8 @@ class ImageSampler:
             )
         return self.model.text
 
-    # ------------------------------------------------------------------------------------------
-    # Plans: what a batch starts from
-
-    def from_noise(self) -> Plan:
-        """Images out of nothing but noise."""
-
-        def run(places: range, seeds: Sequence[int], wanted: Wanted) -> Iterator[Step]:
-            source = NoiseSource(seeds)
-            return sample(
-                self.denoiser, self._noise(source), self.timesteps, **self._given(source, wanted)
-            )
-
-        return self._plan(run, self.timesteps)
-
-    def variants(self, image: Tensor, strength: float) -> Plan:
-        """Images out of an image (1, C, H, W) in noise: see `editing.sdedit`."""
-        image = self._encoded(image)
-
-        def run(places: range, seeds: Sequence[int], wanted: Wanted) -> Iterator[Step]:
-            images, given = (
-                image.expand(len(seeds), -1, -1, -1),
-                self._given(NoiseSource(seeds), wanted),
-            )
-            return sdedit(self.denoiser, images, self.timesteps, strength, **given)
-
-        return self._plan(run, sdedit_timesteps(self.timesteps, strength))
-
-    def inpainted(self, image: Tensor, mask: Tensor) -> Plan:
-        """An image (1, C, H, W), of which the masked part is made anew: see `editing.inpaint`."""
-        image = self._encoded(image)
-        if self.autoencoder:  # all latents that a masked pixel belongs to
-            mask = F.max_pool2d(mask.float(), self.autoencoder.factor) > 0
-
-        def run(places: range, seeds: Sequence[int], wanted: Wanted) -> Iterator[Step]:
-            images, given = (
-                image.expand(len(seeds), -1, -1, -1),
-                self._given(NoiseSource(seeds), wanted),
-            )
-            given |= {"jump": JUMP, "repeats": REPEATS}
-            return inpaint(self.denoiser, images, mask, self.timesteps, **given)
-
-        return self._plan(run, repaint_timesteps(self.timesteps, JUMP, REPEATS))
-
-    def between(self, first: Tensor, last: Tensor, count: int, wanted: int | str | None) -> Plan:
-        """`count` images between two (1, C, H, W), both among them (DDIM, appendix D.5).
-
-        Both are encoded by DDIM's inversion, mixed on the sphere, and decoded by DDIM, whatever the
-        sampler, since nothing else comes back to where it started.
-        """
-        first, last = self._encoded(first), self._encoded(last)
-        given: dict[str, Any] = {"conditioning": self.model.conditioning([wanted])}
-        ends: list[Tensor] = []
-
-        def run(places: range, seeds: Sequence[int], wanted: Wanted) -> Iterator[Step]:
-            if not ends:
-                ends.extend(
-                    finish(invert(self.denoiser, end, self.timesteps, **given))
-                    for end in (first, last)
-                )
-            share = torch.linspace(0, 1, count)[list(places)].to(first).view(-1, 1, 1, 1)
-            return sample(
-                self.denoiser, slerp(ends[0], ends[1], share), self.timesteps, "ddim", **given
-            )
-
-        steps = len(self.timesteps)
-        return Plan(run, steps, steps, once=2 * ITERATIONS * steps)
-
-    def _plan(self, run: Run, timesteps: Sequence[float]) -> Plan:
-        downs = sum(t > to for t, to in pairwise([*timesteps, CLEAN]))
-        evaluations = count_evaluations(self.options.sampler, timesteps, self.schedule)
-        return Plan(run, downs, evaluations)
-
-    def _noise(self, source: NoiseSource) -> Tensor:
-        size = self.height, self.width
-        if self.autoencoder:
-            size = self.autoencoder.size(*size)
-        x = source.draw((self.model.config.in_channels, *size)).to(self.device)
-        return x.contiguous(memory_format=torch.channels_last)
-
-    def _encoded(self, image: Tensor) -> Tensor:
-        """The image, or the mean of its latents."""
-        return self.autoencoder.encode(image)[0].to(self.device) if self.autoencoder else image
-
     def _decoded(self, x: Tensor) -> Images:
         return to_bytes(self.autoencoder.decode(x) if self.autoencoder else x)
-
-    def _given(self, source: NoiseSource | None, wanted: Wanted) -> dict[str, Any]:
-        return {
-            "sampler": self.options.sampler,
-            "noise": source,
-            "conditioning": self.model.conditioning(wanted),
-            **self.sampler_options,
-        }
 
     # ------------------------------------------------------------------------------------------
     # Images
@@ -298,7 +189,7 @@ class ImageSampler:
             on_step: called after each step of each batch.
             processes: share the batches, of which only this one's are made: see `parts`.
         """
-        plan, wanted = plan or self.from_noise(), list(wanted or [None] * count)
+        plan, wanted = plan or self.plans.from_noise(), list(wanted or [None] * count)
         seeds = image_seeds(self.options.seed, count, first)
         for part in self.parts(count, processes):
             chosen = slice(part.start, part.stop)
@@ -320,8 +211,8 @@ class ImageSampler:
     ) -> list[Images]:
         """The first images as they appear: the noise, and what it has become after each step."""
         seeds = image_seeds(self.options.seed, count, first)
-        frames = [self._decoded(self._noise(NoiseSource(seeds)))]
-        steps = self.from_noise().run(range(count), seeds, wanted or [None] * count)
+        frames = [self._decoded(self.plans.noise(NoiseSource(seeds)))]
+        steps = self.plans.from_noise().run(range(count), seeds, wanted or [None] * count)
         return frames + [self._decoded(step.x) for step in steps]
 
     def attending(
@@ -342,7 +233,7 @@ class ImageSampler:
         counted = range(*steps) if steps else range(len(self.timesteps))
         with recorded_attention(self.model, len(wanted)) as record:
             record.paused = 0 not in counted
-            run = self.from_noise().run(range(len(wanted)), seeds, wanted)
+            run = self.plans.from_noise().run(range(len(wanted)), seeds, wanted)
             for done, step in enumerate(run, start=1):
                 record.paused, x = done not in counted, step.x
         return self._decoded(x), record.maps((self.height, self.width))
@@ -352,16 +243,6 @@ def image_seeds(seed: int, count: int, first: int = 0) -> list[int]:
     """A seed for each image of a run: consecutive ones, from a place that the run's seed gives."""
     start = int(np.random.SeedSequence(seed).generate_state(1)[0])
     return [(start + first + i) % SEEDS for i in range(count)]
-
-
-def use_clip(model: DiffusionUNet, clip: ClipText) -> None:
-    """Lets a CLIP text model read for a model: beside it, neither trained nor saved with it."""
-    model.text = clip
-
-
-def to_bytes(x: Tensor) -> Images:
-    """Images (B, C, H, W) in [-1, 1] as uint8 (B, H, W, C); what lies outside is clamped."""
-    return rearrange(to_uint8(x), "b c h w -> b h w c").cpu().numpy()
 
 
 def _folder(model: DiffusionUNet, key: str) -> str:

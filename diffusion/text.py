@@ -1,20 +1,17 @@
-"""Text for a U-Net to look at: `WordEncoder`, trained along with it, and CLIP's, as it comes."""
+"""Text for a U-Net to look at: what reads it, and `WordEncoder`, which is trained along with it."""
 
 from __future__ import annotations
 
-import os
 import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from diffusion.parts import build_text_model, check_part, check_tokenizer
 from unet.attention import Attention, FeedForward
 from unet.config import MOST_BLOCKS, MOST_CHANNELS
 from unet.errors import InputError
@@ -38,6 +35,16 @@ class TextEncoder(Protocol):
     @property
     def channels(self) -> int:
         """Width C of the tokens: `UNetConfig.context_channels`."""
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest text that it reads."""
+
+    def tokenize(self, texts: Sequence[str]) -> Tensor:
+        """Tokens (B, L) int64 on the CPU, padded to the longest of these texts."""
+
+    def __call__(self, tokens: Tensor) -> TextContext:
+        """Tokens (B, L) of `tokenize` to a context (B, L, C) and its mask, on their device."""
 
     def encode(self, texts: Sequence[str]) -> TextContext:
         """Tokens of B texts, as long as the longest needs; the empty text has some, too."""
@@ -200,101 +207,3 @@ def _check(vocabulary: Any, longest: Any, width: Any, depth: Any) -> None:
             raise InputError(f"{name}={value!r} of a text encoder must be from 1 to {most}")
     if width % HEAD_CHANNELS:
         raise InputError(f"width={width} of a text encoder must be a multiple of {HEAD_CHANNELS}")
-
-
-class ClipText:
-    """The text model of a Stable Diffusion pipeline, frozen (LDM, arXiv 2112.10752, sec. 3.3).
-
-    A text is padded or cut to the model's length, 77 tokens, and all of them count, padding too,
-    as in Stable Diffusion.
-
-    Args:
-        tokenizer, model: a `CLIPTokenizer` and a `CLIPTextModel` of transformers.
-    """
-
-    def __init__(self, tokenizer: Any, model: Any) -> None:
-        self.tokenizer, self.model = tokenizer, model.eval().requires_grad_(False)
-        self.channels: int = model.config.hidden_size
-        # A tokenizer that was saved without its length has an astronomic one.
-        self.longest = min(tokenizer.model_max_length, model.config.max_position_embeddings)
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> ClipText:
-        """Of a diffusers pipeline folder: its `text_encoder/` and `tokenizer/`.
-
-        Raises:
-            InputError: a part is missing or unreadable, or transformers is not installed.
-        """
-        try:
-            from transformers import CLIPTextModel, CLIPTokenizer
-        except ImportError as error:
-            raise InputError(
-                "CLIP text models need transformers: pip install 'unet-diffusion[sd]'"
-            ) from error
-        parts = Path(folder, "tokenizer"), Path(folder, "text_encoder")
-        for part in parts:
-            if not os.path.isdir(part):  # False for an impossible name, too
-                raise InputError(f"'{folder}' has no {part.name}/: give a diffusers pipeline")
-        whole = {"tokenizer.json"}, {"vocab.json", "merges.txt"}  # otherwise it would be empty
-        if not any(names <= {file.name for file in parts[0].iterdir()} for names in whole):
-            raise InputError(f"'{parts[0]}' lacks vocab.json and merges.txt: copy it whole")
-        check_tokenizer(parts[0])
-        check_part(parts[1], build_text_model)
-        try:
-            tokenizer = CLIPTokenizer.from_pretrained(parts[0], local_files_only=True)
-            loaded: Any = CLIPTextModel.from_pretrained(
-                parts[1], local_files_only=True, output_loading_info=True
-            )
-        except Exception as error:  # whatever a damaged file leads its many readers to
-            reason = " ".join(str(error).split())
-            raise InputError(f"the text model in '{folder}' cannot be read: {reason}") from error
-        model, found = loaded
-        if missing := sorted(found["missing_keys"]):  # which would be random
-            raise InputError(f"the weights in '{parts[1]}' lack {missing[0]}: copy them whole")
-        if len(tokenizer) > model.config.vocab_size:
-            raise InputError(
-                f"'{parts[0]}' has {len(tokenizer)} tokens, but the model beside it knows "
-                f"{model.config.vocab_size}: take both from one pipeline"
-            )
-        return cls(tokenizer, model)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> ClipText:
-        return self  # frozen: the averaged copy of a network can share it
-
-    def tokenize(self, texts: Sequence[str]) -> Tensor:
-        """Tokens (B, L) int64 on the CPU, padded or cut to the model's length."""
-        tokens: Tensor = self.tokenizer(
-            list(texts),
-            padding="max_length",
-            max_length=self.longest,
-            truncation=True,
-            return_tensors="pt",
-        ).input_ids
-        return tokens
-
-    @torch.no_grad()
-    def __call__(self, tokens: Tensor) -> TextContext:
-        """Tokens (B, L) of `tokenize` to a context (B, L, C), on their device."""
-        if self.model.device != tokens.device:
-            self.model.to(tokens.device)
-        given: dict[str, Any] = {}
-        if getattr(self.model.config, "use_attention_mask", False):  # as diffusers asks
-            ends = (tokens == self.tokenizer.eos_token_id).long()
-            given["attention_mask"] = (ends.cumsum(dim=1) - ends == 0).long()
-        return TextContext(self.model(tokens, **given).last_hidden_state, None)
-
-    def encode(self, texts: Sequence[str]) -> TextContext:
-        return self(self.tokenize(texts).to(self.model.device))
-
-    def words(self, text: str) -> list[str]:
-        ids = self.tokenizer(text, max_length=self.longest, truncation=True).input_ids
-        return ["(begin)", *(self.tokenizer.decode([i]) for i in ids[1:-1]), "(end)"]
-
-    def cut(self, text: str) -> str:
-        """What of a text is behind the model's length, and not read."""
-        ids = self.tokenizer(text, verbose=False).input_ids
-        return self.tokenizer.decode(ids[self.longest - 1 : -1])
-
-    def remarks(self, text: str) -> list[str]:
-        cut = self.cut(text)
-        return [f"the model reads {self.longest} tokens, and not the last: {cut!r}"] if cut else []

@@ -14,9 +14,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from diffusion.autoencoder import Autoencoder
-from diffusion.data import DiffusionData
-from diffusion.denoiser import Denoiser
+from diffusion.data.images import DiffusionData
+from diffusion.data.pixels import to_bytes
 from diffusion.initial import (
     PREDICTION,
     chosen_config,
@@ -26,15 +25,17 @@ from diffusion.initial import (
     initialise,
     read_clip,
 )
-from diffusion.latents import Data, LatentData, autoencoder_of
+from diffusion.judging.report import SHOWN, few_steps, shown_conditions, spread, write_report
 from diffusion.model import DiffusionUNet
 from diffusion.options import DiffusionOptions
 from diffusion.pictures import grid, rgb, table
-from diffusion.pipeline_export import obstacle, write_pipeline
-from diffusion.prediction import diffusion_loss
-from diffusion.report import SHOWN, few_steps, shown_conditions, spread, write_report
-from diffusion.sampling import to_bytes, use_clip
-from diffusion.schedule import NoiseSchedule, NoiseSource
+from diffusion.process.denoiser import Denoiser
+from diffusion.process.loss import diffusion_loss
+from diffusion.process.noise import NoiseSource
+from diffusion.process.schedule import NoiseSchedule
+from diffusion.stable.autoencoder import Autoencoder
+from diffusion.stable.export import obstacle, write_pipeline
+from diffusion.stable.latents import Data, LatentData, autoencoder_of
 from diffusion.text import PADDING, WordEncoder
 from unet.device import pick_device
 from unet.errors import Interrupted
@@ -150,7 +151,7 @@ def make_model(
         why += f"; {len(text.vocabulary)} words, {text.longest - 1} in the longest caption"
     model = DiffusionUNet(config, data.channels * (2 if options.learn_variance else 1), info)
     if clip:
-        use_clip(model, clip)
+        model.text = clip  # beside it, neither trained nor saved with it
     if options.init and not (options.resume and RunFolder(options.out).state.exists()):
         initialise(model, options.init)
     if options.trained == "attention":

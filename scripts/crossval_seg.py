@@ -12,7 +12,7 @@ from typing import Any
 
 from segmentation.options import RECIPES, SegmentationOptions
 from unet.errors import InputError
-from unet.files import write_text
+from unet.files.writing import write_text
 from unet.training.cli import run_script
 from unet.training.config_file import load_config, save_config
 
@@ -94,10 +94,10 @@ def begin(options: CrossvalOptions) -> None:
 
 def score(run: SegmentationOptions) -> None:
     """Scores a fold's model on the images that it did not see."""
-    from segmentation.evaluation import evaluate
+    from segmentation.judging.evaluation import evaluate
+    from segmentation.judging.report import write_scores
     from segmentation.output import load_models
     from segmentation.predict import Predictor
-    from segmentation.report import write_scores
     from segmentation.training import load_data
 
     models, _, threshold = load_models([str(run.out / "model")], run.device)

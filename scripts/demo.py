@@ -39,12 +39,12 @@ def main(options: DemoOptions) -> None:
 
 def segment(options: DemoOptions, run: Path) -> None:
     """A segmentation of membranes: trained, and judged on images that it has not seen."""
-    from segmentation.metrics import IsbiMetrics
+    from segmentation.data.phantom import phantom_stack
+    from segmentation.judging.isbi import IsbiMetrics
     from segmentation.output import FilePredictor, load_models, predict_files
-    from segmentation.phantom import phantom_stack
     from segmentation.predict import Predictor
     from segmentation.training import train
-    from unet.images import read_image, write_image
+    from unet.files.images import read_image, write_image
 
     print("Training a segmentation on generated membrane images:", flush=True)
     minutes, seed = SEGMENTATION_SHARE * options.minutes, options.seed

@@ -19,7 +19,7 @@ from unet.presets import PRESETS
 from unet.training.cli import run_script
 
 if TYPE_CHECKING:
-    from unet.folder import FolderModel
+    from unet.weights.folder import FolderModel
 
 LARGEST = 65536  # pixels a side
 
@@ -101,7 +101,7 @@ def build(name: str) -> tuple[FolderModel, dict[str, Any]]:
 
     from diffusion.model import DiffusionUNet
     from segmentation.model import SegmentationUNet
-    from unet.folder import read_config
+    from unet.weights.folder import read_config
 
     kinds: dict[str, type[FolderModel]] = {m.task: m for m in (SegmentationUNet, DiffusionUNet)}
     if preset := PRESETS.get(name):

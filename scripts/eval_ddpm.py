@@ -87,8 +87,9 @@ class EvalOptions(SamplingOptions):
 
 
 def main(options: EvalOptions) -> None:
-    from diffusion.data import DiffusionData
-    from diffusion.evaluation import (
+    from diffusion.data.images import DiffusionData
+    from diffusion.judging.captions import judge_captions, scenes_to_ask
+    from diffusion.judging.evaluation import (
         Judge,
         check_bits,
         comparison,
@@ -97,9 +98,8 @@ def main(options: EvalOptions) -> None:
         timed_samples,
         wanted_like,
     )
-    from diffusion.features import open_extractor
+    from diffusion.judging.features import open_extractor
     from diffusion.sampling import ImageSampler, load_for_sampling
-    from diffusion.shapes_evaluation import judge_captions, scenes_to_ask
 
     model = load_for_sampling(options.model, options.device)
     samplers = [ImageSampler(model, way) for way in options.ways()]
@@ -139,7 +139,7 @@ def main(options: EvalOptions) -> None:
         images, seconds = timed_samples(sampler, wanted)
         row = {
             "settings": dataclasses.asdict(sampler.options),
-            "evaluations": sampler.from_noise().evaluations,
+            "evaluations": sampler.plans.from_noise().evaluations,
             **judge(images, wanted),
             **(judge_captions(sampler, images, asked) if asked else {}),
             "seconds": seconds,
@@ -157,8 +157,8 @@ def main(options: EvalOptions) -> None:
 
 
 def save(options: EvalOptions, found: dict[str, Any]) -> None:
-    from diffusion.evaluation import to_json
-    from unet.files import write_text
+    from diffusion.judging.evaluation import to_json
+    from unet.files.writing import write_text
 
     if options.out:
         write_text(options.out, to_json(found))

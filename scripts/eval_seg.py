@@ -13,7 +13,7 @@ from unet.training.cli import run_script
 from unet.training.config_file import load_config
 
 if TYPE_CHECKING:
-    from segmentation.data import Pair
+    from segmentation.data.pairs import Pair
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,10 +78,10 @@ class EvalOptions:
 
 
 def main(options: EvalOptions) -> None:
-    from segmentation.evaluation import evaluate, labelled_data
+    from segmentation.judging.evaluation import evaluate, labelled_data
+    from segmentation.judging.report import write_scores
     from segmentation.output import load_models
     from segmentation.predict import Predictor
-    from segmentation.report import write_scores
 
     taken = options.out.is_dir() and any(options.out.iterdir()) and not options.overwrite
     if taken or options.out.is_file():
@@ -106,8 +106,8 @@ def main(options: EvalOptions) -> None:
 
 def chosen_pairs(options: EvalOptions) -> tuple[SegmentationOptions, list[Pair]]:
     """Where the data are from, and the images to score."""
-    from segmentation.data import split_pairs
-    from segmentation.evaluation import held_out
+    from segmentation.data.pairs import split_pairs
+    from segmentation.judging.evaluation import held_out
     from segmentation.training import find_data
 
     files = [Path(folder).parent / "config.yaml" for folder in options.model]

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from diffusion.output import SampleFolder
-    from diffusion.sampling import Images, ImageSampler, Plan, Wanted
+    from diffusion.plans import Plan, Wanted
+    from diffusion.sampling import Images, ImageSampler
     from unet.training.task import Processes
 
 
@@ -77,10 +78,10 @@ def chosen_conditions(options: SampleOptions, sampler: ImageSampler) -> Wanted:
 
 def chosen_plan(options: SampleOptions, sampler: ImageSampler, wanted: Wanted) -> Plan:
     """What the options ask for: from noise, or from images."""
-    from unet.images import image_info
+    from unet.files.images import image_info
 
     if options.init:
-        return sampler.variants(picture(options.init, sampler), options.strength)
+        return sampler.plans.variants(picture(options.init, sampler), options.strength)
     if options.inpaint and options.mask:
         image, drawn = (image_info(path) for path in (options.inpaint, options.mask))
         if image.height * drawn.width != image.width * drawn.height:
@@ -94,11 +95,11 @@ def chosen_plan(options: SampleOptions, sampler: ImageSampler, wanted: Wanted) -
                 f"the mask '{options.mask}' is white nowhere, so nothing would be made anew: paint "
                 "the part to be made anew white (255)"
             )
-        return sampler.inpainted(picture(options.inpaint, sampler), mask)
+        return sampler.plans.inpainted(picture(options.inpaint, sampler), mask)
     if options.interpolate:
         first, last = (picture(path, sampler) for path in options.interpolate)
-        return sampler.between(first, last, options.count, wanted[0])
-    return sampler.from_noise()
+        return sampler.plans.between(first, last, options.count, wanted[0])
+    return sampler.plans.from_noise()
 
 
 def made(
@@ -134,8 +135,8 @@ def made(
 
 def picture(path: Path, sampler: ImageSampler) -> Tensor:
     """An image file as the model takes it, (1, C, H, W) in [-1, 1]: resized and cropped."""
-    from diffusion.pixels import fitted
-    from unet.images import read_image
+    from diffusion.data.pixels import fitted
+    from unet.files.images import read_image
 
     size = (sampler.height, sampler.width)
     return fitted(read_image(path), size, sampler.channels)[None].to(sampler.device)

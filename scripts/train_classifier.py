@@ -53,8 +53,10 @@ class ClassifierOptions(FitOptions):
 
 
 def main(options: ClassifierOptions) -> None:
-    from diffusion.classifier import train  # torch takes seconds to import: not before parsing
-    from diffusion.data import DiffusionData
+    from diffusion.data.images import DiffusionData
+    from diffusion.judging.classifier import (
+        train,  # torch takes seconds to import: not before parsing
+    )
 
     data = DiffusionData(
         options.data,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from diffusion.recipe import Recipe, TextSampler, merged, write_picture
+from diffusion.stable.recipe import Recipe, TextSampler, merged, write_picture
 from unet.errors import InputError
 from unet.training.cli import run_script
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from diffusion.pipeline import StableDiffusion
+    from diffusion.stable.pipeline import StableDiffusion
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +104,7 @@ def main(options: Txt2ImgOptions) -> None:
     from tqdm import tqdm
 
     from diffusion.output import SampleFolder
-    from diffusion.pipeline import StableDiffusion
+    from diffusion.stable.pipeline import StableDiffusion
     from unet.device import pick_device
     from unet.training.task import Processes
 
@@ -160,8 +160,8 @@ def picture(file: str | None, model: StableDiffusion, recipe: Recipe) -> Tensor 
     """An image file as the model takes it, (1, 3, H, W) in [-1, 1]: resized and cropped."""
     if file is None:
         return None
-    from diffusion.pixels import fitted
-    from unet.images import read_image
+    from diffusion.data.pixels import fitted
+    from unet.files.images import read_image
 
     return fitted(read_image(Path(file)), model.pixels(recipe), 3)[None].to(model.device)
 

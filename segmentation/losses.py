@@ -28,8 +28,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from segmentation.classes import IGNORE
-from segmentation.weights import check_class_weights
+from segmentation.data.classes import IGNORE
+from segmentation.data.weights import check_class_weights
 from unet.errors import InputError
 
 LossName = Literal["ce", "bce", "dice", "dice-ce", "focal", "tversky", "lovasz"]

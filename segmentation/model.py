@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from unet.config import UNetConfig
 from unet.errors import InputError
-from unet.folder import FolderModel
 from unet.layers import make_activation, make_norm, unpatch
 from unet.model import he_init
+from unet.weights.folder import FolderModel
 
 
 class SegmentationUNet(FolderModel):

@@ -14,15 +14,16 @@ from scipy import ndimage
 from torch import Tensor
 from tqdm import tqdm
 
-from segmentation.classes import ClassTable, Normalisation
-from segmentation.instances import INSTANCE_NAMES, instances_from_classes
+from segmentation.data.classes import ClassTable
+from segmentation.data.instances import INSTANCE_NAMES, instances_from_classes
+from segmentation.data.normalisation import Normalisation
 from segmentation.model import SegmentationUNet
 from segmentation.pictures import grey_or_rgb, overlay
 from segmentation.predict import Predictor, Probability, classes
 from unet.device import pick_device
 from unet.errors import InputError
-from unet.images import Array, ImageInfo, image_info, list_images, write_image
-from unet.rasters import open_raster, writing_bands
+from unet.files.images import Array, ImageInfo, image_info, list_images, write_image
+from unet.files.rasters import open_raster, writing_bands
 from unet.training.task import Processes
 
 AT_ONCE = 2**24  # pixels of an image that is predicted and written as a whole

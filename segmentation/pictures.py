@@ -6,9 +6,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
-from segmentation.classes import IGNORE
-from unet.pictures import RGB
+from segmentation.data.classes import IGNORE
+from segmentation.data.samples import CropSamples
+from unet.files.pictures import RGB, panel
+
+SAMPLES = 16  # in the picture of augmented crops
 
 # Okabe and Ito's colours, which readers with any colour vision can tell apart.
 _COLOURS = np.array(
@@ -69,3 +73,15 @@ def errors(image: RGB, prediction: NDArray[np.integer], target: NDArray[np.integ
     out[valid & (prediction > target)] = _COLOURS[5]
     out[valid & (prediction < target)] = _COLOURS[0]
     return out
+
+
+def augmented(samples: CropSamples) -> Image.Image:
+    """Samples of the first epoch with their masks below them, and weights below those."""
+    rows, count = [], len(samples.data.table.values)
+    for start in range(0, SAMPLES, 8):
+        crops = [samples[0, i % len(samples)] for i in range(start, start + 8)]
+        rows.append([grey_or_rgb(c["image"].permute(1, 2, 0).numpy()) for c in crops])
+        rows.append([class_colours(c["mask"].numpy(), count) for c in crops])
+        if samples.border is not None:
+            rows.append([grey_or_rgb(c["weight"][..., None].numpy()) for c in crops])
+    return panel(rows, largest=192)

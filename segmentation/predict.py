@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from segmentation.augment import mirror
+from segmentation.data.augment import mirror
 from segmentation.model import SegmentationUNet
 from unet.errors import InputError
 from unet.geometry import input_size, output_size, receptive_radius

@@ -13,29 +13,30 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from segmentation.augment import Augmentation
-from segmentation.classes import IGNORE
-from segmentation.data import Pair, SegmentationData, find_pairs, pairs_from_arrays, split_pairs
-from segmentation.download import isbi2012_folder
-from segmentation.evaluation import COARSE, Evaluation, evaluate
+from segmentation.data.augment import Augmentation
+from segmentation.data.classes import IGNORE
+from segmentation.data.dataset import SegmentationData
+from segmentation.data.download import isbi2012_folder
+from segmentation.data.pairs import Pair, find_pairs, pairs_from_arrays, split_pairs
+from segmentation.data.phantom import phantom_stack
+from segmentation.data.samples import CropSamples, image_shape
+from segmentation.data.weights import are_parted_by_membranes
+from segmentation.judging.evaluation import COARSE, Evaluation, evaluate
+from segmentation.judging.report import write_report
 from segmentation.losses import deeply_supervised, make_loss
 from segmentation.model import SegmentationUNet
 from segmentation.options import SegmentationOptions
-from segmentation.phantom import phantom_stack
-from segmentation.pictures import class_colours, errors, grey_or_rgb
+from segmentation.pictures import augmented, class_colours, errors, grey_or_rgb
 from segmentation.predict import Predictor, TensorSource, classes
-from segmentation.report import write_report
-from segmentation.samples import CropSamples, image_shape
-from segmentation.weights import are_parted_by_membranes
 from unet import PRESETS, UNetConfig
 from unet.device import pick_device
 from unet.errors import InputError
-from unet.folder import load_strictly, read_config, read_weights
+from unet.files.pictures import panel
 from unet.geometry import input_size, output_size
-from unet.pictures import panel
 from unet.training.fit import fit
 from unet.training.run import is_main_process, run_folder
 from unet.training.task import Batch, Processes, Task
+from unet.weights.folder import load_strictly, read_config, read_weights
 
 PHANTOM_SLICES, PHANTOM_SIZE = 30, (256, 256)
 CROP = 256  # usual side of a training crop
@@ -69,7 +70,7 @@ def train(options: SegmentationOptions) -> dict[str, float]:
                 loss=task.loss,
                 evaluate=task.evaluate,
                 score=task.score,
-                first_pictures=lambda: {"augmented": samples.picture()},
+                first_pictures=lambda: {"augmented": augmented(samples)},
                 pictures=task.pictures,
             ),
             options,

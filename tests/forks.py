@@ -13,7 +13,7 @@ from pathlib import Path
 
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(
-    ["tests.unet.toy_training", "torch._dynamo", "torch.distributed.tensor"]
+    ["tests.unet.training.toy_training", "torch._dynamo", "torch.distributed.tensor"]
 )
 
 

@@ -1,4 +1,4 @@
-"""The rules of the house, read from the source: who imports whom, what is never called, sizes."""
+"""The rules of the house, read from the source: who imports whom, and what is never called."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ MAY_IMPORT = {
 }
 OURS = {*MAY_IMPORT, "tests", "benchmarks"}
 PICKLES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
-MAX_LINES = {"unet": 380, "segmentation": 380, "diffusion": 380, "scripts": 170}
 
 SOURCES = [path for package in MAY_IMPORT for path in sorted((ROOT / package).rglob("*.py"))]
 SCRIPTS = [path for path in SOURCES if path.parent == ROOT / "scripts"]
@@ -81,8 +80,6 @@ def violations(source: str, path: Path) -> list[str]:
             found.append(f"calls {name} with a shell")
         if name in ("yaml.load", "yaml.unsafe_load", "yaml.full_load"):
             found.append(f"calls {name} instead of yaml.safe_load")
-    if len(source.splitlines()) > MAX_LINES[package]:
-        found.append(f"has more than {MAX_LINES[package]} lines")
     return found
 
 
@@ -94,7 +91,7 @@ def test_source_keeps_the_rules(path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "source"),
     [
-        ("unet/a.py", "import segmentation.data"),
+        ("unet/a.py", "import segmentation.data.pairs"),
         ("unet/a.py", "def f():\n    from diffusion import schedule"),
         ("unet/training/a.py", "from scripts.demo import main"),
         ("segmentation/a.py", "from diffusion.text import Encoder"),
@@ -116,8 +113,6 @@ def test_source_keeps_the_rules(path: Path) -> None:
         ("unet/a.py", "Model.from_pretrained(path, weights_only=False)"),
         ("unet/a.py", "tarfile.open(path).extractall(folder)"),
         ("unet/a.py", "urllib.request.urlopen(url)"),
-        ("unet/a.py", "x = 1\n" * 381),
-        ("scripts/a.py", "x = 1\n" * 171),
     ],
 )
 def test_each_rule_finds_its_violation(file: str, source: str) -> None:
@@ -135,6 +130,59 @@ np.load(path, allow_pickle=False)
 yaml.safe_load(text)
 """
     assert violations(source, ROOT / "segmentation/a.py") == []
+
+
+# -- rooms: a folder of a package, or a file that stands in none
+
+
+def room_of(module: str) -> str:
+    """The room of a dotted module of ours: diffusion.process of diffusion.process.samplers."""
+    return ".".join(module.split(".")[:2])
+
+
+def arrows(package: str) -> set[tuple[str, str]]:
+    """The rooms of a package that import another one of it, and which."""
+    found = set()
+    for path in sorted((ROOT / package).rglob("*.py")):
+        if path.parent == ROOT / package and path.stem == "__init__":
+            continue  # the front door, which leads everywhere
+        here = room_of(".".join(path.relative_to(ROOT).with_suffix("").parts))
+        for module in imports(ast.parse(path.read_text(encoding="utf-8")), path):
+            if module.startswith(f"{package}.") and room_of(module) != here:
+                found.add((here, room_of(module)))
+    return found
+
+
+def in_circles(found: set[tuple[str, str]]) -> set[str]:
+    """The rooms from which the arrows lead back to themselves."""
+    reached = {start: {end for first, end in found if first == start} for start, _ in found}
+    for _ in reached:  # each round follows the arrows one room further
+        for ends in reached.values():
+            ends |= {end for middle in list(ends) for end in reached.get(middle, ())}
+    return {room for room, ends in reached.items() if room in ends}
+
+
+# Rooms and arrows when this house was built; they were 34 and 103, 18 and 45, 19 and 47 before.
+@pytest.mark.parametrize(
+    ("package", "rooms", "most_arrows"),
+    [("unet", 12, 26), ("diffusion", 15, 44), ("segmentation", 9, 22)],
+)
+def test_rooms_import_one_way(package: str, rooms: int, most_arrows: int) -> None:
+    found = arrows(package)
+    assert in_circles(found) == set()
+    assert len({room for arrow in found for room in arrow}) == rooms
+    assert len(found) <= most_arrows
+
+
+def test_a_circle_of_rooms_is_found() -> None:
+    assert in_circles({("a", "b"), ("b", "c"), ("c", "a"), ("d", "a")}) == {"a", "b", "c"}
+    assert in_circles({("a", "b"), ("a", "c"), ("b", "c")}) == set()
+
+
+@pytest.mark.parametrize("room", [p for p in SOURCES if p.stem == "__init__"], ids=str)
+def test_each_room_says_what_lives_there(room: Path) -> None:
+    if room.parent.name != "scripts":
+        assert ast.get_docstring(ast.parse(room.read_text(encoding="utf-8")))
 
 
 def options_class(script: Path) -> str | None:

@@ -17,13 +17,13 @@ import pytest
 from PIL import Image
 
 from scripts import crossval_seg, eval_seg
-from segmentation.evaluation import evaluate
+from segmentation.data.phantom import phantom_stack
+from segmentation.judging.evaluation import evaluate
 from segmentation.options import RECIPES, SegmentationOptions
 from segmentation.output import load_models
-from segmentation.phantom import phantom_stack
 from segmentation.predict import Predictor
 from segmentation.training import load_data, train
-from unet.images import read_image, write_image
+from unet.files.images import read_image, write_image
 from unet.training.cli import run_script
 from unet.training.fit import Trainer
 from unet.training.run import read_log

@@ -12,9 +12,9 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from PIL import Image
 
-from diffusion.recipe import read_recipe
+from diffusion.stable.recipe import read_recipe
 from scripts import txt2img
-from tests.diffusion.tiny_pipeline import SIDE, write_pipeline
+from tests.diffusion.stable.tiny_pipeline import SIDE, write_pipeline
 from tests.forks import run_forked
 from unet.training.cli import run_script
 

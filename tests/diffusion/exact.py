@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion.denoiser import Denoiser
-from diffusion.prediction import PREDICTIONS, Denoised, PredictionName
-from diffusion.schedule import NoiseSchedule
+from diffusion.process.denoiser import Denoiser
+from diffusion.process.prediction import PREDICTIONS, Denoised, PredictionName
+from diffusion.process.schedule import NoiseSchedule
 
 
 @dataclass(frozen=True)

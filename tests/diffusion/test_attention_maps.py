@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from diffusion.attention_maps import attention_figure, mass_inside, recorded_attention
-from diffusion.denoiser import Denoiser
-from diffusion.guidance import Guided
 from diffusion.model import DiffusionUNet
-from diffusion.samplers import finish, sample
-from diffusion.schedule import NoiseSchedule
+from diffusion.process.denoiser import Denoiser
+from diffusion.process.guidance import Guided
+from diffusion.process.samplers import finish, sample
+from diffusion.process.schedule import NoiseSchedule
 from unet.attention import SpatialTransformer
 from unet.config import UNetConfig
 from unet.errors import InputError

@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import default_collate
 
-from diffusion.data import DiffusionData
+from diffusion.data.images import DiffusionData
 from diffusion.model import DiffusionUNet
 from diffusion.networks import automatic_config
 from diffusion.options import DiffusionOptions
-from diffusion.schedule import NoiseSchedule
+from diffusion.process.schedule import NoiseSchedule
 from diffusion.text import PADDING
 from diffusion.training import (
     DiffusionTask,

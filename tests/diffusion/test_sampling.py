@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from diffusion.data.pixels import to_bytes
 from diffusion.model import DiffusionUNet
 from diffusion.options import SamplingOptions
-from diffusion.sampling import ImageSampler, image_seeds, to_bytes
-from diffusion.schedule import NoiseSchedule
+from diffusion.process.schedule import NoiseSchedule
+from diffusion.sampling import ImageSampler, image_seeds
 from unet import PRESETS, InputError
 from unet.config import UNetConfig
 
@@ -89,19 +90,19 @@ def test_classes_and_guidance_change_the_images() -> None:
 def test_an_image_can_be_varied_inpainted_and_joined_with_another() -> None:
     made = sampler(model(), steps=10)
     image = torch.linspace(-1, 1, 96).view(1, 1, 8, 12)
-    near, far = (next(made.batches(2, plan=made.variants(image, s))) for s in (0.1, 1.0))
+    near, far = (next(made.batches(2, plan=made.plans.variants(image, s))) for s in (0.1, 1.0))
     distances = [np.abs(found.astype(int) - to_bytes(image)).mean() for found in (near, far)]
     assert distances[0] < distances[1]
     mask = torch.zeros(1, 1, 8, 12, dtype=torch.bool)
     mask[..., 6:] = True
-    anew = next(made.batches(2, plan=made.inpainted(image, mask)))
+    anew = next(made.batches(2, plan=made.plans.inpainted(image, mask)))
     assert (anew[:, :, :6] == to_bytes(image)[:, :, :6]).all()
     assert (anew[0, :, 6:] != anew[1, :, 6:]).any()
-    plan = made.between(image, -image, 5, None)
+    plan = made.plans.between(image, -image, 5, None)
     joined = next(made.batches(5, plan=plan))
     assert joined.shape == (5, 8, 12, 1)
     apart = sampler(model(), steps=10, batch_size=2)
-    parts = list(apart.batches(5, plan=apart.between(image, -image, 5, None)))
+    parts = list(apart.batches(5, plan=apart.plans.between(image, -image, 5, None)))
     assert np.abs(joined.astype(int) - np.concatenate(parts)).max() <= 1
 
 
@@ -112,13 +113,13 @@ def test_evaluations_are_counted_and_steps_reported() -> None:
         made, steps = sampler(network, sampler=name, batch_size=2), []
         calls.clear()
         list(made.batches(4, on_step=steps.append))
-        plan = made.from_noise()
+        plan = made.plans.from_noise()
         assert (len(calls), len(steps)) == (2 * plan.evaluations, 2 * plan.steps)
     image = torch.zeros(1, 1, 8, 12)
     for plan in (
-        made.variants(image, 0.6),
-        made.inpainted(image, image),
-        made.between(image, image, 2, None),
+        made.plans.variants(image, 0.6),
+        made.plans.inpainted(image, image),
+        made.plans.between(image, image, 2, None),
     ):
         calls.clear()
         steps = []

@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
+from diffusion.data.shapes import example_caption
 from diffusion.model import DiffusionUNet
-from diffusion.shapes import example_caption
+from diffusion.stable.clip import ClipText
 from diffusion.text import (
     BEGIN,
     MOST_TOKENS,
     PADDING,
     UNKNOWN,
-    ClipText,
     TextContext,
     TextEncoder,
     WordEncoder,

@@ -20,32 +20,35 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from diffusion.classifier import ClassifierUNet
-from diffusion.data import DiffusionData
-from diffusion.latents import LatentData
+from diffusion.data.images import DiffusionData
+from diffusion.judging.classifier import ClassifierUNet
 from diffusion.model import DiffusionUNet
 from diffusion.options import SamplingOptions
-from diffusion.pipeline_folder import read_schedule, read_unet
-from diffusion.recipe import Recipe, read_recipe, write_picture
+from diffusion.process.schedule import NoiseSchedule
 from diffusion.sampling import ImageSampler
-from diffusion.schedule import NoiseSchedule
+from diffusion.stable.folder import read_schedule, read_unet
+from diffusion.stable.latents import LatentData
+from diffusion.stable.recipe import Recipe, read_recipe, write_picture
 from diffusion.text import WordEncoder
-from segmentation.classes import ClassTable, Normalisation
-from segmentation.data import SegmentationData, find_pairs
+from segmentation.data.classes import ClassTable
+from segmentation.data.dataset import SegmentationData
+from segmentation.data.normalisation import Normalisation
+from segmentation.data.pairs import find_pairs
 from segmentation.model import SegmentationUNet
 from segmentation.options import SegmentationOptions
 from segmentation.output import load_models
 from segmentation.predict import Predictor, TensorSource
-from tests.unet.toy_training import ToyOptions, toy_task
-from unet import UNetConfig, rasters
-from unet.convert import to_layout
-from unet.diffusers_config import config_to_diffusers
+from tests.unet.training.toy_training import ToyOptions, toy_task
+from unet import UNetConfig
 from unet.errors import InputError
-from unet.images import image_info, read_image, read_mask
-from unet.rasters import open_raster
+from unet.files import rasters
+from unet.files.images import image_info, read_image, read_mask
+from unet.files.rasters import open_raster
 from unet.training.config_file import load_config, save_config
 from unet.training.fit import Trainer, fit
 from unet.training.run import RunFolder, read_log, run_folder
+from unet.weights.convert import to_layout
+from unet.weights.diffusers_config import config_to_diffusers
 
 Array = NDArray[Any]
 

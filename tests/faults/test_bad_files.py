@@ -28,17 +28,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 
-from diffusion.data import DiffusionData
+from diffusion.data.images import DiffusionData
 from diffusion.model import DiffusionUNet
-from diffusion.pipeline_folder import read_unet
+from diffusion.stable.folder import read_unet
 from scripts import describe, predict_seg, sample_ddpm, train_ddpm, train_seg
-from segmentation.data import find_pairs
+from segmentation.data.pairs import find_pairs
 from segmentation.model import SegmentationUNet
 from segmentation.output import find_slices
 from tests.faults.bad_files import GREY, READERS, Bench, picture, refusal, write_model
 from tests.faults.damage import HOSTILE, ZEROS, mutated, tiff
 from tests.faults.harness import ROOT, run
-from unet.images import MAX_PIXELS, image_info, read_image
+from unet.files.images import MAX_PIXELS, image_info, read_image
 from unet.training.cli import run_script
 
 SECONDS = 10.0

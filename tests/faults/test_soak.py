@@ -17,8 +17,8 @@ import torch
 from diffusion.model import DiffusionUNet
 from diffusion.networks import automatic_config
 from diffusion.options import SamplingOptions
+from diffusion.process.schedule import NoiseSchedule
 from diffusion.sampling import ImageSampler
-from diffusion.schedule import NoiseSchedule
 from segmentation.model import SegmentationUNet
 from segmentation.options import SegmentationOptions
 from segmentation.predict import Predictor, TensorSource

@@ -24,19 +24,19 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from diffusion.autoencoder import Autoencoder
 from diffusion.options import SamplingOptions
-from diffusion.pipeline import StableDiffusion
-from diffusion.pipeline_folder import read_schedule, read_text_model, read_unet, read_weights
 from diffusion.sampling import ImageSampler
-from diffusion.text import ClipText
+from diffusion.stable.autoencoder import Autoencoder
+from diffusion.stable.clip import ClipText
+from diffusion.stable.folder import read_schedule, read_text_model, read_unet, read_weights
+from diffusion.stable.pipeline import StableDiffusion
 from segmentation.model import SegmentationUNet
-from tests.diffusion.tiny_pipeline import write_pipeline
+from tests.diffusion.stable.tiny_pipeline import write_pipeline
 from tests.faults.bad_files import SAMPLED, diffusion_model, write_checkpoint, write_model, written
 from tests.faults.damage import tensors
 from tests.faults.test_bad_files import REFUSED, assert_one_sentence, bounded, refusal
 from unet.errors import InputError
-from unet.files import JSON_BYTES
+from unet.files.writing import JSON_BYTES
 from unet.training.run import RunFolder
 
 Read = Callable[[Path], object]

@@ -29,7 +29,7 @@ from tests.faults.harness import (
     start,
     wait_for,
 )
-from tests.unet.toy_training import ToyOptions, toy_task
+from tests.unet.training.toy_training import ToyOptions, toy_task
 from unet.errors import RunError
 from unet.training.fit import fit
 from unet.training.run import RunFolder, run_folder

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from segmentation.classes import IGNORE
+from segmentation.data.classes import IGNORE
+from segmentation.judging.metrics import ConfusionMatrix
 from segmentation.losses import (
     LOSSES,
     Loss,
@@ -26,7 +27,6 @@ from segmentation.losses import (
     make_loss,
     tversky,
 )
-from segmentation.metrics import ConfusionMatrix
 from unet.errors import InputError
 
 REGION = ("dice", "tversky", "lovasz")

@@ -15,13 +15,13 @@ from hypothesis.extra.numpy import arrays
 from scipy import ndimage
 
 from segmentation import output
+from segmentation.data.phantom import phantom_stack
 from segmentation.model import SegmentationUNet
 from segmentation.output import FilePredictor, Slice, load_models, predict_files, without_specks
-from segmentation.phantom import phantom_stack
 from segmentation.predict import Predictor
 from unet import InputError, UNetConfig
-from unet.images import image_info, read_image, write_image
-from unet.rasters import open_raster, writing_bands
+from unet.files.images import image_info, read_image, write_image
+from unet.files.rasters import open_raster, writing_bands
 
 INFO = {
     "classes": {"values": [0, 255], "shares": [0.2, 0.8], "ignore_value": None, "ignored_share": 0},
@@ -113,7 +113,7 @@ def test_an_unfinished_file_does_not_appear(tmp_path):
 
 
 def test_a_large_file_is_mapped_and_a_compressed_one_refused(tmp_path, monkeypatch):
-    from unet import rasters
+    from unet.files import rasters
 
     monkeypatch.setattr(rasters, "MAX_PIXELS", 100)
     array = np.arange(600, dtype=np.uint16).reshape(20, 30)

@@ -12,15 +12,15 @@ import torch
 from PIL import Image
 
 from scripts import demo, predict_seg, train_seg
-from segmentation.evaluation import COARSE, evaluate
+from segmentation.data.phantom import phantom_stack
+from segmentation.judging.evaluation import COARSE, evaluate
 from segmentation.model import SegmentationUNet
 from segmentation.options import RECIPES, SegmentationOptions
-from segmentation.phantom import phantom_stack
 from segmentation.predict import Predictor
 from segmentation.training import load_data, make_model, train
 from tests.forks import run_forked
 from unet import InputError, UNetConfig
-from unet.images import read_image, write_image
+from unet.files.images import read_image, write_image
 from unet.training.cli import run_script
 from unet.training.config_file import load_config
 from unet.training.run import read_log

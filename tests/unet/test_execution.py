@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_leaves
 from diffusion.model import DiffusionUNet
 from segmentation.model import SegmentationUNet
 from unet.config import UNetConfig
-from unet.folder import FolderModel
 from unet.model import UNet
+from unet.weights.folder import FolderModel
 
 _DDPM = UNetConfig(
     channels=8,

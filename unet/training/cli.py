@@ -36,7 +36,7 @@ from typing import Any, TypeVar
 import tyro
 
 from unet.errors import InputError, Interrupted, RunError
-from unet.files import DISK_FULL
+from unet.files.writing import DISK_FULL
 from unet.memory import keep_freed_memory, ran_out_of_memory
 from unet.training.config_file import expected, field_types, load_config, nearest
 

@@ -14,7 +14,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from unet.errors import InputError
-from unet.files import write_text
+from unet.files.writing import write_text
 
 _CONFIG_BYTES = 2**16  # no config is larger: guards against a mistyped path to data
 _MOST_BITS = 4096  # of a whole number; longer ones cannot be printed

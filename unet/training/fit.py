@@ -18,17 +18,16 @@ from accelerate.utils import set_seed
 from tqdm import tqdm
 
 from unet.device import pick_precision, training_format
-from unet.errors import DiskError, InputError, Interrupted, RunError, said
-from unet.files import DISK_FULL
-from unet.folder import check_fit
-from unet.memory import ran_out_of_memory
+from unet.errors import DiskError, InputError, Interrupted, RunError
+from unet.files.writing import DISK_FULL
 from unet.training.batches import BatchKeys, make_batches, next_batch
 from unet.training.config_file import save_config
 from unet.training.ema import EMA
 from unet.training.options import FitOptions
 from unet.training.plan import Budget, Progress, make_optimizer
-from unet.training.run import RunFolder, rng_state, set_rng_state, signals_caught, tensorboard
-from unet.training.shard import load_whole, optimizer_parts, shard, whole
+from unet.training.run import RunFolder, signals_caught, tensorboard
+from unet.training.shard import shard, whole
+from unet.training.state import RunState
 from unet.training.step import Stepper
 from unet.training.task import Batch, Processes, Task
 
@@ -99,6 +98,9 @@ class Trainer:
         self.figures: dict[str, float] = {}  # of the best evaluation
         self.going_on = True  # a full disk may be passed over
         self.unwritten: set[str] = set()
+        self.state = RunState(
+            self.accelerator, model, self.ema, self.optimizer, self.processes, options
+        )
         set_seed(options.seed, device_specific=True)  # dropout differs between processes
         if options.resume:
             self._restore()
@@ -241,20 +243,10 @@ class Trainer:
         if self.board:
             self.board.close()
 
-    # -- state ------------------------------------------------------------------------------------
+    # -- files ------------------------------------------------------------------------------------
 
     def _save_state(self) -> None:
-        scaler = self.accelerator.scaler
-        state = {
-            **dataclasses.asdict(self.progress),
-            "figures": self.figures,
-            "model": whole(self.accelerator.unwrap_model(self.model).state_dict()),
-            "ema": whole(self.ema.model.state_dict()) if self.ema else None,
-            "optimizer_name": self.options.optimizer,
-            "optimizer": whole(self.optimizer.state_dict()),
-            "scaler": scaler.state_dict() if scaler else None,
-            "rng": self.processes.gather(rng_state(self.device)),
-        }
+        state = self.state.capture(self.progress, self.figures)
         if self.main:
             self._written("the state", lambda: self.folder.save_state(state))
 
@@ -281,54 +273,11 @@ class Trainer:
         state = self.folder.load_state()
         if state is None:
             self._say("no state was saved before the run ended: starting at the first step")
-            if self.main:
-                self.folder.cut_log(-1)
-            return
-        try:
-            self._take_up(state)
-        except InputError:
-            raise
-        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            if ran_out_of_memory(error):
-                raise
-            raise InputError(
-                f"{self.folder.state} is no saved state of this run: {said(error)}"
-            ) from error
-        if self.main:
-            self.folder.cut_log(self.progress.step)
-        self._say(f"resuming {self.folder.path} at step {self.progress.step}")
-
-    def _take_up(self, state: dict[str, Any]) -> None:
-        """Goes on from a saved state, with the options of this run."""
-        where = str(self.folder.state)
-        model = self.accelerator.unwrap_model(self.model)
-        check_fit(model.state_dict(), state["model"], where)
-        for key, mine in (("optimizer_name", self.options.optimizer), ("ema", self.ema)):
-            theirs = state[key]
-            if (theirs is None) != (mine is None) or (key == "optimizer_name" and theirs != mine):
-                raise InputError(
-                    f"{where} was saved with other settings of --optimizer or --ema: resume with "
-                    f"those of {self.folder.path / 'config.yaml'}"
-                )
-        load_whole(model, state["model"])
-        if self.ema:
-            load_whole(self.ema.model, state["ema"])
-        settings = [
-            {k: v for k, v in group.items() if k != "params"}
-            for group in self.optimizer.param_groups
-        ]
-        self.optimizer.load_state_dict(optimizer_parts(state["optimizer"], self.optimizer))
-        for group, setting in zip(self.optimizer.param_groups, settings, strict=True):
-            group.update(setting)  # the options decide, not what was saved
-        if self.accelerator.scaler and state["scaler"]:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        names = {f.name for f in dataclasses.fields(Progress)} & state.keys()
-        self.progress = Progress(**{name: state[name] for name in names})
-        self.figures = state["figures"]
-        if len(state["rng"]) == self.processes.count:
-            set_rng_state(self.device, state["rng"][self.processes.rank])
         else:
-            self._say("resuming with another number of processes: dropout starts from the seed")
+            self.progress, self.figures = self.state.restore(state, self._say)
+            self._say(f"resuming {self.folder.path} at step {self.progress.step}")
+        if self.main:
+            self.folder.cut_log(self.progress.step if state else -1)
 
     # -- what a person sees -----------------------------------------------------------------------
 

@@ -24,9 +24,9 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from unet.errors import DiskError, InputError
-from unet.files import replacing, write_text
-from unet.pickles import load_pickle
+from unet.files.writing import replacing, write_text
 from unet.training.options import FitOptions
+from unet.weights.pickles import load_pickle
 
 _PARTS = ("config.yaml", "metrics.jsonl", "samples", "model", "state")
 

@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from unet.errors import InputError
-from unet.folder import FolderModel
 from unet.training.batches import Samples
+from unet.weights.folder import FolderModel
 
 T = TypeVar("T")
 Batch = dict[str, Any]

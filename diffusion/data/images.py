@@ -1,0 +1,361 @@
+"""Images to train a diffusion model on: a folder, an .npz, a stack, or `shapes`, read by one class.
+
+Whatever the source, an image is decoded, brought to 8 bits, to grey or RGB, and to one size, and
+kept that way if all of them fit; of larger sets every image is read when it is needed. Networks see
+[-1, 1]: see `diffusion.data.pixels`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from diffusion.data.pixels import Pixels, as_tensor, as_uint8, resized
+from diffusion.data.sources import open_source
+from unet.errors import InputError
+from unet.files.images import ImageInfo
+from unet.training.batches import Key, sample_rng
+
+CACHE_BYTES = 2**31  # images that together take no more are kept in memory, in each process
+CHECKED = 20_000  # files whose headers are read before training; of more, as many spread evenly
+CHECKED_PIXELS = 2**28  # up to so many in all, these files are decoded before training, too
+CROP = 64  # side of a crop where no size is given
+LEAST_VAL, MOST_VAL = 16, 1000  # held-out images where a share is asked for
+
+
+class DiffusionData:
+    """Training and held-out images, with their classes and captions where there are any.
+
+    An index stands for an image; with crops, for one of a grid of crops, which training replaces by
+    one at a random place in the same image. Of up to 20,000 files with 2^28 pixels in all, every
+    one is decoded here, so that a bad one is found before training; others when they are needed.
+
+    Args:
+        data: a folder of images, searched with its subfolders: these are the classes where every
+            image lies in one of two or more, and a `metadata.jsonl` with `file_name` and `text`
+            gives captions; an .npz with `images` uint8 (N, H, W) or (N, H, W, C) and perhaps
+            `labels` (N,); a TIFF or NPY stack; "shapes": drawn (`diffusion.data.shapes`).
+        size: side in pixels to which images are resized (the shorter side) and cropped (at the
+            centre), or of a crop; None: as they are, which must be alike; crops 64, shapes 32.
+        channels: 1 for grey, 3 for RGB; None: as they are, RGB if any is.
+        crops: cut parts out of large images instead of resizing them.
+        flips: mirror left to right at random; None: only image files without classes or captions,
+            as it changes the meaning of digits and of "left of".
+        val: held-out images: below 1 a share, but at least 16 (of a small set a quarter) and at
+            most 1,000; from 1 on a number. The seed chooses them; with crops, the last images, or
+            of a single one the lowest rows of crops.
+        skip_bad: leave out files that cannot be read, saying so once, instead of stopping.
+        captions: samples have captions, and the data must.
+        classes: the data must have classes; samples have labels wherever there are classes.
+        seed: of the choice of held-out images, and of the pictures of "shapes".
+
+    Attributes:
+        size, channels: height and width, and channels, of every image.
+        classes: their names, empty where there are none; `labels` (N,) are indices into them.
+        train, val: indices, in random order (with crops, in their order in the images).
+
+    Raises:
+        InputError: a file that is missing, damaged or of another size; too few images; no such
+            classes or captions; arguments that do not go together. Methods raise it for files.
+    """
+
+    def __init__(
+        self,
+        data: str | Path,
+        *,
+        size: int | None = None,
+        channels: int | None = None,
+        crops: bool = False,
+        flips: bool | None = None,
+        val: float = 0.02,
+        skip_bad: bool = False,
+        captions: bool = False,
+        classes: bool = False,
+        seed: int = 0,
+    ) -> None:
+        if size is not None and size < 1:
+            raise InputError(f"size {size}: give at least 1 pixel")
+        if channels not in (None, 1, 3):
+            raise InputError(f"channels {channels}: give 1 for grey or 3 for RGB")
+        if flips and captions:
+            raise InputError("flips make left of what a caption calls right: leave one of them off")
+        self.source = source = open_source(data, captions, size, seed)
+        if captions and not source.captioned:
+            raise InputError(
+                f"'{data}' has no captions: give a folder with a metadata.jsonl of lines such as "
+                '{"file_name": "0.png", "text": "a red circle"}'
+            )
+        if classes and not source.classes:
+            raise InputError(
+                f"'{data}' has no classes: put the images of each of two or more classes into a "
+                "subfolder of its own, or give an .npz with labels"
+            )
+        self.classes, self.captioned = source.classes, captions
+        self.crops, self.skip_bad = crops, skip_bad
+        plain = not (source.kind or source.classes or source.captioned)
+        self.flips = plain if flips is None else flips
+        self._bad: set[int] = set()  # images that are left out
+        self._cache: dict[int, Pixels] = {}
+        self._infos = self._check_headers()
+        self.channels = channels or max(info.channels for info in self._infos.values())
+        self._alike = size is None and not crops
+        self.size = self._choose_size(size)
+        self._keeps = self._bytes() <= CACHE_BYTES
+        self._check_pixels()
+        self._places = self._find_places()  # (N, 3): image, top, left
+        self._end: int | None = None  # row of a single image below which all is held out
+        self.train, self.val = self._split(val, seed)
+        self._held_out = np.isin(np.arange(len(self._places)), self.val)
+        self.labels = None if source.labels is None else source.labels[self._places[:, 0]]
+
+    def samples(self, seed: int = 0) -> TrainingSamples:
+        """The training images, cut and mirrored at random."""
+        return TrainingSamples(self, seed)
+
+    def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Images (B, C, H, W) in [-1, 1], neither moved nor mirrored, and labels (B,) or zeros."""
+        used, pixels = zip(*map(self.load, indices), strict=True)
+        labels = [0 if self.labels is None else int(self.labels[i]) for i in used]
+        return torch.stack([as_tensor(p) for p in pixels]), torch.tensor(labels)
+
+    def conditions(self, indices: Sequence[int]) -> list[int | str | None]:
+        """The caption of each image where captions were asked for, else its class, or None."""
+        used = [self.load(i)[0] for i in indices]
+        if self.captioned:
+            return [self.caption(i) for i in used]
+        return [None if self.labels is None else int(self.labels[i]) for i in used]
+
+    def images(self, indices: Sequence[int]) -> NDArray[np.uint8]:
+        """The same images as bytes (N, H, W, C)."""
+        return np.stack([self.load(i)[1] for i in indices])
+
+    def caption(self, index: int) -> str:
+        """The caption of an image, where captions were asked for."""
+        return self.source.caption(int(self._places[index, 0]))
+
+    def name(self, index: int) -> str:
+        """Where an image comes from."""
+        return self.source.names[int(self._places[index, 0])]
+
+    def load(self, index: int, rng: np.random.Generator | None = None) -> tuple[int, Pixels]:
+        """The index and pixels (H, W, C) of an image; with skip_bad of the next that is readable.
+
+        Args:
+            rng: draws the place of a crop and whether to mirror; None: the grid's place, as it is.
+        """
+        count = len(self._places)
+        for used in ((index + step) % count for step in range(count)):
+            image, top, left = self._places[used].tolist()
+            if self._held_out[used] != self._held_out[index] or (whole := self._try(image)) is None:
+                continue
+            if rng is not None and self.crops:
+                room = self._end or whole.shape[0], whole.shape[1]
+                top, left = (int(rng.integers(room[i] - self.size[i] + 1)) for i in (0, 1))
+            pixels = whole[top : top + self.size[0], left : left + self.size[1]]
+            mirrored = rng is not None and self.flips and rng.random() < 0.5
+            return used, pixels[:, ::-1] if mirrored else pixels
+        raise InputError("no image is left that can be read")
+
+    def draw(self, index: int, rng: np.random.Generator) -> tuple[int, Tensor]:
+        """The image that `load` gives, and its index, cut and mirrored at random."""
+        used, pixels = self.load(index, rng)
+        return used, as_tensor(pixels)
+
+    def describe(self) -> str:
+        """What was found, for people: images, sizes, classes, captions, split."""
+        infos = self._infos.values()
+        sizes = sorted({(info.height, info.width) for info in infos})
+        size = " to ".join(f"{h} x {w}" for h, w in dict.fromkeys((sizes[0], sizes[-1])))
+        if self.crops:
+            size = f"{size} for crops of {self.size[0]} x {self.size[1]}"
+        elif sizes != [self.size]:
+            size = f"{size}, resized to {self.size[0]} x {self.size[1]} and cropped at the centre"
+        kinds = sorted({f"{_colour(info.channels)} {info.dtype}" for info in infos})
+        lines = [f"{len(self.source.names) - len(self._bad):,} images of {size}"]
+        lines.append(", ".join(kinds))
+        if kinds != [used := f"{_colour(self.channels)} uint8"]:
+            lines[1] += f", all converted to {used}"
+        lines[1] += ", alpha channel dropped" if any(info.has_alpha for info in infos) else ""
+        if self.labels is not None:
+            counts = np.bincount(self.labels, minlength=len(self.classes)).tolist()
+            shown = [f"{name} ({n:,})" for name, n in zip(self.classes, counts, strict=True)]
+            shown = shown if len(shown) <= 12 else [*shown[:10], "...", shown[-1]]
+            lines.append(f"{len(counts)} classes: {', '.join(shown)}")
+        if self.source.captioned:
+            like = f"such as {self.caption(self.train[0])!r}" if self.captioned else "not used"
+            lines.append(f"captions, {like}{self.source.note}")
+        unit = "crops" if self.crops else "images"
+        mirrored = "mirrored at random" if self.flips else "not mirrored"
+        lines.append(f"{len(self.train):,} {unit} to train on, {mirrored}")
+        return "\n".join([*lines, f"{len(self.val):,} {unit} held out"])
+
+    def _try(self, image: int) -> Pixels | None:
+        """A whole image, in 8 bits and resized; None: it cannot be read and is left out."""
+        if image in self._cache or image in self._bad:
+            return self._cache.get(image)
+        try:
+            pixels = self.source.read(image)
+            try:
+                pixels = as_uint8(pixels, self.channels)
+            except InputError as error:
+                raise InputError(f"'{self.source.names[image]}': {error}") from error
+            if self._alike:
+                self._check_size(image, pixels.shape[:2], self.size)
+        except InputError as error:
+            self._leave_out(image, error)
+            return None
+        pixels = pixels if self.crops else resized(pixels, self.size)
+        if self._keeps:
+            self._cache[image] = pixels
+        return pixels
+
+    def _leave_out(self, image: int, error: InputError) -> None:
+        if not self.skip_bad:
+            raise error
+        self._bad.add(image)
+        print(f"left out: {error}", file=sys.stderr)
+
+    def _check_size(self, image: int, size: tuple[int, ...], first: tuple[int, ...]) -> None:
+        if size != first:
+            name = self.source.names[next(iter(self._infos))]
+            raise InputError(
+                f"the images have different sizes, such as {first[0]} x {first[1]} ('{name}') and "
+                f"{size[0]} x {size[1]} ('{self.source.names[image]}'): give a size to which all "
+                "are resized and cropped, such as 64"
+            )
+
+    def _check_headers(self) -> dict[int, ImageInfo]:
+        """What the headers say: of all images, or of some where these are many."""
+        count, infos = len(self.source.names), {}
+        many = count > CHECKED and not self.crops
+        chosen = np.linspace(0, count - 1, CHECKED).astype(int) if many else np.arange(count)
+        for image in chosen[:1].tolist() if self.source.kind else chosen.tolist():
+            try:
+                infos[image] = self.source.info(image)
+            except InputError as error:
+                self._leave_out(image, error)
+        if not infos:
+            raise InputError(f"none of {count:,} images can be read")
+        return infos
+
+    def _choose_size(self, size: int | None) -> tuple[int, int]:
+        side = size or CROP
+        first = next((info.height, info.width) for info in self._infos.values())
+        for image, info in self._infos.items():
+            if self._alike:
+                self._check_size(image, (info.height, info.width), first)
+            elif self.crops and min(info.height, info.width) < side:
+                raise InputError(
+                    f"'{self.source.names[image]}' is {info.height} x {info.width}, too small for "
+                    f"crops of {side} x {side}: give a smaller size, or leave crops off"
+                )
+        return first if self._alike else (side, side)
+
+    def _bytes(self) -> int:
+        """Of all images as they would be kept, as far as those say that were looked at."""
+        sizes = [(i.height, i.width) for i in self._infos.values()] if self.crops else [self.size]
+        mean = sum(height * width for height, width in sizes) / len(sizes)
+        return round(mean * len(self.source.names) * self.channels)
+
+    def _check_pixels(self) -> None:
+        """Decodes a small set, so that a bad file is found before training."""
+        pixels = sum(info.height * info.width for info in self._infos.values())
+        if not self.source.kind and len(self.source.names) <= CHECKED and pixels <= CHECKED_PIXELS:
+            self._infos = {i: info for i, info in self._infos.items() if self._try(i) is not None}
+
+    def _find_places(self) -> NDArray[np.int64]:
+        images = [i for i in range(len(self.source.names)) if i not in self._bad]
+        if not self.crops:
+            return np.pad(np.array(images, np.int64)[:, None], ((0, 0), (0, 2)))
+        places = []
+        for image in images:
+            info = self._infos.get(image) or self.source.info(image)
+            tops, lefts = (
+                np.linspace(0, n - side, n // side).astype(int).tolist()
+                for n, side in zip((info.height, info.width), self.size, strict=True)
+            )
+            places += [(image, top, left) for top in tops for left in lefts]
+        return np.array(places, np.int64).reshape(-1, 3)
+
+    def _split(self, val: float, seed: int) -> tuple[list[int], list[int]]:
+        if val <= 0 or (val >= 1 and val != int(val)):
+            raise InputError(f"val {val}: give a share between 0 and 1, or a number of images")
+        images = np.unique(self._places[:, 0])
+        if self.crops and len(images) == 1:
+            return self._split_rows(val)
+        count = len(images)
+        least = 1 if self.crops else max(1, min(LEAST_VAL, count // 4))
+        held_out = int(val) if val >= 1 else min(max(round(val * count), least), MOST_VAL)
+        if held_out >= count:
+            raise InputError(
+                f"{held_out} of {count} images held out leave none to train on: give more images"
+            )
+        if self.crops:
+            last = self._places[:, 0] >= images[-held_out]
+            return np.flatnonzero(~last).tolist(), np.flatnonzero(last).tolist()
+        order = np.random.default_rng(seed).permutation(count).tolist()
+        return order[:-held_out], order[-held_out:]
+
+    def _split_rows(self, val: float) -> tuple[list[int], list[int]]:
+        """The crops of a single image: its lowest rows of crops are held out."""
+        tops = self._places[:, 1]
+        rows = np.unique(tops)
+        held_out = max(1, round(len(rows) * (val if val < 1 else val / len(tops))))
+        if held_out >= len(rows):
+            raise InputError(
+                f"a single image with {len(rows)} rows of crops of which {held_out} are held out "
+                "leaves none to train on: give more or larger images, or a smaller size"
+            )
+        self._end = int(rows[-held_out])
+        last = tops >= self._end
+        return np.flatnonzero(~last).tolist(), np.flatnonzero(last).tolist()
+
+
+class Drawable(Protocol):
+    """What `TrainingSamples` needs of its data; see `DiffusionData`."""
+
+    train: list[int]
+    labels: NDArray[np.int64] | None
+    captioned: bool
+
+    def draw(self, index: int, rng: np.random.Generator) -> tuple[int, Tensor]: ...
+
+    def caption(self, index: int) -> str: ...
+
+    def name(self, index: int) -> str: ...
+
+
+class TrainingSamples:
+    """`samples[epoch, index]`: "image" (C, H, W), of pixels in [-1, 1] or of latents; "label" ()
+    where there are classes; "caption" (str) where captions were asked for. See
+    `unet.training.batches.Samples`.
+    """
+
+    def __init__(self, data: Drawable, seed: int) -> None:
+        self.data, self.seed = data, seed
+
+    def __len__(self) -> int:
+        return len(self.data.train)
+
+    def __getitem__(self, key: Key) -> dict[str, Any]:
+        used, image = self.data.draw(self.data.train[key[1]], sample_rng(self.seed, *key))
+        sample: dict[str, Any] = {"image": image}
+        if self.data.labels is not None:
+            sample["label"] = torch.tensor(int(self.data.labels[used]))
+        if self.data.captioned:
+            sample["caption"] = self.data.caption(used)
+        return sample
+
+    def name(self, index: int) -> str:
+        return self.data.name(self.data.train[index])
+
+
+def _colour(channels: int) -> str:
+    return "grey" if channels == 1 else "RGB"

@@ -1,0 +1,181 @@
+"""A diffusion run for people: `report.png`, a sample out of noise as a strip and a GIF, a table."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from diffusion.judging.copies import nearest_neighbours
+from diffusion.model import DiffusionUNet
+from diffusion.options import SamplingOptions
+from diffusion.pictures import Images, enlarged, grid, rgb, strip, write_gif
+from diffusion.process.denoiser import Denoiser
+from diffusion.process.noise import NoiseSource
+from diffusion.process.schedule import NoiseSchedule
+from diffusion.sampling import ImageSampler
+from diffusion.stable.autoencoder import Autoencoder
+from diffusion.stable.latents import Data, autoencoder_of
+from unet.files.pictures import panel
+from unet.files.writing import replacing, write_text
+from unet.training.run import read_log
+
+if TYPE_CHECKING:  # it takes half a second to import
+    from matplotlib.axes import Axes
+
+LEVELS = 10  # noise levels at which errors are given
+JUDGED = 64  # held-out images, and as many training images, for them
+SHOWN, COMPARED = 36, 8  # samples, and those of them beside their nearest training images
+MOST_COMPARED, MOST_BYTES = 20_000, 2**28  # training images, and bytes of them
+APPEARING, FRAMES = 4, 40  # samples in the strip and the GIF, and steps
+TRAINING, HELD_OUT = "#0072b2", "#d55e00"
+
+
+def write_report(run: Path, model: DiffusionUNet, data: Data, seed: int) -> Path:
+    """Writes report.png, errors.json and samples/appearing.{png,gif} into a run folder.
+
+    Returns:
+        The path of the report.
+    """
+    errors = level_errors(model, data)
+    write_text(run / "errors.json", json.dumps(errors, indent=2) + "\n")
+    autoencoder = autoencoder_of(data)
+    sampler = few_steps(model, seed, autoencoder=autoencoder)
+    wanted = shown_conditions(data, SHOWN)
+    samples = sampler(SHOWN, wanted)
+    every = few_steps(model, seed, FRAMES, autoencoder)
+    chosen = [i * SHOWN // APPEARING for i in range(APPEARING)]
+    frames = every.appearing(APPEARING, [wanted[i] for i in chosen])
+    with replacing(run / "samples" / "appearing.png") as temporary:
+        strip(frames).save(temporary, format="png")
+    write_gif(run / "samples" / "appearing.gif", frames)
+    path = run / "report.png"
+    with replacing(path) as temporary:
+        _figure(run, errors, samples, data).savefig(temporary, format="png")
+    return path
+
+
+def few_steps(
+    model: DiffusionUNet, seed: int, steps: int = 20, autoencoder: Autoencoder | None = None
+) -> ImageSampler:
+    """The sampler of the pictures: `steps` of them, or as many as the model has noise levels."""
+    most = NoiseSchedule.from_dict(model.info["schedule"]).steps
+    options = SamplingOptions(seed=seed, batch_size=SHOWN, steps=min(steps, most))
+    return ImageSampler(model, options, autoencoder)
+
+
+def level_errors(model: DiffusionUNet, data: Data) -> dict[str, list[float]]:
+    """The mean squared error of the predicted noise by noise level: comparable between models.
+
+    Whatever the network predicts, its eps is judged (L_simple of DDPM, eq. 14, level by level), on
+    held-out images and on as many training images, with the same noise.
+
+    Returns:
+        t, its signal and noise rates, and the errors "held_out" and "training".
+    """
+    device = next(model.parameters()).device
+    schedule = NoiseSchedule.from_dict(model.info["schedule"])
+    denoiser = Denoiser(model, schedule, model.info["prediction"])
+    levels = ((np.arange(LEVELS) + 0.5) / LEVELS * schedule.steps).astype(int).tolist()
+    found: dict[str, list[float]] = {"t": levels}
+    found["signal"] = [schedule.level(t).signal for t in levels]
+    found["noise"] = [schedule.level(t).noise for t in levels]
+    val = data.val[:JUDGED]
+    for name, indices in (("held_out", val), ("training", spread(data.train, len(val)))):
+        x0 = data.batch(indices)[0].to(device)
+        noise = NoiseSource(range(len(indices))).draw(x0.shape[1:]).to(device)
+        given = model.conditioning(data.conditions(indices))
+        with torch.inference_mode():
+            found[name] = [
+                float(
+                    (denoiser(schedule.q_sample(x0, t, noise), t, **given).eps - noise)
+                    .square()
+                    .mean()
+                )
+                for t in levels
+            ]
+    return found
+
+
+def _figure(run: Path, errors: dict[str, list[float]], samples: Images, data: Data) -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    log = read_log(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else []
+    figure = Figure(figsize=(13, 12.5), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(run.resolve().name)
+    axes = figure.subplots(2, 2)
+    _curves(axes[0, 0], log)
+    _levels(axes[0, 1], errors)
+    _picture(axes[1, 0], grid(samples), "samples of fixed seeds")
+    near = nearest_panel(samples[:: max(1, len(samples) // COMPARED)][:COMPARED], data)
+    _picture(axes[1, 1], near, "samples, and the nearest training images behind each")
+    return figure
+
+
+def shown_conditions(data: Data, count: int) -> list[int | str | None]:
+    """What `count` samples are to show: held-out captions, or every class in order."""
+    if data.captioned:
+        return data.conditions([data.val[i % len(data.val)] for i in range(count)])
+    return [i * len(data.classes) // count if data.classes else None for i in range(count)]
+
+
+def spread(indices: Sequence[int], count: int) -> list[int]:
+    """`count` of the indices, evenly spread over them; all of them if they are fewer."""
+    places = np.linspace(0, len(indices) - 1, min(count, len(indices))).round().astype(int)
+    return [indices[i] for i in places]
+
+
+def nearest_panel(samples: Images, data: Data, count: int = 4) -> Any:
+    """Samples, each with the training images nearest in its pixels: is it learnt by heart?"""
+    most = min(MOST_COMPARED, MOST_BYTES // samples[0].size)
+    training = data.images(spread(data.train, most))
+    _, nearest = nearest_neighbours(samples, training, min(count, len(training)))
+    return panel(
+        [
+            [enlarged(rgb(image), 96) for image in (sample, *training[found])]
+            for sample, found in zip(samples, nearest, strict=True)
+        ]
+    )
+
+
+def _curves(axes: Axes, log: Sequence[dict[str, Any]]) -> None:
+    training = [(e["step"], e["loss"]) for e in log if "loss" in e]
+    if training:
+        steps, losses = zip(*training, strict=True)
+        axes.plot(steps, losses, color=TRAINING, alpha=0.3, label="training, as it went")
+    low, high = math.inf, -math.inf
+    for key, name, colour in (
+        ("val_seen", "training images", TRAINING),
+        ("val_loss", "held out", HELD_OUT),
+    ):
+        points = [(e["step"], e[key]) for e in log if key in e]
+        if points:
+            steps, losses = zip(*points, strict=True)
+            axes.plot(steps, losses, "o-", color=colour, label=f"{name}, averaged weights")
+            low, high = min(low, *losses), max(high, losses[-1])
+    if low < high < math.inf:
+        axes.set_ylim(0.8 * low, max(3 * low, 1.2 * high))
+    axes.set_xlabel("step")
+    axes.set_title("loss")
+    axes.legend()
+
+
+def _levels(axes: Axes, errors: dict[str, list[float]]) -> None:
+    axes.semilogy(errors["t"], errors["training"], "o-", color=TRAINING, label="training images")
+    axes.semilogy(errors["t"], errors["held_out"], "o-", color=HELD_OUT, label="held out")
+    axes.set_xlabel("noise level t")
+    axes.set_title("mean squared error of the predicted noise")
+    axes.legend()
+
+
+def _picture(axes: Axes, picture: Any, title: str) -> None:
+    axes.imshow(np.asarray(picture), interpolation="nearest")
+    axes.set_title(title)
+    axes.set_axis_off()

@@ -1,0 +1,170 @@
+"""What a batch of samples starts from: noise, an image in noise, a masked image, two images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from diffusion.model import DiffusionUNet
+from diffusion.process.editing import (
+    ITERATIONS,
+    inpaint,
+    invert,
+    repaint_timesteps,
+    sdedit,
+    sdedit_timesteps,
+    slerp,
+)
+from diffusion.process.noise import NoiseSource
+from diffusion.process.prediction import DenoiserLike
+from diffusion.process.samplers import (
+    SamplerName,
+    Step,
+    count_evaluations,
+    finish,
+    sample,
+)
+from diffusion.process.schedule import CLEAN
+from diffusion.stable.autoencoder import Autoencoder
+
+Wanted = Sequence[int | str | None]  # the class of each image, or its text; None: any
+# Of a batch: its places in the run, its seeds and what is wanted.
+Run = Callable[[range, Sequence[int], Wanted], Iterator[Step]]
+
+JUMP, REPEATS = 5, 4  # of RePaint (arXiv 2201.09865), whose 10 and 10 are for 250 steps
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a batch of images is made, and what it takes."""
+
+    run: Run
+    steps: int
+    evaluations: int
+    """Evaluations of the network for each batch; guidance makes each twice as large."""
+    once: int = 0
+    """Evaluations before the first batch."""
+
+
+class Plans:
+    """The plans of a trained model with the settings of a sampling run.
+
+    Args:
+        denoiser: guided and clipped as the run asks for.
+        timesteps: of the run, descending.
+        sampler, options: the sampler's name, and what it is given.
+        size: height and width of the images.
+        autoencoder: of a model that works in latents.
+    """
+
+    def __init__(
+        self,
+        model: DiffusionUNet,
+        denoiser: DenoiserLike,
+        timesteps: Sequence[float],
+        sampler: SamplerName,
+        options: Mapping[str, Any],
+        size: tuple[int, int],
+        autoencoder: Autoencoder | None,
+    ) -> None:
+        self.model, self.denoiser, self.timesteps = model, denoiser, timesteps
+        self.sampler, self.options = sampler, options
+        self.size, self.autoencoder = size, autoencoder
+
+    def from_noise(self) -> Plan:
+        """Images out of nothing but noise."""
+
+        def run(places: range, seeds: Sequence[int], wanted: Wanted) -> Iterator[Step]:
+            source = NoiseSource(seeds)
+            return sample(
+                self.denoiser, self.noise(source), self.timesteps, **self._given(source, wanted)
+            )
+
+        return self._plan(run, self.timesteps)
+
+    def variants(self, image: Tensor, strength: float) -> Plan:
+        """Images out of an image (1, C, H, W) in noise: see `editing.sdedit`."""
+        image = self._encoded(image)
+
+        def run(places: range, seeds: Sequence[int], wanted: Wanted) -> Iterator[Step]:
+            images, given = (
+                image.expand(len(seeds), -1, -1, -1),
+                self._given(NoiseSource(seeds), wanted),
+            )
+            return sdedit(self.denoiser, images, self.timesteps, strength, **given)
+
+        return self._plan(run, sdedit_timesteps(self.timesteps, strength))
+
+    def inpainted(self, image: Tensor, mask: Tensor) -> Plan:
+        """An image (1, C, H, W), of which the masked part is made anew: see `editing.inpaint`."""
+        image = self._encoded(image)
+        if self.autoencoder:  # all latents that a masked pixel belongs to
+            mask = F.max_pool2d(mask.float(), self.autoencoder.factor) > 0
+
+        def run(places: range, seeds: Sequence[int], wanted: Wanted) -> Iterator[Step]:
+            images, given = (
+                image.expand(len(seeds), -1, -1, -1),
+                self._given(NoiseSource(seeds), wanted),
+            )
+            given |= {"jump": JUMP, "repeats": REPEATS}
+            return inpaint(self.denoiser, images, mask, self.timesteps, **given)
+
+        return self._plan(run, repaint_timesteps(self.timesteps, JUMP, REPEATS))
+
+    def between(self, first: Tensor, last: Tensor, count: int, wanted: int | str | None) -> Plan:
+        """`count` images between two (1, C, H, W), both among them (DDIM, appendix D.5).
+
+        Both are encoded by DDIM's inversion, mixed on the sphere, and decoded by DDIM, whatever the
+        sampler, since nothing else comes back to where it started.
+        """
+        first, last = self._encoded(first), self._encoded(last)
+        given: dict[str, Any] = {"conditioning": self.model.conditioning([wanted])}
+        ends: list[Tensor] = []
+
+        def run(places: range, seeds: Sequence[int], wanted: Wanted) -> Iterator[Step]:
+            if not ends:
+                ends.extend(
+                    finish(invert(self.denoiser, end, self.timesteps, **given))
+                    for end in (first, last)
+                )
+            share = torch.linspace(0, 1, count)[list(places)].to(first).view(-1, 1, 1, 1)
+            return sample(
+                self.denoiser, slerp(ends[0], ends[1], share), self.timesteps, "ddim", **given
+            )
+
+        steps = len(self.timesteps)
+        return Plan(run, steps, steps, once=2 * ITERATIONS * steps)
+
+    def _plan(self, run: Run, timesteps: Sequence[float]) -> Plan:
+        downs = sum(t > to for t, to in pairwise([*timesteps, CLEAN]))
+        evaluations = count_evaluations(self.sampler, timesteps, self.denoiser.schedule)
+        return Plan(run, downs, evaluations)
+
+    def noise(self, source: NoiseSource) -> Tensor:
+        size = self.size
+        if self.autoencoder:
+            size = self.autoencoder.size(*size)
+        x = source.draw((self.model.config.in_channels, *size)).to(self._device)
+        return x.contiguous(memory_format=torch.channels_last)
+
+    def _encoded(self, image: Tensor) -> Tensor:
+        """The image, or the mean of its latents."""
+        return self.autoencoder.encode(image)[0].to(self._device) if self.autoencoder else image
+
+    def _given(self, source: NoiseSource | None, wanted: Wanted) -> dict[str, Any]:
+        return {
+            "sampler": self.sampler,
+            "noise": source,
+            "conditioning": self.model.conditioning(wanted),
+            **self.options,
+        }
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device

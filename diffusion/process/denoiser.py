@@ -1,0 +1,103 @@
+"""`Denoiser`: network, schedule and kind of prediction as one function, x_t to x0 and eps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from diffusion.process.prediction import (
+    Denoised,
+    DenoiserLike,
+    PredictionName,
+    get_prediction,
+    split_output,
+)
+from diffusion.process.schedule import NoiseSchedule
+from unet.errors import InputError
+
+Clip = Literal["static", "dynamic"]
+
+_PERCENTILE = 0.995  # of |x0|, for dynamic thresholding
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """What samplers see of a network.
+
+    Called as denoiser(x, t, **conditioning) with x (B, C, H, W), t (B,) or one timestep for all,
+    and the conditioning that the network takes: for `DiffusionUNet`, `classes`, `context`, `mask`.
+    Tensors of conditioning with a single row serve all images. The network may compute in half
+    precision; everything around it is float32 (or float64, if x is).
+
+    Raises:
+        InputError: eps-prediction under a schedule that ends without signal.
+    """
+
+    model: Callable[..., Tensor]
+    """Called as model(x, t, **conditioning) with t (B,); see `split_output` for what it returns."""
+
+    schedule: NoiseSchedule
+    prediction: PredictionName
+
+    def __post_init__(self) -> None:
+        get_prediction(self.prediction, self.schedule)
+
+    def __call__(self, x: Tensor, t: Tensor | float, **conditioning: Any) -> Denoised:
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        t = torch.as_tensor(t, device=x.device).expand(len(x))
+        output = self.model(x, t, **for_batch(conditioning, len(x)))
+        output, mix = split_output(output, x)
+        rule = get_prediction(self.prediction, self.schedule)
+        x0, eps = rule.to_x0_eps(output, x, *self.schedule.rates(t, x))
+        return Denoised(x0, eps, mix)
+
+
+def for_batch(conditioning: dict[str, Any], batch: int) -> dict[str, Any]:
+    """The conditioning with its one-row tensors repeated for a batch.
+
+    Raises:
+        InputError: a tensor of neither one row nor as many as there are images.
+    """
+    rows = {}
+    for name, value in conditioning.items():
+        if value is not None and len(value) not in (1, batch):
+            raise InputError(
+                f"{name} has {len(value)} rows for {batch} images: give one row an image, or one "
+                "for all"
+            )
+        rows[name] = None if value is None else value.expand(batch, *value.shape[1:])
+    return rows
+
+
+class Clipped:
+    """A denoiser whose x0 stays within [-1, 1]; for pixels, not for latents.
+
+    Put it around guidance, not inside: `Clipped(Guided(...), "dynamic")`, as in Imagen. The eps
+    follows the clipped x0, as in the code of DDPM and of Improved DDPM.
+
+    Args:
+        how: "static" clamps x0 (DDPM). "dynamic" divides it by the 99.5th percentile of its
+            absolute values, image by image, where that is above 1, and clamps it (Imagen, arXiv
+            2205.11487, sec. 2.3).
+    """
+
+    def __init__(self, denoiser: DenoiserLike, how: Clip = "static") -> None:
+        if how not in get_args(Clip):
+            raise InputError(f"clip {how!r} is unknown; choose one of {', '.join(get_args(Clip))}")
+        self.denoiser, self.how = denoiser, how
+        self.schedule, self.prediction = denoiser.schedule, denoiser.prediction
+
+    def __call__(self, x: Tensor, t: Tensor | float, **conditioning: Any) -> Denoised:
+        x0, eps, mix = self.denoiser(x, t, **conditioning)
+        scale = torch.ones(1, 1, 1, 1).to(x0)
+        if self.how == "dynamic":
+            values = rearrange(x0.abs(), "b c h w -> b (c h w)")
+            scale = values.quantile(_PERCENTILE, dim=1).clamp(min=1).view(-1, 1, 1, 1)
+        clipped = (x0 / scale).clamp(-1, 1)
+        signal, sigma = self.schedule.rates(t, x0)
+        return Denoised(clipped, eps + signal / sigma * (x0 - clipped), mix)

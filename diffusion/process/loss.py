@@ -1,0 +1,77 @@
+"""The training loss of noise prediction: DDPM, alg. 1."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import torch
+from einops import reduce
+from torch import Tensor
+
+from diffusion.process.likelihood import clipped, decoder_bits, model_variance, transition_bits
+from diffusion.process.prediction import Prediction, PredictionName, get_prediction, split_output
+from diffusion.process.schedule import CLEAN, NoiseSchedule, Posterior
+from unet.errors import InputError
+
+Weighting = Literal["plain", "min-snr"]
+
+
+_BOUND_WEIGHT = 0.001  # lambda in Improved DDPM, eq. 16
+
+
+def diffusion_loss(
+    model: Callable[..., Tensor],
+    schedule: NoiseSchedule,
+    prediction: PredictionName,
+    x0: Tensor,
+    t: Tensor,
+    noise: Tensor,
+    *,
+    weighting: Weighting = "plain",
+    **conditioning: Any,
+) -> Tensor:
+    """The training loss of each image, (B,): DDPM, alg. 1.
+
+    The mean squared error of the prediction; for a network that learns the variance, the hybrid
+    loss L_simple + 0.001 L_vlb (Improved DDPM, eq. 16), of which L_vlb teaches the variance alone.
+
+    Args:
+        model: called as model(x_t, t, **conditioning).
+        x0: (B, C, H, W) images in [-1, 1], which are k / 127.5 - 1 where the variance is learned.
+        t: (B,) timesteps, whole numbers.
+        noise: (B, C, H, W), standard normal.
+        weighting: see `loss_weight`.
+    """
+    rule = get_prediction(prediction, schedule)
+    signal, sigma = schedule.rates(t, x0)
+    x = signal * x0 + sigma * noise
+    output, mix = split_output(model(x, t, **conditioning), x)
+    error = (output - rule.target(x0, noise, signal, sigma)) ** 2
+    loss = loss_weight(weighting, rule, schedule.snr(t)) * reduce(error, "b ... -> b", "mean")
+    if mix is None:
+        return loss
+    predicted, _ = rule.to_x0_eps(output.detach(), x, signal, sigma)
+    q = clipped(schedule.chain(range(schedule.steps - 1, CLEAN, -1)))
+    index = schedule.steps - 1 - t.to("cpu")
+    q = Posterior(*(factor[index].to(x).view(signal.shape) for factor in q))
+    bits = transition_bits(q, x, x0, predicted, model_variance("learned", q, mix))
+    # Elsewhere eps gives an x0 far off, and no number times 0 would be the gradient.
+    mean = torch.where((t == 0).view(signal.shape), predicted, x0)
+    bits = torch.where(t == 0, decoder_bits(x0, mean, model_variance("learned", q, mix)), bits)
+    return loss + _BOUND_WEIGHT * schedule.steps * bits
+
+
+def loss_weight(name: Weighting, rule: Prediction, snr: Tensor, gamma: float = 5.0) -> Tensor:
+    """The weight of each image's squared error, of the shape of its SNR.
+
+    "plain" is 1. "min-snr" (arXiv 2303.09556) is min(SNR, gamma) for an error of x0, which is
+    divided by SNR for eps and by SNR + 1 for v; a timestep without signal has weight 0.
+    """
+    if name == "plain":
+        return torch.ones_like(snr)
+    if name != "min-snr":
+        raise InputError(
+            f"loss weighting {name!r} is unknown; choose one of {', '.join(get_args(Weighting))}"
+        )
+    return snr.clamp(max=gamma) / rule.min_snr_divisor(snr)

@@ -1,0 +1,309 @@
+"""`NoiseSchedule`: how much signal and how much noise an image has at each timestep.
+
+    q(x_t | x_0) = N(signal_t x_0, noise_t^2 I)                              DDPM, eq. 4
+
+with signal_t = sqrt(alpha_bar_t) and noise_t = sqrt(1 - alpha_bar_t). Timesteps are counted from 0,
+as networks are told them: timestep t is step t + 1 of the paper (arXiv 2006.11239), T - 1 is the
+noisiest, and CLEAN = -1 is the image without noise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unet.errors import InputError
+
+Kind = Literal["linear", "scaled-linear", "cosine", "sigmoid"]
+Spacing = Literal["trailing", "leading", "linspace", "karras"]
+
+CLEAN = -1
+MOST_STEPS = 100_000
+_LARGEST_BETA = 0.999  # Improved DDPM, sec. 3.2
+_RHO = 7.0  # EDM, sec. 3: more, shorter steps at low noise
+
+
+class Level(NamedTuple):
+    """A noise level: two numbers, or two tensors of one shape. signal^2 + noise^2 = 1."""
+
+    signal: Any
+    noise: Any
+
+    @property
+    def sigma(self) -> float:
+        """Noise per signal, EDM's sigma (arXiv 2206.00364); inf where no signal is left."""
+        return self.noise / self.signal if self.signal else math.inf
+
+    @property
+    def half_log_snr(self) -> float:
+        """log(signal / noise), lambda in DPM-Solver (arXiv 2206.00927)."""
+        return -math.log(self.sigma) if self.noise else math.inf
+
+
+class Posterior(NamedTuple):
+    """q(x_s | x_t, x_0) = N(x0_factor x_0 + x_factor x_t, variance I), for s less noisy than t.
+
+    Numbers, or tensors of one shape.
+    """
+
+    x0_factor: Any
+    x_factor: Any
+    variance: Any
+    beta: Any  # 1 - alpha_bar_t / alpha_bar_s: the variance of q(x_t | x_s)
+
+
+def posterior(at: Level, to: Level) -> Posterior:
+    """From level `at` to the less noisy `to`: DDPM, eq. 6 and 7, for any two levels.
+
+    Sampling with fewer levels ("respacing") is nothing else than choosing a subsequence of them.
+    """
+    kept = at.signal / to.signal
+    beta = 1 - kept**2
+    return Posterior(
+        x0_factor=to.signal * beta / at.noise**2,
+        x_factor=kept * to.noise**2 / at.noise**2,
+        variance=beta * to.noise**2 / at.noise**2,
+        beta=beta,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseSchedule:
+    """The noise of T timesteps. Equal settings are the same schedule; saved with the model.
+
+    Raises:
+        InputError: a setting out of range.
+    """
+
+    kind: Kind = "linear"
+    """linear: DDPM's betas; scaled-linear: Stable Diffusion's, whose square roots are linear;
+    cosine: Improved DDPM's (arXiv 2102.09672, eq. 17); sigmoid: betas along a sigmoid, as in the
+    code of GeoDiff (arXiv 2203.02923)."""
+
+    steps: int = 1000
+    """Timesteps T."""
+
+    beta_start: float = 1e-4
+    """First beta for T = 1000, of all kinds but cosine; scaled by 1000 / T, so that any number of
+    timesteps ends at about the same noise."""
+
+    beta_end: float = 0.02
+    """Last beta for T = 1000, likewise."""
+
+    zero_snr: bool = False
+    """No signal at all at the last timestep (arXiv 2305.08891, alg. 1)."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            kinds = ", ".join(get_args(Kind))
+            raise InputError(f"noise schedule {self.kind!r} is unknown; choose one of {kinds}")
+        if type(self.steps) is not int or not 2 <= self.steps <= MOST_STEPS:
+            raise InputError(
+                f"a noise schedule needs a whole number of steps from 2 to {MOST_STEPS}, "
+                f"not {self.steps!r}"
+            )
+        betas = (self.beta_start, self.beta_end)
+        if not all(isinstance(b, (int, float)) for b in betas) or not 0 < betas[0] <= betas[1] < 1:
+            raise InputError(
+                f"beta_start and beta_end must satisfy 0 < beta_start <= beta_end < 1, not {betas}"
+            )
+        if not isinstance(self.zero_snr, bool):
+            raise InputError(f"zero_snr must be true or false, not {self.zero_snr!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as JSON values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> NoiseSchedule:
+        """The schedule that `to_dict` described."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        if not isinstance(settings, Mapping) or (set(settings) - set(known)):
+            raise InputError(
+                f"{settings!r} is no noise schedule, which holds nothing but {', '.join(known)}"
+            )
+        return cls(**settings)
+
+    # ------------------------------------------------------------------------------------------
+    # Tables, (T,) float64
+
+    @cached_property
+    def betas(self) -> Tensor:
+        """Variance of q(x_t | x_{t-1})."""
+        return torch.from_numpy(1 - np.append(self._alpha_bar[0], _ratios(self._alpha_bar)))
+
+    @cached_property
+    def alpha_bar(self) -> Tensor:
+        """Share of the signal in the variance: the product of 1 - beta up to t."""
+        return torch.from_numpy(self._alpha_bar)
+
+    @cached_property
+    def signal(self) -> Tensor:
+        """sqrt(alpha_bar)."""
+        return self.alpha_bar.sqrt()
+
+    @cached_property
+    def noise(self) -> Tensor:
+        """sqrt(1 - alpha_bar)."""
+        return (1 - self.alpha_bar).sqrt()
+
+    @cached_property
+    def _alpha_bar(self) -> np.ndarray:
+        if self.kind == "cosine":
+            along = np.arange(self.steps + 1) / self.steps
+            betas = 1 - _ratios(np.cos((along + 0.008) / 1.008 * np.pi / 2) ** 2)
+        elif self.kind == "linear":
+            betas = np.linspace(self.beta_start, self.beta_end, self.steps)
+        elif self.kind == "scaled-linear":
+            betas = np.linspace(self.beta_start**0.5, self.beta_end**0.5, self.steps) ** 2
+        else:
+            rise = 1 / (1 + np.exp(-np.linspace(-6, 6, self.steps)))
+            betas = self.beta_start + rise * (self.beta_end - self.beta_start)
+        if self.kind != "cosine":
+            betas = betas * (1000 / self.steps)
+        alpha_bar = np.cumprod(1 - np.minimum(betas, _LARGEST_BETA))
+        if self.zero_snr:
+            signal = np.sqrt(alpha_bar)
+            signal = (signal - signal[-1]) * (signal[0] / (signal[0] - signal[-1]))
+            alpha_bar = signal**2
+        return alpha_bar
+
+    # ------------------------------------------------------------------------------------------
+    # Levels
+
+    def levels(self, t: Tensor, dtype: torch.dtype = torch.float64) -> Level:
+        """The noise levels of timesteps, two tensors of the shape of t, on its device.
+
+        Args:
+            t: whole or fractional timesteps from 0 to T - 1, or CLEAN. In between, log(sigma) is
+                interpolated linearly, so that every sigma has its timestep (see `timestep`).
+        """
+        clean = torch.tensor([1.0, 0.0])  # the last entry, which is where index CLEAN points
+        signal, noise = (
+            torch.cat([table, end[None]]).to(t.device, dtype)
+            for table, end in zip((self.signal, self.noise), clean, strict=True)
+        )
+        low = t.floor().long() if t.is_floating_point() else t.long()
+        exact = Level(signal[low], noise[low])
+        if not t.is_floating_point():
+            return exact
+        low = low.clamp(0, self.steps - 2)
+        log_sigma = (noise[:-1] / signal[:-1]).log()
+        share = t.to(dtype) - low
+        sigma = (log_sigma[low] + share * (log_sigma[low + 1] - log_sigma[low])).exp()
+        whole = t == t.floor()
+        return Level(
+            torch.where(whole, exact.signal, (1 + sigma**2) ** -0.5),
+            torch.where(whole, exact.noise, (1 + sigma**-2) ** -0.5),
+        )
+
+    def level(self, t: float) -> Level:
+        """The noise level of one timestep, as two floats."""
+        signal, noise = self.levels(torch.tensor(t, dtype=torch.float64))
+        return Level(signal.item(), noise.item())
+
+    def rates(self, t: Tensor | float, like: Tensor) -> tuple[Tensor, Tensor]:
+        """(signal, noise) at timesteps t (B,) or one for all, to multiply images (B, C, H, W) with.
+
+        They are (B, 1, 1, 1) or (1, 1, 1, 1), on the device and in the dtype of `like` (B, C, H,
+        W), but never in half precision.
+        """
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        level = self.levels(torch.as_tensor(t, device=like.device), dtype)
+        shape = (-1, *(1,) * (like.ndim - 1))
+        return level.signal.view(shape), level.noise.view(shape)
+
+    def q_sample(self, x0: Tensor, t: Tensor | float, noise: Tensor) -> Tensor:
+        """x_t of images x0 (B, C, H, W) and standard normal noise of that shape: DDPM, eq. 4."""
+        signal, sigma = self.rates(t, x0)
+        return signal * x0 + sigma * noise
+
+    def snr(self, t: Tensor) -> Tensor:
+        """Signal-to-noise ratio alpha_bar / (1 - alpha_bar) of timesteps, float32 of t's shape."""
+        level = self.levels(t, torch.float32)
+        return (level.signal / level.noise) ** 2
+
+    def timestep(self, sigma: float) -> float:
+        """The fractional timestep whose level has this sigma, or the nearest that there is."""
+        log_sigma = np.log((self.noise / self.signal).numpy())
+        t = np.interp(math.log(sigma), log_sigma, np.arange(self.steps))
+        return round(float(t), 9)  # so that the sigma of a whole timestep leads back to it
+
+    def chain(self, timesteps: Sequence[float]) -> Posterior:
+        """The posteriors of a run's moves, from each timestep to the next and at last to CLEAN.
+
+        Args:
+            timesteps: n of them, descending.
+
+        Returns:
+            A posterior of float64 tensors (n,).
+        """
+        t = torch.tensor([*timesteps, CLEAN], dtype=torch.float64)
+        signal, noise = self.levels(t)
+        return posterior(Level(signal[:-1], noise[:-1]), Level(signal[1:], noise[1:]))
+
+    # ------------------------------------------------------------------------------------------
+    # Respacing
+
+    def timesteps(self, n: int, spacing: Spacing = "trailing", *, offset: int = 0) -> list[float]:
+        """The n timesteps at which a sampling run asks the network, descending.
+
+        Args:
+            n: from 1 to T.
+            spacing: "trailing" (from T - 1 in equal strides), "leading" (multiples of T // n, so
+                that it starts below T - 1) and "linspace" (from T - 1 to 0) are those of arXiv
+                2305.08891, table 2, and whole numbers; "karras" spaces sigma^(1/7) evenly between
+                the largest and the smallest sigma (EDM, eq. 5), at fractional timesteps.
+            offset: added to "leading"; Stable Diffusion's `steps_offset` is 1.
+
+        Raises:
+            InputError: more steps than timesteps, an unknown spacing, "karras" where the largest
+                sigma is infinite (zero_snr), an offset beyond the schedule.
+        """
+        if not 1 <= n <= self.steps:
+            raise InputError(
+                f"{n} sampling steps are asked for, but this model's noise schedule has "
+                f"{self.steps} timesteps: choose from 1 to {self.steps}"
+            )
+        if spacing not in get_args(Spacing):
+            spacings = ", ".join(get_args(Spacing))
+            raise InputError(f"timestep spacing {spacing!r} is unknown; choose one of {spacings}")
+        if offset and spacing != "leading":
+            raise InputError(f"an offset ({offset}) is for leading timesteps, not {spacing} ones")
+        if spacing == "karras":
+            return self._karras(n)
+        if spacing == "trailing":
+            t = np.round(np.arange(self.steps, 0, -self.steps / n)[:n]) - 1
+        elif spacing == "leading":
+            t = np.arange(n)[::-1] * (self.steps // n) + offset
+            if not 0 <= t[-1] <= t[0] < self.steps:
+                raise InputError(
+                    f"offset {offset} moves the leading timesteps of {n} steps to {t[0]} ... "
+                    f"{t[-1]}, but they must stay within 0 and {self.steps - 1}"
+                )
+        else:
+            t = np.round(np.linspace(0, self.steps - 1, max(n, 2)))[::-1][:n]
+        return t.astype(int).tolist()
+
+    def _karras(self, n: int) -> list[float]:
+        if self.zero_snr:
+            raise InputError(
+                "karras spacing needs a finite largest sigma, but with zero_snr the last timestep "
+                "has no signal: choose trailing spacing"
+            )
+        largest, smallest = (self.level(t).sigma ** (1 / _RHO) for t in (self.steps - 1, 0))
+        sigmas = np.linspace(largest, smallest, n) ** _RHO
+        return [self.timestep(sigma) for sigma in sigmas]
+
+
+def _ratios(values: np.ndarray) -> np.ndarray:
+    """Each value by the one before it, so one fewer."""
+    return values[1:] / values[:-1]

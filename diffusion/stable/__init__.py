@@ -1,0 +1,1 @@
+"""Stable Diffusion's formats: its pipelines, autoencoder and CLIP, read, run and written."""

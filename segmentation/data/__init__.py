@@ -1,0 +1,1 @@
+"""Images with masks: found, read, encoded as classes, weighted, augmented, generated."""

@@ -1,0 +1,231 @@
+"""`ClassTable`: from mask values to classes and back, saved with a model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, TypeAlias
+
+import numpy as np
+from einops import repeat
+from numpy.typing import NDArray
+
+from unet.errors import InputError
+from unet.files.images import Array
+
+Value: TypeAlias = "int | tuple[int, ...]"  # of a mask pixel: a number or an RGB colour
+
+IGNORE = 255  # the class index of pixels that count neither in training nor in a score
+MAX_CLASSES = 32
+DTYPES = ("uint8", "uint16", "float32")  # of images
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassTable:
+    """Mask values and the classes that they stand for: class i is the i-th smallest value."""
+
+    values: tuple[Value, ...]  # all numbers or all colours
+    shares: tuple[float, ...]  # of the pixels that are not ignored
+    ignore_value: Value | None = None
+    ignored_share: float = 0.0  # of all pixels
+    names: tuple[str, ...] = ()  # of the classes, where they are known
+
+    @classmethod
+    def of(
+        cls,
+        masks: Iterable[Array],
+        ignore_value: Value | None = None,
+        names: Sequence[str] = (),
+    ) -> ClassTable:
+        """The table of all masks of a set, (H, W) or (H, W, 3).
+
+        If some masks are grey and some in colour, grey values count as grey colours.
+
+        Args:
+            names: of the values 0, 1, ..., if these are the classes whether they occur or not;
+                the ignored value need not occur, either.
+
+        Raises:
+            InputError: more than MAX_CLASSES values, or a single one; an ignored value that does
+                not occur.
+        """
+        pixels: Counter[Value] = Counter(dict.fromkeys(range(len(names)), 0))
+        for mask in masks:
+            codes, counts = np.unique(_codes(mask, mask.ndim == 3), return_counts=True)
+            values = _values(codes, mask.ndim == 3)
+            pixels.update(dict(zip(values, counts.tolist(), strict=True)))
+            if len(pixels) > 100 * MAX_CLASSES:
+                break
+        if any(isinstance(value, tuple) for value in pixels):
+            colours: Counter[Value] = Counter()
+            for value, count in pixels.items():
+                colours[_as_colour(value)] += count
+            pixels = colours
+            ignore_value = None if ignore_value is None else _as_colour(ignore_value)
+        ignored = 0
+        if ignore_value is not None:
+            if ignore_value not in pixels and not names:
+                raise InputError(f"ignore value {ignore_value}: the masks hold {_sorted(pixels)}")
+            ignored = pixels.pop(ignore_value, 0)
+        if len(pixels) > MAX_CLASSES:
+            raise InputError(_too_many(pixels))
+        if len(+pixels) < 2:
+            raise InputError(f"all mask pixels have the value {_sorted(+pixels)}; two are needed")
+        total, ordered = sum(pixels.values()), sorted(pixels, key=_as_colour)
+        return cls(
+            values=tuple(ordered),
+            shares=tuple(pixels[value] / total for value in ordered),
+            ignore_value=ignore_value,
+            ignored_share=ignored / (total + ignored),
+            names=tuple(names),
+        )
+
+    def ignoring(self, value: Value) -> ClassTable:
+        """The same classes with another ignored mask value.
+
+        Raises:
+            InputError: the value is that of a class.
+        """
+        ignored = _as_colour(value) if isinstance(self.values[0], tuple) else value
+        if ignored in self.values:
+            raise InputError(
+                f"ignore value {value} is a class of the model; its classes are "
+                f"{_sorted(self.values)}"
+            )
+        return replace(self, ignore_value=ignored)
+
+    def encode(self, mask: Array, name: str = "mask") -> NDArray[np.uint8]:
+        """Class indices (H, W) of mask values (H, W) or (H, W, 3); IGNORE where ignored.
+
+        Raises:
+            InputError: a value that is not in the table; says `name`, the values and the table.
+        """
+        colour = isinstance(self.values[0], tuple)
+        if colour and mask.ndim == 2:
+            mask = repeat(mask, "h w -> h w c", c=3)
+        codes, table = _codes(mask, mask.ndim == 3), _codes(np.array(self.values), colour)
+        indices = np.searchsorted(table, codes).clip(max=len(table) - 1).astype(np.uint8)
+        comparable = colour == (mask.ndim == 3)
+        unknown = (table[indices] != codes) | (not comparable)
+        if self.ignore_value is not None and comparable:
+            ignored = codes == _codes(np.array(self.ignore_value), colour)
+            indices[ignored] = IGNORE
+            unknown &= ~ignored
+        if unknown.any():
+            found = _values(np.unique(codes[unknown]), mask.ndim == 3)
+            raise InputError(
+                f"{name}: unexpected values {some(found)} in {np.count_nonzero(unknown)} pixels; "
+                f"the classes are {_sorted(self.values)}"
+            )
+        return indices
+
+    def decode(self, indices: Array) -> Array:
+        """Mask values (H, W) or (H, W, 3) of class indices (H, W), in the smallest integer type."""
+        known = np.arange(256) < len(self.values)
+        values = np.zeros((256, *np.shape(self.values[0])), np.int64)
+        values[known] = self.values
+        if self.ignore_value is not None:
+            known[IGNORE], values[IGNORE] = True, self.ignore_value
+        if not known[indices].all():
+            raise ValueError(f"class indices {np.unique(indices)} with {len(self.values)} classes")
+        dtype = np.min_scalar_type(values.max()) if values.min() >= 0 else values.dtype
+        return values.astype(dtype)[indices]
+
+    def lines(self) -> list[str]:
+        """The table as text: value, class, share of the pixels."""
+        kinds = self.names or [f"class {i}" for i in range(len(self.values))]
+        rows = list(zip(self.values, kinds, self.shares, strict=True))
+        if self.ignore_value is not None:
+            rows.append((self.ignore_value, "ignored", self.ignored_share))
+        width = max(len(str(value)) for value, _, _ in rows)
+        longest = max(8, *(len(what) for _, what, _ in rows))
+        lines = [
+            f"value {value!s:>{width}} -> {what:{longest}} {share:7.2%}"
+            for value, what, share in rows
+        ]
+        if len(self.values) > 4 and _soft_edges(dict(zip(self.values, self.shares, strict=True))):
+            lines.append(
+                "note: if the values in between are anti-aliased edges, threshold the masks"
+            )
+        return lines
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values, which `from_dict` reads back."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> ClassTable:
+        """The table that `to_dict` gave, from JSON; InputError if it is none."""
+        try:
+            *values, ignore_value = (
+                tuple(map(int, value)) if isinstance(value, (list, tuple)) else value
+                for value in [*saved["values"], saved["ignore_value"]]
+            )
+            shares = tuple(float(share) for share in saved["shares"])
+            names = tuple(str(name) for name in saved.get("names", ()))
+            numbers = np.array(values if ignore_value is None else [*values, ignore_value])
+            fits = 2 <= len(values) == len(shares) <= MAX_CLASSES and numbers.dtype == np.int64
+            rising = np.diff(_codes(numbers, numbers.ndim == 2)[: len(values)]) > 0
+            named = len(names) in (0, len(values))
+            if not (fits and named and rising.all()) or numbers.shape[1:] not in ((), (3,)):
+                raise ValueError(f"values {some(values)}, {len(shares)} shares, {len(names)} names")
+            table = cls(
+                values=tuple(values),
+                shares=shares,
+                ignore_value=ignore_value,
+                ignored_share=float(saved["ignored_share"]),
+                names=names,
+            )
+        except (KeyError, OverflowError, TypeError, ValueError) as error:
+            raise InputError(f"the model's class table is damaged: {error}") from error
+        return table
+
+
+def value_codes(mask: Array) -> NDArray[np.int64]:
+    """One number (H, W) for each mask value (H, W) or colour (H, W, 3), in their order."""
+    return _codes(mask, mask.ndim == 3)
+
+
+def _codes(values: Array, colour: bool) -> NDArray[np.int64]:
+    """One number for each value, in the order of the values."""
+    values = values.astype(np.int64)
+    return values @ np.array([2**32, 2**16, 1]) if colour else values
+
+
+def _values(codes: NDArray[np.int64], colour: bool) -> list[Value]:
+    if not colour:
+        return list(codes.tolist())
+    return [(code >> 32, code >> 16 & 0xFFFF, code & 0xFFFF) for code in codes.tolist()]
+
+
+def _as_colour(value: Value) -> tuple[int, ...]:
+    return value if isinstance(value, tuple) else (value, value, value)
+
+
+def _sorted(values: Iterable[Value]) -> str:
+    ordered: list[Value] = sorted(values, key=_as_colour)
+    return some(ordered)
+
+
+def some(values: Iterable[object]) -> str:
+    """The first few of them and the last, for a sentence."""
+    texts = [str(value) for value in values]
+    return ", ".join(texts if len(texts) <= 9 else [*texts[:7], "...", texts[-1]])
+
+
+def _soft_edges(pixels: Mapping[Value, float]) -> bool:
+    """Whether the lowest and the highest value are the most frequent, with little in between."""
+    ordered: list[Value] = sorted(pixels, key=_as_colour)
+    counts = [pixels[value] for value in ordered]
+    return max(counts[1:-1]) < min(counts[0], counts[-1]) and sum(counts[1:-1]) < sum(counts) / 5
+
+
+def _too_many(pixels: Counter[Value]) -> str:
+    ordered: list[Value] = sorted(pixels, key=_as_colour)
+    text = f"the masks hold {len(pixels)} distinct values ({some(ordered)}), over {MAX_CLASSES}: "
+    if _soft_edges(pixels):
+        return text + "anti-aliased edges between two values? Threshold the masks"
+    return text + (
+        "instance masks, with a number for each object? Give --instances, or each class one value"
+    )

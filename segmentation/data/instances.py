@@ -1,0 +1,100 @@
+"""Masks with a number for each cell, as three classes that a network can learn, and back.
+
+Touching cells would melt into one; a thin border class between them keeps them apart.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+from skimage.segmentation import watershed
+
+from segmentation.data.classes import IGNORE, Value, value_codes
+from unet.files.images import Array
+
+BACKGROUND, CELL, BORDER = range(3)
+INSTANCE_NAMES = ("background", "cell", "border")
+
+_AROUND = np.ones((3, 3), bool)
+
+
+def instance_classes(mask: Array, ignore_value: Value | None = None) -> NDArray[np.uint8]:
+    """Background, cell, or border where two cells touch: (H, W) uint8.
+
+    Border are the pixels of a cell with a pixel of another one among their eight neighbours, so it
+    is two pixels wide, one of each cell. Slivers that it would cut off from a cell are border, too.
+    A cell that would be border altogether keeps one pixel near its middle. The insides of two cells
+    are never 4-neighbours, so that each 4-connected part of class 1 belongs to one cell (unless
+    both are but border, and one is a single pixel).
+
+    Args:
+        mask: (H, W) integers or (H, W, 3) colours, one for each cell; 0 is background.
+        ignore_value: of pixels that do not count: they are no cell and become IGNORE.
+    """
+    codes = value_codes(mask)
+    ignored = np.zeros(codes.shape, bool)
+    if ignore_value is not None:
+        channels = mask if mask.ndim == 3 else mask[:, :, None]
+        ignored = (channels == np.array(ignore_value)).all(axis=2)  # a number is a grey colour
+    inside = (codes != 0) & ~ignored
+    # Small numbers: the filters would round large ones.
+    order = np.unique(codes, return_inverse=True)[1].reshape(codes.shape)
+    cells = np.where(inside, order + 1, 0)
+    highest = ndimage.maximum_filter(cells, 3)
+    lowest = ndimage.minimum_filter(np.where(inside, cells, cells.max() + 1), 3)
+    touches = inside & ((highest != cells) | (lowest != cells))
+    classes = np.where(touches, BORDER, np.where(inside, CELL, BACKGROUND)).astype(np.uint8)
+    classes[_slivers(cells, classes)] = BORDER
+    has_inside = np.bincount(cells[classes == CELL], minlength=cells.max() + 1) > 0
+    classes[_middles(cells, inside & ~has_inside[cells])] = CELL
+    classes[ignored] = IGNORE
+    return classes
+
+
+def instances_from_classes(classes: NDArray[np.uint8]) -> NDArray[np.int32]:
+    """Cells numbered from 1, 0 elsewhere: (H, W), of background, cell and border (H, W).
+
+    The 4-connected parts of class 1 grow at equal speed into the border, not into the background.
+    This undoes `instance_classes`, but for border pixels that do not touch the inside of their
+    cell, or touch the pixel that another one kept.
+    """
+    numbers, _ = ndimage.label(classes == CELL)
+    grown = watershed(
+        np.zeros(classes.shape, np.uint8),
+        markers=numbers,
+        connectivity=_AROUND,
+        mask=(classes == CELL) | (classes == BORDER),
+    )
+    return np.asarray(grown, np.int32)
+
+
+def _slivers(cells: Array, classes: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """Parts of cells without a pixel away from the border; if a cell has no others, its largest
+    one is none.
+    """
+    inside = classes == CELL
+    parts, number = ndimage.label(inside)
+    kept = np.zeros(number + 1, bool)
+    kept[parts[ndimage.maximum_filter(classes, 3) < BORDER]] = True
+    kept[0] = True  # outside of cells
+    cell = np.zeros(number, int)
+    cell[parts[inside] - 1] = cells[inside]
+    order = np.lexsort((-np.bincount(parts[inside] - 1, minlength=number), cell))
+    kept[1 + order[np.unique(cell[order], return_index=True)[1]]] = True
+    return ~kept[parts]
+
+
+def _middles(cells: Array, chosen: NDArray[np.bool_]) -> tuple[Array, Array]:
+    """Rows and columns of one pixel of each cell in the chosen pixels.
+
+    No two are 4-neighbours where the cells have a pixel with an even sum of row and column: one of
+    these is taken, the nearest to the middle.
+    """
+    rows, columns = np.nonzero(chosen)
+    _, cell, count = np.unique(cells[rows, columns], return_inverse=True, return_counts=True)
+    row, column = (np.bincount(cell, at) / count for at in (rows, columns))
+    distance = np.hypot(rows - row[cell], columns - column[cell])
+    order = np.lexsort((distance, (rows + columns) % 2, cell))
+    first = order[np.cumsum(count) - count]
+    return rows[first], columns[first]

@@ -1,0 +1,1 @@
+"""How good a segmentation is: metrics, held-out evaluation, the report."""

@@ -1,0 +1,633 @@
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+from einops import rearrange
+from PIL import Image
+
+from diffusion.data import images as module
+from diffusion.data.images import DiffusionData
+from diffusion.data.pixels import fitted, to_uint8, to_unit
+from diffusion.data.shapes import example, example_caption, held_out, parse
+from unet.errors import InputError
+from unet.files.images import write_image
+from unet.training.batches import BatchKeys, make_batches
+
+RNG = np.random.default_rng(0)
+COLOUR = RNG.integers(0, 256, (40, 12, 16, 3), np.uint8)
+
+
+def save(folder: Path, count: int = 40, names: str = "{}.png", images: Any = COLOUR) -> Path:
+    for i in range(count):
+        write_image(folder / names.format(i), images[i])
+    return folder
+
+
+def archive(path: Path, **arrays: Any) -> Path:
+    np.savez(path / "set.npz", **arrays)
+    return path / "set.npz"
+
+
+def captioned(folder: Path, count: int = 40) -> Path:
+    lines = [json.dumps({"file_name": f"{i}.png", "text": f"picture {i}"}) for i in range(count)]
+    save(folder, count)
+    (folder / "metadata.jsonl").write_text("\n".join([*lines, ""]), encoding="utf-8")
+    return folder
+
+
+def damage(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-60])
+
+
+def everything(data: DiffusionData) -> list[int]:
+    return sorted([*data.train, *data.val])
+
+
+# -- scaling
+
+
+def test_all_bytes_come_back_exactly() -> None:
+    values = torch.arange(256, dtype=torch.uint8).reshape(4, 8, 8)
+    unit = to_unit(values)
+    assert unit.dtype == torch.float32
+    assert (unit.min(), unit.max()) == (-1, 1)
+    assert torch.equal(to_uint8(unit), values)
+    nearest = to_uint8(unit + (torch.rand(unit.shape) - 0.5) * 0.99 / 127.5)
+    assert torch.equal(nearest, values)
+
+
+def test_what_lies_outside_is_clipped() -> None:
+    assert to_uint8(torch.tensor([-1.5, -1.0, 0.999, 1.0, 7.0])).tolist() == [0, 0, 255, 255, 255]
+
+
+# -- resizing
+
+
+def test_resizing_is_antialiased() -> None:
+    stripes = np.zeros((256, 256, 1), np.uint8)
+    stripes[:, ::2] = 255  # finer than any pixel of the result
+    small = fitted(stripes, (32, 32), 1)
+    assert abs(small).max() < 0.05
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 96), (96, 64), (300, 301), (20, 8), (1, 5)])
+def test_the_centre_is_kept_in_proportion(height: int, width: int) -> None:
+    """A linear ramp stays one, with its middle in the middle, whatever is cut off."""
+    rows, columns = np.indices((height, width))
+    ramp = 128 + (columns - (width - 1) / 2) * 60 / width + (rows - (height - 1) / 2) * 60 / height
+    found = to_uint8(fitted(np.rint(ramp).astype(np.uint8)[..., None], (16, 16), 1)).double()
+    assert found.mean().item() == pytest.approx(128, abs=1)
+    side = min(height, width)
+    scale = side / 16
+    for axis, whole in ((2, width), (1, height)):
+        if side >= 16:
+            steps = found.diff(dim=axis).mean().item()
+            assert steps == pytest.approx(scale * 60 / whole, rel=0.1, abs=0.05)
+
+
+def test_a_target_need_not_be_square() -> None:
+    pixels = np.arange(48, dtype=np.uint8).reshape(6, 8, 1)
+    assert fitted(pixels, (3, 8), 3).shape == (3, 3, 8)
+    assert torch.equal(fitted(pixels, (6, 8), 1), to_unit(torch.from_numpy(pixels[None, ..., 0])))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "values"), [("uint16", [0, 257 * 100, 65535]), ("float32", [0.0, 100 / 255, 1.0])]
+)
+def test_deep_images_are_scaled_by_the_range_of_their_type(dtype: str, values: list[Any]) -> None:
+    pixels = np.array(values, dtype).reshape(1, 3, 1)
+    assert to_uint8(fitted(pixels, (1, 3), 1)).flatten().tolist() == [0, 100, 255]
+
+
+def test_floats_beyond_their_range_are_refused(tmp_path: Path) -> None:
+    image = np.linspace(0, 400, 64, dtype=np.float32).reshape(8, 8)
+    save(tmp_path, 3, "{}.tif", [image / 400, image, image / 400])
+    with pytest.raises(InputError, match=r"1\.tif': its values go from 0 to 400: save it"):
+        DiffusionData(tmp_path)
+
+
+# -- folders
+
+
+def test_a_folder_is_read_in_natural_order_with_its_subfolders(tmp_path: Path) -> None:
+    save(tmp_path)
+    write_image(tmp_path / "more" / "deep" / "a.png", COLOUR[0])
+    write_image(tmp_path / ".hidden" / "a.png", COLOUR[0])
+    (tmp_path / "notes.txt").write_text("no image")
+    data = DiffusionData(tmp_path)
+    names = [Path(data.name(i)).relative_to(tmp_path).as_posix() for i in everything(data)]
+    assert sorted(names) == sorted([*(f"{i}.png" for i in range(40)), "more/deep/a.png"])
+    assert [n for n in names if "/" not in n] == [f"{i}.png" for i in range(40)]
+    assert (data.size, data.channels, data.classes, data.labels) == ((12, 16), 3, (), None)
+    first = data.images([i for i in range(41) if Path(data.name(i)).name == "7.png"])
+    np.testing.assert_array_equal(first[0], COLOUR[7])
+
+
+def test_images_and_batches_are_the_same_pixels(tmp_path: Path) -> None:
+    data = DiffusionData(save(tmp_path))
+    x, labels = data.batch(data.val)
+    assert x.dtype == torch.float32
+    assert labels.dtype == torch.int64
+    assert not labels.any()
+    np.testing.assert_array_equal(
+        rearrange(to_uint8(x).numpy(), "b c h w -> b h w c"), data.images(data.val)
+    )
+
+
+def test_subfolders_are_classes(tmp_path: Path) -> None:
+    for i, name in enumerate(("10", "9", "cat")):
+        save(tmp_path / name, 10 + i)
+    data = DiffusionData(tmp_path, classes=True)
+    assert data.classes == ("9", "10", "cat")
+    assert data.labels is not None
+    for i in everything(data):
+        folder = Path(data.name(i)).parent.name
+        assert data.classes[data.labels[i]] == folder
+    assert data.batch(data.val)[1].tolist() == [data.labels[i] for i in data.val]
+    assert "3 classes: 9 (11), 10 (10), cat (12)" in data.describe()
+    assert not data.flips
+
+
+@pytest.mark.parametrize("also", ["one.png", None])
+def test_there_are_no_classes_unless_all_images_lie_in_two_or_more(
+    tmp_path: Path, also: str | None
+) -> None:
+    save(tmp_path / "only")
+    if also:
+        save(tmp_path / "other")
+        write_image(tmp_path / also, COLOUR[0])
+    assert DiffusionData(tmp_path).classes == ()
+    with pytest.raises(InputError, match="has no classes: put the images"):
+        DiffusionData(tmp_path, classes=True)
+
+
+def test_captions_are_those_of_the_metadata(tmp_path: Path) -> None:
+    data = DiffusionData(captioned(tmp_path), captions=True)
+    samples = data.samples(0)
+    for i in range(len(samples)):
+        assert samples[0, i]["caption"] == f"picture {Path(samples.name(i)).stem}"
+    assert "captions, such as 'picture" in data.describe()
+    plain = DiffusionData(tmp_path)
+    assert "caption" not in plain.samples(0)[0, 0]
+    assert "captions, not used" in plain.describe()
+
+
+def test_metadata_of_subfolders_names_files_beside_it(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        captioned(tmp_path / name, 5)
+    data = DiffusionData(tmp_path, captions=True, classes=True)
+    assert {data.caption(i) for i in everything(data)} == {f"picture {i}" for i in range(5)}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("not json", "line 2 of"),
+        ('{"file_name": "1.png"}', "line 2 of"),
+        ("[]", "line 2 of"),
+        ('{"file_name": "1.png", "text": 3}', "line 2 of"),
+        ("", r"1\.png' has no line in metadata"),
+        (b"\xff\xfe\x00", "cannot be read as UTF-8"),
+    ],
+)
+def test_bad_metadata_is_named(tmp_path: Path, text: str | bytes, message: str) -> None:
+    save(tmp_path, 2)
+    line = b'{"file_name": "0.png", "text": "a"}\n'
+    (tmp_path / "metadata.jsonl").write_bytes(line + (text.encode() if str(text) == text else text))
+    with pytest.raises(InputError, match=message):
+        DiffusionData(tmp_path, captions=True)
+
+
+# -- sizes, colours, damage
+
+
+def test_mixed_sizes_need_a_size(tmp_path: Path) -> None:
+    save(tmp_path)
+    write_image(tmp_path / "wide.png", np.zeros((12, 17, 3), np.uint8))
+    with pytest.raises(InputError, match=r"12 x 16 \('.*0\.png'\) and 12 x 17 \('.*wide\.png'\): "):
+        DiffusionData(tmp_path)
+    data = DiffusionData(tmp_path, size=8)
+    assert data.images(everything(data)).shape == (41, 8, 8, 3)
+    assert "12 x 16 to 12 x 17, resized to 8 x 8 and cropped at the centre" in data.describe()
+
+
+def test_grey_among_colours_becomes_rgb_unless_grey_is_asked_for(tmp_path: Path) -> None:
+    save(tmp_path, 20)
+    save(tmp_path, 20, "grey {}.png", COLOUR[..., 0])
+    data = DiffusionData(tmp_path)
+    assert data.channels == 3
+    [i] = [i for i in everything(data) if data.name(i).endswith("grey 3.png")]
+    np.testing.assert_array_equal(data.images([i])[0], np.repeat(COLOUR[3, ..., :1], 3, axis=2))
+    assert "all converted to RGB uint8" in data.describe()
+    assert DiffusionData(tmp_path, channels=1).batch([0, 39])[0].shape == (2, 1, 12, 16)
+
+
+def test_depth_and_alpha_are_told(tmp_path: Path) -> None:
+    save(tmp_path, 2, "{}.png", (COLOUR[..., 0].astype(np.uint16)) * 257)
+    rgba = np.concatenate([COLOUR[0], COLOUR[0][..., :1]], axis=2)
+    Image.fromarray(rgba, "RGBA").save(tmp_path / "alpha.png")
+    text = DiffusionData(tmp_path).describe()
+    assert "RGB uint8, grey uint16, all converted to RGB uint8, alpha channel dropped" in text
+
+
+def test_a_damaged_file_is_named_or_left_out_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damage(save(tmp_path) / "7.png")
+    (tmp_path / "8.png").write_bytes(b"nothing")
+    with pytest.raises(InputError, match=r"8\.png"):  # by its header, first
+        DiffusionData(tmp_path)
+    (tmp_path / "8.png").unlink()
+    with pytest.raises(InputError, match=r"7\.png"):
+        DiffusionData(tmp_path)
+    data = DiffusionData(tmp_path, skip_bad=True)
+    assert len(everything(data)) == 38
+    assert not any(Path(data.name(i)).name == "7.png" for i in everything(data))
+    data.images(everything(data))
+    said = capsys.readouterr().err
+    assert said.count("left out") == said.count("7.png") == 1
+    assert data.describe().startswith("38 images")
+
+
+def test_nothing_readable_is_an_error(tmp_path: Path) -> None:
+    for i in range(3):
+        (tmp_path / f"{i}.png").write_bytes(b"nothing")
+    with pytest.raises(InputError, match="none of 3 images can be read"):
+        DiffusionData(tmp_path, skip_bad=True)
+    save(tmp_path, 3)
+    for i in range(3):
+        damage(tmp_path / f"{i}.png")
+    with pytest.raises(InputError, match="leave none to train on"):
+        DiffusionData(tmp_path, skip_bad=True)
+
+
+@pytest.fixture
+def few_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder of 40 files is a large one."""
+    monkeypatch.setattr(module, "CHECKED", 4)
+
+
+@pytest.mark.usefixtures("few_checked")
+def test_a_large_folder_is_not_opened_before_it_is_used(tmp_path: Path) -> None:
+    for i in range(40):
+        (tmp_path / f"{i}.png").write_bytes(b"nothing")
+    for i in (0, 13, 26, 39):
+        write_image(tmp_path / f"{i}.png", COLOUR[i])
+    data = DiffusionData(tmp_path)
+    assert everything(data) == list(range(40))
+    save(tmp_path)
+    np.testing.assert_array_equal(data.images(range(40)), COLOUR)
+
+
+@pytest.mark.usefixtures("few_checked")
+def test_bad_files_of_a_large_folder_are_named_or_replaced_as_they_come(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damage(save(tmp_path) / "7.png")
+    with pytest.raises(InputError, match=r"7\.png"):
+        DiffusionData(tmp_path).images(range(40))
+    data = DiffusionData(tmp_path, skip_bad=True, val=3)
+    for _ in range(2):
+        used = [data.load(i)[0] for i in range(40)]
+    changed = [i for i in range(40) if used[i] != i]
+    assert changed == [7]
+    assert (used[7] in data.val) == (7 in data.val)
+    assert capsys.readouterr().err.count("left out") == 1
+
+
+@pytest.mark.usefixtures("few_checked")
+def test_other_sizes_in_a_large_folder_are_named_as_they_come(tmp_path: Path) -> None:
+    write_image(save(tmp_path) / "7.png", np.zeros((5, 5, 3), np.uint8))
+    data = DiffusionData(tmp_path)
+    with pytest.raises(InputError, match=r"12 x 16 .* and 5 x 5 \('.*7\.png'\): give a size"):
+        data.images(range(40))
+
+
+@pytest.mark.parametrize("bound", [0, COLOUR.nbytes - 1, COLOUR.nbytes])
+def test_memory_is_bounded_and_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bound: int
+) -> None:
+    monkeypatch.setattr(module, "CACHE_BYTES", bound)
+    data = DiffusionData(save(tmp_path))
+    for _ in range(2):
+        np.testing.assert_array_equal(data.images(range(40)), COLOUR)
+    kept = sum(pixels.nbytes for pixels in data._cache.values())
+    assert kept == (COLOUR.nbytes if bound >= COLOUR.nbytes else 0)
+
+
+# -- archives
+
+
+@pytest.mark.parametrize("shape", [(12, 16), (12, 16, 1), (12, 16, 3), (12, 16, 4)])
+def test_archives_are_read(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    images = RNG.integers(0, 256, (30, *shape), np.uint8)
+    data = DiffusionData(archive(tmp_path, images=images))
+    found = data.images(range(30))
+    expected = images[..., None] if images.ndim == 3 else images[..., :3]
+    np.testing.assert_array_equal(found, expected)
+    assert ("alpha channel dropped" in data.describe()) == (shape[2:] == (4,))
+    assert not data.flips
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        (np.arange(30) % 3 + 5, ("5", "6", "7")),
+        (np.array(["b", "a", "c10"] * 10), ("a", "b", "c10")),
+        (np.array([True, False] * 15), ("False", "True")),
+    ],
+)
+def test_labels_become_classes(tmp_path: Path, labels: Any, names: tuple[str, ...]) -> None:
+    data = DiffusionData(archive(tmp_path, images=COLOUR[:30], labels=labels), classes=True)
+    assert data.classes == names
+    assert data.labels is not None
+    assert [names[i] for i in data.labels] == [str(label) for label in labels.tolist()]
+    sample = data.samples(0)[0, 0]
+    assert sample["label"] == data.labels[data.train[0]]
+    assert sample["label"].dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"other": COLOUR}, "cannot be read as an .npz with an array `images`"),
+        ({"images": COLOUR.astype(np.float32)}, "has images float32"),
+        ({"images": COLOUR[0, 0]}, r"has images uint8 \(16, 3\): give uint8"),
+        ({"images": rearrange(COLOUR, "b h w c -> b c h w")}, r"\(40, 3, 12, 16\): give uint8"),
+        ({"images": COLOUR[:0]}, r"has images uint8 \(0, 12"),
+        ({"images": COLOUR, "labels": np.zeros(39, int)}, r"labels int64 \(39,\) for 40 images"),
+        ({"images": COLOUR, "labels": np.zeros(40)}, "labels float64"),
+        ({"images": np.array([{}, {}], object)}, "cannot be read as an .npz"),
+        ({"images": COLOUR, "labels": np.array([{}] * 40, object)}, "cannot be read as an .npz"),
+    ],
+)
+def test_bad_archives_are_named(tmp_path: Path, arrays: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        DiffusionData(archive(tmp_path, **arrays))
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 nothing", b"\x80\x04N."])
+def test_what_is_no_archive_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.npz").write_bytes(content)
+    with pytest.raises(InputError, match=r"a\.npz' cannot be read as an \.npz"):
+        DiffusionData(tmp_path / "a.npz")
+
+
+def test_a_truncated_archive_is_named(tmp_path: Path) -> None:
+    path = archive(tmp_path, images=COLOUR)
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(InputError, match="cannot be read"):
+        DiffusionData(path)
+
+
+# -- crops
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pages on which every pixel tells its page, row and column."""
+    path = tmp_path_factory.mktemp("stack") / "stack.tif"
+    page, row, column = np.indices((6, 50, 70))
+    tifffile.imwrite(path, np.stack([page * 40, row, column], -1).astype(np.uint8))
+    return path
+
+
+def test_crops_are_cut_at_random_places_of_their_own_page(stack: Path) -> None:
+    data = DiffusionData(stack, size=16, crops=True, val=2)
+    assert len(data.train) == 4 * 3 * 4
+    assert len(data.val) == 2 * 3 * 4
+    samples = data.samples(0)
+    pages, places, mirrored = [], set(), []
+    for epoch in range(6):
+        for i in range(len(samples)):
+            crop = to_uint8(samples[epoch, i]["image"])
+            page, rows, columns = crop.numpy().astype(int)
+            assert np.ptp(page) == 0
+            step = np.diff(columns, axis=1)
+            assert (np.diff(rows, axis=0) == 1).all()
+            assert (step == step[0, 0]).all()
+            pages.append(page[0, 0] // 40)
+            mirrored.append(step[0, 0] == -1)
+            places.add((rows.min(), columns.min()))
+    assert set(pages) == {0, 1, 2, 3}  # the last pages are held out
+    assert 0.3 < np.mean(mirrored) < 0.7
+    assert {r for r, _ in places} >= {0, 34}
+    assert {c for _, c in places} >= {0, 54}
+
+
+def test_held_out_crops_are_a_grid_that_stays(stack: Path) -> None:
+    data = DiffusionData(stack, size=16, crops=True)
+    crops = data.images(data.val)
+    assert set(crops[..., 0].flatten().tolist()) == {200}
+    corners = {(int(c[0, 0, 1]), int(c[0, 0, 2])) for c in crops}
+    assert corners == {(r, c) for r in (0, 17, 34) for c in (0, 18, 36, 54)}
+    np.testing.assert_array_equal(crops, data.images(data.val))
+    assert "6 images of 50 x 70 for crops of 16 x 16" in data.describe()
+
+
+def test_a_stack_without_crops_is_its_pages(stack: Path) -> None:
+    data = DiffusionData(stack)
+    assert data.size == (50, 70)
+    assert data.name(3).endswith("stack.tif page 3")
+    assert [int(image[0, 0, 0]) for image in data.images(range(6))] == [0, 40, 80, 120, 160, 200]
+
+
+@pytest.mark.parametrize(("val", "rows"), [(0.02, 1), (0.5, 2), (8, 2)])
+def test_a_single_micrograph_is_trained_on_above_what_is_held_out(
+    tmp_path: Path, val: float, rows: int
+) -> None:
+    image = np.repeat(np.arange(66, dtype=np.uint8)[:, None], 70, axis=1)  # says its own row
+    write_image(tmp_path / "one.png", image)
+    data = DiffusionData(tmp_path, size=16, crops=True, val=val)
+    assert len(data.val) == 4 * rows
+    first = int(data.images(data.val).min())
+    samples = data.samples(0)
+    last = [int(to_uint8(samples[0, i]["image"]).max()) for i in range(len(samples))]
+    last += [int(to_uint8(samples[1, i]["image"]).max()) for i in range(len(samples))]
+    assert max(last) < first
+    assert max(last) >= first - 8  # all the rest is used
+
+
+def test_a_micrograph_too_small_to_hold_out_a_part_is_refused(tmp_path: Path) -> None:
+    write_image(tmp_path / "one.png", np.zeros((20, 70), np.uint8))
+    with pytest.raises(InputError, match="a single image with 1 rows of crops of which 1"):
+        DiffusionData(tmp_path, size=16, crops=True)
+
+
+def test_crops_larger_than_an_image_are_refused(stack: Path) -> None:
+    with pytest.raises(
+        InputError, match=r"stack\.tif page 0' is 50 x 70, too small for crops of 64"
+    ):
+        DiffusionData(stack, crops=True)
+
+
+def test_images_of_mixed_sizes_can_be_cropped(tmp_path: Path) -> None:
+    for i in range(5):
+        write_image(tmp_path / f"{i}.png", COLOUR[i, : 8 + i, : 9 + i])
+    data = DiffusionData(tmp_path, size=8, crops=True)
+    assert data.images(everything(data)).shape == (5, 8, 8, 3)
+    assert data.samples(0)[0, 2]["image"].shape == (3, 8, 8)
+
+
+# -- shapes
+
+
+def test_shapes_need_no_files() -> None:
+    data = DiffusionData("shapes", seed=3)
+    assert (data.size, data.channels, data.classes, data.flips) == ((32, 32), 3, (), False)
+    assert set(data.samples(0)[0, 0]) == {"image"}
+    np.testing.assert_array_equal(data.images([7])[0], example(3, 7)[1].picture)
+    data = DiffusionData("shapes", seed=3, captions=True, size=16)
+    sample = data.samples(0)[0, 5]
+    assert sample["image"].shape == (3, 16, 16)
+    assert sample["caption"] == example_caption(3, data.train[5])
+    assert not any(held_out(parse(data.caption(i))) for i in range(200))
+    assert "left for evaluation: green circle" in data.describe()
+
+
+# -- splits and samples
+
+
+@pytest.mark.parametrize(
+    ("count", "val", "held_out_count"),
+    [
+        (60, 0.02, 15),
+        (100, 0.02, 16),
+        (2000, 0.02, 40),
+        (2000, 0.25, 500),
+        (6000, 0.5, 1000),
+        (6000, 1500, 1500),
+        (3, 0.02, 1),
+        (40, 0.5, 20),
+    ],
+)
+def test_held_out_images_are_a_seeded_choice(
+    tmp_path: Path, count: int, val: float, held_out_count: int
+) -> None:
+    path = archive(tmp_path, images=np.zeros((count, 1, 1), np.uint8))
+    data = DiffusionData(path, val=val)
+    assert len(data.val) == held_out_count
+    assert everything(data) == list(range(count))
+    assert DiffusionData(path, val=val).val == data.val
+    if count > 3:
+        assert DiffusionData(path, val=val, seed=1).val != data.val
+        assert data.val != sorted(data.val)  # so that its first ones are of all classes
+
+
+@pytest.mark.parametrize("val", [0, -0.1, 1.5, 40, 100, 0.999])
+def test_a_split_must_leave_both_sides(tmp_path: Path, val: float) -> None:
+    path = archive(tmp_path, images=np.zeros((40, 2, 2), np.uint8))
+    with pytest.raises(InputError, match=r"held out|give a share"):
+        DiffusionData(path, val=val)
+
+
+def test_samples_depend_on_seed_epoch_and_index_alone(tmp_path: Path) -> None:
+    data = DiffusionData(save(tmp_path))
+    assert data.flips
+    samples = data.samples(1)
+    seen = [[samples[epoch, i]["image"] for i in range(len(samples))] for epoch in range(8)]
+    whole = data.images(data.train)
+    for images in seen:
+        for image, pixels in zip(images, whole, strict=True):
+            plain = to_unit(torch.from_numpy(pixels).permute(2, 0, 1))
+            assert image.dtype == torch.float32
+            assert torch.equal(image, plain) or torch.equal(image, plain.flip(-1))
+    mirrored = np.array(
+        [[not torch.equal(a, b) for a, b in zip(seen[0], s, strict=True)] for s in seen]
+    )
+    assert 0.3 < mirrored[1:].mean() < 0.7
+    again, other = DiffusionData(tmp_path).samples(1), DiffusionData(tmp_path).samples(2)
+    assert all(torch.equal(again[3, i]["image"], seen[3][i]) for i in range(len(again)))
+    assert any(not torch.equal(other[3, i]["image"], seen[3][i]) for i in range(len(other)))
+    assert samples.name(0) == data.name(data.train[0])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_are_collated(tmp_path: Path, workers: int) -> None:
+    data = DiffusionData(captioned(tmp_path), captions=True)
+    samples = data.samples(0)
+    keys = BatchKeys(len(samples), 4, seed=0)
+    batch = next(make_batches(samples, keys, workers, pin=False))
+    assert batch["image"].shape == (4, 3, 12, 16)
+    for i, text in zip(batch["index"].tolist(), batch["caption"], strict=True):
+        assert text == f"picture {Path(samples.name(i)).stem}"
+
+
+@pytest.mark.parametrize("kind", ["shapes", "archive", "folder"])
+def test_data_can_be_sent_to_a_worker_process(tmp_path: Path, kind: str) -> None:
+    captions = kind != "archive"
+    paths = {"shapes": "shapes", "archive": archive(tmp_path, images=COLOUR)}
+    path = paths.get(kind) or captioned(tmp_path / "folder")
+    samples = DiffusionData(path, captions=captions).samples(0)
+    sent = pickle.loads(pickle.dumps(samples))
+    for key in ((0, 0), (2, 5)):
+        assert torch.equal(sent[key]["image"], samples[key]["image"])
+        assert sent[key].get("caption") == samples[key].get("caption")
+
+
+@pytest.mark.parametrize(
+    ("flips", "captions", "expected"), [(None, False, False), (True, False, True)]
+)
+def test_flips_can_be_asked_for(
+    tmp_path: Path, flips: bool | None, captions: bool, expected: bool
+) -> None:
+    assert DiffusionData(captioned(tmp_path), flips=flips).flips is expected
+
+
+# -- mistakes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"size": 0}, "size 0"),
+        ({"channels": 2}, "channels 2"),
+        ({"classes": True}, "has no classes"),
+        ({"captions": True}, "has no captions"),
+        ({"captions": True, "flips": True}, "flips make left"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_named(
+    tmp_path: Path, arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        DiffusionData(save(tmp_path, 4), **arguments)
+
+
+def test_missing_and_empty_places_are_named(tmp_path: Path) -> None:
+    for name in ("nowhere", "n" * 5000, "nul\0"):
+        with pytest.raises(InputError, match="no such file or folder"):
+            DiffusionData(name)
+    with pytest.raises(InputError, match="no image in this folder"):
+        DiffusionData(tmp_path)
+
+
+def test_a_single_image_is_too_few(tmp_path: Path) -> None:
+    write_image(tmp_path / "a.png", COLOUR[0])
+    for path in (tmp_path, tmp_path / "a.png"):
+        with pytest.raises(InputError, match="1 of 1 images held out leave none"):
+            DiffusionData(path)
+
+
+# -- real data
+
+
+def test_digits(mnist: Path) -> None:
+    data = DiffusionData(mnist / "mnist_train.npz", classes=True)
+    assert data.classes == tuple("0123456789")
+    assert (data.size, data.channels, data.flips) == ((28, 28), 1, False)
+    assert (len(data.train), len(data.val)) == (59_000, 1_000)
+    assert "10 classes: 0 (5,923), 1 (6,742)" in data.describe()
+
+
+def test_micrographs(isbi2012: Path) -> None:
+    data = DiffusionData(isbi2012 / "image", crops=True)
+    assert (data.size, data.channels, data.flips) == ((64, 64), 1, True)
+    assert (len(data.train), len(data.val)) == (29 * 64, 64)

@@ -1,0 +1,463 @@
+"""Training in latents, from images and tiny components to a pipeline that diffusers reads."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file
+from torch.testing import assert_close
+from transformers import CLIPTokenizer
+
+from diffusion import training
+from diffusion.data.images import DiffusionData
+from diffusion.data.pixels import to_bytes, to_unit
+from diffusion.initial import chosen_noise, without_patches
+from diffusion.model import DiffusionUNet
+from diffusion.options import DiffusionOptions, SamplingOptions
+from diffusion.process.samplers import finish
+from diffusion.sampling import ImageSampler, image_seeds
+from diffusion.stable.autoencoder import Autoencoder
+from diffusion.stable.clip import ClipText
+from diffusion.stable.export import obstacle
+from diffusion.stable.folder import read_schedule
+from diffusion.stable.latents import LatentData
+from diffusion.stable.pipeline import StableDiffusion
+from diffusion.stable.recipe import PictureSettings
+from diffusion.training import DiffusionTask
+from scripts import sample_ddpm, train_ddpm, txt2img
+from tests.diffusion.stable.tiny_pipeline import SCHEDULER, SIDE, write_pipeline
+from unet import PRESETS, InputError
+from unet.files.images import write_image
+from unet.training.cli import run_script
+from unet.training.run import read_log
+
+COUNT = 30
+PROMPT = "a dog"
+SMALL = ("--batch-size", 8, "--evaluations", 1, "--log-every", 1, "--precision", "fp32")
+
+
+def run(module: Any, options: str, *arguments: object) -> int:
+    return run_script(module.main, getattr(module, options), list(map(str, arguments)))
+
+
+def run_train(*arguments: object) -> int:
+    return run(train_ddpm, "DiffusionOptions", *arguments)
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pipeline(tmp_path_factory.mktemp("sd") / "pipeline")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Reddish cats and bluish dogs, with captions."""
+    folder = tmp_path_factory.mktemp("pictures")
+    rng, lines = np.random.default_rng(0), []
+    for i in range(COUNT):
+        image = rng.integers(0, 60, (SIDE, SIDE, 3), np.uint8)
+        image[..., 2 * (i % 2)] += np.uint8(150)
+        write_image(folder / f"{i:02d}.png", image)
+        lines.append({"file_name": f"{i:02d}.png", "text": ("a cat", "a dog")[i % 2]})
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(pipeline: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of a model that was trained from scratch, which no test changes."""
+    out = tmp_path_factory.mktemp("runs") / "scratch"
+    arguments = ("--data", pictures, "--captions", "--latents", pipeline, "--out", out, *SMALL)
+    assert run_train(*arguments, "--steps", 40, "--width", 16, "--lr", 4e-3) == 0
+    return out
+
+
+def latent_data(pipeline: Path, pictures: Path, folder: Path, **values: Any) -> LatentData:
+    data = DiffusionData(pictures, **{"captions": True, **values})
+    return LatentData(data, Autoencoder.from_folder(pipeline), folder)
+
+
+def written(folder: Path) -> tuple[bytes, ...]:
+    names = ("moments.npy", "used.npy", "encoded.json")
+    return tuple((folder / name).read_bytes() for name in names)
+
+
+# -- from images to latents
+
+
+@pytest.mark.parametrize("shift", [None, 0.3])
+def test_latents_are_drawn_from_the_scaled_posterior_of_the_autoencoder(
+    pipeline: Path, pictures: Path, tmp_path: Path, shift: float | None
+) -> None:
+    shutil.copytree(pipeline / "vae", tmp_path / "vae")
+    file = tmp_path / "vae/config.json"
+    values = {"scaling_factor": 2.5, "shift_factor": shift}
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+    data = latent_data(tmp_path, pictures, tmp_path / "latents")
+    data.encode()
+    assert (data.size, data.channels, data.image_size) == ((8, 8), 4, (SIDE, SIDE))
+
+    index, theirs = data.train[3], AutoencoderKL.from_pretrained(tmp_path / "vae")
+    image = to_unit(torch.from_numpy(data.images([index]))).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        posterior = theirs.encode(image).latent_dist
+    samples = data.samples(seed=1)
+    drawn = torch.stack([samples[epoch, 3]["image"] for epoch in range(4000)])
+    assert torch.equal(drawn[7], data.samples(seed=1)[7, 3]["image"])
+    assert (drawn[0] != drawn[1]).any()
+    mean, std = 2.5 * (posterior.mean[0] - (shift or 0)), 2.5 * posterior.std[0]
+    assert (((drawn.mean(dim=0) - mean) / std).abs() < 6 / 4000**0.5).all()
+    assert (drawn.std(dim=0) / std - 1).abs().max() < 0.1
+
+    with torch.no_grad():
+        decoded = theirs.decode(posterior.mean).sample
+    assert_close(data.autoencoder.decode(mean[None]), decoded, atol=1e-4, rtol=0)
+    batch, _ = data.batch([index, data.val[0]])
+    assert torch.equal(batch, data.batch([index, data.val[0]])[0])
+    assert samples[0, 3]["caption"] == data.conditions([index])[0] == data.caption(index)
+    assert samples.name(3) == data.name(index)
+
+
+@pytest.mark.parametrize("ending", ["error", "signal"])
+def test_an_interrupted_encoding_goes_on_and_gives_the_same(
+    pipeline: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str
+) -> None:
+    latent_data(pipeline, pictures, tmp_path / "whole").encode()
+    data, calls = latent_data(pipeline, pictures, tmp_path / "parts"), []
+    encode = Autoencoder.encode
+
+    def counted(self: Autoencoder, images: torch.Tensor) -> Any:
+        calls.append(len(images))
+        if len(calls) == 3:
+            if ending == "error":
+                raise OSError("the disk is gone")
+            os.kill(os.getpid(), signal.SIGTERM)
+        return encode(self, images)
+
+    monkeypatch.setattr(Autoencoder, "encode", counted)
+    with pytest.raises((OSError, SystemExit)) as stop:
+        data.encode()
+    assert ending == "error" or stop.value.code == 128 + signal.SIGTERM
+    done = json.loads((tmp_path / "parts/encoded.json").read_text())["done"]
+    assert done == sum(calls[: 2 if ending == "error" else 3])
+    calls[:] = [0, 0, 0]
+    latent_data(pipeline, pictures, tmp_path / "parts").encode()
+    assert sum(calls) == COUNT - done
+    assert written(tmp_path / "parts") == written(tmp_path / "whole")
+    calls[:] = [0, 0, 0]
+    monkeypatch.setenv("RANK", "1")  # the other processes read what the main one has written
+    other = latent_data(pipeline, pictures, tmp_path / "parts")
+    other.encode()
+    assert not any(calls)
+    assert torch.equal(other.batch([0])[0], latent_of(pipeline, pictures, tmp_path / "whole"))
+
+
+def latent_of(pipeline: Path, pictures: Path, folder: Path) -> torch.Tensor:
+    data = latent_data(pipeline, pictures, folder)
+    data.encode()
+    return data.batch([0])[0]
+
+
+def test_latents_of_other_images_are_not_taken(
+    pipeline: Path, pictures: Path, tmp_path: Path
+) -> None:
+    latent_data(pipeline, pictures, tmp_path / "latents").encode()
+    other = write_pipeline(tmp_path / "v2", "v2")
+    weights = other / "vae/diffusion_pytorch_model.safetensors"
+    changed = AutoencoderKL.from_pretrained(other / "vae")
+    torch.nn.init.normal_(changed.quant_conv.weight)
+    weights.unlink()
+    changed.save_pretrained(other / "vae")
+    for data in (
+        latent_data(pipeline, pictures, tmp_path / "latents", size=32),
+        latent_data(other, pictures, tmp_path / "latents"),
+    ):
+        with pytest.raises(InputError, match="holds the latents of other images"):
+            data.encode()
+
+
+def test_an_unreadable_image_is_left_out_with_its_caption(
+    pipeline: Path, pictures: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(pictures, tmp_path / "pictures")
+    data = latent_data(pipeline, tmp_path / "pictures", tmp_path / "latents", skip_bad=True)
+    data.encode()
+    bad = data.train[0]
+    data.source._cache.clear()
+    Path(data.name(bad)).write_bytes(b"no image")
+    again = latent_data(pipeline, tmp_path / "pictures", tmp_path / "new", skip_bad=True)
+    again.encode()
+    for key in ((0, i) for i in range(len(again.train))):
+        sample, index = again.samples()[key], again.used(again.train[key[1]])
+        assert sample["caption"] == again.caption(index)
+    assert again.count == COUNT - 1
+
+
+# -- training
+
+
+def test_the_loss_falls(trained: Path) -> None:
+    losses = [e["loss"] for e in read_log(trained / "metrics.jsonl") if "loss" in e]
+    assert len(losses) == 40
+    assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:3])
+    pictures = {path.name for path in (trained / "samples").iterdir()}
+    assert {"forward.png", "samples-000040.png", "noise-000040.png"} <= pictures
+    model = DiffusionUNet.from_pretrained(trained / "model")
+    assert model.config.patch == 1
+    assert model.config.context_channels == 16
+    assert model.info["size"] == [SIDE, SIDE]
+    assert not any("text" in key for key in model.state_dict())
+
+
+def test_diffusers_reads_the_pipeline_strictly_and_generates_the_same(trained: Path) -> None:
+    folder = trained / "pipeline"
+    _, report = UNet2DConditionModel.from_pretrained(folder / "unet", output_loading_info=True)
+    assert not any(report.values())
+    theirs = StableDiffusionPipeline.from_pretrained(folder)
+    theirs.set_progress_bar_config(disable=True)
+    seeds = image_seeds(0, 2)
+    made = theirs(
+        prompt=[PROMPT] * 2,
+        num_inference_steps=5,
+        guidance_scale=3.0,
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        output_type="latent",
+    ).images
+    assert made.shape == (2, 4, 8, 8)
+    ours = StableDiffusion.from_pretrained(folder)
+    settings = PictureSettings(prompt=PROMPT, steps=5, sampler="ddim", guidance=3.0)
+    latents = finish(ours.sample(settings, seeds))
+    assert_close(latents, made, atol=1e-4, rtol=0)
+
+    options = SamplingOptions(steps=5, sampler="ddim", guidance=3.0)
+    model = DiffusionUNet.from_pretrained(trained / "model")
+    images = ImageSampler(model, options)(2, [PROMPT] * 2)
+    assert images.shape == (2, SIDE, SIDE, 3)
+    assert np.abs(images.astype(int) - ours.decode(latents)).max() <= 1
+
+
+def test_scripts_make_pictures_with_the_model_and_with_the_pipeline(
+    trained: Path, pictures: Path, tmp_path: Path
+) -> None:
+    prompt = ("--prompt", PROMPT, "--steps", 2, "--count", 2)
+    given = ("--model", trained / "pipeline", "--out", tmp_path / "a")
+    assert run(txt2img, "Txt2ImgOptions", *given, *prompt) == 0
+    image = pictures / "00.png"
+    write_image(tmp_path / "mask.png", 255 * np.eye(SIDE, dtype=np.uint8))
+    for name, more in {
+        "plain": ("--attention",),
+        "variants": ("--init", image),
+        "inpainted": ("--inpaint", image, "--mask", tmp_path / "mask.png"),
+        "between": ("--interpolate", image, pictures / "01.png"),
+    }.items():
+        given = ("--model", trained / "model", "--out", tmp_path / name)
+        assert run(sample_ddpm, "SampleOptions", *given, *prompt, *more) == 0
+        assert len(list((tmp_path / name / "images").iterdir())) == 2
+
+
+def test_a_model_without_its_parts_says_so(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = DiffusionUNet.from_pretrained(trained / "model")
+    model.info["autoencoder"] = str(tmp_path / "gone")
+    model.save_pretrained(tmp_path / "model")
+    given = ("--model", tmp_path / "model", "--out", tmp_path / "out", "--prompt", PROMPT)
+    assert run(sample_ddpm, "SampleOptions", *given) == 2
+    assert "use txt2img.py with the pipeline/ of its run" in capsys.readouterr().err
+
+
+@contextmanager
+def without_pictures() -> Iterator[pytest.MonkeyPatch]:
+    """Runs write no pictures, which take most of the time of a few steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("pictures", "forward_pictures"):
+            patch.setattr(DiffusionTask, name, lambda *_: {})
+        patch.setattr(training, "write_report", lambda *_: "none")
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def tuned(pipeline: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of a few steps from the pipeline's own weights, in attention alone."""
+    out = tmp_path_factory.mktemp("runs") / "tuned"
+    arguments = ("--data", pictures, "--captions", "--latents", pipeline, "--out", out, *SMALL)
+    more = ("--init", pipeline, "--trained", "attention", "--steps", 3, "--weight-decay", 0.1)
+    with without_pictures():
+        assert run_train(*arguments, *more) == 0
+    return out
+
+
+def test_training_attention_leaves_all_else_as_it_was(pipeline: Path, tuned: Path) -> None:
+    name = "unet/diffusion_pytorch_model.safetensors"
+    before, after = load_file(pipeline / name), load_file(tuned / "pipeline" / name)
+    assert before.keys() == after.keys()
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert changed == {key for key in before if ".attentions." in key}
+    model = DiffusionUNet.from_pretrained(tuned / "model")
+    schedule = read_schedule(pipeline)
+    assert model.info["schedule"] == schedule.noise.to_dict()
+    assert model.info["prediction"] == schedule.prediction == "eps"
+    written = read_schedule(tuned / "pipeline")
+    assert_close(written.noise.alpha_bar, schedule.noise.alpha_bar)
+    assert written.prediction == "eps"
+
+
+def test_noise_is_that_of_the_pipeline_unless_another_is_asked_for(pipeline: Path) -> None:
+    def noise(init: Path, **values: Any) -> tuple[Any, Any, str]:
+        return chosen_noise(DiffusionOptions(out=Path("unused"), init=str(init), **values))
+
+    for init in (pipeline, pipeline / "unet"):
+        schedule, prediction, told = noise(init)
+        assert (schedule.beta_start, prediction) == (SCHEDULER["beta_start"], "eps")
+        assert told.count(f"as of {pipeline}") == 2
+    schedule, prediction, told = noise(pipeline, noise="linear", timesteps=50, prediction="v")
+    assert (schedule.kind, schedule.steps, prediction) == ("linear", 50, "v")
+    assert "as of" not in told
+    assert noise(pipeline, zero_snr=True, prediction="v")[0].zero_snr
+    with pytest.raises(InputError, match="--timesteps 50 is not that of --init"):
+        noise(pipeline, timesteps=50)
+
+
+def test_an_interrupted_run_goes_on_with_resume_from_its_first_weights(
+    pipeline: Path, pictures: Path, tuned: Path, tmp_path: Path
+) -> None:
+    encode = Autoencoder.encode
+
+    def stopping(self: Autoencoder, images: torch.Tensor) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return encode(self, images)
+
+    arguments = ("--data", pictures, "--captions", "--latents", pipeline, "--out", tmp_path / "run")
+    more = ("--init", pipeline, "--trained", "attention", "--steps", 3, "--weight-decay", 0.1)
+    with without_pictures() as patch:
+        patch.setattr(Autoencoder, "encode", stopping)
+        assert run_train(*arguments, *more, *SMALL) == 128 + signal.SIGTERM
+        patch.setattr(Autoencoder, "encode", encode)
+        assert run_train("--out", tmp_path / "run", "--resume") == 0
+    name = "pipeline/unet/diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "run" / name).read_bytes() == (tuned / name).read_bytes()
+
+
+def test_what_diffusers_cannot_hold_is_said(
+    trained: Path,
+    pipeline: Path,
+    pictures: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = ("--data", pictures, "--latents", pipeline / "vae", *SMALL, "--width", 8)
+    with without_pictures():
+        assert run_train(*arguments, "--captions", "--out", tmp_path / "run", "--steps", 1) == 0
+    assert "no pipeline of this model: no CLIP reads its text" in capsys.readouterr().out
+    assert not (tmp_path / "run/pipeline").exists()
+    autoencoder = Autoencoder.from_folder(pipeline)
+    model = DiffusionUNet.from_pretrained(trained / "model")
+    assert obstacle(model, autoencoder) is None
+    assert "on pixels" in str(obstacle(model, None))
+    model.info["schedule"] |= {"kind": "sigmoid"}
+    assert "'sigmoid'" in str(obstacle(model, autoencoder))
+    info = model.info | {"schedule": {"kind": "cosine"}}
+    patched = DiffusionUNet(replace(model.config, patch=2), 4, info)
+    assert "patch=2" in str(obstacle(patched, autoencoder))
+    assert "variance" in str(obstacle(DiffusionUNet(model.config, 8, info), autoencoder))
+    autoencoder.shift = 0.1
+    assert "shift_factor" in str(obstacle(model, autoencoder))
+
+
+def test_levels_take_the_place_of_patches() -> None:
+    config = replace(PRESETS["diffusion"].config, patch=4)
+    changed = without_patches(config)
+    assert (changed.stride, changed.patch, changed.levels) == (config.stride, 1, config.levels + 2)
+    assert changed.attention_levels == (changed.levels - 1,)
+    assert without_patches(changed) == changed
+
+
+def test_the_mask_that_clip_is_given_is_its_tokenizer_s(pipeline: Path) -> None:
+    clip = ClipText.from_pretrained(pipeline)
+    texts = ["", "a cat", "a dog, " * 20]
+    whole = clip.encode(texts).context
+    clip.model.config.use_attention_mask = True
+    tokenizer = CLIPTokenizer.from_pretrained(pipeline / "tokenizer")
+    tokens = tokenizer(
+        texts, padding="max_length", max_length=16, truncation=True, return_tensors="pt"
+    )
+    with torch.no_grad():
+        masked = clip.model(tokens.input_ids, attention_mask=tokens.attention_mask)
+    assert_close(clip.encode(texts).context, masked.last_hidden_state)
+    assert not torch.equal(whole, clip.encode(texts).context)
+
+
+# -- refusals
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ((), "holds no autoencoder"),
+        (("--latents", "{}/unet"), "has _class_name 'UNet2DConditionModel'"),
+        (("--latents", "{}", "--size", 20), "a multiple of 8, such as 16"),
+        (("--latents", "{}", "--crops"), "leave out --crops and --flips"),
+        (("--latents", "{}", "--flips", "True"), "leave out --crops and --flips"),
+        (("--latents", "{}", "--channels", 1), "takes 3: leave out --channels"),
+        (("--text-encoder", "{}"), "--text-encoder .* has nothing to read: give --captions"),
+        (("--latents", "{}", "--captions", "--text-encoder", "{}/vae"), "has no tokenizer/"),
+        (("--latents", "{}", "--trained", "attention"), "give one with --init"),
+        (("--latents", "{}", "--init", "{}"), "reads text: give --captions"),
+    ],
+)
+def test_mistakes_are_told_in_a_sentence_before_anything_is_encoded(
+    pipeline: Path,
+    pictures: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    more: tuple[Any, ...],
+    told: str,
+) -> None:
+    given = [str(word).format(pipeline) for word in more]
+    latents = () if more else ("--latents", pictures)
+    out = tmp_path / "run"
+    assert run_train("--data", pictures, "--out", out, *SMALL, "--steps", 1, *latents, *given) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert re.search(told, error), error
+    assert not out.exists()
+
+
+def test_a_network_that_does_not_fit_its_text_or_task_is_refused(
+    pipeline: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(pipeline, tmp_path / "other")
+    file = tmp_path / "other/unet/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"cross_attention_dim": 32}))
+    given = ("--data", pictures, "--latents", pipeline, "--out", tmp_path / "run", "--steps", 1)
+    assert run_train(*given, "--captions", "--init", tmp_path / "other") == 2
+    assert "reads text of 32 channels" in capsys.readouterr().err
+    assert run_train(*given, "--init", pixels(tmp_path), "--trained", "attention") == 2
+    assert "spatial transformers" in capsys.readouterr().err
+
+
+def pixels(folder: Path) -> Path:
+    """A model without text, of four channels."""
+    config = replace(PRESETS["diffusion"].config, in_channels=4, channels=8, head_channels=None)
+    DiffusionUNet(config, 4).save_pretrained(folder / "plain")
+    return folder / "plain"
+
+
+def test_images_survive_the_way_there_and_back_in_shape(pipeline: Path) -> None:
+    autoencoder = Autoencoder.from_folder(pipeline)
+    mean, std = autoencoder.encode(torch.zeros(2, 3, 32, 48))
+    assert mean.shape == std.shape == (2, 4, *autoencoder.size(32, 48))
+    assert to_bytes(autoencoder.decode(mean)).shape == (2, 32, 48, 3)

@@ -1,0 +1,122 @@
+"""Training samples: what an epoch holds, weights that move with the masks, the picture."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from segmentation.data.augment import Augmentation
+from segmentation.data.dataset import SegmentationData
+from segmentation.data.pairs import pairs_from_arrays
+from segmentation.data.phantom import phantom_stack
+from segmentation.data.samples import CropSamples
+from segmentation.data.weights import border_weights
+from segmentation.losses import cross_entropy
+from segmentation.model import SegmentationUNet
+from segmentation.options import SegmentationOptions
+from segmentation.pictures import SAMPLES, augmented
+from unet import PRESETS
+
+FLIPS = Augmentation()
+
+
+@pytest.fixture(scope="module")
+def data() -> SegmentationData:
+    pairs = pairs_from_arrays(*phantom_stack(3, (64, 96), seed=2))
+    return SegmentationData(pairs[:2], pairs[2:])
+
+
+def test_an_epoch_sees_each_image_as_often_as_crops_fit(data):
+    samples = CropSamples(data, FLIPS, (32, 32), (32, 32))
+    assert len(samples) == 2 * (2 * 3)
+    assert [samples.name(i) for i in (0, 5, 6, 11)] == ["0", "0", "1", "1"]
+    assert len(CropSamples(data, FLIPS, (500, 500), (500, 500))) == 2
+
+
+def test_a_sample_depends_on_seed_epoch_and_index_alone(data):
+    make = lambda seed: CropSamples(data, FLIPS, (32, 32), (32, 32), seed=seed)  # noqa: E731
+    first, again = make(1)[3, 4], make(1)[3, 4]
+    assert all(torch.equal(first[k], again[k]) for k in first)
+    others = [make(2)[3, 4], make(1)[4, 4], make(1)[3, 5]]
+    assert not any(torch.equal(first["image"], other["image"]) for other in others)
+
+
+def test_weights_move_with_the_mask(data):
+    turned = Augmentation(rotation=180, scale=0.2, elastic=5)
+    samples = CropSamples(data, turned, (48, 48), (48, 48), border=(10.0, 5.0))
+    whole = samples.weights(0)
+    mask = data.load(0)[1]
+    np.testing.assert_allclose(whole, border_weights((mask == 1).astype(np.uint8)), rtol=1e-6)
+    # Every pair of mask and weight in a sample stands somewhere in the image.
+    known = set(zip(mask.ravel().tolist(), whole.numpy().ravel().tolist(), strict=True))
+    sample = samples[0, 0]
+    found = zip(sample["mask"].flatten().tolist(), sample["weight"].flatten().tolist(), strict=True)
+    assert set(found) <= known
+    assert sample["weight"].max() > 1
+
+
+def test_training_arrays_are_never_changed(data):
+    before = [a.copy() for a in data.load(0)]
+    noisy = Augmentation(brightness=1, contrast=1, gamma=1, blur=1, noise=1)
+    samples = CropSamples(data, noisy, (32, 32), (32, 32))
+    for i in range(len(samples)):
+        samples[0, i]["image"].zero_()
+    assert all(np.array_equal(a, b) for a, b in zip(before, data.load(0), strict=True))
+
+
+@pytest.mark.parametrize("border", [None, (10.0, 5.0)])
+def test_the_picture_shows_samples_with_masks(data, border):
+    samples = CropSamples(data, FLIPS, (32, 32), (32, 32), border=border)
+    picture = augmented(samples)
+    rows = SAMPLES // 8 * (2 if border is None else 3)
+    assert picture.size == (8 * 36 + 4, rows * 36 + 4)
+
+
+@pytest.mark.slow
+def test_preparing_a_batch_takes_at_most_a_quarter_of_a_step():
+    """With the default options, and with every kind of augmentation; the best of three."""
+    pairs = pairs_from_arrays(*phantom_stack(2, (512, 512), seed=2))
+    data = SegmentationData(pairs[:1], pairs[1:])
+    names = Augmentation.__dataclass_fields__
+    default = Augmentation(**{n: getattr(SegmentationOptions, n) for n in names})
+    model = SegmentationUNet(PRESETS["segmentation"].config, 1)
+    model.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(model.parameters())
+
+    def prepare(samples: CropSamples) -> tuple[torch.Tensor, torch.Tensor]:
+        batch = [samples[0, i % len(samples)] for i in range(SegmentationOptions.batch_size)]
+        return tuple(torch.stack([s[k] for s in batch]) for k in ("image", "mask"))
+
+    def step(image: torch.Tensor, mask: torch.Tensor) -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(image)
+        cross_entropy(logits, mask).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def seconds(work: Callable[..., object], *given: object) -> float:
+        times = []
+        for _ in range(4):
+            start = time.perf_counter()
+            work(*given)
+            times.append(time.perf_counter() - start)
+        return min(times[1:])
+
+    more = {
+        "scale": 0.2,
+        "brightness": 0.2,
+        "contrast": 0.2,
+        "gamma": 0.2,
+        "blur": 1.0,
+        "noise": 0.1,
+    }
+    for augmentation in (default, replace(default, **more)):
+        samples = CropSamples(data, augmentation, (256, 256), (256, 256))
+        share = seconds(prepare, samples) / seconds(step, *prepare(samples))
+        print(f"share of a step: {share:.3f}")
+        assert share <= 0.25

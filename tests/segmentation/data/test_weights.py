@@ -1,0 +1,174 @@
+"""Laws of the border weight map: the formula by brute force and by hand, symmetries, speed."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from PIL import Image
+from scipy import ndimage
+
+from segmentation.data.classes import IGNORE
+from segmentation.data.phantom import phantom_stack
+from segmentation.data.weights import are_parted_by_membranes, border_weights
+from unet.errors import InputError
+from unet.files.images import read_mask
+
+
+def brute_force(cells: np.ndarray, w0: float, sigma: float) -> np.ndarray:
+    """w0 exp(-(d1 + d2)^2 / (2 sigma^2)) from all pairs of pixels; `cells` is numbered from 1."""
+    h, w = cells.shape
+    borders = []
+    for number in range(1, cells.max() + 1):
+        border = [
+            (y, x)
+            for y, x in np.argwhere(cells == number)
+            for v, u in ((y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1))
+            if 0 <= v < h and 0 <= u < w and cells[v, u] != number
+        ]
+        if border:
+            borders.append(np.array(border))
+    weights = np.zeros((h, w))
+    for y, x in np.ndindex(h, w):
+        distances = sorted(np.hypot(*(b - (y, x)).T).min() for b in borders)
+        if len(distances) > 1:
+            weights[y, x] = w0 * math.exp(-((distances[0] + distances[1]) ** 2) / (2 * sigma**2))
+    return weights
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    shape=st.tuples(st.integers(1, 24), st.integers(1, 24)),
+    smooth=st.sampled_from([0.0, 0.7, 1.5]),
+    sigma=st.sampled_from([0.4, 1.0, 5.0]),
+)
+@settings(max_examples=60)
+def test_equals_the_formula_by_brute_force(
+    seed: int, shape: tuple[int, int], smooth: float, sigma: float
+) -> None:
+    noise = np.random.default_rng(seed).normal(size=shape)
+    mask = ndimage.gaussian_filter(noise, smooth) > 0 if smooth else noise > 0
+    expected = brute_force(ndimage.label(mask)[0], 10.0, sigma) + np.where(mask, 0.5, 2.0)
+    weights = border_weights(mask, 10.0, sigma, (2.0, 0.5))
+    np.testing.assert_allclose(weights, expected, rtol=1e-6, atol=1e-6)
+    assert weights.dtype == np.float32
+
+
+def test_cells_beyond_the_reach_of_each_other_change_nothing() -> None:
+    mask = np.zeros((40, 200), bool)
+    mask[10:20, 5:15] = mask[10:30, 60:90] = mask[15:18, 93:190] = True
+    expected = 1 + brute_force(ndimage.label(mask)[0], 10.0, 2.0)
+    np.testing.assert_allclose(border_weights(mask, sigma=2.0), expected, rtol=1e-6)
+
+
+def test_hand_made_example() -> None:
+    #             two columns of cell, three of background, two of cell; the image's edge is none
+    mask = np.array([[1, 1, 0, 0, 0, 1, 1]] * 3)
+    d1_plus_d2 = np.array([1 + 5, 0 + 4, 1 + 3, 2 + 2, 3 + 1, 4 + 0, 5 + 1])
+    row = np.where(mask[0], 3.0, 0.5) + 10 * np.exp(-(d1_plus_d2**2) / 50)
+    np.testing.assert_allclose(border_weights(mask, class_weights=(0.5, 3.0)), [row] * 3, rtol=1e-6)
+
+
+def test_without_a_second_cell_only_the_class_counts() -> None:
+    one = np.zeros((9, 9), bool)
+    one[2:5, 3:8] = True
+    for mask in (one, np.zeros((9, 9), bool), np.ones((9, 9), bool)):
+        np.testing.assert_array_equal(
+            border_weights(mask, class_weights=(1.0, 4.0)), np.where(mask, 4, 1)
+        )
+
+
+def test_diagonal_contact_does_not_join_cells() -> None:
+    mask = np.kron(np.eye(2, dtype=bool), np.ones((4, 4), bool))
+    assert border_weights(mask).max() > 10
+
+
+def test_numbered_cells_may_touch_and_a_mask_is_cells_of_one_number() -> None:
+    mask = np.array([[1, 1, 0, 1, 1, 1]] * 4, bool)
+    numbered = ndimage.label(mask)[0]
+    np.testing.assert_array_equal(border_weights(numbered), border_weights(mask))
+    np.testing.assert_array_equal(border_weights(mask.astype(np.uint8) * 255), border_weights(mask))
+    touching = np.array([[1, 1, 1, 7, 7, 7]] * 4)
+    row = 1 + 10 * np.exp(-(np.array([5, 3, 1, 1, 3, 5]) ** 2) / 50)
+    np.testing.assert_allclose(border_weights(touching), [row] * 4, rtol=1e-6)
+
+
+@pytest.mark.parametrize("turn", range(4))
+def test_turns_and_flips_with_the_mask(turn: int) -> None:
+    mask = ndimage.gaussian_filter(np.random.default_rng(3).normal(size=(30, 41)), 2) > 0
+    weights = border_weights(mask)
+    np.testing.assert_allclose(border_weights(np.rot90(mask, turn)), np.rot90(weights, turn))
+    np.testing.assert_allclose(border_weights(mask[:, ::-1]), weights[:, ::-1])
+
+
+def test_hundreds_of_cells_take_less_than_three_seconds() -> None:
+    y, x = np.mgrid[:512, :512]
+    mask = (y % 24 > 1) & (x % 24 > 1)
+    start = time.process_time()
+    weights = border_weights(mask)
+    assert time.process_time() - start < 3
+    assert ndimage.label(mask)[1] > 400
+    tile = brute_force(ndimage.label(mask[:73, :73])[0], 10.0, 5.0)
+    np.testing.assert_allclose(weights[:49, :49], 1 + tile[:49, :49], rtol=1e-6)
+
+
+def test_membranes_of_real_slices_are_heavier_than_their_cells(isbi2012: Path) -> None:
+    for i in range(0, 30, 6):
+        cells = np.asarray(Image.open(isbi2012 / f"label/{i}.png")) > 0
+        start = time.process_time()
+        weights = border_weights(cells)
+        assert time.process_time() - start < 3
+        assert weights[~cells].mean() > 2 * weights[cells].mean()
+
+
+@pytest.mark.parametrize(
+    ("labels", "options", "says"),
+    [
+        (np.zeros((2, 3, 4), bool), {}, r"labels \(H, W\)"),
+        (np.zeros((3, 4)), {}, "float64"),
+        (np.zeros((3, 4), bool), {"sigma": 0.0}, "sigma > 0"),
+        (np.zeros((3, 4), bool), {"w0": -1.0}, "w0 >= 0"),
+        (np.zeros((3, 4), bool), {"w0": math.nan}, "nan"),
+        (np.zeros((3, 4), bool), {"class_weights": (1.0,)}, "must be 2 numbers"),
+    ],
+)
+def test_wrong_arguments_are_refused(labels: Any, options: Any, says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        border_weights(labels, **options)
+
+
+def membranes() -> list[NDArray[np.uint8]]:
+    return list(phantom_stack(3, (128, 128), seed=4)[1] // 255)
+
+
+def test_cells_that_membranes_part_are_recognised(isbi2012: Path) -> None:
+    real = [read_mask(isbi2012 / f"label/{i}.png") // 255 for i in range(0, 30, 7)]
+    assert are_parted_by_membranes(membranes())
+    assert are_parted_by_membranes(real)
+
+
+@pytest.mark.parametrize("kind", ["blobs", "vessels", "two halves", "wide gaps", "nothing"])
+def test_other_masks_are_none_of_these(kind: str) -> None:
+    y, x = np.mgrid[:128, :128]
+    mask = {
+        "blobs": (y % 32 - 16) ** 2 + (x % 32 - 16) ** 2 < 100,  # less than half of the image
+        "vessels": membranes()[0] == 0,
+        "two halves": abs(x - 64) > 2,
+        "wide gaps": (y % 64 < 48) & (x % 128 < 90),
+        "nothing": np.zeros((128, 128), bool),
+    }[kind]
+    assert not are_parted_by_membranes([mask.astype(np.uint8)] * 2)
+
+
+def test_ignored_pixels_part_nothing() -> None:
+    masks = membranes()
+    for mask in masks:
+        mask[:, 40:100] = IGNORE
+    assert are_parted_by_membranes(masks)

@@ -1,0 +1,1 @@
+"""Image files in, pictures and files that are written whole out."""

@@ -1,0 +1,83 @@
+"""Images larger than memory: mapped for reading, written from top to bottom."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tifffile
+
+from unet.errors import InputError
+from unet.files.images import MAX_PIXELS, Array, ImageInfo, image_info, read_image
+from unet.files.writing import replacing
+
+MAX_SIDE = 2**20  # pixels of a mapped image
+
+
+def open_raster(path: Path, page: int | None = None, info: ImageInfo | None = None) -> Array:
+    """An image (H, W, C) to slice: decoded where it is small, else mapped from its file.
+
+    Mapped are uncompressed TIFF (grey or RGB, not turned) and NPY files, which `read_image` would
+    refuse for having more than MAX_PIXELS.
+
+    Args:
+        info: what `image_info` says of the file, where it is known already.
+
+    Raises:
+        InputError: as `read_image`; a large image that cannot be mapped.
+    """
+    info = info or image_info(path)
+    if info.height * info.width <= MAX_PIXELS:
+        return read_image(path, page)
+    if max(info.height, info.width) > MAX_SIDE:
+        raise InputError(
+            f"'{path}' has {info.height} x {info.width} pixels, more than {MAX_SIDE} a side: cut it"
+        )
+    pixels: Any
+    try:
+        if path.suffix.lower() == ".npy":
+            pixels = np.load(path, mmap_mode="r", allow_pickle=False)
+            pixels = pixels if page is None else pixels[page]
+        else:
+            pixels = tifffile.memmap(path, page=page or 0, mode="r")
+    except Exception as error:  # tifffile raises what a wrong byte leads it to
+        raise InputError(
+            f"'{path}' has {info.height} x {info.width} pixels, too many to decode at once: save "
+            "it as an uncompressed TIFF or NPY, which is read in parts"
+        ) from error
+    if pixels.ndim == 2:
+        pixels = pixels[..., None]
+    if pixels.shape[:2] != (info.height, info.width) or pixels.shape[2] < info.channels:
+        raise InputError(
+            f"'{path}' is stored as {pixels.shape}: save it unturned, its channels together"
+        )
+    return pixels[..., : info.channels]
+
+
+class BandWriter:
+    """A TIFF that is written a band at a time; see `writing_bands`."""
+
+    def __init__(self, path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+        kind = "rgb" if len(shape) == 3 else "minisblack"
+        mapped = tifffile.memmap(path, shape=shape, dtype=dtype, photometric=kind)
+        self.offset = int(mapped.offset)
+        self.row = mapped[:1].nbytes
+        del mapped
+        self.path, self.dtype = path, dtype
+
+    def write(self, top: int, band: Array) -> None:
+        """Writes rows from `top` on."""
+        # Through the file, not the map: a full disk is then an error instead of a bus error.
+        with self.path.open("rb+") as file:
+            file.seek(self.offset + top * self.row)
+            file.write(np.ascontiguousarray(band, self.dtype).tobytes())
+
+
+@contextmanager
+def writing_bands(path: Path, shape: tuple[int, ...], dtype: Any) -> Iterator[BandWriter]:
+    """A writer of (H, W) or (H, W, 3) in bands; at the end the file appears, whole."""
+    with replacing(path) as temporary:
+        yield BandWriter(temporary, shape, np.dtype(dtype))

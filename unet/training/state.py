@@ -1,0 +1,107 @@
+"""What of a run is saved, and how a run takes it up again."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import nn
+
+from unet.errors import InputError, said
+from unet.memory import ran_out_of_memory
+from unet.training.ema import EMA
+from unet.training.options import FitOptions
+from unet.training.plan import Progress
+from unet.training.run import RunFolder, rng_state, set_rng_state
+from unet.training.shard import load_whole, optimizer_parts, whole
+from unet.training.task import Processes
+from unet.weights.folder import check_fit
+
+
+class RunState:
+    """The weights, the optimizer and the random numbers of a run, as one dictionary.
+
+    Args:
+        model: as it is trained, without the wrapper of several processes.
+        optimizer: as the accelerator prepared it.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        ema: EMA | None,
+        optimizer: AcceleratedOptimizer,
+        processes: Processes,
+        options: FitOptions,
+    ) -> None:
+        self.accelerator, self.model, self.ema = accelerator, model, ema
+        self.optimizer, self.processes, self.options = optimizer, processes, options
+        self.file = RunFolder(options.out).state
+
+    def capture(self, progress: Progress, figures: Mapping[str, float]) -> dict[str, Any]:
+        """Tensors, numbers, strings, and lists of them: whole ones, whatever the processes share.
+
+        All processes call it.
+        """
+        scaler = self.accelerator.scaler
+        return {
+            **dataclasses.asdict(progress),
+            "figures": dict(figures),
+            "model": whole(self.model.state_dict()),
+            "ema": whole(self.ema.model.state_dict()) if self.ema else None,
+            "optimizer_name": self.options.optimizer,
+            "optimizer": whole(self.optimizer.state_dict()),
+            "scaler": scaler.state_dict() if scaler else None,
+            "rng": self.processes.gather(rng_state(self.accelerator.device)),
+        }
+
+    def restore(
+        self, state: Mapping[str, Any], say: Callable[[str], None]
+    ) -> tuple[Progress, dict[str, float]]:
+        """Goes on from what `capture` gave: where that run stood, and its best figures.
+
+        Raises:
+            InputError: it is of another network or optimizer, or no state at all.
+        """
+        try:
+            return self._restore(state, say)
+        except InputError:
+            raise
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            if ran_out_of_memory(error):
+                raise
+            raise InputError(f"{self.file} is no saved state of this run: {said(error)}") from error
+
+    def _restore(
+        self, state: Mapping[str, Any], say: Callable[[str], None]
+    ) -> tuple[Progress, dict[str, float]]:
+        check_fit(self.model.state_dict(), state["model"], str(self.file))
+        for key, mine in (("optimizer_name", self.options.optimizer), ("ema", self.ema)):
+            theirs = state[key]
+            if (theirs is None) != (mine is None) or (key == "optimizer_name" and theirs != mine):
+                raise InputError(
+                    f"{self.file} was saved with other settings of --optimizer or --ema: resume "
+                    f"with those of {self.options.out / 'config.yaml'}"
+                )
+        load_whole(self.model, state["model"])
+        if self.ema:
+            load_whole(self.ema.model, state["ema"])
+        settings = [
+            {k: v for k, v in group.items() if k != "params"}
+            for group in self.optimizer.param_groups
+        ]
+        self.optimizer.load_state_dict(optimizer_parts(state["optimizer"], self.optimizer))
+        for group, setting in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(setting)  # the options decide, not what was saved
+        if self.accelerator.scaler and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        if len(state["rng"]) == self.processes.count:
+            set_rng_state(self.accelerator.device, state["rng"][self.processes.rank])
+        else:
+            say("resuming with another number of processes: dropout starts from the seed")
+        names = {f.name for f in dataclasses.fields(Progress)} & state.keys()
+        return Progress(**{name: state[name] for name in names}), state["figures"]

@@ -1,0 +1,212 @@
+"""A model folder: `config.json`, which rebuilds the model, and `model.safetensors`."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from huggingface_hub import (
+    ModelHubMixin,
+    get_hf_file_metadata,
+    hf_hub_download,
+    hf_hub_url,
+)
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from unet.config import MOST_CHANNELS, UNetConfig
+from unet.errors import DiskError, InputError, said
+from unet.files.writing import JSON_BYTES, read_json, replacing, write_text
+from unet.model import UNet
+
+_REPO = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"  # owner/name on the Hub
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+_MOST_BYTES = {CONFIG: JSON_BYTES, WEIGHTS: 2**36}  # that are downloaded
+Model = TypeVar("Model", bound="FolderModel")
+
+
+class FolderModel(nn.Module, ModelHubMixin):
+    """A trunk with the head of one task, that saves to and loads from a model folder.
+
+    Args:
+        config: the trunk's shape.
+        out_channels: what the head puts out.
+        info: what else using the model needs, as JSON values (class values, image statistics, a
+            noise schedule ...); saved with it.
+    """
+
+    task: ClassVar[str]
+
+    def __init__(
+        self, config: UNetConfig, out_channels: int, info: Mapping[str, Any] | None = None
+    ) -> None:
+        super().__init__()
+        if not 1 <= out_channels <= MOST_CHANNELS:
+            raise InputError(f"out_channels={out_channels} must be from 1 to {MOST_CHANNELS}")
+        self.config = config
+        self.out_channels = out_channels
+        self.info: dict[str, Any] = dict(info or {})
+        self.trunk = UNet(config)
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *,
+        repo_id: str | None = None,
+        push_to_hub: bool = False,
+        **hub: Any,
+    ) -> str | None:
+        """Writes the folder; each file is replaced whole. `push_to_hub` uploads it as well."""
+        folder = Path(save_directory)
+        described = {
+            "task": self.task,
+            "out_channels": self.out_channels,
+            "unet": self.config.to_dict(),
+            "info": self.info,
+        }
+        # contiguous() also for channels_last weights: the file holds plain NCHW.
+        state = {k: v.detach().contiguous() for k, v in self.state_dict().items()}
+        file = folder / WEIGHTS
+        with replacing(file) as temporary:
+            try:
+                save_file(state, temporary, metadata={"format": "pt"})
+            except SafetensorError as error:  # which is how safetensors reports a full disk
+                raise DiskError(f"{file} cannot be written, is the disk full? {error}") from error
+        write_text(folder / CONFIG, json.dumps(described, indent=2) + "\n")
+        if push_to_hub:
+            return str(self.push_to_hub(repo_id=repo_id or folder.name, **hub))
+        return None
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]  # fewer options: the rest go to the download
+        cls: type[Model], path: str | Path, *, revision: str | None = None, **download: Any
+    ) -> Model:
+        """The model of a folder, or of a repository on the Hugging Face Hub, in evaluation mode.
+
+        Raises:
+            InputError: no such folder; a file is missing or unreadable; the model of another task;
+                weights that do not fit the config.
+        """
+        folder = Path(path)
+        # A path into a folder that is here was meant for this machine, mistyped as it may be.
+        here = folder.exists() or folder.parent.exists()
+        if not here and re.fullmatch(_REPO, str(path)):
+            folder = _download(str(path), revision=revision, **download)
+        described = read_config(folder)
+        if described["task"] != cls.task:
+            raise InputError(
+                f"{folder} holds a model for {described['task']}, but {cls.task} is asked for: "
+                "give the folder of such a model"
+            )
+        with torch.device("meta"):  # nothing is allocated before the shapes are checked
+            config = UNetConfig.from_dict(described["unet"])
+            model = cls(config, described["out_channels"], described["info"])
+        load_strictly(model, read_weights(folder), str(folder / WEIGHTS))
+        return model.eval()
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The checked `config.json` of a model folder: task, out_channels, unet, info."""
+    if not folder.is_dir():
+        raise InputError(f"{folder} is no folder: give a model folder, such as RUN/model")
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise InputError(
+                f"{folder} is no model folder, {name} is missing: a model folder holds {CONFIG} "
+                f"and {WEIGHTS}, as training writes them to RUN/model"
+            )
+    described = read_json(folder / CONFIG)
+    kinds = {"task": str, "out_channels": int, "unet": dict, "info": dict}
+    for name, kind in kinds.items():
+        if not isinstance(described.get(name), kind):
+            raise InputError(
+                f"{folder / CONFIG} lacks a valid {name!r}: it is no config of this project"
+            )
+    return described
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The weights of a model folder, by name."""
+    file = folder / WEIGHTS
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError, TypeError) as error:  # the last: a size that is too large
+        raise InputError(f"{file} cannot be read as safetensors weights: {said(error)}") from error
+
+
+def load_strictly(model: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
+    """Loads weights that must fit the model key by key and shape by shape.
+
+    A model built on the meta device becomes real. Tensors are copied, as those of a safetensors
+    file keep the whole file mapped.
+
+    Raises:
+        InputError: names the missing and superfluous keys and the shapes that differ.
+    """
+    check_fit(model.state_dict(), state, where)
+    copies = {k: v.clone(memory_format=torch.contiguous_format) for k, v in state.items()}
+    model.load_state_dict(copies, assign=True)
+
+
+def check_fit(model: Mapping[str, Tensor], state: Mapping[str, Tensor], where: str) -> None:
+    """Compares the keys and shapes of a state dict with those of a model.
+
+    Raises:
+        InputError: names the missing and superfluous keys, and the shapes that differ; integers
+            where the model has floating-point numbers, of 16 bits or more, and the reverse.
+    """
+    wanted = {k: tuple(v.shape) for k, v in model.items()}
+    given = {k: tuple(v.shape) for k, v in state.items()}
+    differences = [f"lacks {k} {wanted[k]}" for k in wanted if k not in given]
+    differences += [f"has an unknown {k} {given[k]}" for k in given if k not in wanted]
+    differences += [
+        f"has {k} with shape {given[k]} instead of {wanted[k]}"
+        for k in wanted
+        if k in given and given[k] != wanted[k]
+    ]
+    differences += [
+        f"has {k} of type {state[k].dtype} instead of {model[k].dtype}"
+        for k in wanted
+        if k in given
+        and (
+            state[k].is_floating_point() != model[k].is_floating_point()
+            or (state[k].is_floating_point() and state[k].element_size() < 2)
+        )
+    ]
+    if differences:
+        shown = "; ".join(differences[:8])
+        more = f"; and {len(differences) - 8} more" if len(differences) > 8 else ""
+        raise InputError(f"{where} does not fit the model: it {shown}{more}")
+
+
+def _download(repo_id: str, **options: Any) -> Path:
+    if not options.get("local_files_only"):
+        _check_sizes(repo_id, options)
+    try:
+        files = [hf_hub_download(repo_id, name, **options) for name in (CONFIG, WEIGHTS)]
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise InputError(
+            f"{repo_id} is neither a folder here nor a model that the Hub gives: {said(error)}"
+        ) from error
+    return Path(files[0]).parent
+
+
+def _check_sizes(repo_id: str, options: Mapping[str, Any]) -> None:
+    """Raises an InputError for files that are too large to be a model's."""
+    for name, most in _MOST_BYTES.items():
+        try:
+            url = hf_hub_url(repo_id, name, revision=options.get("revision"))
+            size = get_hf_file_metadata(url, token=options.get("token")).size
+        except Exception:  # whatever its transport raises: the download says what is wrong
+            return
+        if size is None or size > most:
+            raise InputError(
+                f"{name} of {repo_id} has {size or 'an unknown number of'} bytes on the Hub, "
+                f"but at most {most:,} are fetched"
+            )
