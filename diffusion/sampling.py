@@ -110,7 +110,7 @@ class ImageSampler:
         except InputError as error:
             raise InputError(
                 f"the model was trained with parts that cannot be read any more ({error}): use "
-                "txt2img.py with the pipeline/ of its run"
+                "txt2img with the pipeline/ of its run"
             ) from error
         return None
 

@@ -16,7 +16,7 @@ from tyro.conf import Positional
 
 from unet.errors import InputError
 from unet.presets import PRESETS
-from unet.training.cli import run_script
+from unet.training.cli import run_script, say_next
 
 if TYPE_CHECKING:
     from unet.weights.folder import FolderModel
@@ -48,6 +48,8 @@ def main(options: Options) -> None:
         facts = describe(options.model, options.size)
         text = table(facts)
     print(json.dumps(facts, indent=2) if options.json else text)
+    if options.list and not options.json:
+        say_next("describe", "sd-v1")
 
 
 def describe(name: str, size: int | None) -> dict[str, Any]:

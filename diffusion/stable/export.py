@@ -1,4 +1,4 @@
-"""A trained model as a diffusers pipeline folder, for `txt2img.py` and StableDiffusionPipeline."""
+"""A trained model as a diffusers pipeline folder, for `unet-txt2img` and StableDiffusionPipeline."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def scheduler_config(model: DiffusionUNet) -> dict[str, Any]:
         "steps_offset": 1,  # which diffusers asks of every pipeline; trailing steps have none
         "timestep_spacing": "trailing",
     }
-    PipelineSchedule.from_dict(values)  # as txt2img.py will read it
+    PipelineSchedule.from_dict(values)  # as txt2img will read it
     return values
 
 

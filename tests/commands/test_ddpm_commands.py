@@ -17,12 +17,12 @@ from diffusion.judging import evaluation, report
 from diffusion.judging.classifier import ClassifierUNet, classifier_config
 from diffusion.model import DiffusionUNet
 from diffusion.options import DiffusionOptions
-from scripts import eval_ddpm, sample_ddpm, train_classifier, train_ddpm
 from tests.forks import run_forked
 from unet.files.images import read_image, write_image
 from unet.training.cli import run_script
 from unet.training.config_file import load_config
 from unet.training.run import read_log
+from unet_diffusion import eval_ddpm, sample_ddpm, train_classifier, train_ddpm
 
 SMALL = ("--width", "8", "--batch-size", "4", "--evaluations", "1", "--log-every", "1")
 

@@ -1,4 +1,4 @@
-"""txt2img.py from the command line to the files, on a pipeline of a few random weights."""
+"""unet-txt2img from the command line to the files, on a pipeline of a few random weights."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from PIL import Image
 
 from diffusion.stable.recipe import read_recipe
-from scripts import txt2img
 from tests.diffusion.stable.tiny_pipeline import SIDE, write_pipeline
 from tests.forks import run_forked
 from unet.training.cli import run_script
+from unet_diffusion import txt2img
 
 PROMPT = ("--prompt", "a cat", "--negative", "dog", "--steps", 3)
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 from PIL import Image
 
-from scripts import demo, predict_seg, train_seg
 from segmentation.data.phantom import phantom_stack
 from segmentation.judging.evaluation import COARSE, evaluate
 from segmentation.model import SegmentationUNet
@@ -24,6 +23,7 @@ from unet.files.images import read_image, write_image
 from unet.training.cli import run_script
 from unet.training.config_file import load_config
 from unet.training.run import read_log
+from unet_diffusion import demo, predict_seg, train_seg
 
 SMALL = ("--width", "4", "--crop", "32", "--batch-size", "2", "--steps", "2", "--evaluations", "1")
 
@@ -402,7 +402,7 @@ def test_two_processes_share_the_images_to_predict(model_folder, tmp_path):
         (lambda m, i, o: (m / "model.safetensors").write_bytes(b"x"), "cannot be read as safe"),
         (lambda m, i, o: edit(m, task="diffusion"), "holds a model for diffusion"),
         (lambda m, i, o: edit(m, out_channels=2), "does not fit the model"),
-        (lambda m, i, o: edit(m, info={}), "was not saved by train_seg.py"),
+        (lambda m, i, o: edit(m, info={}), "was not saved by train-seg"),
         (lambda m, i, o: i.unlink(), "does not exist"),
         (lambda m, i, o: write_image(o / "x_mask.png", np.zeros((2, 2), np.uint8)), "--overwrite"),
     ],

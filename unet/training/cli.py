@@ -44,7 +44,7 @@ from unet.training.config_file import expected, field_types, load_config, neares
 T = TypeVar("T")
 
 COMPLETION = ("--tyro-print-completion", "--tyro-write-completion")
-SHELLS = ("bash", "zsh", "tcsh")
+SHELLS = ("bash", "zsh", "fish")
 
 _SMALLER = ("batch_size", "tile", "size", "crop")  # options that take memory
 _CONFIG_HELP = (
