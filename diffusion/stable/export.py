@@ -1,4 +1,4 @@
-"""A trained model as a diffusers pipeline folder, for `unet-txt2img` and StableDiffusionPipeline."""
+"""A trained model as a pipeline folder of diffusers, which `unet-txt2img` reads as well."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from segmentation.model import SegmentationUNet
 from segmentation.options import RECIPES, SegmentationOptions
 from segmentation.predict import Predictor
 from segmentation.training import load_data, make_model, train
-from tests.forks import run_forked
+from tests.forks import SCRIPTS, run_forked
 from unet import InputError, UNetConfig
 from unet.files.images import read_image, write_image
 from unet.training.cli import run_script
@@ -381,7 +381,7 @@ def test_two_processes_share_the_images_to_predict(model_folder, tmp_path):
     (images / "damaged.png").write_bytes(b"")
     arguments = ("--model", model_folder, "--input", images, "--out")
     assert run_predict(*arguments, tmp_path / "one") == 1
-    done = run_forked(predict_seg.__file__, *arguments, tmp_path / "two", processes=2)
+    done = run_forked(SCRIPTS / "predict_seg.py", *arguments, tmp_path / "two", processes=2)
     assert done.returncode != 0
     assert done.stdout.count("3 of 4 images predicted") == 1, done.stderr
     one, two = ({p.name: p for p in (tmp_path / n).iterdir()} for n in ("one", "two"))
