@@ -21,6 +21,7 @@ from unet.errors import InputError
 from unet.training.batches import Key, sample_rng
 from unet.training.fit import fit
 from unet.training.options import FitOptions
+from unet.training.plan import plan_fit
 from unet.training.run import is_main_process, run_folder
 from unet.training.task import Batch, Processes, Task
 from unet.weights.folder import FolderModel
@@ -111,11 +112,12 @@ def train(
     Raises:
         InputError: images without classes, or of one class only; options that do not fit.
     """
-    task = ClassifierTask(data, shift, options.seed)
-    torch.manual_seed(options.seed)
+    plan = plan_fit(options)
+    task = ClassifierTask(data, shift, plan.seed)
+    torch.manual_seed(plan.seed)
     config = classifier_config(task.size, task.channels, width)
     coarsest = math.prod(-(-n // config.stride) for n in task.size)
-    if options.batch_size // options.accumulate * coarsest < 2:
+    if plan.batch_size // plan.accumulate * coarsest < 2:
         raise InputError(
             f"a batch of one image of {task.size[0]} x {task.size[1]} is a single pixel at the "
             "coarsest level, and batch norm needs two to compare: give a larger --batch-size"
@@ -125,12 +127,19 @@ def train(
     if is_main_process():
         parameters = sum(p.numel() for p in model.parameters())
         print(f"{data.describe()}\nclassifier: {parameters / 1e6:.2f} M parameters", flush=True)
-    with run_folder(options):
+    with run_folder(plan):
         figures = fit(
-            Task(model=model, samples=task, loss=task.loss, evaluate=task.evaluate), options
+            Task(
+                model=model,
+                samples=task,
+                options=options,
+                loss=task.loss,
+                evaluate=task.evaluate,
+            ),
+            plan,
         )
     if is_main_process() and figures:
-        accuracy, model_folder = figures["accuracy"], options.out / "model"
+        accuracy, model_folder = figures["accuracy"], plan.out / "model"
         print(f"{accuracy:.2%} of {len(data.val):,} held-out images recognised: {model_folder}")
     return figures
 
