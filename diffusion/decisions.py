@@ -104,6 +104,7 @@ def decide(options: DiffusionOptions, data: Data) -> DiffusionPlan:
         optimizer,
         told_budget(options),
     )
+    info["training"] = {"data": data.describe().splitlines(), "run": told(decisions)}
     return DiffusionPlan(
         options=replace(
             options,

@@ -96,6 +96,8 @@ def decide(options: SegmentationOptions, data: SegmentationData) -> Segmentation
         told_budget(options),
         *judged,
     )
+    found = data.describe(names=False).splitlines()
+    info["training"] = {"data": found, "run": told(decisions)}
     return SegmentationPlan(
         options=replace(
             options,

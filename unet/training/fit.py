@@ -204,6 +204,8 @@ class Trainer:
             score = figures[name] if name == task.score else -figures[name]
         kept = score < progress.best or score == -math.inf
         if kept and self.main:
+            about = model.info.setdefault("training", {})
+            about["figures"] = {k: v for k, v in figures.items() if math.isfinite(v)}
             save = lambda: model.save_pretrained(self.folder.model)  # noqa: E731
             kept = self._written("the best weights", save)
         if kept:

@@ -38,7 +38,8 @@ class FolderModel(nn.Module, ModelHubMixin):
         config: the trunk's shape.
         out_channels: what the head puts out.
         info: what else using the model needs, as JSON values (class values, image statistics, a
-            noise schedule ...); saved with it.
+            noise schedule ...); saved with it. "training", where it is there, says for people what
+            the model was trained on: lines of "data" and "run", and the "figures" of its weights.
     """
 
     task: ClassVar[str]
