@@ -26,8 +26,8 @@ from segmentation.judging.isbi import THRESHOLDS, IsbiMetrics
 from segmentation.judging.metrics import ConfusionMatrix
 from segmentation.model import SegmentationUNet
 from segmentation.options import SegmentationOptions
-from segmentation.output import RasterSource
 from segmentation.predict import Predictor, Probability, classes
+from segmentation.segmenter import RasterSource
 from unet.errors import InputError
 
 Mask = NDArray[np.uint8]  # class indices (H, W)
