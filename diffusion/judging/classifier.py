@@ -6,7 +6,9 @@ their features to those of real images (`diffusion.judging.features`).
 
 from __future__ import annotations
 
+import json
 import math
+import shlex
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -24,6 +26,7 @@ from unet.training.options import FitOptions
 from unet.training.plan import plan_fit
 from unet.training.run import is_main_process, run_folder
 from unet.training.task import Batch, Processes, Task
+from unet.weights.card import Usage
 from unet.weights.folder import FolderModel
 
 PATCH = 2  # of the stem: three times as fast as whole pixels
@@ -78,6 +81,26 @@ class ClassifierUNet(FolderModel):
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, H, W) in [-1, 1], any size, to logits (B, out_channels)."""
         return self.head(self.features(x))
+
+    def usage(self, where: str) -> Usage:
+        return Usage(
+            title="Classifier with the contracting path of a U-Net",
+            summary="It judges generated images: whether they show the class that was asked for.",
+            pipeline_tag="image-classification",
+            tags=("classification",),
+            python=(
+                "from diffusion.judging.classifier import ClassifierUNet\n\n"
+                f"model = ClassifierUNet.from_pretrained({json.dumps(where)})\n"
+                "logits = model(images)  # (B, C, H, W) in [-1, 1] to (B, classes)"
+            ),
+            commands=(
+                f"unet-eval-ddpm --classifier {shlex.quote(where)} --model RUN/model --data images",
+            ),
+            facts={
+                "Images": f"{self.config.in_channels} channels",
+                "Classes": str(self.info.get("classes")),
+            },
+        )
 
 
 def classifier_config(size: tuple[int, int], channels: int, width: int) -> UNetConfig:

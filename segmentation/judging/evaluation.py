@@ -21,8 +21,8 @@ from segmentation.data.classes import IGNORE, ClassTable
 from segmentation.data.dataset import SegmentationData
 from segmentation.judging.isbi import THRESHOLDS, IsbiMetrics
 from segmentation.judging.metrics import ConfusionMatrix
-from segmentation.output import RasterSource
 from segmentation.predict import Predictor, Probability, classes
+from segmentation.segmenter import RasterSource
 from unet.errors import InputError
 
 Mask = NDArray[np.uint8]  # class indices (H, W)
