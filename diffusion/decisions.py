@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,17 @@ from unet import PRESETS, UNetConfig
 from unet.attention import SpatialTransformer
 from unet.device import pick_device
 from unet.errors import InputError
-from unet.training.options import OptimizerName
-from unet.training.plan import AS_ASKED, Decision, FitPlan, plan_fit, told, told_budget
+from unet.training.plan import (
+    AS_ASKED,
+    Decision,
+    FitPlan,
+    RunPlan,
+    choose_optimizer,
+    filled,
+    plan_fit,
+    told,
+    told_budget,
+)
 from unet.weights.folder import read_config
 
 PREDICTION: PredictionName = "v"  # where neither the user nor a pipeline says another
@@ -35,37 +44,25 @@ TEXT_CHANNELS = 128  # of a token of our own text encoder
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiffusionPlan:
+class DiffusionPlan(RunPlan):
     """All that the training of a diffusion model reads beside its data.
 
     Attributes:
         options: the command line with each choice filled in, which repeats the run.
-        decisions: what was decided and why.
         shift: above 1, noisy levels are trained on more often.
         label_dropout: share of the images that are shown without their class or caption.
         clip: what reads the captions; None: no captions, or a text encoder that is trained along.
-        init: what the weights start from; empty: random ones.
         attention_only: the rest of the network stays as it is.
     """
 
     options: DiffusionOptions
-    decisions: tuple[Decision, ...]
-    fit: FitPlan
-    network: UNetConfig
-    outputs: int
-    info: Mapping[str, Any]
     schedule: NoiseSchedule
     prediction: PredictionName
     weighting: Weighting
     shift: float
     label_dropout: float
     clip: ClipText | None
-    init: str
     attention_only: bool
-
-    def lines(self) -> list[str]:
-        """The decisions for people, a line each."""
-        return told(self.decisions)
 
 
 def decide(options: DiffusionOptions, data: Data) -> DiffusionPlan:
@@ -106,17 +103,8 @@ def decide(options: DiffusionOptions, data: Data) -> DiffusionPlan:
     )
     info["training"] = {"data": data.describe().splitlines(), "run": told(decisions)}
     return DiffusionPlan(
-        options=replace(
-            options,
-            batch_size=fit.batch_size,
-            optimizer=fit.optimizer,
-            lr=fit.lr,
-            momentum=fit.momentum,
-            beta2=fit.beta2,
-            width=width,  # which a resumed run must not choose anew
-            prediction=prediction,
-            shift=shift,
-        ),
+        # With the width, which a resumed run must not choose anew.
+        options=filled(options, fit, width=width, prediction=prediction, shift=shift),
         decisions=decisions,
         fit=fit,
         network=network,
@@ -150,20 +138,16 @@ def millions(parameters: Iterable[Parameter]) -> str:
 def chosen_fit(options: DiffusionOptions) -> tuple[FitPlan, Decision]:
     """Optimizer, rate and batch where none is named.
 
-    From random weights muon learns in the same time what adamw does not (docs/experiments.md); with
-    text it is untried, and weights that are given would be moved far by its steps. A rate alone is
-    taken for adamw's. At a high rate a network learns the look of images, but not what a text says
-    of places, which shows in the noisiest levels alone.
+    At a high rate a network learns the look of images, but not what a text says of places, which
+    shows in the noisiest levels alone.
     """
-    others = {
-        "with captions muon is untried": options.captions,
-        "muon's steps would move the weights of --init far": options.init,
-        "muon does not go with --shard": options.shard,
-        "--lr alone is taken for adamw's": options.lr is not None,
-    }
-    why = next((why for why, holds in others.items() if holds), "")
-    optimizer: OptimizerName = options.optimizer or ("adamw" if why else "muon")
-    why = AS_ASKED if options.optimizer else why or "learns fastest from random weights"
+    optimizer, why = choose_optimizer(
+        options,
+        {
+            "with captions muon is untried": options.captions,
+            "muon's steps would move the weights of --init far": options.init,
+        },
+    )
     lr, beta2 = (7e-4, 0.99) if options.captions else (2e-3, 0.999)
     if optimizer == "muon":
         lr *= 10

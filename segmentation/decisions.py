@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,8 +20,17 @@ from segmentation.options import BestBy, SegmentationOptions
 from unet import PRESETS, UNetConfig
 from unet.errors import InputError
 from unet.geometry import input_size, output_size
-from unet.training.options import OptimizerName
-from unet.training.plan import AS_ASKED, Decision, FitPlan, plan_fit, told, told_budget
+from unet.training.plan import (
+    AS_ASKED,
+    Decision,
+    FitPlan,
+    RunPlan,
+    choose_optimizer,
+    filled,
+    plan_fit,
+    told,
+    told_budget,
+)
 
 BATCH = 4  # crops a step
 CROP = 256  # usual side of a training crop
@@ -31,35 +39,23 @@ MEMBRANE_WEIGHT = 10.0  # w0 of 2015
 
 
 @dataclass(frozen=True, kw_only=True)
-class SegmentationPlan:
+class SegmentationPlan(RunPlan):
     """All that the training of a segmentation reads beside its data.
 
     Attributes:
         options: the command line with each choice filled in, which repeats the run.
-        decisions: what was decided and why.
         crop, target: height and width of a training crop, and of its part that is labelled.
         border: w0 and sigma of the border weights (arXiv 1505.04597, eq. 2); None: no weights.
         best_by: the figure that the kept weights are best for.
-        init: model folder whose weights to start from; empty: random weights.
     """
 
     options: SegmentationOptions
-    decisions: tuple[Decision, ...]
-    fit: FitPlan
-    network: UNetConfig
-    outputs: int
-    info: Mapping[str, Any]
     crop: tuple[int, int]
     target: tuple[int, int]
     augmentation: Augmentation
     border: tuple[float, float] | None
     loss: Loss
     best_by: BestBy
-    init: str
-
-    def lines(self) -> list[str]:
-        """The decisions for people, a line each."""
-        return told(self.decisions)
 
 
 def decide(options: SegmentationOptions, data: SegmentationData) -> SegmentationPlan:
@@ -99,16 +95,7 @@ def decide(options: SegmentationOptions, data: SegmentationData) -> Segmentation
     found = data.describe(names=False).splitlines()
     info["training"] = {"data": found, "run": told(decisions)}
     return SegmentationPlan(
-        options=replace(
-            options,
-            batch_size=fit.batch_size,
-            optimizer=fit.optimizer,
-            lr=fit.lr,
-            momentum=fit.momentum,
-            beta2=fit.beta2,
-            border_weight=border[0] if border else 0.0,
-            best_by=best_by,
-        ),
+        options=filled(options, fit, border_weight=border[0] if border else 0.0, best_by=best_by),
         decisions=decisions,
         fit=fit,
         network=network,
@@ -144,19 +131,10 @@ def chosen_network(options: SegmentationOptions, channels: int) -> UNetConfig:
 
 
 def chosen_fit(options: SegmentationOptions) -> tuple[FitPlan, Decision]:
-    """Optimizer and rate where none is named.
-
-    From random weights muon learns more in three minutes than adamw in eight (docs/experiments.md);
-    weights that are given would be moved far by its steps. A rate alone is taken for adamw's.
-    """
-    others = {
-        "muon's steps would move the weights of --init far": options.init,
-        "muon does not go with --shard": options.shard,
-        "--lr alone is taken for adamw's": options.lr is not None,
-    }
-    why = next((why for why, holds in others.items() if holds), "")
-    optimizer: OptimizerName = options.optimizer or ("adamw" if why else "muon")
-    why = AS_ASKED if options.optimizer else why or "learns fastest from random weights"
+    """Optimizer and rate where none is named."""
+    optimizer, why = choose_optimizer(
+        options, {"muon's steps would move the weights of --init far": options.init}
+    )
     lr, momentum = (0.08, 0.8) if optimizer == "muon" else (2e-3, 0.9)
     fit = plan_fit(options, batch_size=BATCH, optimizer=optimizer, lr=lr, momentum=momentum)
     return fit, Decision("optimizer", f"{optimizer} at {fit.lr:g}", why)

@@ -6,16 +6,18 @@ A task has one function that decides. What follows reads its plan, in which noth
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
+from unet.config import UNetConfig
 from unet.device import pick_device
 from unet.training.options import FitOptions, OptimizerName
 
 DEFAULT_MINUTES = 10.0  # of a run without a budget
 AS_ASKED = "as asked for"  # the reason of what was given
+Options = TypeVar("Options", bound=FitOptions)
 GPU_WORKERS = 4  # processes that prepare batches for a GPU
 
 
@@ -64,6 +66,57 @@ class FitPlan:
     save_every: int
     log_every: int
     tensorboard: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPlan:
+    """What every task decides; a task adds what is its own.
+
+    Attributes:
+        decisions: what was decided and why.
+        network, outputs, info: of the model, as `FolderModel` takes them.
+        init: model folder or pipeline whose weights to start from; empty: random weights.
+    """
+
+    decisions: tuple[Decision, ...]
+    fit: FitPlan
+    network: UNetConfig
+    outputs: int
+    info: Mapping[str, Any]
+    init: str
+
+    def lines(self) -> list[str]:
+        """The decisions for people, a line each."""
+        return told(self.decisions)
+
+
+def choose_optimizer(
+    options: FitOptions, against_muon: Mapping[str, object]
+) -> tuple[OptimizerName, str]:
+    """The optimizer where none is named, and why.
+
+    From random weights muon learns in minutes what adamw does not (docs/experiments.md).
+
+    Args:
+        against_muon: reasons to take adamw, and whether each of them holds.
+    """
+    if options.optimizer:
+        return options.optimizer, AS_ASKED
+    reasons = {
+        **against_muon,
+        "muon does not go with --shard": options.shard,
+        "--lr alone is taken for adamw's": options.lr is not None,
+    }
+    for why, holds in reasons.items():
+        if holds:
+            return "adamw", why
+    return "muon", "learns fastest from random weights"
+
+
+def filled(options: Options, fit: FitPlan, **decided: Any) -> Options:
+    """The command line with what was left open filled in, which repeats the run."""
+    names = ("batch_size", "optimizer", "lr", "momentum", "beta2")
+    return dataclasses.replace(options, **{n: getattr(fit, n) for n in names}, **decided)
 
 
 def plan_fit(
