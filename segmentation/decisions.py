@@ -188,14 +188,14 @@ def chosen_judgement(
         count == 2 and are_parted_by_membranes(data.load(i)[1] for i in list(data.train)[:JUDGED])
     )
     masks = f"{'' if membranes else 'no '}thin membranes part the cells of class 1"
-    w0, best_by = (MEMBRANE_WEIGHT, "v_rand") if membranes else (0.0, "loss")
+    w0 = MEMBRANE_WEIGHT if membranes else 0.0
     w0 = w0 if options.border_weight is None else options.border_weight
-    best: BestBy = options.best_by or best_by  # type: ignore[assignment]  # a pair's are str
+    best_by: BestBy = options.best_by or ("v_rand" if membranes else "loss")
     judged = [
-        Decision("kept weights", f"best by {best}", AS_ASKED if options.best_by else masks),
+        Decision("kept weights", f"best by {best_by}", AS_ASKED if options.best_by else masks),
         Decision("border weight", f"{w0:g}", masks if options.border_weight is None else AS_ASKED),
     ]
-    return (w0, options.border_sigma) if w0 else None, best, judged
+    return (w0, options.border_sigma) if w0 else None, best_by, judged
 
 
 def chosen_loss(options: SegmentationOptions, data: SegmentationData, outputs: int) -> Loss:
