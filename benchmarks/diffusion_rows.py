@@ -18,8 +18,9 @@ from diffusion.process.samplers import SamplerName, finish, sample
 from diffusion.process.schedule import NoiseSchedule
 from diffusion.stable.folder import read_unet
 from unet.device import training_format
+from unet.training.optimizer import make_optimizer
 from unet.training.options import FitOptions
-from unet.training.plan import make_optimizer
+from unet.training.plan import plan_fit
 
 _CHANNELS = (64, 128, 128)
 
@@ -62,7 +63,7 @@ def _ddpm_step(model: nn.Module, size: int, *, ours: bool, precision: str = "fp3
     schedule = NoiseSchedule(kind="linear")
     if ours:
         model.to(memory_format=training_format(x0.device))  # type: ignore[call-overload]
-        optimizer = make_optimizer(model, FitOptions(out=Path(), steps=1, lr=1e-4))
+        optimizer = make_optimizer(model, plan_fit(FitOptions(out=Path(), steps=1, lr=1e-4)))
 
         def loss() -> Tensor:
             with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):

@@ -21,8 +21,9 @@ from unet import PRESETS
 from unet.attention import Attention
 from unet.device import training_format
 from unet.memory import PREDICTED, keep_freed_memory
+from unet.training.optimizer import make_optimizer
 from unet.training.options import FitOptions
-from unet.training.plan import make_optimizer
+from unet.training.plan import plan_fit
 
 SIDE = 32  # pixels of a diffusion model's images
 
@@ -51,7 +52,7 @@ def _step(*, batch: int = 32, channels: int = 32) -> Work:
     x0, noise = random_image(batch, 3, SIDE, SIDE) * 2 - 1, random_image(batch, 3, SIDE, SIDE)
     t = torch.arange(batch) * 1000 // batch
     model.to(memory_format=training_format(x0.device))  # type: ignore[call-overload]
-    optimizer = make_optimizer(model, FitOptions(out=Path(), steps=1))
+    optimizer = make_optimizer(model, plan_fit(FitOptions(out=Path(), steps=1)))
     return trained(
         model, lambda: diffusion_loss(model, schedule, "v", x0, t, noise).mean(), optimizer
     )

@@ -19,8 +19,9 @@ from segmentation.predict import Predictor, TensorSource
 from unet import PRESETS
 from unet.device import training_format
 from unet.memory import PREDICTED, keep_freed_memory
+from unet.training.optimizer import make_optimizer
 from unet.training.options import FitOptions
-from unet.training.plan import make_optimizer
+from unet.training.plan import plan_fit
 
 MILESIAL = "MILESIAL_UNET"  # environment variable: a checkout of the classic PyTorch U-Net
 
@@ -30,7 +31,7 @@ def _segmentation_step(model: nn.Module, shape: tuple[int, ...], *, ours: bool) 
     mask = (random_image(shape[0], 1, *shape[2:]) > 0.5).float()
     if ours:  # as the trainer does
         model.to(memory_format=training_format(image.device))  # type: ignore[call-overload]
-        optimizer = make_optimizer(model, FitOptions(out=Path(), steps=1))
+        optimizer = make_optimizer(model, plan_fit(FitOptions(out=Path(), steps=1)))
     else:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 

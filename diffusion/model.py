@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +15,7 @@ from diffusion.text import TextEncoder, WordEncoder
 from unet.config import UNetConfig
 from unet.errors import InputError
 from unet.layers import make_activation, make_norm, unpatch, zero_init
+from unet.weights.card import Usage
 from unet.weights.folder import FolderModel
 
 LARGEST = 2**16  # pixels a side
@@ -61,7 +65,7 @@ class DiffusionUNet(FolderModel):
         if not isinstance(names, list | tuple) or not all(isinstance(n, str) for n in names):
             raise InputError(
                 "the model's config.json must give the names of its classes in info.classes, not "
-                f"{names!r:.200}: train it with train_ddpm.py"
+                f"{names!r:.200}: train it with train-ddpm"
             )
         return list(names)
 
@@ -93,6 +97,40 @@ class DiffusionUNet(FolderModel):
         null, device = self.config.classes - 1, next(self.parameters()).device
         indices = [null if w is None else int(w) for w in wanted]
         return {"classes": torch.tensor(indices, device=device)}
+
+    def usage(self, where: str) -> Usage:
+        facts, model, wanted, tag = {}, shlex.quote(where), "", "unconditional-image-generation"
+        schedule = self.info.get("schedule")
+        with suppress(InputError):  # which loading it will say
+            facts["Images"] = "{} x {} pixels, uint8".format(*self.size)
+            if "autoencoder" not in self.info:
+                facts["Images"] += f", {self.config.in_channels} channels"
+            if classes := self.classes:
+                facts["Classes"] = ", ".join(classes)
+        facts["Prediction"] = str(self.info.get("prediction"))
+        if isinstance(schedule, Mapping):
+            facts["Noise schedule"] = ", ".join(f"{k} {v}" for k, v in schedule.items())
+        if {"text", "text_encoder"} & self.info.keys():
+            tag, wanted = "text-to-image", ', prompts="a text"'
+            facts["Texts"] = "captions: give prompts, and guidance=3 for images closer to them"
+        if "autoencoder" in self.info:
+            facts["Latents"] = "of an autoencoder, which this folder does not hold"
+        return Usage(
+            title="U-Net for diffusion",
+            summary="It makes images out of noise.",
+            pipeline_tag=tag,
+            tags=("diffusion",),
+            python=(
+                "from diffusion import load\n\n"
+                f"sampler = load({json.dumps(where)})\n"
+                f"images = sampler(16, seed=0{wanted})  # uint8 (16, H, W, C)"
+            ),
+            commands=(
+                f"unet-sample-ddpm --model {model} --out samples"
+                + (' --prompt "a text"' if wanted else ""),
+            ),
+            facts=facts,
+        )
 
 
 def trained_size(info: Mapping[str, Any]) -> tuple[int, int]:

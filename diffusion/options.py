@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from unet.errors import InputError
-from unet.training.options import FitOptions
+from unet.training.options import FitOptions, OptimizerName
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,18 +18,18 @@ class DiffusionOptions(FitOptions):
     out: Path = Path("runs/ddpm")
     """Run folder to make: config.yaml, metrics.jsonl, samples/, model/, state/."""
 
-    batch_size: int | None = None  # type: ignore[assignment]  # none reaches `fit`: see `chosen`
+    batch_size: int | None = None
     """Images an optimizer step, over all processes and accumulated parts together; none given: 32,
     with adamw and without captions 64."""
 
-    optimizer: Literal["adamw", "muon", "sgd", "rmsprop"] | None = None  # type: ignore[assignment]
+    optimizer: OptimizerName | None = None
     """Optimizer. muon makes the steps of matrices orthogonal and leaves the rest to adamw. None
     given: muon, but with captions, --init, --shard or a --lr adamw."""
 
-    lr: float | None = None  # type: ignore[assignment]
+    lr: float | None = None
     """Highest learning rate; none given: 2e-3, with captions 7e-4, with muon ten times as much."""
 
-    beta2: float | None = None  # type: ignore[assignment]
+    beta2: float | None = None
     """Decay of adamw's mean of squared gradients; none given: 0.999, with captions 0.99."""
 
     weight_decay: float = 0.01
@@ -70,7 +70,7 @@ class DiffusionOptions(FitOptions):
 
     network: str = "auto"
     """auto: width and levels by image size, number of images and budget; or a preset
-    (scripts/describe.py --list shows them)."""
+    (unet describe --list shows them)."""
 
     width: int | None = None
     """Channels of the finest level, instead of the network's."""
@@ -111,30 +111,6 @@ class DiffusionOptions(FitOptions):
 
     shift: float | None = None
     """Above 1, noisy levels are trained on more often; none given: 1, with captions 3."""
-
-    def chosen(self) -> DiffusionOptions:
-        """These options, with an optimizer and noise levels for the data where none are named.
-
-        From random weights muon learns in the same time what adamw does not (docs/experiments.md);
-        with text it is untried, and weights that are given would be moved far by its steps. A rate
-        alone is taken for adamw's.
-
-        At a high rate a network learns the look of images, but not what a text says of places,
-        which shows in the noisiest levels alone.
-        """
-        lr, beta2, shift = (7e-4, 0.99, 3.0) if self.captions else (2e-3, 0.999, 1.0)
-        others = self.captions or self.init or self.shard or self.lr is not None
-        optimizer = self.optimizer or ("adamw" if others else "muon")
-        if optimizer == "muon":
-            lr *= 10
-        return replace(
-            self,
-            optimizer=optimizer,
-            batch_size=self.batch_size or (32 if self.captions or optimizer == "muon" else 64),
-            lr=lr if self.lr is None else self.lr,
-            beta2=beta2 if self.beta2 is None else self.beta2,
-            shift=shift if self.shift is None else self.shift,
-        )
 
     def __post_init__(self) -> None:
         super().__post_init__()

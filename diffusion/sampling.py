@@ -141,16 +141,46 @@ class ImageSampler:
             return denoiser
         return Clipped(denoiser, options.clip)
 
-    def class_index(self, name: str) -> int:
-        """The index of a class by its name.
+    def class_index(self, name: int | str) -> int:
+        """The index of a class by its name, or by itself.
 
         Raises:
             InputError: the model does not know it.
         """
-        if name not in self.classes:
+        if name in self.classes:
+            return self.classes.index(str(name))
+        if isinstance(name, str) or not 0 <= name < len(self.classes):
             known = f"knows {', '.join(self.classes)}" if self.classes else "was trained without"
             raise InputError(f"class {name!r} is none of the model's, which {known}")
-        return self.classes.index(name)
+        return int(name)
+
+    def wanted(
+        self,
+        numbers: Sequence[int],
+        classes: Sequence[int | str | None] = (),
+        prompts: Sequence[str] = (),
+    ) -> Wanted:
+        """The class or text of each of these images of a run, in turn; None: any.
+
+        Args:
+            numbers: of the images.
+            classes: their names or indices.
+            prompts: texts that images are to show. With neither, images are of every class in turn,
+                where the model knows classes.
+
+        Raises:
+            InputError: a class or texts that the model does not know; both of them; a text that is
+                too long.
+        """
+        if classes and prompts:
+            raise InputError("classes and prompts each say what an image shows: give one")
+        chosen: Wanted = list(range(len(self.classes))) or [None]
+        if classes:
+            chosen = [None if name is None else self.class_index(name) for name in classes]
+        if prompts:
+            self.text.tokenize(prompts)  # which refuses what is too long
+            chosen = prompts
+        return [chosen[i % len(chosen)] for i in numbers]
 
     @property
     def text(self) -> TextEncoder:
@@ -255,6 +285,6 @@ def _folder(model: DiffusionUNet, key: str) -> str:
 def _known(model: DiffusionUNet, key: str) -> Any:
     if key not in model.info:
         raise InputError(
-            f"the model's config.json has no {key!r} in its info: it was not made by train_ddpm.py"
+            f"the model's config.json has no {key!r} in its info: it was not made by train-ddpm"
         )
     return model.info[key]

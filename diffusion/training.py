@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,15 +14,8 @@ from torch import Tensor, nn
 
 from diffusion.data.images import DiffusionData
 from diffusion.data.pixels import to_bytes
-from diffusion.initial import (
-    PREDICTION,
-    chosen_config,
-    chosen_noise,
-    clip_folder,
-    freeze_all_but_attention,
-    initialise,
-    read_clip,
-)
+from diffusion.decisions import DiffusionPlan, clip_folder, decide
+from diffusion.initial import freeze_all_but_attention, initialise
 from diffusion.judging.report import SHOWN, few_steps, shown_conditions, spread, write_report
 from diffusion.model import DiffusionUNet
 from diffusion.options import DiffusionOptions
@@ -32,15 +23,14 @@ from diffusion.pictures import grid, rgb, table
 from diffusion.process.denoiser import Denoiser
 from diffusion.process.loss import diffusion_loss
 from diffusion.process.noise import NoiseSource
-from diffusion.process.schedule import NoiseSchedule
 from diffusion.stable.autoencoder import Autoencoder
 from diffusion.stable.export import obstacle, write_pipeline
 from diffusion.stable.latents import Data, LatentData, autoencoder_of
-from diffusion.text import PADDING, WordEncoder
+from diffusion.text import PADDING
 from unet.device import pick_device
 from unet.errors import Interrupted
 from unet.training.batches import Key, sample_rng
-from unet.training.config_file import save_config
+from unet.training.config_file import keep_config
 from unet.training.fit import fit
 from unet.training.run import RunFolder, is_main_process, run_folder
 from unet.training.task import Batch, Processes, Task
@@ -56,44 +46,47 @@ def train(options: DiffusionOptions) -> dict[str, float]:
     Raises:
         InputError: a mistake in the options or the data, before anything is trained.
     """
-    schedule, prediction, noise = chosen_noise(options)
-    options = replace(options.chosen(), prediction=prediction)
     data = load_data(options)
-    model, why = make_model(options, data, schedule)
-    if options.network == "auto" and not options.init:  # which a resumed run must not choose anew
-        options = replace(options, width=model.config.channels)
+    plan = decide(options, data)
+    model = make_model(plan)
     if is_main_process():
-        parameters = sum(p.numel() for p in model.parameters())
-        print(f"{data.describe()}\nnetwork: {parameters / 1e6:.2f} M parameters, {why}\n{noise}")
+        print("\n".join([data.describe(), *plan.lines()]))
         if isinstance(data, LatentData) and (why_not := obstacle(model, data.autoencoder)):
             print(f"diffusers will have no pipeline of this model: {why_not}")
         sys.stdout.flush()
-    task = DiffusionTask(options, data, schedule)
-    with run_folder(options):
+    task = DiffusionTask(plan, data)
+    with run_folder(plan.fit):
         if isinstance(data, LatentData):
-            _encode(data, options)
+            _encode(data, plan)
         figures = fit(
             Task(
                 model=model,
-                samples=NoisedSamples(data, options, model),
+                samples=NoisedSamples(data, plan, model),
+                options=plan.options,
+                decisions=plan.decisions,
                 loss=task.loss,
                 evaluate=task.evaluate,
                 first_pictures=task.forward_pictures,
                 pictures=task.pictures,
             ),
-            options,
+            plan.fit,
         )
         if is_main_process():
-            best = DiffusionUNet.from_pretrained(options.out / "model")
-            best.to(pick_device(options.device))
-            if "text_encoder" in best.info:
-                best.text = model.text  # as saved models do not hold it
-            print(f"report: {write_report(options.out, best, data, options.seed)}")
-            clip, autoencoder = clip_folder(options), autoencoder_of(data)
-            if clip and autoencoder and not obstacle(best, autoencoder):
-                write_pipeline(options.out / "pipeline", best, autoencoder, clip)
-                print(f"for txt2img.py --model and for diffusers: {options.out / 'pipeline'}")
+            _finish(plan, data, model)
     return figures
+
+
+def _finish(plan: DiffusionPlan, data: Data, model: DiffusionUNet) -> None:
+    """Draws the report of the best weights, and writes a pipeline where they make one."""
+    run = plan.fit.out
+    best = DiffusionUNet.from_pretrained(run / "model").to(pick_device(plan.fit.device))
+    if plan.clip:
+        best.text = model.text  # as saved models do not hold it
+    print(f"report: {write_report(run, best, data, plan.fit.seed)}")
+    folder, autoencoder = clip_folder(plan.options), autoencoder_of(data)
+    if folder and autoencoder and not obstacle(best, autoencoder):
+        write_pipeline(run / "pipeline", best, autoencoder, folder)
+        print(f"for txt2img --model and for diffusers: {run / 'pipeline'}")
 
 
 def load_data(options: DiffusionOptions) -> Data:
@@ -116,49 +109,26 @@ def load_data(options: DiffusionOptions) -> Data:
     return LatentData(images, autoencoder, options.out / "latents") if autoencoder else images
 
 
-def _encode(data: LatentData, options: DiffusionOptions) -> None:
+def _encode(data: LatentData, plan: DiffusionPlan) -> None:
     """Encodes the images; what a signal interrupts goes on with --resume."""
     try:
         data.encode()
     except Interrupted:
-        save_config(replace(options, resume=False), options.out / "config.yaml")
+        keep_config(plan.options, plan.fit.out, plan.lines())
         raise
 
 
-def make_model(
-    options: DiffusionOptions, data: Data, schedule: NoiseSchedule
-) -> tuple[DiffusionUNet, str]:
-    """The network for these images, with random weights or those of `--init`, and why this one."""
-    torch.manual_seed(options.seed)
-    clip, autoencoder = read_clip(options), autoencoder_of(data)
-    config, why = chosen_config(options, data, clip)
-    if options.classes:
-        config = replace(config, classes=len(data.classes) + 1)  # the last one stands for none
-    info: dict[str, Any] = {
-        "schedule": schedule.to_dict(),
-        "prediction": options.prediction or PREDICTION,
-        "size": list(data.image_size if isinstance(data, LatentData) else data.size),
-        "classes": list(data.classes) if options.classes else [],
-    }
-    if autoencoder:
-        info["autoencoder"] = str(autoencoder.folder)
-    if clip:
-        info["text_encoder"] = str(Path(str(clip_folder(options))).resolve())
-    elif config.context_channels is not None:
-        captions = (data.caption(i) for i in (*data.train, *data.val))
-        text = WordEncoder.from_captions(captions, width=config.context_channels)
-        info["text"] = text.to_dict()
-        why += f"; {len(text.vocabulary)} words, {text.longest - 1} in the longest caption"
-    model = DiffusionUNet(config, data.channels * (2 if options.learn_variance else 1), info)
-    if clip:
-        model.text = clip  # beside it, neither trained nor saved with it
-    if options.init and not (options.resume and RunFolder(options.out).state.exists()):
-        initialise(model, options.init)
-    if options.trained == "attention":
+def make_model(plan: DiffusionPlan) -> DiffusionUNet:
+    """The network of a plan, with random weights or those that it starts from."""
+    torch.manual_seed(plan.fit.seed)
+    model = DiffusionUNet(plan.network, plan.outputs, plan.info)
+    if plan.clip:
+        model.text = plan.clip  # beside it, neither trained nor saved with it
+    if plan.init and not (plan.fit.resume and RunFolder(plan.fit.out).state.exists()):
+        initialise(model, plan.init)
+    if plan.attention_only:
         freeze_all_but_attention(model)
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        why += f"; of which {trained / 1e6:.2f} M of the spatial transformers are trained"
-    return model, why
+    return model
 
 
 class NoisedSamples:
@@ -168,9 +138,10 @@ class NoisedSamples:
     numbers of processes see the same.
     """
 
-    def __init__(self, data: Data, options: DiffusionOptions, model: DiffusionUNet) -> None:
-        self.samples, self.seed = data.samples(options.seed), options.seed
-        self.null, self.dropout = (model.config.classes or 0) - 1, options.label_dropout
+    def __init__(self, data: Data, plan: DiffusionPlan, model: DiffusionUNet) -> None:
+        self.seed = plan.fit.seed
+        self.samples = data.samples(self.seed)
+        self.null, self.dropout = (model.config.classes or 0) - 1, plan.label_dropout
         self.text = model.text
 
     def __len__(self) -> int:
@@ -222,26 +193,24 @@ def stratified_timesteps(
 class DiffusionTask:
     """Loss, held-out figures and pictures of a diffusion model."""
 
-    def __init__(self, options: DiffusionOptions, data: Data, schedule: NoiseSchedule) -> None:
-        self.options, self.data, self.schedule = options.chosen(), data, schedule
-        self.prediction = options.prediction or PREDICTION
+    def __init__(self, plan: DiffusionPlan, data: Data) -> None:
+        self.plan, self.data = plan, data
+        self.schedule, self.prediction = plan.schedule, plan.prediction
         self.autoencoder = autoencoder_of(data)
-        self.padded = clip_folder(options) is None  # with CLIP, padding counts
+        self.padded = plan.clip is None  # with CLIP, padding counts
 
     def _loss(self, model: nn.Module, x0: Tensor, t: Tensor, noise: Tensor, **given: Any) -> Tensor:
         return diffusion_loss(model, self.schedule, self.prediction, x0, t, noise, **given)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        given: dict[str, Any] = {"weighting": self.options.weighting}
-        options = self.options
-        assert options.batch_size
+        given: dict[str, Any] = {"weighting": self.plan.weighting}
         t = stratified_timesteps(
             batch["position"],
             batch["place"],
-            options.batch_size,
+            self.plan.fit.batch_size,
             self.schedule.steps,
-            seed=options.seed,
-            shift=options.shift or 1.0,
+            seed=self.plan.fit.seed,
+            shift=self.plan.shift,
         )
         if "label" in batch:
             given["classes"] = batch["label"]
@@ -287,7 +256,7 @@ class DiffusionTask:
     def forward_pictures(self) -> Mapping[str, Image.Image]:
         """The forward process: one training image at rising noise levels (DDPM, eq. 4)."""
         x0, _ = self.data.batch(self.data.train[:1])
-        noise = NoiseSource([self.options.seed]).draw(x0.shape[1:])
+        noise = NoiseSource([self.plan.fit.seed]).draw(x0.shape[1:])
         levels = np.linspace(0, self.schedule.steps - 1, SHOWN_LEVELS).round().astype(int).tolist()
         rows: dict[str, list[Any]] = {"noisy image": [], "its signal": [], "its noise": []}
         titles = []
@@ -304,7 +273,7 @@ class DiffusionTask:
         return {"samples": grid(self._samples(model)), "noise": self._noise_table(model)}
 
     def _samples(self, model: DiffusionUNet) -> Any:
-        sampler = few_steps(model, self.options.seed, autoencoder=self.autoencoder)
+        sampler = few_steps(model, self.plan.fit.seed, autoencoder=self.autoencoder)
         return sampler(SHOWN, shown_conditions(self.data, SHOWN))
 
     def _shown(self, x: Tensor) -> Any:
@@ -315,7 +284,7 @@ class DiffusionTask:
     def _noise_table(self, model: DiffusionUNet) -> Image.Image:
         device = next(model.parameters()).device
         x0 = self.data.batch(self.data.val[:1])[0].to(device)
-        noise = NoiseSource([self.options.seed]).draw(x0.shape[1:]).to(device)
+        noise = NoiseSource([self.plan.fit.seed]).draw(x0.shape[1:]).to(device)
         denoiser = Denoiser(model, self.schedule, self.prediction)
         given = model.conditioning(self.data.conditions(self.data.val[:1]))
         last = self.schedule.steps - 1

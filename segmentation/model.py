@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, overload
 
 from torch import Tensor, nn
 
+from segmentation.data.classes import ClassTable
+from segmentation.data.normalisation import Normalisation
 from unet.config import UNetConfig
 from unet.errors import InputError
 from unet.layers import make_activation, make_norm, unpatch
 from unet.model import he_init
+from unet.weights.card import Usage
 from unet.weights.folder import FolderModel
 
 
@@ -73,3 +78,34 @@ class SegmentationUNet(FolderModel):
             return logits
         pairs = zip(self.coarse_heads, maps[1:-1], strict=True)
         return [*(head(m) for head, m in pairs), logits]
+
+    def usage(self, where: str) -> Usage:
+        facts = {}
+        try:
+            images = Normalisation.from_dict(self.info.get("normalisation", {}))
+            channels = len(images.mean)
+            kind = "grey (1 channel)" if channels == 1 else f"RGB ({channels} channels)"
+            facts["Images"] = f"{kind}, {images.dtype}, as stored: the model normalises them itself"
+            table = ClassTable.from_dict(self.info.get("classes", {}))
+            names = table.names or [f"class {i}" for i in range(len(table.values))]
+            pairs = zip(table.values, names, strict=True)
+            facts["Mask values"] = ", ".join(f"{value} ({name})" for value, name in pairs)
+        except InputError:  # which loading it will say
+            pass
+        model = shlex.quote(where)
+        return Usage(
+            title="U-Net for segmentation",
+            summary="It gives every pixel of an image a class.",
+            pipeline_tag="image-segmentation",
+            tags=("segmentation",),
+            python=(
+                "from segmentation import load\n\n"
+                f"model = load({json.dumps(where)})\n"
+                'mask = model("image.png")  # or an array (H, W) or (H, W, C)'
+            ),
+            commands=(
+                f"unet-predict-seg --model {model} --input images --out predictions",
+                f"unet-eval-seg --model {model} --data labelled --out scores",
+            ),
+            facts=facts,
+        )

@@ -1,14 +1,15 @@
-"""`SegmentationOptions`: the command line of `scripts/train_seg.py`. Free of torch."""
+"""`SegmentationOptions`: the command line of `unet-train-seg`. Free of torch."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from unet.errors import InputError
-from unet.training.options import FitOptions
+from unet.training.options import FitOptions, OptimizerName
 
+BestBy = Literal["loss", "dice", "v_rand"]
 RECIPES = Path(__file__).parent / "recipes"
 
 
@@ -16,17 +17,17 @@ RECIPES = Path(__file__).parent / "recipes"
 class SegmentationOptions(FitOptions):
     """Train a U-Net that labels every pixel of an image."""
 
-    batch_size: int = 4
-    """Crops an optimizer step, over all processes and accumulated parts together."""
+    batch_size: int | None = None
+    """Crops an optimizer step, over all processes and accumulated parts together; none given: 4."""
 
-    optimizer: Literal["adamw", "muon", "sgd", "rmsprop"] | None = None  # type: ignore[assignment]
+    optimizer: OptimizerName | None = None
     """Optimizer. muon makes the steps of matrices orthogonal and leaves the rest to adamw. None
     given: muon, but with --init, --shard or a --lr adamw."""
 
-    lr: float | None = None  # type: ignore[assignment]  # none reaches `fit`: see `chosen`
+    lr: float | None = None
     """Highest learning rate; none given: 2e-3, with muon 0.08."""
 
-    momentum: float | None = None  # type: ignore[assignment]
+    momentum: float | None = None
     """Momentum of muon, sgd and rmsprop, beta1 of adamw; none given: 0.9, with muon 0.8."""
 
     data: str = "phantom"
@@ -56,7 +57,7 @@ class SegmentationOptions(FitOptions):
     """Hold out these images instead: names, or ranges of their numbers such as 24-29."""
 
     network: str = "segmentation"
-    """Preset of the network (scripts/describe.py --list shows them)."""
+    """Preset of the network (unet describe --list shows them)."""
 
     width: int | None = None
     """Channels of the finest level, instead of the preset's."""
@@ -71,7 +72,7 @@ class SegmentationOptions(FitOptions):
     deep_supervision: bool = False
     """Judge the coarser levels of the decoder, too, each half as much as the next finer one."""
 
-    best_by: Literal["loss", "dice", "v_rand"] | None = None
+    best_by: BestBy | None = None
     """What the kept weights are best for on the held-out images: the cross-entropy, the mean Dice,
     or V_Rand, which wants closed membranes (the threshold between two classes is best for V_Rand,
     else for the mean Dice); none given: v_rand where thin membranes part the cells, else loss."""
@@ -125,23 +126,6 @@ class SegmentationOptions(FitOptions):
 
     noise: float = 0.1
     """Add noise of up to that many standard deviations of the grey values."""
-
-    def chosen(self) -> SegmentationOptions:
-        """These options, with an optimizer where none is named.
-
-        From random weights muon learns more in three minutes than adamw in eight
-        (docs/experiments.md); weights that are given would be moved far by its steps. A rate alone
-        is taken for adamw's.
-        """
-        others = self.init or self.shard or self.lr is not None
-        optimizer = self.optimizer or ("adamw" if others else "muon")
-        lr, momentum = (0.08, 0.8) if optimizer == "muon" else (2e-3, 0.9)
-        return replace(
-            self,
-            optimizer=optimizer,
-            lr=lr if self.lr is None else self.lr,
-            momentum=momentum if self.momentum is None else self.momentum,
-        )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,6 +1,10 @@
 """How a command ends early: a mistake that the user can mend, a run that cannot go on, a signal."""
 
+from __future__ import annotations
+
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _LONGEST = 6000  # characters of a message: a file's name can have 4096
 
@@ -18,6 +22,21 @@ class InputError(ValueError):
         text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
         half = _LONGEST // 2
         super().__init__(text if len(text) <= _LONGEST else f"{text[:half]} ... {text[-half:]}")
+
+
+@contextmanager
+def as_keywords(*names: str) -> Iterator[None]:
+    """For calls from Python: an InputError that says --batch-size says batch_size instead.
+
+    Args:
+        names: of the keywords.
+    """
+    try:
+        yield
+    except InputError as error:
+        flags = "|".join(name.replace("_", "-") for name in names)
+        text = re.sub(rf"--({flags})(?![\w-])", lambda m: m[1].replace("-", "_"), str(error))
+        raise InputError(text) from error
 
 
 class RunError(RuntimeError):

@@ -79,7 +79,8 @@ class EvalOptions:
 
 
 def main(options: EvalOptions) -> None:
-    from segmentation.judging.evaluation import evaluate, labelled_data
+    from segmentation.judging.evaluation import evaluate
+    from segmentation.judging.labelled import labelled_data
     from segmentation.judging.report import write_scores
     from segmentation.output import load_models
     from segmentation.predict import Predictor
@@ -110,7 +111,7 @@ def main(options: EvalOptions) -> None:
 def chosen_pairs(options: EvalOptions) -> tuple[SegmentationOptions, list[Pair]]:
     """Where the data are from, and the images to score."""
     from segmentation.data.pairs import split_pairs
-    from segmentation.judging.evaluation import held_out
+    from segmentation.judging.labelled import held_out
     from segmentation.training import find_data
 
     files = [Path(folder).parent / "config.yaml" for folder in options.model]

@@ -6,7 +6,9 @@ their features to those of real images (`diffusion.judging.features`).
 
 from __future__ import annotations
 
+import json
 import math
+import shlex
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -21,8 +23,10 @@ from unet.errors import InputError
 from unet.training.batches import Key, sample_rng
 from unet.training.fit import fit
 from unet.training.options import FitOptions
+from unet.training.plan import plan_fit
 from unet.training.run import is_main_process, run_folder
 from unet.training.task import Batch, Processes, Task
+from unet.weights.card import Usage
 from unet.weights.folder import FolderModel
 
 PATCH = 2  # of the stem: three times as fast as whole pixels
@@ -78,6 +82,26 @@ class ClassifierUNet(FolderModel):
         """(B, in_channels, H, W) in [-1, 1], any size, to logits (B, out_channels)."""
         return self.head(self.features(x))
 
+    def usage(self, where: str) -> Usage:
+        return Usage(
+            title="Classifier with the contracting path of a U-Net",
+            summary="It judges generated images: whether they show the class that was asked for.",
+            pipeline_tag="image-classification",
+            tags=("classification",),
+            python=(
+                "from diffusion.judging.classifier import ClassifierUNet\n\n"
+                f"model = ClassifierUNet.from_pretrained({json.dumps(where)})\n"
+                "logits = model(images)  # (B, C, H, W) in [-1, 1] to (B, classes)"
+            ),
+            commands=(
+                f"unet-eval-ddpm --classifier {shlex.quote(where)} --model RUN/model --data images",
+            ),
+            facts={
+                "Images": f"{self.config.in_channels} channels",
+                "Classes": str(self.info.get("classes")),
+            },
+        )
+
 
 def classifier_config(size: tuple[int, int], channels: int, width: int) -> UNetConfig:
     """A network for images of this size: levels until the coarsest map is about 4 x 4.
@@ -111,11 +135,12 @@ def train(
     Raises:
         InputError: images without classes, or of one class only; options that do not fit.
     """
-    task = ClassifierTask(data, shift, options.seed)
-    torch.manual_seed(options.seed)
+    plan = plan_fit(options)
+    task = ClassifierTask(data, shift, plan.seed)
+    torch.manual_seed(plan.seed)
     config = classifier_config(task.size, task.channels, width)
     coarsest = math.prod(-(-n // config.stride) for n in task.size)
-    if options.batch_size // options.accumulate * coarsest < 2:
+    if plan.batch_size // plan.accumulate * coarsest < 2:
         raise InputError(
             f"a batch of one image of {task.size[0]} x {task.size[1]} is a single pixel at the "
             "coarsest level, and batch norm needs two to compare: give a larger --batch-size"
@@ -125,12 +150,19 @@ def train(
     if is_main_process():
         parameters = sum(p.numel() for p in model.parameters())
         print(f"{data.describe()}\nclassifier: {parameters / 1e6:.2f} M parameters", flush=True)
-    with run_folder(options):
+    with run_folder(plan):
         figures = fit(
-            Task(model=model, samples=task, loss=task.loss, evaluate=task.evaluate), options
+            Task(
+                model=model,
+                samples=task,
+                options=options,
+                loss=task.loss,
+                evaluate=task.evaluate,
+            ),
+            plan,
         )
     if is_main_process() and figures:
-        accuracy, model_folder = figures["accuracy"], options.out / "model"
+        accuracy, model_folder = figures["accuracy"], plan.out / "model"
         print(f"{accuracy:.2%} of {len(data.val):,} held-out images recognised: {model_folder}")
     return figures
 

@@ -66,7 +66,7 @@ def unet_config(model: DiffusionUNet, autoencoder: Autoencoder) -> dict[str, Any
 def scheduler_config(model: DiffusionUNet) -> dict[str, Any]:
     """The `scheduler_config.json` of the model's noise schedule and prediction.
 
-    Steps are spread as `sample_ddpm.py` does it: the first one is at pure noise, the last one ends
+    Steps are spread as `unet-sample-ddpm` does it: the first one is at pure noise, the last one ends
     at the clean image.
 
     Raises:

@@ -80,8 +80,12 @@ class SegmentationData:
         mask = pair.read_mask()
         return instance_classes(mask, self.ignore_value) if self.instances else mask
 
-    def describe(self) -> str:
-        """What was found, for people: images, sizes, channels, bit depth, classes, split."""
+    def describe(self, *, names: bool = True) -> str:
+        """What was found, for people: images, sizes, channels, bit depth, classes, split.
+
+        Args:
+            names: name some of the images.
+        """
         infos = [pair.info for pair in self.pairs]
         sizes = sorted({(info.height, info.width) for info in infos})
         size = " to ".join(f"{h} x {w}" for h, w in dict.fromkeys((sizes[0], sizes[-1])))
@@ -90,6 +94,6 @@ class SegmentationData:
             lines.append(f"alpha channel dropped in {alphas} images")
         for part, indices in (("training", self.train), ("validation", self.val)):
             if indices:
-                names = some(self.pairs[index].name for index in indices)
-                lines.append(f"{part}: {len(indices)} images ({names})")
+                shown = f" ({some(self.pairs[i].name for i in indices)})" if names else ""
+                lines.append(f"{part}: {len(indices)} images{shown}")
         return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""train_ddpm.py, sample_ddpm.py, eval_ddpm.py: what they write, and their refusals."""
+"""unet-train-ddpm, unet-sample-ddpm, unet-eval-ddpm: what they write, and their refusals."""
 
 from __future__ import annotations
 

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from torch.utils.data import default_collate
 
 from diffusion.data.images import DiffusionData
+from diffusion.decisions import chosen_fit, decide
 from diffusion.model import DiffusionUNet
 from diffusion.networks import automatic_config
 from diffusion.options import DiffusionOptions
-from diffusion.process.schedule import NoiseSchedule
 from diffusion.text import PADDING
 from diffusion.training import (
     DiffusionTask,
@@ -45,7 +45,7 @@ def options(archive: Path, **values: Any) -> DiffusionOptions:
 
 
 def network(data: DiffusionData, **values: Any) -> DiffusionUNet:
-    return make_model(options(Path("unused"), **values), data, NoiseSchedule(kind="cosine"))[0]
+    return make_model(decide(options(Path("unused"), **values), data))
 
 
 # -- noise levels
@@ -121,7 +121,8 @@ def test_a_batch_in_parts_has_the_noise_levels_of_the_whole(
 
 def test_noise_and_level_belong_to_the_sample(archive: Path) -> None:
     data = DiffusionData(archive, classes=True)
-    samples = NoisedSamples(data, options(archive), network(data, classes=True))
+    plan = decide(options(archive, classes=True), data)
+    samples = NoisedSamples(data, plan, make_model(plan))
     first, again, later = samples[0, 3], samples[0, 3], samples[1, 3]
     assert torch.equal(first["noise"], again["noise"])
     assert not torch.equal(first["noise"], later["noise"])
@@ -135,22 +136,21 @@ def test_labels_are_dropped_as_often_as_asked_for(
     archive: Path, dropout: float, share: float
 ) -> None:
     data = DiffusionData(archive, classes=True)
-    samples = NoisedSamples(
-        data, options(archive, label_dropout=dropout), network(data, classes=True)
-    )
+    plan = decide(options(archive, classes=True, label_dropout=dropout), data)
+    samples = NoisedSamples(data, plan, make_model(plan))
     labels = [int(samples[e, i]["label"]) for e in range(20) for i in range(len(samples))]
     assert np.mean(np.array(labels) == 3) == pytest.approx(share, abs=0.03)
     assert set(labels) <= {0, 1, 2, 3}
     data = DiffusionData(archive)
-    without = NoisedSamples(data, options(archive), network(data))
+    without = NoisedSamples(data, decide(options(archive), data), network(data))
     assert "label" not in without[0, 0]
 
 
 def test_captions_are_dropped_as_often_as_asked_for_and_padded_to_one_length() -> None:
     data = DiffusionData("shapes", captions=True)
-    given = options(Path("shapes"), captions=True, label_dropout=0.3)
-    model, _ = make_model(given, data, NoiseSchedule(kind="cosine"))
-    samples = NoisedSamples(data, given, model)
+    plan = decide(options(Path("shapes"), captions=True, label_dropout=0.3), data)
+    model = make_model(plan)
+    samples = NoisedSamples(data, plan, model)
     assert model.text is not None
     empty = model.text.tokenize([""])[0]
     dropped = 0
@@ -166,11 +166,11 @@ def test_captions_are_dropped_as_often_as_asked_for_and_padded_to_one_length() -
 
 def test_a_loss_teaches_the_words_that_its_captions_have() -> None:
     data = DiffusionData("shapes", captions=True)
-    given, schedule = options(Path("shapes"), captions=True), NoiseSchedule(kind="cosine")
-    model, _ = make_model(given, data, schedule)
+    plan = decide(options(Path("shapes"), captions=True), data)
+    model = make_model(plan)
     for weight in (w for w in model.parameters() if not w.any()):  # what starts at zero
         torch.nn.init.normal_(weight, std=0.1)
-    task, samples = DiffusionTask(given, data, schedule), NoisedSamples(data, given, model)
+    task, samples = DiffusionTask(plan, data), NoisedSamples(data, plan, model)
     batch = default_collate([{**samples[0, i], "position": i} for i in range(2)])
     task.loss(model, batch).backward()
     assert model.text is not None
@@ -192,11 +192,11 @@ class Alone(Processes):
 
 
 def test_held_out_figures_are_the_same_each_time_and_in_any_number_of_parts(archive: Path) -> None:
-    given = options(archive, classes=True)
-    data, schedule = DiffusionData(archive, classes=True), NoiseSchedule(kind="cosine")
-    model, _ = make_model(given, data, schedule)
+    data = DiffusionData(archive, classes=True)
+    plan = decide(options(archive, classes=True), data)
+    model = make_model(plan)
     torch.nn.init.normal_(model.head.conv.weight, std=0.1)
-    task = DiffusionTask(given, data, schedule)
+    task = DiffusionTask(plan, data)
     with torch.no_grad():
         whole = task.evaluate(model.eval(), Processes())
         assert whole == task.evaluate(model, Processes())
@@ -207,10 +207,10 @@ def test_held_out_figures_are_the_same_each_time_and_in_any_number_of_parts(arch
 
 
 def test_the_loss_falls_on_the_noise_of_a_network_that_learns(archive: Path) -> None:
-    given = options(archive, batch_size=32)
-    data, schedule = DiffusionData(archive), NoiseSchedule(kind="cosine")
-    model, _ = make_model(given, data, schedule)
-    task, samples = DiffusionTask(given, data, schedule), NoisedSamples(data, given, model)
+    data = DiffusionData(archive)
+    plan = decide(options(archive, batch_size=32), data)
+    model = make_model(plan)
+    task, samples = DiffusionTask(plan, data), NoisedSamples(data, plan, model)
     keys = ("image", "noise", "place")
     batch = {k: torch.stack([samples[0, i][k] for i in range(32)]) for k in keys}
     batch["position"] = torch.arange(32)
@@ -232,7 +232,7 @@ def saved(path: Path, archive: Path, **values: Any) -> DiffusionUNet:
     """A model with random weights of its own, in a folder."""
     data = DiffusionData(values.pop("data", archive), **dict.fromkeys(values, True))
     torch.manual_seed(1)
-    model, _ = make_model(options(archive, seed=1, **values), data, NoiseSchedule(kind="cosine"))
+    model = make_model(decide(options(archive, seed=1, **values), data))
     for weight in model.parameters():
         torch.nn.init.normal_(weight)
     model.save_pretrained(path)
@@ -242,7 +242,7 @@ def saved(path: Path, archive: Path, **values: Any) -> DiffusionUNet:
 def started(path: Path, data: Path | str, **values: Any) -> DiffusionUNet:
     given = options(Path(data), init=str(path), **values)
     kinds = {k: v for k, v in values.items() if k in ("classes", "captions")}
-    return make_model(given, DiffusionData(data, **kinds), NoiseSchedule(kind="cosine"))[0]
+    return make_model(decide(given, DiffusionData(data, **kinds)))
 
 
 def same(a: DiffusionUNet, b: DiffusionUNet, prefix: str) -> bool:
@@ -301,20 +301,23 @@ def test_the_automatic_network_can_be_built_for_any_image(
 def test_text_is_learned_by_an_optimizer_and_a_start_of_its_own() -> None:
     text = DiffusionOptions(captions=True, width=8)
     plain = DiffusionOptions(width=8)
-    asked = text.chosen()
-    assert (asked.lr, asked.beta2, asked.shift, asked.batch_size) == (7e-4, 0.99, 3.0, 32)
-    asked = plain.chosen()
-    assert (asked.lr, asked.beta2, asked.shift, asked.batch_size) == (2e-2, 0.999, 1.0, 32)
-    adamw = replace(plain, optimizer="adamw").chosen()
-    assert (adamw.lr, adamw.batch_size) == (2e-3, 64)
+    fit, why = chosen_fit(text)
+    assert (fit.lr, fit.beta2, fit.batch_size) == (7e-4, 0.99, 32)
+    assert why.why == "with captions muon is untried"
+    fit, _ = chosen_fit(plain)
+    assert (fit.lr, fit.beta2, fit.batch_size) == (2e-2, 0.999, 32)
+    fit, why = chosen_fit(replace(plain, optimizer="adamw"))
+    assert (fit.lr, fit.batch_size, why.why) == (2e-3, 64, "as asked for")
     assert [
-        replace(plain, **given).chosen().optimizer
+        chosen_fit(replace(plain, **given))[0].optimizer
         for given in ({}, {"captions": True}, {"init": "a/model"}, {"shard": True}, {"lr": 1e-3})
     ] == ["muon", "adamw", "adamw", "adamw", "adamw"]
-    assert DiffusionOptions(captions=True, lr=1e-3).chosen().lr == 1e-3
+    assert chosen_fit(DiffusionOptions(captions=True, lr=1e-3))[0].lr == 1e-3
     for asked, starts_at_zero in ((text, False), (plain, True)):
         data = DiffusionData("shapes", captions=asked.captions)
-        model = make_model(asked, data, NoiseSchedule(kind="cosine"))[0]
+        plan = decide(asked, data)
+        model = make_model(plan)
+        assert plan.shift == plan.options.shift == (3.0 if asked.captions else 1.0)
         assert model.config.zero_init is starts_at_zero
         assert bool(model.head.conv.weight.any()) is not starts_at_zero
 

@@ -46,6 +46,7 @@ from unet.files.images import image_info, read_image, read_mask
 from unet.files.rasters import open_raster
 from unet.training.config_file import load_config, save_config
 from unet.training.fit import Trainer, fit
+from unet.training.plan import plan_fit
 from unet.training.run import RunFolder, read_log, run_folder
 from unet.weights.convert import to_layout
 from unet.weights.diffusers_config import config_to_diffusers
@@ -176,8 +177,8 @@ def toy_options(out: Path, *, resume: bool) -> ToyOptions:
 
 def write_run(folder: Path) -> None:
     options = toy_options(folder, resume=False)
-    with run_folder(options), contextlib.redirect_stdout(io.StringIO()):
-        fit(toy_task(options), options)
+    with run_folder(plan_fit(options)), contextlib.redirect_stdout(io.StringIO()):
+        fit(toy_task(options), plan_fit(options))
 
 
 def write_settings(folder: Path) -> None:
@@ -289,7 +290,7 @@ def _options(file: Path) -> None:
 def _resumed(file: Path) -> None:
     options = toy_options(file.parents[1], resume=True)
     with contextlib.redirect_stdout(io.StringIO()):
-        Trainer(toy_task(options), options)
+        Trainer(toy_task(options), plan_fit(options))
 
 
 def _latents(file: Path) -> None:

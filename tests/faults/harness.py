@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from unet.training.run import read_log
 
 ROOT = Path(__file__).parents[2]
-TOY = ROOT / "tests" / "unet" / "toy_training.py"
+TOY = ROOT / "tests" / "unet" / "training" / "toy_training.py"
 TIMES = {"seconds"}  # of the log's entries, those that no two runs share
 SOON = 60  # seconds within which anything must end that cannot go on
 

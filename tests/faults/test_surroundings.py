@@ -32,6 +32,7 @@ from tests.faults.harness import (
 from tests.unet.training.toy_training import ToyOptions, toy_task
 from unet.errors import RunError
 from unet.training.fit import fit
+from unet.training.plan import plan_fit
 from unet.training.run import RunFolder, run_folder
 
 TOY_RUN = ("--steps", 30, "--norm", "batch", "--log-every", 2, "--save-every", 3)
@@ -283,8 +284,8 @@ def test_a_step_that_is_not_finite_is_left_out_where_asked(tmp_path, capsys, fau
         nonfinite="skip",
         **{fault: 20},
     )
-    with run_folder(options):
-        fit(toy_task(options), options)
+    with run_folder(plan_fit(options)):
+        fit(toy_task(options), plan_fit(options))
     lines = capsys.readouterr().out.splitlines()
     told = [line for line in lines if line.startswith("left out: ")]
     assert len(told) == 3  # one of each epoch's three batches
@@ -303,8 +304,8 @@ def test_the_steps_that_are_not_left_out_are_those_of_any_run(tmp_path):
         options = ToyOptions(
             out=tmp_path / name, steps=6, norm="batch", nonfinite="skip", precision="fp32", **fault
         )
-        with run_folder(options):
-            fit(toy_task(options), options)
+        with run_folder(plan_fit(options)):
+            fit(toy_task(options), plan_fit(options))
         weights.append(RunFolder(options.out).load_state()["model"])
     assert_equal(*weights)
 
@@ -312,8 +313,8 @@ def test_the_steps_that_are_not_left_out_are_those_of_any_run(tmp_path):
 @pytest.mark.parametrize("fault", ["nan_at", "bad_gradient_at"])
 def test_a_step_that_is_not_finite_stops_the_run_otherwise(tmp_path, fault):
     options = ToyOptions(out=tmp_path / "run", steps=9, **{fault: 20})
-    with pytest.raises(RunError, match=r"disc-20\.png"), run_folder(options):
-        fit(toy_task(options), options)
+    with pytest.raises(RunError, match=r"disc-20\.png"), run_folder(plan_fit(options)):
+        fit(toy_task(options), plan_fit(options))
     weights = load_file(tmp_path / "run/model/model.safetensors")  # of an evaluation before it
     assert all(v.isfinite().all() for v in weights.values())
 
@@ -321,15 +322,18 @@ def test_a_step_that_is_not_finite_stops_the_run_otherwise(tmp_path, fault):
 def test_a_hundred_steps_left_out_in_a_row_stop_the_run(tmp_path, capsys):
     options = ToyOptions(out=tmp_path / "run", steps=400, nan_at=-2, nonfinite="skip")
     told = "99 steps in a row were left out, and the loss is nan"
-    with pytest.raises(RunError, match=told), run_folder(options):
-        fit(toy_task(options), options)
+    with pytest.raises(RunError, match=told), run_folder(plan_fit(options)):
+        fit(toy_task(options), plan_fit(options))
     assert capsys.readouterr().out.count("left out: ") == 99
 
 
 def test_a_run_that_is_never_judged_by_a_number_does_not_end_well(tmp_path):
     options = ToyOptions(out=tmp_path / "run", steps=2, nan_at=3, nonfinite="skip")  # is held out
-    with pytest.raises(RunError, match="no evaluation gave a finite loss"), run_folder(options):
-        fit(toy_task(options), options)
+    with (
+        pytest.raises(RunError, match="no evaluation gave a finite loss"),
+        run_folder(plan_fit(options)),
+    ):
+        fit(toy_task(options), plan_fit(options))
 
 
 # -- memory ---------------------------------------------------------------------------------------
@@ -337,8 +341,8 @@ def test_a_run_that_is_never_judged_by_a_number_does_not_end_well(tmp_path):
 
 def test_short_memory_is_told_with_an_estimate_and_a_cure(tmp_path):
     options = ToyOptions(out=tmp_path / "run", steps=3, memory=4)
-    with pytest.raises(RunError) as told, run_folder(options):
-        fit(toy_task(options), options)
+    with pytest.raises(RunError) as told, run_folder(plan_fit(options)):
+        fit(toy_task(options), plan_fit(options))
     text = str(told.value)
     assert text.startswith("the memory of cpu ran out at step 1: the backward pass needs about")
     sample, total = (float(text.split(unit)[0].split()[-1]) for unit in (" GiB a", " GiB for"))
@@ -347,8 +351,8 @@ def test_short_memory_is_told_with_an_estimate_and_a_cure(tmp_path):
     assert 4 * 8 * 16 * 16 * 4 < sample * 2**30 < 100 * 8 * 16 * 16 * 4
     assert "--accumulate 2 takes half of it" in text
     cured = ToyOptions(out=tmp_path / "run", steps=3, memory=4, accumulate=2, resume=True)
-    with run_folder(cured):
-        assert fit(toy_task(cured), cured)
+    with run_folder(plan_fit(cured)):
+        assert fit(toy_task(cured), plan_fit(cured))
 
 
 @pytest.mark.slow

@@ -17,8 +17,9 @@ from scipy import ndimage
 from segmentation import output
 from segmentation.data.phantom import phantom_stack
 from segmentation.model import SegmentationUNet
-from segmentation.output import FilePredictor, Slice, load_models, predict_files, without_specks
+from segmentation.output import FilePredictor, Slice, predict_files
 from segmentation.predict import Predictor
+from segmentation.segmenter import load_models, without_specks
 from unet import InputError, UNetConfig
 from unet.files.images import image_info, read_image, write_image
 from unet.files.rasters import open_raster, writing_bands

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from segmentation.data.phantom import phantom_stack
+from segmentation.decisions import chosen_fit, decide
 from segmentation.judging.evaluation import COARSE, evaluate
 from segmentation.model import SegmentationUNet
 from segmentation.options import RECIPES, SegmentationOptions
@@ -116,8 +117,12 @@ def test_a_stopped_and_resumed_training_is_that_of_one_sitting(folder, tmp_path)
 
 
 def test_the_demo_shows_what_it_says(tmp_path, capsys, monkeypatch):
-    less = {"report.MOST_COMPARED": 500, "report.JUDGED": 8, "report.FRAMES": 8}
-    less |= {"report.SHOWN": 9, "training.SHOWN": 9, "training.MOST_JUDGED": 16}
+    less = {
+        "judging.report.MOST_COMPARED": 500,
+        "judging.report.JUDGED": 8,
+        "judging.report.FRAMES": 8,
+    }
+    less |= {"judging.report.SHOWN": 9, "training.SHOWN": 9, "training.MOST_JUDGED": 16}
     for name, value in {**less, "training.LEAST_JUDGED": 16}.items():
         monkeypatch.setattr(f"diffusion.{name}", value)
     monkeypatch.setattr("segmentation.training.PHANTOM_SLICES", 6)
@@ -200,13 +205,13 @@ def test_a_trunk_trained_by_another_task_can_start_a_segmentation(folder, tmp_pa
 
     options = SegmentationOptions(out=tmp_path / "run", data=str(folder), width=8, crop=32)
     data = load_data(options)
-    config = make_model(options, data).config
+    config = decide(options, data).network
     teacher = DiffusionUNet(config, 3)
     teacher.save_pretrained(tmp_path / "teacher")
     options = SegmentationOptions(
         out=tmp_path / "run", data=str(folder), width=8, crop=32, init=str(tmp_path / "teacher")
     )
-    started, fresh = make_model(options, data), teacher.trunk.state_dict()
+    started, fresh = make_model(decide(options, data)), teacher.trunk.state_dict()
     assert all(torch.equal(v, fresh[k]) for k, v in started.trunk.state_dict().items())
 
 
@@ -245,7 +250,7 @@ def test_the_default_recipe_is_what_training_does_anyway():
 
 def test_the_optimizer_follows_the_weights_and_the_rate():
     chosen = [
-        SegmentationOptions(out=Path("run"), **given).chosen()
+        chosen_fit(SegmentationOptions(out=Path("run"), **given))[0]
         for given in ({}, {"init": "a/model"}, {"shard": True}, {"lr": 0.01}, {"optimizer": "muon"})
     ]
     assert [(c.optimizer, c.lr, c.momentum) for c in chosen] == [

@@ -8,6 +8,7 @@ import difflib
 import enum
 import reprlib
 import types
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -86,15 +87,34 @@ def load_config(cls: type, path: Path | str) -> dict[str, Any]:
     return values
 
 
-def save_config(config: Any, path: Path | str) -> None:
+def save_config(config: Any, path: Path | str, remarks: Iterable[str] = ()) -> None:
     """Write the dataclass instance `config` as YAML, such that ``--config path`` gives it again.
 
     The file is replaced whole: a kill leaves the old one or the new one.
+
+    Args:
+        remarks: lines of comment at its head.
     """
     values = {name: _encode(getattr(config, name)) for name in field_types(type(config))}
     # escaped to ASCII: PyYAML does not read back every other character that it writes, U+0085 say
     text = yaml.safe_dump(values, sort_keys=False)
-    write_text(Path(path), f"# The options of a run: --config with this file repeats it.\n{text}")
+    head = ["The options of a run: --config with this file repeats it.", *remarks]
+    comments = "".join(f"# {ascii(line)[1:-1].rstrip()}\n" for line in head)
+    write_text(Path(path), comments + text)
+
+
+def keep_config(options: Any, run: Path, remarks: Iterable[str] = ()) -> None:
+    """Write the options of a run to its folder; with --resume only where they are other ones.
+
+    A run that goes on finds its choices made, and knows no reasons any more.
+    """
+    file = run / "config.yaml"
+    saved = dataclasses.replace(options, resume=False)
+    if options.resume and file.is_file():
+        before = load_config(type(options), file)
+        if all(before.get(name) == getattr(saved, name) for name in field_types(type(options))):
+            return
+    save_config(saved, file, remarks)
 
 
 def _encode(value: Any) -> Any:

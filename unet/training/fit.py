@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 import math
 import time
@@ -21,18 +20,19 @@ from unet.device import pick_precision, training_format
 from unet.errors import DiskError, InputError, Interrupted, RunError
 from unet.files.writing import DISK_FULL
 from unet.training.batches import BatchKeys, make_batches, next_batch
-from unet.training.config_file import save_config
+from unet.training.config_file import keep_config
 from unet.training.ema import EMA
-from unet.training.options import FitOptions
-from unet.training.plan import Budget, Progress, make_optimizer
+from unet.training.optimizer import make_optimizer
+from unet.training.plan import FitPlan, told
 from unet.training.run import RunFolder, signals_caught, tensorboard
 from unet.training.shard import shard, whole
 from unet.training.state import RunState
 from unet.training.step import Stepper
 from unet.training.task import Batch, Processes, Task
+from unet.training.timetable import Progress, Timetable
 
 
-def fit(task: Task, options: FitOptions) -> dict[str, float]:
+def fit(task: Task, plan: FitPlan) -> dict[str, float]:
     """Trains a model and leaves its best weights in the run folder's model/.
 
     The caller holds the lock of the run folder (`RunFolder.locked`). The learning rate is planned
@@ -49,79 +49,79 @@ def fit(task: Task, options: FitOptions) -> dict[str, float]:
         RunError: the loss or the gradient is not finite.
         Interrupted: SIGINT or SIGTERM came; the state is saved.
     """
-    return Trainer(task, options).run()
+    return Trainer(task, plan).run()
 
 
 class Trainer:
     """The state of `fit`, with a method for each part of the loop."""
 
-    def __init__(self, task: Task, options: FitOptions) -> None:
-        self.task, self.options = task, options
-        self.folder = RunFolder(options.out)
-        on_cpu = options.device == "cpu" or not torch.accelerator.is_available()
+    def __init__(self, task: Task, plan: FitPlan) -> None:
+        self.task, self.plan = task, plan
+        self.folder = RunFolder(plan.out)
+        on_cpu = plan.device == "cpu" or not torch.accelerator.is_available()
         AcceleratorState._reset_state()  # of an earlier run in this process, in another precision
         self.accelerator = Accelerator(
             cpu=on_cpu,
-            mixed_precision=pick_precision(options.precision, PartialState(cpu=on_cpu).device),
-            gradient_accumulation_steps=options.accumulate,
+            mixed_precision=pick_precision(plan.precision, PartialState(cpu=on_cpu).device),
+            gradient_accumulation_steps=plan.accumulate,
         )
         self.device = self.accelerator.device
-        self.processes = Processes.started(options.device)
+        self.processes = Processes.started(plan.device)
         self.main = self.processes.main
         self.keys = BatchKeys(
             len(task.samples),
-            options.batch_size,
-            seed=options.seed,
-            accumulate=options.accumulate,
+            plan.batch_size,
+            seed=plan.seed,
+            accumulate=plan.accumulate,
             process=self.processes.rank,
             processes=self.processes.count,
         )
-        self.budget = Budget(options, len(task.samples))
+        self.timetable = Timetable(plan, len(task.samples))
 
         model = task.model.to(self.device).train()
-        model.trunk.checkpointing = options.checkpointing
-        self.whole = copy.deepcopy(model).cpu() if options.shard else None  # judged and saved
-        if not options.shard:  # which takes no other format
+        model.trunk.checkpointing = plan.checkpointing
+        self.whole = copy.deepcopy(model).cpu() if plan.shard else None  # judged and saved
+        if not plan.shard:  # which takes no other format
             model.to(memory_format=training_format(self.device))  # type: ignore[call-overload]
-        self.ema = EMA(model, options.ema) if options.ema else None
-        self.model = self.accelerator.prepare_model(model, evaluation_mode=options.shard)
-        if options.shard:
+        self.ema = EMA(model, plan.ema) if plan.ema else None
+        self.model = self.accelerator.prepare_model(model, evaluation_mode=plan.shard)
+        if plan.shard:
             averaged = [self.ema.model] if self.ema else []
             shard([model, *averaged], self.processes.count, self.device)
-        self.optimizer = self.accelerator.prepare(make_optimizer(model, options))
-        if options.compile:
+        self.optimizer = self.accelerator.prepare(make_optimizer(model, plan))
+        if plan.compile:
             model.compile()
         self.stepper = Stepper(
-            task, options, self.accelerator, self.model, self.optimizer, self.processes, self._say
+            task, plan, self.accelerator, self.model, self.optimizer, self.processes, self._say
         )
         self.progress = Progress()
         self.figures: dict[str, float] = {}  # of the best evaluation
         self.going_on = True  # a full disk may be passed over
         self.unwritten: set[str] = set()
         self.state = RunState(
-            self.accelerator, model, self.ema, self.optimizer, self.processes, options
+            self.accelerator, model, self.ema, self.optimizer, self.processes, plan
         )
-        set_seed(options.seed, device_specific=True)  # dropout differs between processes
-        if options.resume:
+        set_seed(plan.seed, device_specific=True)  # dropout differs between processes
+        if plan.resume:
             self._restore()
-        self.board = tensorboard(options, self.progress.step) if self.main else None
+        self.board = tensorboard(plan, self.progress.step) if self.main else None
         # Nothing of a run that is refused is left behind, so this comes last.
         if self.main:
             self.folder.samples.mkdir(parents=True, exist_ok=True)
-            save_config(dataclasses.replace(options, resume=False), options.out / "config.yaml")
+            keep_config(task.options, plan.out, told(task.decisions))
             if task.first_pictures and self.progress.step == 0:
                 for name, picture in task.first_pictures().items():
                     picture.save(self.folder.samples / f"{name}.png")
 
     def run(self) -> dict[str, float]:
-        progress, options = self.progress, self.options
+        progress, plan = self.progress, self.plan
         self.keys.start_step = progress.step
         on_gpu = self.device.type == "cuda"
-        workers = options.workers if options.workers is not None else (4 if on_gpu else 0)
+        workers = plan.workers if plan.workers is not None else (4 if on_gpu else 0)
         batches = make_batches(self.task.samples, self.keys, workers, pin=on_gpu)
         self.started = time.monotonic() - progress.seconds
         with signals_caught() as caught, closing(batches), self._bar() as bar:
-            while self.budget.share(progress) < 1:
+            while self.timetable.share(progress) < 1:
                 loss = self._step(batches)
                 progress.step += 1
                 if loss is not None:
@@ -129,12 +129,12 @@ class Trainer:
                     progress.loss_count += 1
                 signum = self._agree(max(caught, default=0))
                 self._advance(bar)
-                if progress.step % options.log_every == 0:
+                if progress.step % plan.log_every == 0:
                     self._log_training()
-                due = self.budget.evaluation_due(progress)
+                due = self.timetable.evaluation_due(progress)
                 if due:
                     self._evaluate()
-                if due or signum or progress.step % options.save_every == 0:
+                if due or signum or progress.step % plan.save_every == 0:
                     self.going_on = not signum
                     self._save_state()
                 if signum:
@@ -156,14 +156,14 @@ class Trainer:
         None: the loss or the gradient is not finite, and the step was left out.
         """
         try:
-            parts = [next_batch(batches) for _ in range(self.options.accumulate)]
+            parts = [next_batch(batches) for _ in range(self.plan.accumulate)]
         except (InputError, RunError):
             if self.progress.step and self.processes.count == 1:
                 self._save_state()  # of the last whole step
             raise
         for group in self.optimizer.param_groups:
-            lr = self.options.lr * group.get("lr_scale", 1.0)
-            group["lr"] = lr * self.budget.rate(self.progress)
+            lr = self.plan.lr * group.get("lr_scale", 1.0)
+            group["lr"] = lr * self.timetable.rate(self.progress)
         loss = self.stepper(parts, self.progress)
         if self.ema and loss is not None:
             self.ema.update(self.accelerator.unwrap_model(self.model), self.progress.step)
@@ -204,6 +204,8 @@ class Trainer:
             score = figures[name] if name == task.score else -figures[name]
         kept = score < progress.best or score == -math.inf
         if kept and self.main:
+            about = model.info.setdefault("training", {})
+            about["figures"] = {k: v for k, v in figures.items() if math.isfinite(v)}
             save = lambda: model.save_pretrained(self.folder.model)  # noqa: E731
             kept = self._written("the best weights", save)
         if kept:
@@ -287,14 +289,16 @@ class Trainer:
 
     def _bar(self) -> tqdm[Any]:
         """One line with loss, speed and time left; none where nobody watches (no terminal)."""
-        total = self.budget.steps or round(self.budget.seconds)
-        unit = "step" if self.budget.steps else "s"
+        total = self.timetable.steps or round(self.timetable.seconds)
+        unit = "step" if self.timetable.steps else "s"
         hidden = None if self.main else True
         return tqdm(total=total, unit=unit, disable=hidden, dynamic_ncols=True, smoothing=0.1)
 
     def _advance(self, bar: tqdm[Any]) -> None:
         progress = self.progress
-        done = progress.step if self.budget.steps else min(progress.seconds, self.budget.seconds)
+        done = (
+            progress.step if self.timetable.steps else min(progress.seconds, self.timetable.seconds)
+        )
         loss = progress.loss_sum / progress.loss_count if progress.loss_count else math.nan
         bar.set_postfix_str(
             f"loss {loss:.4f}, step {progress.step}, "
@@ -308,7 +312,7 @@ class Trainer:
         values = {
             "lr": self.optimizer.param_groups[0]["lr"],
             "gradient_norm": self.stepper.gradient_norm,
-            "epoch": progress.step * self.options.batch_size / len(self.task.samples),
+            "epoch": progress.step * self.plan.batch_size / len(self.task.samples),
             "seconds": round(progress.seconds, 3),
         }
         if progress.loss_count:

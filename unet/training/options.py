@@ -9,10 +9,15 @@ from typing import Literal
 
 from unet.errors import InputError
 
+OptimizerName = Literal["adamw", "muon", "sgd", "rmsprop"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class FitOptions:
-    """The part of a training script's options that `fit` reads."""
+    """The part of a training command's options that is about the loop.
+
+    What is None was not given: each task decides it, by its data (`unet.training.plan`).
+    """
 
     out: Path
     """Run folder to make: config.yaml, metrics.jsonl, samples/, model/, state/."""
@@ -29,24 +34,25 @@ class FitOptions:
     max_minutes: float | None = None
     """Budget: minutes of wall-clock time, evaluations included; the schedule is planned over it."""
 
-    batch_size: int = 8
-    """Samples an optimizer step, over all processes and accumulated parts together."""
+    batch_size: int | None = None
+    """Samples an optimizer step, over all processes and accumulated parts together; none given: 8.
+    """
 
     accumulate: int = 1
     """Parts in which each batch goes through the network, to save memory."""
 
-    optimizer: Literal["adamw", "muon", "sgd", "rmsprop"] = "adamw"
+    optimizer: OptimizerName | None = None
     """Optimizer. muon makes the steps of matrices orthogonal and leaves the rest to adamw; its --lr
-    is about 20 times adamw's."""
+    is about 20 times adamw's. None given: adamw."""
 
-    lr: float = 1e-3
-    """Highest learning rate."""
+    lr: float | None = None
+    """Highest learning rate; none given: 1e-3."""
 
-    momentum: float = 0.9
-    """Momentum of muon, sgd and rmsprop, beta1 of adamw."""
+    momentum: float | None = None
+    """Momentum of muon, sgd and rmsprop, beta1 of adamw; none given: 0.9."""
 
-    beta2: float = 0.999
-    """Decay of adamw's mean of squared gradients."""
+    beta2: float | None = None
+    """Decay of adamw's mean of squared gradients; none given: 0.999."""
 
     weight_decay: float = 0.0
     """Weight decay."""
@@ -116,7 +122,7 @@ class FitOptions:
                 "takes back that of a config file)"
             )
         for name in ("batch_size", "accumulate", "save_every", "log_every"):
-            value = getattr(self, name)  # None: a script chooses it by the data
+            value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"--{name.replace('_', '-')} {value} must be at least 1")
         for name in ("evaluations", "clip", "weight_decay", "seed"):

@@ -1,80 +1,169 @@
-"""A run's budget, where the run stands in it, and what follows: learning rate, evaluations."""
+"""What a training run will be: decided once, before it starts, from the options and the data.
+
+A task has one function that decides. What follows reads its plan, in which nothing is left open.
+"""
 
 from __future__ import annotations
 
-import math
+import dataclasses
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar
 
-import torch
-from torch import nn
-
-from unet.training.muon import Muon
-from unet.training.options import FitOptions
+from unet.config import UNetConfig
+from unet.device import pick_device
+from unet.training.options import FitOptions, OptimizerName
 
 DEFAULT_MINUTES = 10.0  # of a run without a budget
-EVALUATION_SHARE = 0.1  # of the minutes of a run, at most
+AS_ASKED = "as asked for"  # the reason of what was given
+Options = TypeVar("Options", bound=FitOptions)
+GPU_WORKERS = 4  # processes that prepare batches for a GPU
 
 
-@dataclass
-class Progress:
-    """Where a run stands, as it is saved and restored."""
+class Decision(NamedTuple):
+    """One thing that was decided: told before training, and kept in config.yaml."""
 
-    step: int = 0
-    seconds: float = 0.0  # of work so far, over all sittings
-    evaluated_step: int = 0  # of the last evaluation
-    evaluated_seconds: float = 0.0
-    evaluation_seconds: float = 0.0  # that the last evaluation took
-    best: float = math.inf
-    loss_sum: float = 0.0  # over the steps since the last line of the log
-    loss_count: int = 0
-    skipped: int = 0  # steps left out as their loss or gradient was not finite
+    what: str
+    value: str
+    why: str
 
 
-class Budget:
-    """Steps or seconds that a run may take."""
+class Budget(NamedTuple):
+    """What a run may take."""
 
-    def __init__(self, options: FitOptions, samples: int) -> None:
-        self.options = options
-        self.steps = options.steps
-        if options.epochs is not None:
-            self.steps = math.ceil(options.epochs * samples / options.batch_size)
-        self.seconds = 60 * (options.max_minutes or DEFAULT_MINUTES)  # without steps
-
-    def share(self, progress: Progress) -> float:
-        """The share that is used; of the minutes, the last evaluation's are set aside."""
-        if self.steps:
-            return progress.step / self.steps
-        return progress.seconds / max(self.seconds - progress.evaluation_seconds, 1e-9)
-
-    def rate(self, progress: Progress) -> float:
-        """The learning rate's factor: linear warm-up, then half a cosine (arXiv 1608.03983)."""
-        share, warmup = self.share(progress), self.options.warmup
-        if share < warmup:
-            one_step = 1 / self.steps if self.steps else 0.0
-            return min(1.0, (share + one_step) / warmup)
-        if self.options.schedule == "constant":
-            return 1.0
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, (share - warmup) / (1 - warmup))))
-
-    def evaluation_due(self, progress: Progress) -> bool:
-        count = self.options.evaluations
-        if self.steps:
-            done = count * progress.step // self.steps
-            return done > count * progress.evaluated_step // self.steps
-        spacing = max(self.seconds / max(count, 1), progress.evaluation_seconds / EVALUATION_SHARE)
-        return count > 0 and progress.seconds - progress.evaluated_seconds >= spacing
+    amount: float
+    unit: Literal["steps", "epochs", "minutes"]
 
 
-def make_optimizer(model: nn.Module, options: FitOptions) -> torch.optim.Optimizer:
-    """The optimizer that the options name."""
-    parameters, lr, decay = model.parameters(), options.lr, options.weight_decay
-    momentum = options.momentum
-    if options.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=decay)
-    if options.optimizer == "rmsprop":
-        return torch.optim.RMSprop(parameters, lr=lr, momentum=momentum, weight_decay=decay)
-    if options.optimizer == "muon":
-        beta2 = options.beta2
-        return Muon(model, lr=lr, momentum=momentum, beta2=beta2, weight_decay=decay)
-    betas = (momentum, options.beta2)
-    return torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=decay, fused=True)
+@dataclass(frozen=True, kw_only=True)
+class FitPlan:
+    """How `fit` trains. Fields that are not explained here are those of `FitOptions`."""
+
+    out: Path
+    resume: bool
+    budget: Budget
+    batch_size: int
+    accumulate: int
+    optimizer: OptimizerName
+    lr: float
+    momentum: float
+    beta2: float
+    weight_decay: float
+    schedule: Literal["cosine", "constant"]
+    warmup: float
+    clip: float
+    ema: float
+    precision: Literal["auto", "fp32", "bf16", "fp16"]
+    device: Literal["auto", "cpu"]
+    checkpointing: bool
+    shard: bool
+    compile: bool
+    nonfinite: Literal["stop", "skip"]
+    seed: int
+    workers: int
+    evaluations: int
+    save_every: int
+    log_every: int
+    tensorboard: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPlan:
+    """What every task decides; a task adds what is its own.
+
+    Attributes:
+        decisions: what was decided and why.
+        network, outputs, info: of the model, as `FolderModel` takes them.
+        init: model folder or pipeline whose weights to start from; empty: random weights.
+    """
+
+    decisions: tuple[Decision, ...]
+    fit: FitPlan
+    network: UNetConfig
+    outputs: int
+    info: Mapping[str, Any]
+    init: str
+
+    def lines(self) -> list[str]:
+        """The decisions for people, a line each."""
+        return told(self.decisions)
+
+
+def choose_optimizer(
+    options: FitOptions, against_muon: Mapping[str, object]
+) -> tuple[OptimizerName, str]:
+    """The optimizer where none is named, and why.
+
+    From random weights muon learns in minutes what adamw does not (docs/experiments.md).
+
+    Args:
+        against_muon: reasons to take adamw, and whether each of them holds.
+    """
+    if options.optimizer:
+        return options.optimizer, AS_ASKED
+    reasons = {
+        **against_muon,
+        "muon does not go with --shard": options.shard,
+        "--lr alone is taken for adamw's": options.lr is not None,
+    }
+    for why, holds in reasons.items():
+        if holds:
+            return "adamw", why
+    return "muon", "learns fastest from random weights"
+
+
+def filled(options: Options, fit: FitPlan, **decided: Any) -> Options:
+    """The command line with what was left open filled in, which repeats the run."""
+    names = ("batch_size", "optimizer", "lr", "momentum", "beta2")
+    return dataclasses.replace(options, **{n: getattr(fit, n) for n in names}, **decided)
+
+
+def plan_fit(
+    options: FitOptions,
+    *,
+    batch_size: int = 8,
+    optimizer: OptimizerName = "adamw",
+    lr: float = 1e-3,
+    momentum: float = 0.9,
+    beta2: float = 0.999,
+) -> FitPlan:
+    """The plan of a command line; the arguments are what a task decides where that says nothing."""
+    on_cpu = options.device == "cpu" or pick_device("auto").type == "cpu"
+    decided: dict[str, Any] = {
+        "batch_size": batch_size,
+        "optimizer": optimizer,
+        "lr": lr,
+        "momentum": momentum,
+        "beta2": beta2,
+        "workers": 0 if on_cpu else GPU_WORKERS,
+    }
+    values = {
+        field.name: getattr(options, field.name)
+        for field in dataclasses.fields(FitPlan)
+        if getattr(options, field.name, None) is not None
+    }
+    return FitPlan(**{**decided, **values, "budget": given_budget(options)})
+
+
+def given_budget(options: FitOptions) -> Budget:
+    """The budget that the options name, else ten minutes."""
+    if options.steps is not None:
+        return Budget(options.steps, "steps")
+    if options.epochs is not None:
+        return Budget(options.epochs, "epochs")
+    return Budget(options.max_minutes or DEFAULT_MINUTES, "minutes")
+
+
+def told_budget(options: FitOptions) -> Decision:
+    """The budget as a decision."""
+    amount, unit = given_budget(options)
+    given = any((options.steps, options.epochs, options.max_minutes))
+    return Decision("budget", f"{amount:g} {unit}", AS_ASKED if given else "the default")
+
+
+def told(decisions: Iterable[Decision]) -> list[str]:
+    """A line for each decision, in columns."""
+    decisions = list(decisions)
+    widths = [max((len(d[i]) for d in decisions), default=0) for i in (0, 1)]
+    return [f"{d.what:{widths[0]}}  {d.value:{min(widths[1], 40)}}  ({d.why})" for d in decisions]

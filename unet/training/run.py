@@ -25,7 +25,7 @@ from torch import Tensor
 
 from unet.errors import DiskError, InputError
 from unet.files.writing import replacing, write_text
-from unet.training.options import FitOptions
+from unet.training.plan import FitPlan
 from unet.weights.pickles import load_pickle
 
 _PARTS = ("config.yaml", "metrics.jsonl", "samples", "model", "state")
@@ -120,12 +120,12 @@ def is_main_process() -> bool:
 
 
 @contextmanager
-def run_folder(options: FitOptions) -> Iterator[None]:
+def run_folder(plan: FitPlan) -> Iterator[None]:
     """Locks the run folder of a command line, in the main process."""
     if not is_main_process():
         yield
         return
-    with RunFolder(options.out).locked(resume=options.resume):
+    with RunFolder(plan.out).locked(resume=plan.resume):
         yield
 
 
@@ -164,9 +164,9 @@ def signals_caught() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def tensorboard(options: FitOptions, step: int) -> Any:
+def tensorboard(plan: FitPlan, step: int) -> Any:
     """A writer of TensorBoard events where the options ask for one."""
-    if not options.tensorboard:
+    if not plan.tensorboard:
         return None
     try:
         from torch.utils.tensorboard import SummaryWriter
@@ -174,7 +174,7 @@ def tensorboard(options: FitOptions, step: int) -> Any:
         raise InputError(
             "--tensorboard needs the package tensorboard: pip install tensorboard"
         ) from error
-    return SummaryWriter(options.out / "tensorboard", purge_step=step + 1)
+    return SummaryWriter(plan.out / "tensorboard", purge_step=step + 1)
 
 
 def rng_state(device: torch.device) -> dict[str, Tensor]:

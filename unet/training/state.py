@@ -13,11 +13,11 @@ from torch import nn
 from unet.errors import InputError, said
 from unet.memory import ran_out_of_memory
 from unet.training.ema import EMA
-from unet.training.options import FitOptions
-from unet.training.plan import Progress
+from unet.training.plan import FitPlan
 from unet.training.run import RunFolder, rng_state, set_rng_state
 from unet.training.shard import load_whole, optimizer_parts, whole
 from unet.training.task import Processes
+from unet.training.timetable import Progress
 from unet.weights.folder import check_fit
 
 
@@ -36,11 +36,11 @@ class RunState:
         ema: EMA | None,
         optimizer: AcceleratedOptimizer,
         processes: Processes,
-        options: FitOptions,
+        plan: FitPlan,
     ) -> None:
         self.accelerator, self.model, self.ema = accelerator, model, ema
-        self.optimizer, self.processes, self.options = optimizer, processes, options
-        self.file = RunFolder(options.out).state
+        self.optimizer, self.processes, self.plan = optimizer, processes, plan
+        self.file = RunFolder(plan.out).state
 
     def capture(self, progress: Progress, figures: Mapping[str, float]) -> dict[str, Any]:
         """Tensors, numbers, strings, and lists of them: whole ones, whatever the processes share.
@@ -53,7 +53,7 @@ class RunState:
             "figures": dict(figures),
             "model": whole(self.model.state_dict()),
             "ema": whole(self.ema.model.state_dict()) if self.ema else None,
-            "optimizer_name": self.options.optimizer,
+            "optimizer_name": self.plan.optimizer,
             "optimizer": whole(self.optimizer.state_dict()),
             "scaler": scaler.state_dict() if scaler else None,
             "rng": self.processes.gather(rng_state(self.accelerator.device)),
@@ -80,12 +80,12 @@ class RunState:
         self, state: Mapping[str, Any], say: Callable[[str], None]
     ) -> tuple[Progress, dict[str, float]]:
         check_fit(self.model.state_dict(), state["model"], str(self.file))
-        for key, mine in (("optimizer_name", self.options.optimizer), ("ema", self.ema)):
+        for key, mine in (("optimizer_name", self.plan.optimizer), ("ema", self.ema)):
             theirs = state[key]
             if (theirs is None) != (mine is None) or (key == "optimizer_name" and theirs != mine):
                 raise InputError(
                     f"{self.file} was saved with other settings of --optimizer or --ema: resume "
-                    f"with those of {self.options.out / 'config.yaml'}"
+                    f"with those of {self.plan.out / 'config.yaml'}"
                 )
         load_whole(self.model, state["model"])
         if self.ema:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from unet.errors import RunError
 from unet.memory import kept_for_backward, ran_out_of_memory
-from unet.training.options import FitOptions
-from unet.training.plan import Progress
+from unet.training.plan import FitPlan
 from unet.training.task import Batch, Processes, Task
+from unet.training.timetable import Progress
 
 MOST_SKIPPED = 100  # steps in a row that may be left out
 
@@ -33,14 +33,14 @@ class Stepper:
     def __init__(
         self,
         task: Task,
-        options: FitOptions,
+        plan: FitPlan,
         accelerator: Accelerator,
         model: nn.Module,
         optimizer: AcceleratedOptimizer,
         processes: Processes,
         say: Callable[[str], None],
     ) -> None:
-        self.task, self.options, self.accelerator = task, options, accelerator
+        self.task, self.plan, self.accelerator = task, plan, accelerator
         self.model, self.optimizer, self.processes = model, optimizer, processes
         self.say = say
         self.gradient_norm = 0.0
@@ -53,7 +53,7 @@ class Stepper:
             RunError: the loss or the gradient is not finite; memory ran out.
         """
         model = self.accelerator.unwrap_model(self.model)
-        spared = [b.clone() for b in model.buffers()] if self.options.nonfinite == "skip" else []
+        spared = [b.clone() for b in model.buffers()] if self.plan.nonfinite == "skip" else []
         try:
             loss = self._optimize(parts, progress)
         except Exception as error:
@@ -81,10 +81,10 @@ class Stepper:
                     self._not_finite("loss", value, [batch], progress)
                     total = None
                 if total is not None:
-                    total += value / self.options.accumulate
+                    total += value / self.plan.accumulate
                     accelerator.backward(loss)
                 if total is not None and accelerator.sync_gradients:
-                    limit = self.options.clip or math.inf
+                    limit = self.plan.clip or math.inf
                     norm = float(accelerator.clip_grad_norm_(self.model.parameters(), limit))
                     # With fp16 an overflow is normal: the loss scaler skips the step.
                     if not math.isfinite(norm) and accelerator.scaler is None:
@@ -108,14 +108,14 @@ class Stepper:
         names = sorted({n for part in self.processes.gather(names) for n in part})
         text = f"the {what} is {value} at step {progress.step + 1}, in a batch of "
         text += ", ".join(names)
-        skip = self.options.nonfinite == "skip"
+        skip = self.plan.nonfinite == "skip"
         if skip and self.skipped_in_row + 1 < MOST_SKIPPED:
             self.say(f"left out: {text}")
             return
         again = f"{self.skipped_in_row} steps in a row were left out, and " if skip else ""
         raise RunError(
-            f"{again}{text}: look at these files, or try a lower --lr than {self.options.lr}, "
-            f"a lower --clip than {self.options.clip}, or --precision fp32"
+            f"{again}{text}: look at these files, or try a lower --lr than {self.plan.lr}, "
+            f"a lower --clip than {self.plan.clip}, or --precision fp32"
         )
 
     def _too_large(self, batch: Batch, progress: Progress) -> str:
@@ -124,7 +124,7 @@ class Stepper:
         one = {k: v[:1].to(device) if isinstance(v, Tensor) else v[:1] for k, v in batch.items()}
         model = self.accelerator.unwrap_model(self.model)
         text = f"the memory of {device} ran out at step {progress.step + 1}"
-        if not self.options.shard:  # where all processes would have to take part in a forward pass
+        if not self.plan.shard:  # where all processes would have to take part in a forward pass
             with contextlib.suppress(RuntimeError, ValueError, MemoryError):
                 kept = kept_for_backward(lambda: self.task.loss(model, one), model.parameters())
                 text += (
@@ -133,6 +133,6 @@ class Stepper:
                     "together"
                 )
         return (
-            f"{text}; --accumulate {2 * self.options.accumulate} takes half of it for the same "
+            f"{text}; --accumulate {2 * self.plan.accumulate} takes half of it for the same "
             "result, --checkpointing less, and so do a smaller --batch-size and smaller images"
         )

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from unet.errors import InputError
 from unet.training.batches import Samples
+from unet.training.options import FitOptions
+from unet.training.plan import Decision
 from unet.weights.folder import FolderModel
 
 T = TypeVar("T")
@@ -81,6 +83,10 @@ class Task:
 
     model: FolderModel
     samples: Samples
+    options: FitOptions
+    """The command line, with what was left open filled in: config.yaml, which repeats the run."""
+    decisions: Sequence[Decision] = ()
+    """What was decided and why, kept in config.yaml as comments."""
     loss: Callable[[nn.Module, Batch], Tensor]
     """(model, batch) to the mean loss over the batch."""
     evaluate: Callable[[Any, Processes], Mapping[str, float]] | None = None

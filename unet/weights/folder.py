@@ -1,21 +1,28 @@
-"""A model folder: `config.json`, which rebuilds the model, and `model.safetensors`."""
+"""A model folder: `config.json`, which rebuilds the model, `model.safetensors`, and its card."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from huggingface_hub import (
-    ModelHubMixin,
+    HfApi,
     get_hf_file_metadata,
     hf_hub_download,
     hf_hub_url,
 )
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+)
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -24,21 +31,24 @@ from unet.config import MOST_CHANNELS, UNetConfig
 from unet.errors import DiskError, InputError, said
 from unet.files.writing import JSON_BYTES, read_json, replacing, write_text
 from unet.model import UNet
+from unet.weights.card import CARD, Usage, is_ours, model_card, write_card
 
 _REPO = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"  # owner/name on the Hub
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+HERE = "path/of/this/folder"  # what a card calls a model that is not on the Hub
 _MOST_BYTES = {CONFIG: JSON_BYTES, WEIGHTS: 2**36}  # that are downloaded
 Model = TypeVar("Model", bound="FolderModel")
 
 
-class FolderModel(nn.Module, ModelHubMixin):
+class FolderModel(nn.Module):
     """A trunk with the head of one task, that saves to and loads from a model folder.
 
     Args:
         config: the trunk's shape.
         out_channels: what the head puts out.
         info: what else using the model needs, as JSON values (class values, image statistics, a
-            noise schedule ...); saved with it.
+            noise schedule ...); saved with it. "training", where it is there, says for people what
+            the model was trained on: lines of "data" and "run", and the "figures" of its weights.
     """
 
     task: ClassVar[str]
@@ -54,6 +64,21 @@ class FolderModel(nn.Module, ModelHubMixin):
         self.info: dict[str, Any] = dict(info or {})
         self.trunk = UNet(config)
 
+    def usage(self, where: str) -> Usage:
+        """What its card says of its use, whatever its `info` holds.
+
+        Args:
+            where: what to load it from, a folder or a repository on the Hub.
+        """
+        raise NotImplementedError
+
+    def card(self, where: str = HERE) -> str:
+        """The text of its card, README.md."""
+        weights = sum(p.numel() for p in self.parameters())
+        levels = ", ".join(map(str, self.config.encoder_channels))
+        network = f"{weights:,} weights, levels of {levels} channels"
+        return model_card(self.usage(where), network, self.info.get("training"))
+
     def save_pretrained(
         self,
         save_directory: str | Path,
@@ -62,7 +87,15 @@ class FolderModel(nn.Module, ModelHubMixin):
         push_to_hub: bool = False,
         **hub: Any,
     ) -> str | None:
-        """Writes the folder; each file is replaced whole. `push_to_hub` uploads it as well."""
+        """Writes the folder; each file is replaced whole, but a card that was edited by hand stays.
+
+        Args:
+            repo_id, push_to_hub, hub: upload it as well; see `push_to_hub`. The repository's name
+                is the folder's where none is given.
+
+        Returns:
+            The address of the upload.
+        """
         folder = Path(save_directory)
         described = {
             "task": self.task,
@@ -79,12 +112,59 @@ class FolderModel(nn.Module, ModelHubMixin):
             except SafetensorError as error:  # which is how safetensors reports a full disk
                 raise DiskError(f"{file} cannot be written, is the disk full? {error}") from error
         write_text(folder / CONFIG, json.dumps(described, indent=2) + "\n")
+        write_card(folder, self.card())
         if push_to_hub:
-            return str(self.push_to_hub(repo_id=repo_id or folder.name, **hub))
+            return self._upload(folder, repo_id or folder.resolve().name, **hub)
         return None
 
+    def push_to_hub(self, repo_id: str, **hub: Any) -> str:
+        """Uploads the model to a repository on the Hugging Face Hub, which is made if need be.
+
+        A card that was edited by hand on the Hub stays.
+
+        Args:
+            repo_id: "owner/name"; without an owner, your own.
+            hub: `private`, `token`, and what else `huggingface_hub.HfApi.upload_folder` takes, such
+                as `commit_message`, `revision` and `create_pr`.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            InputError: the Hub does not take it: no token, no right to write, no connection.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            found = self.save_pretrained(folder, repo_id=repo_id, push_to_hub=True, **hub)
+        return str(found)
+
+    def _upload(
+        self,
+        folder: Path,
+        repo_id: str,
+        *,
+        token: str | bool | None = None,
+        private: bool | None = None,
+        **options: Any,
+    ) -> str:
+        api = HfApi(token=token)
+        with _told(repo_id):
+            # With its owner, where none was given.
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            kept = _has_edited_card(repo_id, token, options.get("revision"))
+        files = [CONFIG, WEIGHTS]
+        if not (kept and is_ours(folder / CARD)):
+            write_card(folder, self.card(repo_id))
+            files.append(CARD)
+        options = {"commit_message": "Upload the model", **options}
+        with _told(repo_id):
+            return str(
+                api.upload_folder(
+                    repo_id=repo_id, folder_path=folder, allow_patterns=files, **options
+                )
+            )
+
     @classmethod
-    def from_pretrained(  # type: ignore[override]  # fewer options: the rest go to the download
+    def from_pretrained(
         cls: type[Model], path: str | Path, *, revision: str | None = None, **download: Any
     ) -> Model:
         """The model of a folder, or of a repository on the Hugging Face Hub, in evaluation mode.
@@ -195,6 +275,33 @@ def _download(repo_id: str, **options: Any) -> Path:
             f"{repo_id} is neither a folder here nor a model that the Hub gives: {said(error)}"
         ) from error
     return Path(files[0]).parent
+
+
+def _has_edited_card(repo_id: str, token: str | bool | None, revision: str | None) -> bool:
+    """Whether an upload would replace a card that somebody wrote by hand."""
+    try:
+        return not is_ours(Path(hf_hub_download(repo_id, CARD, token=token, revision=revision)))
+    except EntryNotFoundError:
+        return False
+
+
+@contextmanager
+def _told(repo_id: str) -> Iterator[None]:
+    """Makes one sentence of what keeps the Hub from taking an upload."""
+    try:
+        yield
+    except TypeError:  # an option that there is not
+        raise
+    except Exception as error:  # whatever its transport raises
+        reason = said(error)
+        if any(word in type(error).__name__ for word in ("Connect", "Timeout")):
+            reason = f"it cannot be reached ({reason})"
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status == 401:
+            reason = "it knows no valid token of yours; log in with `hf auth login` or give token="
+        elif status == 403:
+            reason = "your token has no right to write there; take one that has, or another owner"
+        raise InputError(f"the Hub does not take the model for {repo_id}: {reason}") from error
 
 
 def _check_sizes(repo_id: str, options: Mapping[str, Any]) -> None:

@@ -15,14 +15,9 @@ from segmentation.data.dataset import SegmentationData
 from segmentation.data.normalisation import Normalisation
 from segmentation.data.pairs import Pair, pairs_from_arrays
 from segmentation.data.phantom import phantom_stack
-from segmentation.judging.evaluation import (
-    COARSE,
-    Evaluation,
-    evaluate,
-    held_out,
-    labelled_data,
-)
+from segmentation.judging.evaluation import COARSE, Evaluation, evaluate
 from segmentation.judging.isbi import IsbiMetrics
+from segmentation.judging.labelled import held_out, labelled_data
 from segmentation.judging.metrics import ConfusionMatrix
 from segmentation.model import SegmentationUNet
 from segmentation.options import SegmentationOptions

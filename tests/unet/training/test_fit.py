@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,9 +31,10 @@ from unet.training.batches import BatchKeys, Draw, sample_rng
 from unet.training.ema import EMA
 from unet.training.fit import fit
 from unet.training.options import FitOptions
-from unet.training.plan import Budget, Progress
+from unet.training.plan import plan_fit
 from unet.training.run import RunFolder, read_log, run_folder
 from unet.training.task import Processes
+from unet.training.timetable import Progress, Timetable
 
 TOY = Path(__file__).parent / "toy_training.py"
 ROOT = Path(__file__).parents[3]
@@ -160,25 +162,29 @@ def test_ema_is_the_weighted_sum_with_warm_up_and_averages_buffers():
 # -- the budget -----------------------------------------------------------------------------------
 
 
+def timetable(*, samples: int = 10, **values: Any) -> Timetable:
+    return Timetable(plan_fit(FitOptions(out=Path("x"), **values)), samples)
+
+
 def test_the_rate_warms_up_and_falls_to_zero():
-    budget = Budget(FitOptions(out=Path("x"), steps=100, warmup=0.1), samples=10)
+    budget = timetable(steps=100, warmup=0.1)
     rates = [budget.rate(Progress(step=s)) for s in range(101)]
     assert rates[0] == pytest.approx(0.1)
     assert rates[9] == pytest.approx(1.0)
     assert rates[55] == pytest.approx(0.5)
     assert rates[100] == pytest.approx(0.0)
     assert rates[10:] == sorted(rates[10:], reverse=True)
-    flat = Budget(FitOptions(out=Path("x"), steps=9, warmup=0, schedule="constant"), samples=10)
+    flat = timetable(steps=9, warmup=0, schedule="constant")
     assert {flat.rate(Progress(step=s)) for s in range(9)} == {1.0}
 
 
 def test_epochs_are_counted_in_samples():
-    assert Budget(FitOptions(out=Path("x"), epochs=1.5, batch_size=4), samples=9).steps == 4
+    assert timetable(samples=9, epochs=1.5, batch_size=4).steps == 4
 
 
 def test_minutes_set_the_time_of_an_evaluation_aside_and_space_slow_ones():
     options = FitOptions(out=Path("x"), max_minutes=1, evaluations=10)
-    budget = Budget(options, samples=10)
+    budget = Timetable(plan_fit(options), samples=10)
     assert budget.share(Progress(seconds=48, evaluation_seconds=12)) == 1.0
     assert not budget.evaluation_due(Progress(seconds=5.9))
     assert budget.evaluation_due(Progress(seconds=6.1))
@@ -190,7 +196,8 @@ def test_minutes_set_the_time_of_an_evaluation_aside_and_space_slow_ones():
 @given(st.integers(1, 50), st.integers(0, 60), st.integers(0, 40))
 def test_evaluations_are_spread_over_the_steps_and_over_those_of_a_larger_budget(n, count, first):
     options = FitOptions(out=Path("x"), steps=n, evaluations=count)
-    budget, progress = Budget(options, samples=10), Progress(step=first, evaluated_step=first)
+    budget = Timetable(plan_fit(options), samples=10)
+    progress = Progress(step=first, evaluated_step=first)
     seen = []
     while progress.step < n:
         progress.step += 1
@@ -248,8 +255,8 @@ def test_a_run_goes_on_in_the_layout_of_another_processor(tmp_path, monkeypatch)
             evaluations=1,
             log_every=1,
         )
-        with run_folder(options):
-            fit(toy_task(options), options)
+        with run_folder(plan_fit(options)):
+            fit(toy_task(options), plan_fit(options))
 
     train("whole", torch.channels_last, 6)
     train("over", torch.channels_last, 3)

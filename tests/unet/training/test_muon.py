@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from unet import InputError
 from unet.training.muon import OTHERS, Muon, orthogonal
+from unet.training.optimizer import make_optimizer
 from unet.training.options import FitOptions
-from unet.training.plan import make_optimizer
+from unet.training.plan import plan_fit
 
 
 class Small(nn.Module):
@@ -129,7 +130,7 @@ def test_an_overflow_in_half_precision_moves_nothing():
 
 def test_it_is_an_option_that_does_not_go_with_shards(tmp_path):
     options = FitOptions(out=tmp_path, optimizer="muon", lr=0.08, momentum=0.7)
-    optimizer = make_optimizer(Small(), options)
+    optimizer = make_optimizer(Small(), plan_fit(options))
     assert isinstance(optimizer, Muon)
     assert [g["lr"] for g in optimizer.param_groups] == [0.08, 0.08 * OTHERS]
     with pytest.raises(InputError, match="--shard does not go with --optimizer muon"):

@@ -20,6 +20,7 @@ from unet.training.batches import Key, sample_rng
 from unet.training.cli import run_script
 from unet.training.fit import fit
 from unet.training.options import FitOptions
+from unet.training.plan import plan_fit
 from unet.training.run import run_folder
 from unet.training.task import Batch, Processes, Task
 
@@ -108,13 +109,19 @@ def toy_task(options: ToyOptions) -> Task:
         assert len(losses) == len(held_out)
         return {"loss": sum(losses) / len(losses)}
 
-    return Task(model=SegmentationUNet(config, 1), samples=samples, loss=loss, evaluate=evaluate)
+    return Task(
+        model=SegmentationUNet(config, 1),
+        samples=samples,
+        options=options,
+        loss=loss,
+        evaluate=evaluate,
+    )
 
 
 def main(options: ToyOptions) -> None:
     torch.set_num_threads(1)
-    with run_folder(options):
-        fit(toy_task(options), options)
+    with run_folder(plan_fit(options)):
+        fit(toy_task(options), plan_fit(options))
     if torch.distributed.is_initialized() and torch.distributed.get_rank() == 0:
         print(torch.distributed.get_world_size(), "processes")
 

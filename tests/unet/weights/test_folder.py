@@ -19,7 +19,7 @@ from diffusion.model import DiffusionUNet
 from segmentation.model import SegmentationUNet
 from unet.config import UNetConfig
 from unet.errors import InputError
-from unet.weights.folder import FolderModel, read_config
+from unet.weights.folder import FolderModel
 
 PLAIN = UNetConfig(channels=4, multipliers=(1, 2))
 TIMED = UNetConfig(channels=4, multipliers=(1, 2), block="res", time=True, norm="none")
@@ -87,6 +87,7 @@ def test_the_same_model_comes_back(
         assert torch.equal(v, w), key
     assert all(p.requires_grad for p in loaded.parameters())
     assert sorted(f.name for f in (tmp_path / "run" / "model").iterdir()) == [
+        "README.md",
         "config.json",
         "model.safetensors",
     ]
@@ -289,26 +290,6 @@ def test_a_repository_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None
         InputError, match=r"someone/cells is neither a folder here .* no connection"
     ):
         SegmentationUNet.from_pretrained("someone/cells")
-
-
-def test_saving_can_upload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    uploaded: dict[str, Any] = {}
-
-    class Api:
-        def __init__(self, **options: Any) -> None: ...
-
-        def create_repo(self, **options: Any) -> Any:
-            return type("Repo", (), {"repo_id": options["repo_id"]})
-
-        def upload_folder(self, *, folder_path: Path, repo_id: str, **options: Any) -> str:
-            uploaded.update(repo_id=repo_id, config=read_config(Path(folder_path)))
-            return f"https://hub/{repo_id}"
-
-    monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", Api)
-    where = segmentation().save_pretrained(tmp_path, repo_id="someone/cells", push_to_hub=True)
-    assert where == "https://hub/someone/cells"
-    assert uploaded["repo_id"] == "someone/cells"
-    assert UNetConfig.from_dict(uploaded["config"]["unet"]) == PLAIN
 
 
 def test_a_mistyped_path_is_not_looked_up_on_the_hub(tmp_path, monkeypatch):

@@ -1,0 +1,316 @@
+"""What the training of a diffusion model will be: decided once, from the options and the data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import Parameter
+
+from diffusion.initial import their_unet
+from diffusion.model import DiffusionUNet
+from diffusion.networks import automatic_config
+from diffusion.options import DiffusionOptions
+from diffusion.process.loss import Weighting
+from diffusion.process.prediction import PredictionName, get_prediction
+from diffusion.process.schedule import NoiseSchedule
+from diffusion.stable.clip import ClipText
+from diffusion.stable.folder import CONFIGS, read_schedule, read_unet_config
+from diffusion.stable.latents import Data, LatentData, autoencoder_of
+from diffusion.text import WordEncoder
+from unet import PRESETS, UNetConfig
+from unet.attention import SpatialTransformer
+from unet.device import pick_device
+from unet.errors import InputError
+from unet.training.plan import (
+    AS_ASKED,
+    Decision,
+    FitPlan,
+    RunPlan,
+    choose_optimizer,
+    filled,
+    plan_fit,
+    told,
+    told_budget,
+)
+from unet.weights.folder import read_config
+
+PREDICTION: PredictionName = "v"  # where neither the user nor a pipeline says another
+TEXT_CHANNELS = 128  # of a token of our own text encoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionPlan(RunPlan):
+    """All that the training of a diffusion model reads beside its data.
+
+    Attributes:
+        options: the command line with each choice filled in, which repeats the run.
+        shift: above 1, noisy levels are trained on more often.
+        label_dropout: share of the images that are shown without their class or caption.
+        clip: what reads the captions; None: no captions, or a text encoder that is trained along.
+        attention_only: the rest of the network stays as it is.
+    """
+
+    options: DiffusionOptions
+    schedule: NoiseSchedule
+    prediction: PredictionName
+    weighting: Weighting
+    shift: float
+    label_dropout: float
+    clip: ClipText | None
+    attention_only: bool
+
+
+def decide(options: DiffusionOptions, data: Data) -> DiffusionPlan:
+    """What the run of these options on these data will be.
+
+    Raises:
+        InputError: options that do not fit each other or the data; a pipeline that cannot be read.
+    """
+    schedule, prediction, noise = chosen_noise(options)
+    clip = read_clip(options)
+    network, why = chosen_config(options, data, clip)
+    width = network.channels if options.network == "auto" and not options.init else options.width
+    if options.classes:
+        network = replace(network, classes=len(data.classes) + 1)  # the last one stands for none
+    info: dict[str, Any] = {
+        "schedule": schedule.to_dict(),
+        "prediction": prediction,
+        "size": list(data.image_size if isinstance(data, LatentData) else data.size),
+        "classes": list(data.classes) if options.classes else [],
+    }
+    if autoencoder := autoencoder_of(data):
+        info["autoencoder"] = str(autoencoder.folder)
+    text = chosen_text(options, data, network, clip, info)
+    outputs = data.channels * (2 if options.learn_variance else 1)
+    with torch.device("meta"):
+        model = DiffusionUNet(network, outputs, info)
+    fit, optimizer = chosen_fit(options)
+    batch = AS_ASKED if options.batch_size else f"the default of {fit.optimizer}"
+    shift = (3.0 if options.captions else 1.0) if options.shift is None else options.shift
+    decisions = (
+        Decision("network", millions(model.parameters()), why),
+        *chosen_part(options, model),
+        *text,
+        *noise,
+        Decision("batch", f"{fit.batch_size} images", batch),
+        optimizer,
+        told_budget(options),
+    )
+    info["training"] = {"data": data.describe().splitlines(), "run": told(decisions)}
+    return DiffusionPlan(
+        # With the width, which a resumed run must not choose anew.
+        options=filled(options, fit, width=width, prediction=prediction, shift=shift),
+        decisions=decisions,
+        fit=fit,
+        network=network,
+        outputs=outputs,
+        info=info,
+        schedule=schedule,
+        prediction=prediction,
+        weighting=options.weighting,
+        shift=shift,
+        label_dropout=options.label_dropout,
+        clip=clip,
+        init=options.init or "",
+        attention_only=options.trained == "attention",
+    )
+
+
+def chosen_part(options: DiffusionOptions, model: DiffusionUNet) -> list[Decision]:
+    """The part of the network that is trained, where it is not all."""
+    if options.trained == "all":
+        return []
+    parts = (m for m in model.modules() if isinstance(m, SpatialTransformer))
+    found = millions(p for part in parts for p in part.parameters())
+    return [Decision("trained", f"{found} of the spatial transformers", AS_ASKED)]
+
+
+def millions(parameters: Iterable[Parameter]) -> str:
+    """How many numbers there are, for people."""
+    return f"{sum(p.numel() for p in parameters) / 1e6:.2f} M parameters"
+
+
+def chosen_fit(options: DiffusionOptions) -> tuple[FitPlan, Decision]:
+    """Optimizer, rate and batch where none is named.
+
+    At a high rate a network learns the look of images, but not what a text says of places, which
+    shows in the noisiest levels alone.
+    """
+    optimizer, why = choose_optimizer(
+        options,
+        {
+            "with captions muon is untried": options.captions,
+            "muon's steps would move the weights of --init far": options.init,
+        },
+    )
+    lr, beta2 = (7e-4, 0.99) if options.captions else (2e-3, 0.999)
+    if optimizer == "muon":
+        lr *= 10
+    small = options.captions or optimizer == "muon"
+    fit = plan_fit(options, batch_size=32 if small else 64, optimizer=optimizer, lr=lr, beta2=beta2)
+    return fit, Decision("optimizer", f"{optimizer} at {fit.lr:g}", why)
+
+
+def chosen_noise(options: DiffusionOptions) -> tuple[NoiseSchedule, PredictionName, list[Decision]]:
+    """The noise schedule and the kind of prediction, and why these.
+
+    Raises:
+        InputError: they do not go together, or a pipeline's cannot be read.
+    """
+    unet = their_unet(options.init) if options.init else None
+    pipeline = unet.parent if unet else None
+    theirs = None
+    if pipeline and (pipeline / "scheduler" / CONFIGS["scheduler"]).is_file():
+        theirs = read_schedule(pipeline)
+    if theirs and not options.noise:
+        schedule = theirs.noise
+        if options.timesteps not in (None, schedule.steps):
+            raise InputError(
+                f"--timesteps {options.timesteps} is not that of --init {options.init}, "
+                f"{schedule.steps}: leave it out, or give --noise as well"
+            )
+        if options.zero_snr:
+            schedule = replace(schedule, zero_snr=True)
+    else:
+        schedule = NoiseSchedule(
+            kind=options.noise or "cosine",
+            steps=1000 if options.timesteps is None else options.timesteps,
+            zero_snr=options.zero_snr,
+        )
+    prediction = options.prediction or (theirs.prediction if theirs else PREDICTION)
+    get_prediction(prediction, schedule)
+    theirs_why = f"as of {pipeline}" if theirs else "the default"
+    told_noise = f"{schedule.kind}, {schedule.steps} levels"
+    return (
+        schedule,
+        prediction,
+        [
+            Decision("noise", told_noise, AS_ASKED if options.noise else theirs_why),
+            Decision("predicted", prediction, AS_ASKED if options.prediction else theirs_why),
+        ],
+    )
+
+
+def clip_folder(options: DiffusionOptions) -> Path | None:
+    """The pipeline folder whose CLIP reads the captions; None: no captions, or our own encoder."""
+    if options.text_encoder or not (options.captions and options.latents):
+        return options.text_encoder
+    parts = (options.latents / name for name in ("text_encoder", "tokenizer"))
+    return options.latents if all(part.is_dir() for part in parts) else None
+
+
+def read_clip(options: DiffusionOptions) -> ClipText | None:
+    """The CLIP text model that reads the captions, on the device of the run, if one does."""
+    folder = clip_folder(options)
+    if folder is None:
+        return None
+    clip = ClipText.from_pretrained(folder)
+    clip.model.to(pick_device(options.device))
+    return clip
+
+
+def chosen_text(
+    options: DiffusionOptions,
+    data: Data,
+    network: UNetConfig,
+    clip: ClipText | None,
+    info: dict[str, Any],
+) -> list[Decision]:
+    """What reads the captions, entered into a model's `info`."""
+    if clip:
+        folder = str(Path(str(clip_folder(options))).resolve())
+        info["text_encoder"] = folder
+        return [Decision("text", f"CLIP, {clip.channels} channels", f"of {folder}")]
+    if network.context_channels is None:
+        return []
+    captions = (data.caption(i) for i in (*data.train, *data.val))
+    words = WordEncoder.from_captions(captions, width=network.context_channels)
+    info["text"] = words.to_dict()
+    found = f"{len(words.vocabulary)} words, {words.longest - 1} in the longest caption"
+    return [Decision("text", found, "its encoder is trained along")]
+
+
+def chosen_config(
+    options: DiffusionOptions, data: Data, clip: ClipText | None
+) -> tuple[UNetConfig, str]:
+    """The config that the options name, or the automatic one, and why it is this one."""
+    fits = [
+        name
+        for name, preset in PRESETS.items()
+        if preset.config.time and (preset.config.context_channels is None) != options.captions
+    ]
+    if options.network == "auto" and options.init:
+        config, why = (
+            _config_of(options.init, data.channels, captions=options.captions),
+            f"as of {options.init}",
+        )
+    elif options.network == "auto":
+        on_gpu = options.device != "cpu" and pick_device("auto").type != "cpu"
+        config, why = automatic_config(
+            data.channels,
+            data.size,
+            len(data.train),
+            options.max_minutes,
+            accelerator=on_gpu,
+            text=options.captions,
+        )
+        if isinstance(data, LatentData) and config.patch > 1:
+            config, why = without_patches(config), f"{why}; in latents as more levels, not patches"
+    elif options.network in fits:
+        preset = PRESETS[options.network]
+        config, why = replace(preset.config, in_channels=data.channels), preset.source
+        if clip:
+            config = replace(config, context_channels=clip.channels)
+    else:
+        what = "with" if options.captions else "without"
+        raise InputError(
+            f"--network {options.network!r} is no preset of a network with a timestep and {what} "
+            f"text: choose auto or one of {', '.join(fits)}"
+        )
+    if options.width:
+        heads = config.head_channels and math.gcd(config.head_channels, options.width)
+        config = replace(config, channels=options.width, head_channels=heads)
+        why = f"{options.width} channels as asked for, else: {why}"
+    if options.captions and config.context_channels is None:
+        width = clip.channels if clip else TEXT_CHANNELS
+        config = replace(config, attention="transformer", context_channels=width)
+        if not options.init:  # branches that start at zero learn later to look at the text
+            config = replace(config, zero_init=False)
+    if clip and config.context_channels != clip.channels:
+        raise InputError(
+            f"--init {options.init} reads text of {config.context_channels} channels, but the text "
+            f"encoder in '{clip_folder(options)}' makes {clip.channels}: take both from one model"
+        )
+    return config, why
+
+
+def without_patches(config: UNetConfig) -> UNetConfig:
+    """As deep a network that works on every pixel: a level more for each halving by patches."""
+    more = config.patch.bit_length() - 1
+    return replace(
+        config,
+        patch=1,
+        multipliers=(*config.multipliers, *[config.multipliers[-1]] * more),
+        attention_levels=tuple(level + more for level in config.attention_levels),
+    )
+
+
+def _config_of(path: str, channels: int, *, captions: bool) -> UNetConfig:
+    """The config of a model to start from, without what belongs to its classes and its text."""
+    unet = their_unet(path)
+    config = (
+        read_unet_config(unet)[0] if unet else UNetConfig.from_dict(read_config(Path(path))["unet"])
+    )
+    if not config.time:
+        raise InputError(
+            f"--init {path} has no timestep: name a --network for it, or start from a diffusion "
+            "model"
+        )
+    if config.context_channels is not None and not captions:
+        raise InputError(f"--init {path} reads text: give --captions, or another model")
+    return replace(config, in_channels=channels, classes=0)

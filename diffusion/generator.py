@@ -1,0 +1,165 @@
+"""`load` and `ImageGenerator`: a trained model that is called for images."""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from diffusion.model import DiffusionUNet
+from diffusion.options import SamplingOptions
+from diffusion.sampling import Images, ImageSampler, load_for_sampling
+from unet.errors import InputError, as_keywords
+
+Class: TypeAlias = "int | str | None"  # its index or its name; None: any
+SETTINGS = tuple(field.name for field in fields(SamplingOptions))
+
+
+def load(model: str | Path, *, device: str = "auto") -> ImageGenerator:
+    """A trained model to call for images.
+
+    Args:
+        model: a model folder, such as "runs/photos/model", or a repository on the Hugging Face Hub,
+            such as "someone/flowers".
+        device: auto, or a torch device such as cpu, cuda or mps.
+
+    Raises:
+        InputError: no usable model.
+    """
+    with as_keywords("device"):
+        return ImageGenerator(load_for_sampling(model, device))
+
+
+class ImageGenerator:
+    """A trained diffusion model, to be called for images: `images = generator(16, seed=0)`.
+
+    Args:
+        model: as training saves it; put into evaluation mode.
+    """
+
+    def __init__(self, model: DiffusionUNet) -> None:
+        self.model = model
+        # Which says early what is wrong with the model, and reads the parts that it works with.
+        self._autoencoder = ImageSampler(model, SamplingOptions(steps=1)).autoencoder
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the images."""
+        return self.model.size
+
+    @property
+    def channels(self) -> int:
+        """Channels of the images: 1 (grey) or 3 (RGB)."""
+        found = self._autoencoder
+        return found.image_channels if found else self.model.config.in_channels
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes that it knows; empty without."""
+        return tuple(self.model.classes)
+
+    @property
+    def reads_prompts(self) -> bool:
+        """Whether it was trained with captions."""
+        return self.model.text is not None
+
+    def __repr__(self) -> str:
+        height, width = self.size
+        return (
+            f"ImageGenerator({height} x {width}, channels={self.channels}, "
+            f"classes={self.classes}, reads_prompts={self.reads_prompts})"
+        )
+
+    def __call__(
+        self,
+        count: int | None = None,
+        *,
+        seed: int = SamplingOptions.seed,
+        first: int = 0,
+        classes: Class | Sequence[Class] = None,
+        prompts: str | Sequence[str] | None = None,
+        negative: str = SamplingOptions.negative,
+        guidance: float = SamplingOptions.guidance,
+        steps: int = SamplingOptions.steps,
+        sampler: str = SamplingOptions.sampler,
+        batch_size: int = SamplingOptions.batch_size,
+        **settings: Any,
+    ) -> Images:
+        """New images, the same as those of `unet-sample-ddpm` with these settings.
+
+        Args:
+            count: how many; None: as many as classes or prompts are given, else one.
+            seed: image 7 of a seed is the same whatever the number of images and the batch size.
+            first: number of the first image of the seed.
+            classes: name or index of the class of all images, or one for each, or fewer to be taken
+                in turn; a None among them: of any. None given: every class in turn, where the model
+                knows classes.
+            prompts: a text that all images are to show, or one for each, or fewer to be taken in
+                turn.
+            negative: with `guidance` and `prompts`: a text to lead away from.
+            guidance: scale of classifier-free guidance; 1: none.
+            steps: from noise to image.
+            sampler: ddpm, ddim, euler, heun, dpmpp-2m or dpmpp-2m-sde.
+            batch_size: images at a time.
+            settings: the other fields of `SamplingOptions`: spacing, eta, variance, clip,
+                guidance_rescale, guidance_interval.
+
+        Returns:
+            uint8 (N, H, W, C).
+
+        Raises:
+            InputError (a ValueError): a setting out of range, an unknown one, or one that the model
+                was not trained for, such as a prompt without captions.
+
+        Warns:
+            UserWarning: a prompt with words that the model was trained without.
+        """
+        classes = _several(classes)
+        prompts = _several(prompts)
+        if not all(isinstance(prompt, str) for prompt in prompts):
+            raise InputError(f"prompts are texts, not {prompts!r:.200}")
+        given = len(classes) + len(prompts)
+        count = _whole("count", given or 1 if count is None else count, 1)
+        if given > count:
+            raise InputError(
+                f"{given} classes or prompts are given for {count} images: ask for as many images, "
+                "or leave count out"
+            )
+        settings |= {"negative": negative, "guidance": guidance, "sampler": sampler}
+        for name, value in (("seed", seed), ("steps", steps), ("batch_size", batch_size)):
+            settings[name] = _whole(name, value, 0 if name == "seed" else 1)
+        if unknown := sorted(settings.keys() - set(SETTINGS) | settings.keys() & {"device"}):
+            known = sorted({*SETTINGS} - {"device"})
+            raise InputError(
+                f"{unknown[0]!r} is no setting of a call: choose from count, first, classes, "
+                f"prompts, {', '.join(known)}; the device is given to load"
+            )
+        first = _whole("first", first, 0)
+        with as_keywords(*SETTINGS, "prompt"):
+            chosen = ImageSampler(self.model, SamplingOptions(**settings), self._autoencoder)
+            wanted = chosen.wanted(range(first, first + count), classes, prompts)
+        for remark in (r for text in dict.fromkeys(prompts) for r in chosen.text.remarks(text)):
+            warnings.warn(remark, stacklevel=2)
+        return np.concatenate(list(chosen.batches(count, wanted, first=first)))
+
+
+def _several(given: Any) -> list[Any]:
+    """One or several of something as a list; None: none."""
+    if given is None:
+        return []
+    return [given] if isinstance(given, (str, int, np.integer)) else list(given)
+
+
+def _whole(name: str, value: object, least: int) -> int:
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]  # which is what it finds out
+    except TypeError as error:
+        raise InputError(f"{name}={value!r} must be a whole number") from error
+    if number < least:
+        raise InputError(f"{name}={number} must be at least {least}")
+    return number

@@ -1,0 +1,59 @@
+"""The labelled images that trained models are scored on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from segmentation.data.classes import ClassTable, Value
+from segmentation.data.dataset import SegmentationData
+from segmentation.data.instances import INSTANCE_NAMES
+from segmentation.data.normalisation import Normalisation
+from segmentation.data.pairs import Pair, split_pairs
+from segmentation.model import SegmentationUNet
+from segmentation.options import SegmentationOptions
+from unet.errors import InputError
+
+
+def labelled_data(
+    models: Sequence[SegmentationUNet],
+    pairs: Sequence[Pair],
+    table: ClassTable,
+    ignore_value: Value | None = None,
+) -> SegmentationData:
+    """Images and masks to score trained models by, read with their classes; all are in `val`.
+
+    Args:
+        ignore_value: mask value of pixels that do not count; None: the table's.
+
+    Raises:
+        InputError: images with other channels or another bit depth than those that a model was
+            trained on; a mask with another value than the classes.
+    """
+    info = pairs[0].info
+    for model in models:
+        normalisation = Normalisation.from_dict(model.info["normalisation"])
+        channels, dtype = len(normalisation.mean), normalisation.dtype
+        if (info.channels, info.dtype) != (channels, dtype):
+            raise InputError(
+                f"image {pairs[0].name} has {info.channels} channels of {info.dtype}, but the "
+                f"model was trained on {channels} of {dtype}: convert the images"
+            )
+    if ignore_value is not None and table.names != INSTANCE_NAMES:
+        table = table.ignoring(ignore_value)
+    return SegmentationData(
+        (), pairs, table=table, normalisation=normalisation, ignore_value=ignore_value
+    )
+
+
+def held_out(pairs: Sequence[Pair], runs: Sequence[SegmentationOptions]) -> list[Pair]:
+    """The images that none of the runs was trained on.
+
+    Raises:
+        InputError: there is none.
+    """
+    splits = [split_pairs(pairs, run.val, run.fold, run.val_names or None) for run in runs]
+    seen = {pair.name for train, _ in splits for pair in train}
+    unseen = [pair for pair in pairs if pair.name not in seen]
+    if not unseen:
+        raise InputError("each image was seen by one of the models: score them one by one")
+    return unseen

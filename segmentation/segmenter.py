@@ -1,0 +1,386 @@
+"""`load` and `Segmenter`: a trained model that is called with an image and gives its mask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from einops import rearrange
+from numpy.typing import NDArray
+from scipy import ndimage
+from torch import Tensor
+
+from segmentation.data.classes import ClassTable, Value
+from segmentation.data.instances import INSTANCE_NAMES, instances_from_classes
+from segmentation.data.normalisation import Normalisation
+from segmentation.model import SegmentationUNet
+from segmentation.predict import Predictor, Probability, Source, classes
+from unet.device import pick_device
+from unet.errors import InputError, as_keywords
+from unet.files.images import Array, image_info
+from unet.files.rasters import open_raster
+
+Image: TypeAlias = "Array | Tensor | str | Path"  # or a batch of them
+
+
+def load(
+    *models: str | Path,
+    device: str = "auto",
+    tta: bool = False,
+    threshold: float | None = None,
+    min_size: int = 0,
+    tile: int = 1024,
+    overlap: int = 128,
+) -> Segmenter:
+    """A trained model to call; of several models, their mean.
+
+    The masks are those that `predict_seg.py` writes with the same settings.
+
+    Args:
+        models: model folders, such as "runs/mine/model", or repositories on the Hugging Face Hub,
+            such as "someone/cells".
+        device: auto, or a torch device such as cpu, cuda or mps.
+        tta: average over the eight symmetries of the image: better, for eight times the time.
+        threshold: probability above which a pixel is of the second of two classes; None: the
+            model's.
+        min_size: connected parts of fewer pixels become what surrounds them.
+        tile: larger images are predicted in tiles of at most that many pixels a side.
+        overlap: pixels that neighbouring tiles share.
+
+    Raises:
+        InputError: no usable model; models for other images or classes; a setting out of range.
+    """
+    if not models:
+        raise InputError('load needs a model folder, such as load("runs/mine/model")')
+    for name, value, least in (("tile", tile, 1), ("overlap", overlap, 0)):
+        if value < least:
+            raise InputError(f"{name}={value} must be at least {least}")
+    with as_keywords("device"):
+        loaded, table, found = load_models(models, device)
+    predict = Predictor(loaded, tile=tile, overlap=overlap, symmetries=tta)
+    return Segmenter(predict, table, found if threshold is None else threshold, min_size=min_size)
+
+
+def load_models(
+    folders: Sequence[str | Path], device: str = "auto"
+) -> tuple[list[SegmentationUNet], ClassTable, float]:
+    """Models for the same images and classes, their table, and the mean of their thresholds.
+
+    Raises:
+        InputError: no usable model, or models for other images or classes.
+    """
+    models: list[SegmentationUNet] = []
+    tables: list[ClassTable] = []
+    dtypes: list[str] = []
+    for folder in folders:
+        model = SegmentationUNet.from_pretrained(folder).to(pick_device(device)).float()
+        for name in ("classes", "normalisation", "threshold"):
+            if name not in model.info:
+                raise InputError(
+                    f"{folder} lacks '{name}' in its config.json: it was not saved by train-seg"
+                )
+        dtypes.append(Normalisation.from_dict(model.info["normalisation"]).dtype)
+        tables.append(ClassTable.from_dict(model.info["classes"]))
+        threshold = model.info["threshold"]
+        if type(threshold) not in (int, float) or not 0 <= threshold <= 1:
+            raise InputError(
+                f"{folder} has the threshold {threshold!r} in its config.json, which must be a "
+                "number from 0 to 1"
+            )
+        models.append(model)
+        if tables[-1].values != tables[0].values:
+            raise InputError(
+                f"{folder} knows the classes {tables[-1].values}, but {folders[0]} "
+                f"{tables[0].values}: average models for the same classes"
+            )
+        if dtypes[-1] != dtypes[0]:
+            raise InputError(
+                f"{folder} takes images of {dtypes[-1]}, but {folders[0]} of {dtypes[0]}: average "
+                "models for the same images"
+            )
+    return models, tables[0], float(np.mean([float(m.info["threshold"]) for m in models]))
+
+
+@dataclass(frozen=True)
+class RasterSource:
+    """An image as stored, normalised for each model as it is read."""
+
+    pixels: Array  # (H, W, C), in memory or mapped from a file
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        h, w = self.pixels.shape[:2]
+        return h, w
+
+    def read(self, rows: slice, columns: slice, model: SegmentationUNet) -> Tensor:
+        normalisation = Normalisation.from_dict(model.info["normalisation"])
+        return torch.from_numpy(normalisation(np.asarray(self.pixels[rows, columns])))
+
+
+class Segmenter:
+    """Trained models for the same classes, to be called with an image: `mask = segmenter(image)`.
+
+    An image is
+
+    - an array or tensor (H, W, C), or (H, W) for a model of one channel, or a batch of them, (N, H,
+      W, C) or (N, H, W). Channels come last. For a model of one channel three axes are a batch (N,
+      H, W), unless the last one is 1, which are channels; if it is 3 or 4, as of colour images, the
+      array is refused.
+    - a path of an image file; the pages of a stack are a batch.
+
+    Pixels have the values and the type of the training images: an image of another type is another
+    range of values, and is refused. Types that say nothing of a range are converted: whole numbers
+    as int64 to the uint8 or uint16 of the model if all of them fit; float16, float64 and these
+    whole numbers to float32. The normalisation is the model's own.
+
+    Args:
+        predict: the models.
+        table: of their classes.
+        threshold: probability above which a pixel is of the second of two classes.
+        min_size: connected parts of fewer pixels become the class that surrounds them.
+
+    Raises:
+        InputError (a ValueError): a setting out of range; in calls, an image that does not fit.
+    """
+
+    def __init__(
+        self, predict: Predictor, table: ClassTable, threshold: float, *, min_size: int = 0
+    ) -> None:
+        if not 0 <= threshold <= 1:
+            raise InputError(f"threshold={threshold} must be from 0 to 1")
+        if min_size < 0:
+            raise InputError(f"min_size={min_size} must be at least 0")
+        self.predict, self.table = predict, table
+        self.threshold, self.min_size = threshold, min_size
+
+    @property
+    def channels(self) -> int:
+        """Channels of the images: 1 (grey) or 3 (RGB)."""
+        return self.predict.models[0].config.in_channels
+
+    @property
+    def dtype(self) -> str:
+        """Type of the images: "uint8", "uint16" or "float32"."""
+        return Normalisation.from_dict(self.predict.models[0].info["normalisation"]).dtype
+
+    @property
+    def classes(self) -> tuple[Value, ...]:
+        """The mask value of each class: a number, or a colour (R, G, B)."""
+        return self.table.values
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The name of each class; empty where they have none."""
+        return self.table.names
+
+    @property
+    def instances(self) -> bool:
+        """Whether the model was trained on masks that number each cell."""
+        return self.table.names == INSTANCE_NAMES
+
+    def __repr__(self) -> str:
+        count = len(self.predict.models)
+        return (
+            f"Segmenter({count} model{'s' * (count > 1)}, channels={self.channels}, "
+            f"dtype={self.dtype!r}, classes={self.classes})"
+        )
+
+    def __call__(self, image: Image) -> Array:
+        """The mask (H, W) with the values of the training masks, or (H, W, 3) where these were
+        colours, in the smallest integer type; of a batch (N, H, W[, 3]).
+        """
+        return self._each(image, lambda source: self.table.decode(self._decided(source)))
+
+    def probability(self, image: Image) -> NDArray[np.float32]:
+        """Probabilities from 0 to 1.
+
+        Returns:
+            (H, W) of the second of two classes; of more classes (H, W, K), in the order of
+            `classes`, which add up to 1. Of a batch (N, H, W[, K]).
+        """
+
+        def find(source: Source) -> Probability:
+            found = self.predict(source)
+            return found[0] if len(found) == 1 else rearrange(found, "k h w -> h w k")
+
+        return self._each(image, find)
+
+    def labels(self, image: Image) -> NDArray[np.int32]:
+        """Numbers (H, W) from 1 of the instances, 0 elsewhere; of a batch (N, H, W), each from 1.
+
+        Of a model for two classes they are the 4-connected parts of the second one.
+
+        Raises:
+            InputError: a model for more classes that are no instances.
+        """
+        if not self.has_labels:
+            raise InputError(
+                f"labels number the parts of the second of two classes, but the model knows "
+                f"{len(self.classes)}: take the mask, and number the parts of the class you mean"
+            )
+        return self._each(image, lambda source: self.numbered(self._decided(source)))
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether it is clear which parts `labels` numbers."""
+        return self.instances or len(self.classes) == 2
+
+    def decided(self, probability: Probability) -> NDArray[np.uint8]:
+        """Class indices (H, W) of what `predict` gives for an image."""
+        return without_specks(classes(probability, self.threshold), self.min_size)
+
+    def numbered(self, decided: NDArray[np.uint8]) -> NDArray[np.int32]:
+        """What `labels` gives, of class indices (H, W)."""
+        if self.instances:
+            return instances_from_classes(decided)
+        return np.asarray(ndimage.label(decided == 1)[0], np.int32)
+
+    def _decided(self, source: Source) -> NDArray[np.uint8]:
+        """`decided` of an image whose probabilities are never in memory as a whole."""
+        bands = [classes(band, self.threshold) for _, band in self.predict.bands(source)]
+        return without_specks(np.concatenate(bands), self.min_size)
+
+    def _each(self, image: Image, find: Callable[[Source], Array]) -> Array:
+        """What `find` gives for the image, or for each of a batch."""
+        if isinstance(image, (str, Path)):
+            pages, batched = self._pages(Path(image))
+        else:
+            pages, batched = _as_batch(_as_array(image), self.channels)
+            pages = _converted(pages, self.dtype)
+        found = [find(RasterSource(page)) for page in pages]
+        return np.stack(found) if batched else found[0]
+
+    def _pages(self, path: Path) -> tuple[Iterable[Array], bool]:
+        """The images (H, W, C) of a file, read one by one, and whether it is a stack."""
+        if path.is_dir():
+            raise InputError(
+                f"{str(path)!r} is a folder: give one of its images, or label all of them with "
+                "predict_seg.py"
+            )
+        info = image_info(path)
+        if (info.channels, info.dtype) != (self.channels, self.dtype):
+            raise InputError(
+                f"{str(path)!r} has {info.channels} channels of {info.dtype}, where the training "
+                f"images have {self.channels} of {self.dtype}: convert it"
+            )
+        pages = [None] if info.pages == 1 else range(info.pages)
+        return (open_raster(path, page, info) for page in pages), info.pages > 1
+
+
+def _as_array(image: object) -> Array:
+    if isinstance(image, Tensor):
+        try:
+            plain = image.detach().float() if image.dtype == torch.bfloat16 else image.detach()
+            return plain.cpu().numpy()
+        except (RuntimeError, TypeError) as error:
+            raise InputError(
+                f"a tensor of {image.dtype} on {image.device} has no values that an array can "
+                "hold: give a dense tensor of numbers"
+            ) from error
+    if isinstance(image, np.ndarray):
+        return image
+    raise InputError(
+        f"an image is a NumPy array, a torch tensor or a path, not {type(image).__name__}: convert "
+        "it with np.asarray(image), and several of one size with np.stack(images)"
+    )
+
+
+def _as_batch(image: Array, channels: int) -> tuple[Array, bool]:
+    """An image or a batch as (N, H, W, C), and whether it was a batch; see `Segmenter`."""
+    shape = image.shape
+    wanted = "(H, W, 3) or a batch (N, H, W, 3)"
+    if channels == 1:
+        wanted = "(H, W), (H, W, 1) or a batch (N, H, W), (N, H, W, 1)"
+    kind = "grey (1 channel)" if channels == 1 else f"RGB ({channels} channels)"
+    cure = f"an image has the shape {wanted}"
+    if not image.size:
+        raise InputError(f"the image has the shape {shape}, so it holds no pixel: {cure}")
+    if image.ndim == 4 and shape[3] == channels:
+        return image, True
+    if image.ndim == 3 and shape[2] == channels:
+        return image[None], False
+    if channels == 1 and image.ndim == 2:
+        return image[None, :, :, None], False
+    if channels == 1 and image.ndim == 3 and shape[2] not in (3, 4):
+        return image[..., None], True
+    if image.ndim == 2:
+        cure = "give np.stack([image] * 3, axis=-1) if the training images were as grey as this one"
+    elif image.ndim in (3, 4) and shape[-1] == 4 and channels == 3:
+        cure = "leave out the fourth channel, such as alpha, with image[..., :3]"
+    elif image.ndim in (3, 4) and shape[-3] == channels:
+        cure = "the channels come last, so give np.moveaxis(image, -3, -1)"
+    elif image.ndim in (3, 4) and channels == 1 and shape[-1] in (3, 4):
+        cure = "give one channel, such as image[..., 0]"
+        if image.ndim == 3:
+            cure += f", or image[..., None] if it is a batch of images {shape[2]} pixels wide"
+    raise InputError(f"an image of shape {shape} does not fit a model for {kind} images: {cure}")
+
+
+def _converted(pixels: Array, dtype: str) -> Array:
+    """Pixels in the type that the model takes, as `Segmenter` says."""
+    given, wanted = pixels.dtype, np.dtype(dtype)
+    # uint8 and uint16 are ranges of values, whatever the values; the other integers are none.
+    whole = given.kind in "iu" and given.name not in ("uint8", "uint16")
+    if wanted.kind == "f" and (whole or given.kind == "f"):
+        with np.errstate(over="ignore"):
+            found = pixels.astype(wanted, copy=False)
+        if np.isfinite(found).all():
+            return found
+        raise InputError(
+            f"the image of {given} holds NaN, infinite or too large values: replace them, such as "
+            "with np.nan_to_num(image)"
+        )
+    if given.name == dtype or (whole and pixels.min() >= 0 and pixels.max() <= _white(wanted)):
+        return pixels.astype(wanted, copy=False)  # in the byte order of this machine
+    values = f" from {pixels.min():g} to {pixels.max():g}" if given.kind in "iuf" else ""
+    raise InputError(
+        f"the image holds {given}{values}, but the training images were {dtype}: "
+        f"{_cure(pixels, wanted)}"
+    )
+
+
+def _white(dtype: np.dtype[Any]) -> int:
+    return int(np.iinfo(dtype).max)
+
+
+def _cure(pixels: Array, wanted: np.dtype[Any]) -> str:
+    """How to mend an image whose type is not the wanted one."""
+    given, convert = pixels.dtype, f"astype(np.{wanted})"
+    if given.kind not in "iuf":
+        return f"give image.{convert} * white, with the value that white had in these"
+    if wanted.kind == "f":
+        return f"give image.{convert} if they had these values, else scale it as they were"
+    white, low, high = _white(wanted), pixels.min(), pixels.max()
+    if given.kind == "f" and not (np.isfinite(low) and np.isfinite(high)):
+        return "replace what is NaN or infinite"
+    if given.kind == "f" and low >= 0 and high <= 1:
+        return f"give (image * {white}).round().{convert}"
+    if given.name == "uint8":
+        return f"give image.{convert} * 257, of which {white} is white"
+    if low >= 0 and high <= white:
+        rounded = "image.round()" if given.kind == "f" else "image"
+        return f"give {rounded}.{convert} if {white} is white in it, else scale it to that first"
+    return f"scale it to values from 0 to {white}, as theirs, and give it as np.{wanted}"
+
+
+def without_specks(found: NDArray[np.uint8], min_size: int) -> NDArray[np.uint8]:
+    """Classes (H, W) whose 4-connected parts of fewer pixels took the class most around them."""
+    if min_size < 2:
+        return found
+    found = found.copy()
+    for value in np.unique(found):
+        parts, count = ndimage.label(found == value)
+        sizes = np.bincount(parts.ravel(), minlength=count + 1)
+        boxes = ndimage.find_objects(parts)
+        for i in np.flatnonzero(sizes[1:] < min_size):
+            rows, columns = (slice(max(s.start - 1, 0), s.stop + 1) for s in boxes[i])
+            part = parts[rows, columns] == i + 1
+            ring = ndimage.binary_dilation(part) & ~part
+            if ring.any():
+                around = np.bincount(found[rows, columns][ring]).argmax()
+                found[rows, columns][part] = around
+    return found
