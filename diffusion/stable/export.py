@@ -66,8 +66,8 @@ def unet_config(model: DiffusionUNet, autoencoder: Autoencoder) -> dict[str, Any
 def scheduler_config(model: DiffusionUNet) -> dict[str, Any]:
     """The `scheduler_config.json` of the model's noise schedule and prediction.
 
-    Steps are spread as `unet-sample-ddpm` does it: the first one is at pure noise, the last one ends
-    at the clean image.
+    Steps are spread as `unet-sample-ddpm` does it: the first one is at pure noise, the last one
+    ends at the clean image.
 
     Raises:
         InputError: diffusers has no such schedule.
