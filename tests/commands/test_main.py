@@ -10,13 +10,15 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 import tomllib
 
 import unet_diffusion
 from unet.training.cli import say_next, typed
-from unet_diffusion.main import COMMANDS, NAMES, every_command, main
+from unet.training.config_file import field_types
+from unet_diffusion.main import COMMANDS, NAMES, every_command, main, module
 
 ROOT = Path(__file__).parents[2]
 ENTRY_POINTS = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["scripts"]
@@ -230,3 +232,30 @@ def test_the_next_command_is_said_by_the_main_process_alone(activated, monkeypat
     monkeypatch.setenv("RANK", "1")
     say_next("predict-seg")
     assert capsys.readouterr().out == ""
+
+
+def said_next(name: str) -> list[tuple[str, list[str]]]:
+    """The commands that a command's source says are next, each with the options it names."""
+    source = module(name).__file__
+    assert source is not None
+    tree = ast.parse(Path(source).read_text(encoding="utf-8"))
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    found = []
+    for call in (c for c in calls if ast.unparse(c.func) == "say_next"):
+        spread = {ast.unparse(arg.value) for arg in call.args if isinstance(arg, ast.Starred)}
+        assigned = [node for node in ast.walk(tree) if isinstance(node, ast.Assign)]
+        first = [ast.unparse(a.targets[0]).strip("()").split(",")[0] for a in assigned]
+        named = [a.value for a, target in zip(assigned, first, strict=True) if target in spread]
+        words = [
+            n.value for p in (call, *named) for n in ast.walk(p) if isinstance(n, ast.Constant)
+        ]
+        found.append((words[0], [w for w in words if str(w).startswith("--")]))
+    return found
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_next_command_exists_and_takes_the_options_it_is_given(name: str) -> None:
+    assert said_next(name)
+    for command, options in said_next(name):
+        known = field_types(get_type_hints(module(command).main)["options"])
+        assert {o.removeprefix("--").replace("-", "_") for o in options} <= set(known)
