@@ -77,5 +77,5 @@ venv:  ## make or refresh the virtual environment
 clean:  ## remove the virtual environment and the caches, never a run
 	@if [ -f "$(VENV)/pyvenv.cfg" ]; then rm -rf "$(VENV)"; fi
 	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
-	@find unet diffusion segmentation scripts tests benchmarks -name __pycache__ -prune \
+	@find unet diffusion segmentation unet_diffusion scripts tests benchmarks -name __pycache__ -prune \
 		-exec rm -rf {} + 2>/dev/null || true

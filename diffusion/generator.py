@@ -90,7 +90,7 @@ class ImageGenerator:
         batch_size: int = SamplingOptions.batch_size,
         **settings: Any,
     ) -> Images:
-        """New images, the same as those of `sample_ddpm.py` with these settings.
+        """New images, the same as those of `unet-sample-ddpm` with these settings.
 
         Args:
             count: how many; None: as many as classes or prompts are given, else one.

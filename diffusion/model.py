@@ -65,7 +65,7 @@ class DiffusionUNet(FolderModel):
         if not isinstance(names, list | tuple) or not all(isinstance(n, str) for n in names):
             raise InputError(
                 "the model's config.json must give the names of its classes in info.classes, not "
-                f"{names!r:.200}: train it with train_ddpm.py"
+                f"{names!r:.200}: train it with train-ddpm"
             )
         return list(names)
 

@@ -1,13 +1,11 @@
-"""Command lines of the diffusion scripts: training and sampling. Free of torch."""
+"""What may be chosen of training and of sampling, as command lines offer it. Free of torch."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
-
-import tyro
+from typing import Literal
 
 from unet.errors import InputError
 from unet.training.options import FitOptions, OptimizerName
@@ -72,7 +70,7 @@ class DiffusionOptions(FitOptions):
 
     network: str = "auto"
     """auto: width and levels by image size, number of images and budget; or a preset
-    (scripts/describe.py --list shows them)."""
+    (unet describe --list shows them)."""
 
     width: int | None = None
     """Channels of the finest level, instead of the network's."""
@@ -210,91 +208,3 @@ class SamplingOptions:
             }
             for flag in (flag for flag, value in given.items() if value):
                 raise InputError(f"{flag} does nothing without --guidance above 1: give both")
-
-
-@dataclass(frozen=True, kw_only=True)
-class SampleOptions(SamplingOptions):
-    """Make images from noise, or from other images."""
-
-    model: str
-    """Model folder, such as RUN/model."""
-
-    out: Path
-    """Folder to make: grid.png, and images/ with one PNG an image."""
-
-    count: int = 64
-    """Number of images."""
-
-    first: int = 0
-    """Number of the first one: --count 10 --first 20 makes images 20 to 29 of the seed."""
-
-    class_: Annotated[tuple[str, ...], tyro.conf.arg(name="class")] = ()
-    """Classes of the images, by name and in turn; none given: every class in turn, where the model
-    knows classes."""
-
-    prompt: tuple[str, ...] = ()
-    """Texts that the images are to show, in turn, for a model that was trained with captions."""
-
-    attention: bool = False
-    """With --prompt: write attention/ as well, where in the first images each word of the prompt is
-    looked at."""
-
-    attention_steps: tuple[int, int] | None = None
-    """With --attention: only the steps from the first of these up to before the second, from 0;
-    none given: all."""
-
-    npz: bool = False
-    """Write samples.npz as well: images (N, H, W, C) and, where asked for, labels."""
-
-    gif: bool = False
-    """Write appearing.gif as well: the first images as they come out of the noise."""
-
-    init: Path | None = None
-    """Make variants of this image instead (SDEdit): noise is added to it and taken away."""
-
-    strength: float = 0.6
-    """With --init: how much of it is made anew, from 0 to 1."""
-
-    inpaint: Path | None = None
-    """Make a part of this image anew (RePaint); with --mask."""
-
-    mask: Path | None = None
-    """With --inpaint: a picture that is white where the image is to be made anew."""
-
-    interpolate: tuple[Path, Path] | None = None
-    """Make images between these two, both among them."""
-
-    overwrite: bool = False
-    """Replace what an earlier run wrote to --out."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.count < 1:
-            raise InputError(f"--count {self.count} must be at least 1")
-        if self.first < 0:
-            raise InputError(f"--first {self.first} must be 0 or more")
-        if sum(x is not None for x in (self.init, self.inpaint, self.interpolate)) > 1:
-            raise InputError("--init, --inpaint and --interpolate each say what to make: give one")
-        if (self.inpaint is None) != (self.mask is None):
-            raise InputError("--inpaint needs --mask, which says what to make anew: give both")
-        if self.interpolate and self.count < 2:
-            raise InputError(f"--count {self.count}: between two images there are at least 2")
-        if self.interpolate and self.first:
-            raise InputError("--first has no place with --interpolate, whose images have an order")
-        if not 0 < self.strength <= 1:
-            raise InputError(f"--strength {self.strength} must be above 0 and at most 1")
-        if self.class_ and self.prompt:
-            raise InputError("--class and --prompt each say what an image shows: give one")
-        if self.attention and not self.prompt:
-            raise InputError("--attention shows where each word goes: give a --prompt")
-        if self.attention_steps is not None:
-            first, end = self.attention_steps
-            if not (self.attention and 0 <= first < end <= self.steps):
-                raise InputError(
-                    f"--attention-steps {first} {end}: give --attention, and 0 <= first < end <= "
-                    f"--steps {self.steps}"
-                )
-        if (self.gif or self.attention) and (self.init or self.inpaint or self.interpolate):
-            raise InputError(
-                "--gif and --attention show images that come out of noise alone: leave them out"
-            )

@@ -110,7 +110,7 @@ class ImageSampler:
         except InputError as error:
             raise InputError(
                 f"the model was trained with parts that cannot be read any more ({error}): use "
-                "txt2img.py with the pipeline/ of its run"
+                "txt2img with the pipeline/ of its run"
             ) from error
         return None
 
@@ -285,6 +285,6 @@ def _folder(model: DiffusionUNet, key: str) -> str:
 def _known(model: DiffusionUNet, key: str) -> Any:
     if key not in model.info:
         raise InputError(
-            f"the model's config.json has no {key!r} in its info: it was not made by train_ddpm.py"
+            f"the model's config.json has no {key!r} in its info: it was not made by train-ddpm"
         )
     return model.info[key]

@@ -86,7 +86,7 @@ def _finish(plan: DiffusionPlan, data: Data, model: DiffusionUNet) -> None:
     folder, autoencoder = clip_folder(plan.options), autoencoder_of(data)
     if folder and autoencoder and not obstacle(best, autoencoder):
         write_pipeline(run / "pipeline", best, autoencoder, folder)
-        print(f"for txt2img.py --model and for diffusers: {run / 'pipeline'}")
+        print(f"for txt2img --model and for diffusers: {run / 'pipeline'}")
 
 
 def load_data(options: DiffusionOptions) -> Data:

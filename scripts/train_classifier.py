@@ -1,72 +1,8 @@
-"""Train a classifier that judges generated images: train_classifier.py --data DIR --out RUN."""
-
-from __future__ import annotations
+"""The command unet-train-classifier from a clone: python scripts/train_classifier.py --help."""
 
 import sys
-from dataclasses import dataclass
-from typing import Literal
 
-from unet.errors import InputError
-from unet.training.cli import run_script
-from unet.training.options import FitOptions
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClassifierOptions(FitOptions):
-    """Train a classifier of whole images."""
-
-    data: str
-    """An .npz with `images` and `labels`, or a folder with a subfolder of images for each class."""
-
-    batch_size: int = 128
-    """Images an optimizer step, over all processes and accumulated parts together."""
-
-    lr: float = 3e-3
-    """Highest learning rate."""
-
-    weight_decay: float = 0.01
-    """Weight decay."""
-
-    size: int | None = None
-    """Side in pixels to which the images are resized and cropped; none given: as they are."""
-
-    channels: Literal[1, 3] | None = None
-    """1 reads the images as grey, 3 as RGB; none given: as they are."""
-
-    skip_bad: bool = False
-    """Leave out images that cannot be read, naming them, instead of stopping."""
-
-    width: int = 32
-    """Channels of the finest level."""
-
-    shift: int = 2
-    """Shift each image by up to that many pixels either way."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.size is not None and self.size < 1:
-            raise InputError(f"--size {self.size} must be at least 1 pixel")
-        if self.width < 1:
-            raise InputError(f"--width {self.width} must be at least 1")
-        if self.shift < 0:
-            raise InputError(f"--shift {self.shift} must be 0 or more")
-
-
-def main(options: ClassifierOptions) -> None:
-    from diffusion.data.images import DiffusionData
-    from diffusion.judging.classifier import (
-        train,  # torch takes seconds to import: not before parsing
-    )
-
-    data = DiffusionData(
-        options.data,
-        size=options.size,
-        channels=options.channels,
-        flips=False,
-        skip_bad=options.skip_bad,
-    )
-    train(data, options, width=options.width, shift=options.shift)
-
+from unet_diffusion.train_classifier import command
 
 if __name__ == "__main__":
-    sys.exit(run_script(main, ClassifierOptions, description=__doc__))
+    sys.exit(command())

@@ -1,4 +1,4 @@
-"""`SegmentationOptions`: the command line of `scripts/train_seg.py`. Free of torch."""
+"""`SegmentationOptions`: the command line of `unet-train-seg`. Free of torch."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class SegmentationOptions(FitOptions):
     """Hold out these images instead: names, or ranges of their numbers such as 24-29."""
 
     network: str = "segmentation"
-    """Preset of the network (scripts/describe.py --list shows them)."""
+    """Preset of the network (unet describe --list shows them)."""
 
     width: int | None = None
     """Channels of the finest level, instead of the preset's."""

@@ -81,7 +81,7 @@ def load_models(
         for name in ("classes", "normalisation", "threshold"):
             if name not in model.info:
                 raise InputError(
-                    f"{folder} lacks '{name}' in its config.json: it was not saved by train_seg.py"
+                    f"{folder} lacks '{name}' in its config.json: it was not saved by train-seg"
                 )
         dtypes.append(Normalisation.from_dict(model.info["normalisation"]).dtype)
         tables.append(ClassTable.from_dict(model.info["classes"]))

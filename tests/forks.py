@@ -11,6 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+SCRIPTS = Path(__file__).parents[1] / "scripts"
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(
     ["tests.unet.training.toy_training", "torch._dynamo", "torch.distributed.tensor"]

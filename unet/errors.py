@@ -1,4 +1,4 @@
-"""How a script ends early: a mistake that the user can mend, a run that cannot go on, a signal."""
+"""How a command ends early: a mistake that the user can mend, a run that cannot go on, a signal."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _LONGEST = 6000  # characters of a message: a file's name can have 4096
 class InputError(ValueError):
     """A mistake in an argument, a config or a file: what, where, which value, how to mend it.
 
-    The scripts print it as one sentence and exit with status 2; what is no such error keeps its
+    The commands print it as one sentence and exit with status 2; what is no such error keeps its
     traceback. It is one line, whatever the names and values in it: breaks become spaces, what
     cannot be printed is escaped, and the middle of a very long one is left out.
     """
@@ -42,7 +42,7 @@ def as_keywords(*names: str) -> Iterator[None]:
 class RunError(RuntimeError):
     """A run that cannot go on though its input was accepted, such as a loss that became NaN.
 
-    The scripts print it as one sentence and exit with status 1.
+    The commands print it as one sentence and exit with status 1.
     """
 
 

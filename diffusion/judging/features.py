@@ -1,6 +1,6 @@
 """What turns images into the features by which sets of images are compared.
 
-`ClassifierFeatures` takes a classifier that `scripts/train_classifier.py` trained, on the images in
+`ClassifierFeatures` takes a classifier that `unet-train-classifier` trained, on the images in
 question or on such as they. `InceptionFeatures` takes the standard Inception network: only the
 figures on its features are FID and KID, and each extractor knows what its figures are called.
 """

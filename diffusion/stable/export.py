@@ -1,4 +1,4 @@
-"""A trained model as a diffusers pipeline folder, for `txt2img.py` and StableDiffusionPipeline."""
+"""A trained model as a pipeline folder of diffusers, which `unet-txt2img` reads as well."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ def unet_config(model: DiffusionUNet, autoencoder: Autoencoder) -> dict[str, Any
 def scheduler_config(model: DiffusionUNet) -> dict[str, Any]:
     """The `scheduler_config.json` of the model's noise schedule and prediction.
 
-    Steps are spread as `sample_ddpm.py` does it: the first one is at pure noise, the last one ends
-    at the clean image.
+    Steps are spread as `unet-sample-ddpm` does it: the first one is at pure noise, the last one
+    ends at the clean image.
 
     Raises:
         InputError: diffusers has no such schedule.
@@ -89,7 +89,7 @@ def scheduler_config(model: DiffusionUNet) -> dict[str, Any]:
         "steps_offset": 1,  # which diffusers asks of every pipeline; trailing steps have none
         "timestep_spacing": "trailing",
     }
-    PipelineSchedule.from_dict(values)  # as txt2img.py will read it
+    PipelineSchedule.from_dict(values)  # as txt2img will read it
     return values
 
 

@@ -129,15 +129,13 @@ def read_recipe(path: Path) -> dict[str, Any]:
         values = None if text is None else json.loads(text)
     except Exception as error:  # decoders raise what a wrong byte leads them to, from any class
         raise InputError(
-            f"{path} cannot be read as a PNG made by txt2img.py: {said(error)}"
+            f"{path} cannot be read as a PNG made by txt2img: {said(error)}"
         ) from error
     if values is None:
-        raise InputError(f"{path} says nothing of how it was made: give a PNG made by txt2img.py")
+        raise InputError(f"{path} says nothing of how it was made: give a PNG made by txt2img")
     names = {field.name for field in dataclasses.fields(Recipe)}
     if not isinstance(values, dict) or not set(values) <= names:
-        raise InputError(
-            f"the recipe in {path} is not of this version of txt2img.py: {text!r:.200}"
-        )
+        raise InputError(f"the recipe in {path} is not of this version of txt2img: {text!r:.200}")
     return values
 
 

@@ -12,11 +12,11 @@ import torch
 
 from diffusion import ImageGenerator, load
 from diffusion.model import DiffusionUNet
-from diffusion.options import SampleOptions
 from diffusion.process.schedule import NoiseSchedule
 from diffusion.text import WordEncoder
-from scripts import sample_ddpm
 from unet import PRESETS, InputError
+from unet_diffusion import sample_ddpm
+from unet_diffusion.sample_ddpm import SampleOptions
 
 SMALL = {"in_channels": 1, "channels": 8, "multipliers": (1, 2), "attention_levels": ()}
 WORDS = WordEncoder(["a", "red", "circle"], 4, width=32, depth=1)

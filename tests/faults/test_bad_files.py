@@ -31,7 +31,6 @@ from safetensors.torch import load, save
 from diffusion.data.images import DiffusionData
 from diffusion.model import DiffusionUNet
 from diffusion.stable.folder import read_unet
-from scripts import describe, predict_seg, sample_ddpm, train_ddpm, train_seg
 from segmentation.data.pairs import find_pairs
 from segmentation.model import SegmentationUNet
 from segmentation.output import find_slices
@@ -40,6 +39,7 @@ from tests.faults.damage import HOSTILE, ZEROS, mutated, tiff
 from tests.faults.harness import ROOT, run
 from unet.files.images import MAX_PIXELS, image_info, read_image
 from unet.training.cli import run_script
+from unet_diffusion import describe, predict_seg, sample_ddpm, train_ddpm, train_seg
 
 SECONDS = 10.0
 REFUSED = 64.0  # MiB, of a hostile file

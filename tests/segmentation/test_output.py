@@ -156,7 +156,7 @@ def test_a_quarter_of_a_gigapixel_in_less_than_two_gigabytes(folder, tmp_path):
     code = (
         "import resource, sys\n"
         "from unet.training.cli import run_script\n"
-        "from scripts import predict_seg as p\n"
+        "from unet_diffusion import predict_seg as p\n"
         "status = run_script(p.main, p.PredictOptions)\n"
         "print('KB', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
         "sys.exit(status)\n"

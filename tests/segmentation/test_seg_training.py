@@ -11,7 +11,6 @@ import pytest
 import torch
 from PIL import Image
 
-from scripts import demo, predict_seg, train_seg
 from segmentation.data.phantom import phantom_stack
 from segmentation.decisions import chosen_fit, decide
 from segmentation.judging.evaluation import COARSE, evaluate
@@ -19,12 +18,13 @@ from segmentation.model import SegmentationUNet
 from segmentation.options import RECIPES, SegmentationOptions
 from segmentation.predict import Predictor
 from segmentation.training import load_data, make_model, train
-from tests.forks import run_forked
+from tests.forks import SCRIPTS, run_forked
 from unet import InputError, UNetConfig
 from unet.files.images import read_image, write_image
 from unet.training.cli import run_script
 from unet.training.config_file import load_config
 from unet.training.run import read_log
+from unet_diffusion import demo, predict_seg, train_seg
 
 SMALL = ("--width", "4", "--crop", "32", "--batch-size", "2", "--steps", "2", "--evaluations", "1")
 
@@ -386,7 +386,7 @@ def test_two_processes_share_the_images_to_predict(model_folder, tmp_path):
     (images / "damaged.png").write_bytes(b"")
     arguments = ("--model", model_folder, "--input", images, "--out")
     assert run_predict(*arguments, tmp_path / "one") == 1
-    done = run_forked(predict_seg.__file__, *arguments, tmp_path / "two", processes=2)
+    done = run_forked(SCRIPTS / "predict_seg.py", *arguments, tmp_path / "two", processes=2)
     assert done.returncode != 0
     assert done.stdout.count("3 of 4 images predicted") == 1, done.stderr
     one, two = ({p.name: p for p in (tmp_path / n).iterdir()} for n in ("one", "two"))
@@ -407,7 +407,7 @@ def test_two_processes_share_the_images_to_predict(model_folder, tmp_path):
         (lambda m, i, o: (m / "model.safetensors").write_bytes(b"x"), "cannot be read as safe"),
         (lambda m, i, o: edit(m, task="diffusion"), "holds a model for diffusion"),
         (lambda m, i, o: edit(m, out_channels=2), "does not fit the model"),
-        (lambda m, i, o: edit(m, info={}), "was not saved by train_seg.py"),
+        (lambda m, i, o: edit(m, info={}), "was not saved by train-seg"),
         (lambda m, i, o: i.unlink(), "does not exist"),
         (lambda m, i, o: write_image(o / "x_mask.png", np.zeros((2, 2), np.uint8)), "--overwrite"),
     ],

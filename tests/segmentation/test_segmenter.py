@@ -12,13 +12,13 @@ import pytest
 import tifffile
 import torch
 
-from scripts import predict_seg
 from segmentation import Segmenter, load
 from segmentation.data.instances import INSTANCE_NAMES
 from segmentation.model import SegmentationUNet
 from segmentation.segmenter import load_models
 from unet import InputError, UNetConfig
 from unet.files.images import read_image, read_mask, write_image
+from unet_diffusion import predict_seg
 
 GREY = {"mean": [128.0], "std": [40.0], "dtype": "uint8"}
 COLOURS = [[0, 0, 0], [0, 128, 0], [255, 0, 0]]

@@ -1,6 +1,6 @@
-"""Command lines: one dataclass a script, read by tyro, repeatable from the YAML file it saves.
+"""Command lines: one dataclass a command, read by tyro, repeatable from the YAML file it saves.
 
-A script is three parts: a dataclass, a function that takes it, and the call of `run_script`::
+A command is three parts: a dataclass, a function that takes it, and the call of `run_script`::
 
     @dataclass(frozen=True, kw_only=True)
     class Options:
@@ -11,8 +11,8 @@ A script is three parts: a dataclass, a function that takes it, and the call of 
 
     def main(options: Options) -> None: ...
 
-    if __name__ == "__main__":
-        sys.exit(run_script(main, Options, description=__doc__))
+    def command(argv: Sequence[str] | None = None) -> int:
+        return run_script(main, Options, argv, description=__doc__)
 
 The dataclass is flat, may inherit, and documents each field by the string below it, which becomes
 the help text. Fields are bool, int, float, str, Path, Enum, Literal, tuples and lists of these, and
@@ -28,10 +28,11 @@ import io
 import os
 import re
 import shlex
+import shutil
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import tyro
 
@@ -41,6 +42,9 @@ from unet.memory import keep_freed_memory, ran_out_of_memory
 from unet.training.config_file import expected, field_types, load_config, nearest
 
 T = TypeVar("T")
+
+COMPLETION = ("--tyro-print-completion", "--tyro-write-completion")
+SHELLS = ("bash", "zsh", "fish")
 
 _SMALLER = ("batch_size", "tile", "size", "crop")  # options that take memory
 _CONFIG_HELP = (
@@ -61,10 +65,20 @@ def parse(
     ``--config FILE.yaml`` is a base that the other flags override; so is ``--recipe NAME``, a file
     of the folder `recipes`; so is the config.yaml of the run in ``--out`` with ``--resume``.
 
-    ``--help`` prints the options and raises SystemExit(0). Anything that is not understood raises
-    InputError with one sentence; so does a `cls` whose ``__post_init__`` raises it.
+    ``--help`` prints the options; ``--tyro-print-completion SHELL`` prints, and
+    ``--tyro-write-completion SHELL FILE`` writes, what a shell completes them by. Each raises
+    SystemExit(0). Anything that is not understood raises InputError with one sentence; so does a
+    `cls` whose ``__post_init__`` raises it.
     """
-    argv, values = _base(cls, list(sys.argv[1:] if argv is None else argv), recipes)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    words = typed()
+    if asks_for_completion(argv):
+        if len(words) > 1:
+            raise InputError(
+                f"a shell completes what is installed: give {argv[0]} to unet, or to unet-train-seg"
+            )
+        complete(completable(cls, recipes), argv, Path(words[0]).stem)
+    argv, values = _base(cls, argv, recipes)
     _check_names(cls, argv)
     default: Any = _unchecked(cls, values) if values else tyro.MISSING_NONPROP
     text = f"{description or ''}\n\n{_CONFIG_HELP}".strip()
@@ -74,13 +88,14 @@ def parse(
     stderr = io.StringIO()
     try:
         with contextlib.redirect_stderr(stderr):
-            return tyro.cli(cls, args=argv, default=default, description=text)
+            return tyro.cli(cls, args=argv, default=default, description=text, prog=" ".join(words))
     except SystemExit as stop:
         if not stop.code:
             raise
         if isinstance(stop.__context__, InputError):  # from __post_init__
             raise stop.__context__ from None
-        raise InputError(_diagnosis(cls, argv, stderr.getvalue())) from None
+        text = _missing(cls, argv, values) or _diagnosis(cls, argv, stderr.getvalue())
+        raise InputError(text) from None
 
 
 def run_script(
@@ -105,6 +120,83 @@ def run_script(
     status = _status(run, cls, argv, description, recipes)
     _leave_group(status)
     return status
+
+
+def typed(command: str | None = None) -> list[str]:
+    """The words before the options that run a command, in the form in which this one was called.
+
+    They are ``python scripts/train_seg.py``, ``unet-train-seg``, ``unet train-seg`` or ``python -m
+    unet_diffusion train-seg``, with a path where the shell does not find the program by its name.
+
+    Args:
+        command: such as train-seg; None for the one that runs.
+    """
+    program, called = Path(sys.argv[0]), sys.argv[1:2]
+    python = _in_shell(Path(sys.executable))
+    if program.parts[-2:] == ("unet_diffusion", "__main__.py"):
+        return [python, "-m", "unet_diffusion", *([command] if command else called)]
+    if program.stem == "unet":
+        return [_in_shell(program), *([command] if command else called)]
+    if command is None:
+        return [python, str(program)] if program.suffix == ".py" else [_in_shell(program)]
+    script = program.with_name(f"{command.replace('-', '_')}.py") if program.name else program
+    if program.suffix == ".py" and script.is_file():
+        return [python, str(script)]
+    if program.stem.startswith("unet-"):
+        return [_in_shell(program.with_name(f"unet-{command}{program.suffix}"))]
+    return [f"unet-{command}"]  # from a notebook, or somebody's own program
+
+
+def _in_shell(program: Path) -> str:
+    """A program by its name, where the shell finds it by that, else by its path."""
+    found = shutil.which(program.name)
+    if found and Path(found).parent.resolve() == program.parent.resolve():
+        return program.name
+    inside = program.is_absolute() and program.is_relative_to(Path.cwd())
+    return str(program.relative_to(Path.cwd()) if inside else program)
+
+
+def say_next(command: str, *arguments: object) -> None:
+    """Prints what to type next, in the main process alone: the last line of a command.
+
+    Args:
+        command: such as predict-seg, which is named in the form in which this one was called.
+        arguments: its options and their values.
+    """
+    if int(os.environ.get("RANK", 0)) == 0:
+        line = shlex.join([*typed(command), *map(str, arguments)])
+        print(f"next: {line}", flush=True)
+
+
+def asks_for_completion(argv: Sequence[str]) -> bool:
+    """Whether `argv` asks for what a shell completes a command by."""
+    return bool(argv) and argv[0].replace("_", "-") in COMPLETION
+
+
+def complete(options: Any, argv: Sequence[str], program: str) -> None:
+    """Prints or writes what a shell completes `program` by, and raises SystemExit(0).
+
+    Args:
+        options: the `completable` of a command, or a union of several as tyro's subcommands.
+        argv: ``--tyro-print-completion SHELL`` or ``--tyro-write-completion SHELL FILE``.
+
+    Raises:
+        InputError: `argv` is something else.
+    """
+    writes = argv[0].replace("_", "-") == COMPLETION[1]
+    if len(argv) != 2 + writes or argv[1] not in SHELLS:
+        file = " and a file" if writes else ""
+        raise InputError(f"{argv[0]} needs a shell{file} behind it: one of {', '.join(SHELLS)}")
+    tyro.cli(options, args=list(argv), prog=program)
+
+
+def completable(cls: type, recipes: Path | None = None) -> type:
+    """`cls` with the options that `parse` takes beside its fields, for `complete`."""
+    more: list[Any] = [("config", Path | None, dataclasses.field(default=None))]
+    if recipes is not None:
+        names = tuple(sorted(file.stem for file in recipes.glob("*.yaml")))
+        more.append(("recipe", Literal[names] | None, dataclasses.field(default=None)))
+    return dataclasses.make_dataclass(cls.__name__, more, bases=(cls,), frozen=True, kw_only=True)
 
 
 def _leave_group(status: int) -> None:
@@ -141,14 +233,14 @@ def _status(
         status = 1 if isinstance(error, RunError) else 2
     except Interrupted as stop:
         if int(os.environ.get("RANK", 0)) == 0:
-            command = ["python", sys.argv[0], "--out", str(getattr(options, "out", "")), "--resume"]
+            command = [*typed(), "--out", str(getattr(options, "out", "")), "--resume"]
             print(f"go on with: {shlex.join(command)}", flush=True)
         return int(stop.code or 1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     except OSError as error:
-        if isinstance(error, BrokenPipeError) and _stdout_is_closed():
+        if isinstance(error, BrokenPipeError) and stdout_is_closed():
             return 141
         if error.filename is None and error.errno not in DISK_FULL:
             raise
@@ -239,7 +331,7 @@ def _unchecked(cls: type, values: dict[str, Any]) -> Any:
     return instance
 
 
-def _stdout_is_closed() -> bool:
+def stdout_is_closed() -> bool:
     """Whether the reader of stdout (such as head) went away; what is left for it goes nowhere."""
     try:
         print(flush=True)
@@ -247,6 +339,19 @@ def _stdout_is_closed() -> bool:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return True
     return False
+
+
+def _missing(cls: type, argv: list[str], values: Mapping[str, Any]) -> str:
+    """One sentence for the options that must be given and are not, or nothing."""
+    missing = [
+        f"--{field.name.replace('_', '-')}"
+        for field in dataclasses.fields(cls)
+        if field.default is field.default_factory is dataclasses.MISSING
+        and field.name not in values
+    ]
+    missing = [option for option in missing if _values(argv, option) is None]
+    text = " and ".join(filter(None, [", ".join(missing[:-1]), *missing[-1:]]))
+    return f"{text} must be given (--help lists the options)" if missing else ""
 
 
 def _diagnosis(cls: type, argv: list[str], box: str) -> str:

@@ -14,11 +14,11 @@ from diffusion.data.images import DiffusionData
 from diffusion.judging.classifier import ClassifierTask, ClassifierUNet, classifier_config
 from diffusion.judging.features import ClassifierFeatures
 from diffusion.model import DiffusionUNet
-from scripts.train_classifier import ClassifierOptions, main
 from unet import InputError, UNet, UNetConfig
 from unet.training.cli import run_script
 from unet.training.run import read_log
 from unet.training.task import Processes
+from unet_diffusion.train_classifier import ClassifierOptions, main
 
 QUICK = ("--width", "4", "--batch-size", "20", "--device", "cpu", "--precision", "fp32")
 

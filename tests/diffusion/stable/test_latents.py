@@ -37,12 +37,12 @@ from diffusion.stable.latents import LatentData
 from diffusion.stable.pipeline import StableDiffusion
 from diffusion.stable.recipe import PictureSettings
 from diffusion.training import DiffusionTask
-from scripts import sample_ddpm, train_ddpm, txt2img
 from tests.diffusion.stable.tiny_pipeline import SCHEDULER, SIDE, write_pipeline
 from unet import PRESETS, InputError
 from unet.files.images import write_image
 from unet.training.cli import run_script
 from unet.training.run import read_log
+from unet_diffusion import sample_ddpm, train_ddpm, txt2img
 
 COUNT = 30
 PROMPT = "a dog"
@@ -276,7 +276,7 @@ def test_a_model_without_its_parts_says_so(
     model.save_pretrained(tmp_path / "model")
     given = ("--model", tmp_path / "model", "--out", tmp_path / "out", "--prompt", PROMPT)
     assert run(sample_ddpm, "SampleOptions", *given) == 2
-    assert "use txt2img.py with the pipeline/ of its run" in capsys.readouterr().err
+    assert "use txt2img with the pipeline/ of its run" in capsys.readouterr().err
 
 
 @contextmanager

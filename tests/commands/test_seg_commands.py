@@ -1,4 +1,4 @@
-"""eval_seg.py and crossval_seg.py: what they write, on which images, and their refusals."""
+"""unet-eval-seg and unet-crossval-seg: what they write, on which images, and their refusals."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from scripts import crossval_seg, eval_seg
 from segmentation.data.phantom import phantom_stack
 from segmentation.judging.evaluation import evaluate
 from segmentation.options import RECIPES, SegmentationOptions
@@ -27,6 +26,7 @@ from unet.files.images import read_image, write_image
 from unet.training.cli import run_script
 from unet.training.fit import Trainer
 from unet.training.run import read_log
+from unet_diffusion import crossval_seg, eval_seg
 
 NETWORK: dict[str, Any] = {"width": 4, "crop": 32, "batch_size": 2, "evaluations": 1}
 FLAGS = [f"--{k.replace('_', '-')}={v}" for k, v in NETWORK.items()]

@@ -1,4 +1,4 @@
-"""train_ddpm.py, sample_ddpm.py, eval_ddpm.py: what they write, and their refusals."""
+"""unet-train-ddpm, unet-sample-ddpm, unet-eval-ddpm: what they write, and their refusals."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from diffusion.judging import evaluation, report
 from diffusion.judging.classifier import ClassifierUNet, classifier_config
 from diffusion.model import DiffusionUNet
 from diffusion.options import DiffusionOptions
-from scripts import eval_ddpm, sample_ddpm, train_classifier, train_ddpm
-from tests.forks import run_forked
+from tests.forks import SCRIPTS, run_forked
 from unet.files.images import read_image, write_image
 from unet.training.cli import run_script
 from unet.training.config_file import load_config
 from unet.training.run import read_log
+from unet_diffusion import eval_ddpm, sample_ddpm, train_classifier, train_ddpm
 
 SMALL = ("--width", "8", "--batch-size", "4", "--evaluations", "1", "--log-every", "1")
 
@@ -467,7 +467,7 @@ def test_two_processes_share_the_images(trained: Path, tmp_path: Path) -> None:
     arguments = ("--model", trained / "run/model", "--count", 5, "--steps", 2, "--batch-size", 2)
     assert run_sample(*arguments, "--npz", "--out", tmp_path / "one") == 0
     two = (*arguments, "--npz", "--out", tmp_path / "two")
-    done = run_forked(sample_ddpm.__file__, *two, processes=2)
+    done = run_forked(SCRIPTS / "sample_ddpm.py", *two, processes=2)
     assert done.returncode == 0, done.stderr
     assert "shared by 2 processes" in done.stdout
     one, two = (np.load(tmp_path / name / "samples.npz") for name in ("one", "two"))
@@ -480,7 +480,7 @@ def test_two_processes_share_the_images(trained: Path, tmp_path: Path) -> None:
 
 def test_two_processes_give_the_losses_of_one(trained: Path, tmp_path: Path) -> None:
     arguments = ("--out", tmp_path / "run", *training_of(trained))
-    done = run_forked(train_ddpm.__file__, *arguments, processes=2)
+    done = run_forked(SCRIPTS / "train_ddpm.py", *arguments, processes=2)
     assert done.returncode == 0, done.stderr
     one, two = (
         [e["loss"] for e in read_log(path / "run/metrics.jsonl") if "loss" in e]

@@ -1,4 +1,4 @@
-"""txt2img.py from the command line to the files, on a pipeline of a few random weights."""
+"""unet-txt2img from the command line to the files, on a pipeline of a few random weights."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from PIL import Image
 
 from diffusion.stable.recipe import read_recipe
-from scripts import txt2img
 from tests.diffusion.stable.tiny_pipeline import SIDE, write_pipeline
-from tests.forks import run_forked
+from tests.forks import SCRIPTS, run_forked
 from unet.training.cli import run_script
+from unet_diffusion import txt2img
 
 PROMPT = ("--prompt", "a cat", "--negative", "dog", "--steps", 3)
 
@@ -104,7 +104,7 @@ def test_a_picture_is_repeated_from_its_png(made: Path, tmp_path: Path) -> None:
 @pytest.mark.slow  # diffusers and transformers are imported twice
 def test_two_processes_share_the_pictures(made: Path, pipeline: Path, tmp_path: Path) -> None:
     arguments = ("--model", pipeline, *PROMPT, "--count", 3, "--seed", 5)
-    done = run_forked(txt2img.__file__, *arguments, "--out", tmp_path / "two", processes=2)
+    done = run_forked(SCRIPTS / "txt2img.py", *arguments, "--out", tmp_path / "two", processes=2)
     assert done.returncode == 0, done.stderr
     assert "shared by 2 processes" in done.stdout
     assert done.stdout.count("pictures: ") == 1

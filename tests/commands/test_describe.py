@@ -1,14 +1,12 @@
-"""scripts/describe.py: its numbers against a computation by hand, and its refusals."""
+"""unet-describe: its numbers against a computation by hand, and its refusals."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -18,25 +16,13 @@ from diffusion.model import DiffusionUNet
 from segmentation.model import SegmentationUNet
 from unet.config import UNetConfig
 from unet.presets import PRESETS
-from unet.training.cli import run_script
+from unet_diffusion import describe
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "describe.py"
-
-
-def load_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("describe_script", SCRIPT)
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where its dataclass looks for the types of its fields
-    spec.loader.exec_module(module)
-    return module
-
-
-SCRIPT_MODULE = load_script()
+SCRIPT = Path(__file__).parents[2] / "scripts" / "describe.py"
 
 
 def run(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    assert run_script(SCRIPT_MODULE.main, SCRIPT_MODULE.Options, argv) == 0
+    assert describe.command(argv) == 0
     return capsys.readouterr().out
 
 
@@ -190,7 +176,7 @@ def test_memory_of_stored_weights(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_mistakes_are_one_sentence(
     argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run_script(SCRIPT_MODULE.main, SCRIPT_MODULE.Options, argv) == 2
+    assert describe.command(argv) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert message in error
@@ -204,7 +190,7 @@ def test_a_damaged_folder_is_refused(
     SegmentationUNet(UNetConfig(channels=4, multipliers=(1,)), 1).save_pretrained(tmp_path)
     file = tmp_path / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
-    assert run_script(SCRIPT_MODULE.main, SCRIPT_MODULE.Options, [str(tmp_path)]) == 2
+    assert describe.command([str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith("error: ")
 
 
@@ -216,5 +202,5 @@ def test_as_a_command() -> None:
 
 
 def test_nothing_is_allocated() -> None:
-    model, _ = SCRIPT_MODULE.build("sd-v2")
+    model, _ = describe.build("sd-v2")
     assert {v.device for v in model.state_dict().values()} == {torch.device("meta")}

@@ -1,0 +1,150 @@
+"""Score a model on labelled images: unet-eval-seg --model RUN/model --data DIR --out DIR."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from segmentation.options import SegmentationOptions
+from unet.errors import InputError
+from unet.training.cli import run_script, say_next
+from unet.training.config_file import load_config
+
+if TYPE_CHECKING:
+    from segmentation.data.pairs import Pair
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions:
+    """Scores, a list of the images, and pictures, the worst images first."""
+
+    model: tuple[str, ...]
+    """Model folder, such as RUN/model; several are averaged."""
+
+    out: Path
+    """Folder to make: scores.json, scores.csv (an image a line), pictures/."""
+
+    data: str | None = None
+    """Images and masks, as for train-seg; none given: those of the model's run."""
+
+    images: Path | None = None
+    """Folder of the images, where --data does not hold both; with --masks."""
+
+    masks: Path | None = None
+    """Folder of the masks; with --images."""
+
+    ignore_value: int | None = None
+    """Mask value of pixels that do not count, where --data is not that of the model's run."""
+
+    split: Literal["val", "all"] | None = None
+    """val: only images that the runs of all models held out; all: every image. None given: val on
+    the data of a model's run, all on other data."""
+
+    val_names: tuple[str, ...] = ()
+    """Only these images instead: names, or ranges of their numbers such as 24-29."""
+
+    threshold: float | None = None
+    """Probability above which a pixel is of the second of two classes; none given: the model's."""
+
+    tta: bool = False
+    """Average over the eight symmetries of the image: better, for eight times the time."""
+
+    warping: bool = False
+    """Also count the warping error of ISBI 2012, which takes minutes for some images."""
+
+    pictures: int = 50
+    """Pictures of that many of the worst images: image, mask, prediction, error map."""
+
+    json: bool = False
+    """Print scores.json instead of a table."""
+
+    device: str = "auto"
+    """auto, or a torch device such as cpu, cuda or mps."""
+
+    overwrite: bool = False
+    """Replace what an earlier evaluation wrote to --out."""
+
+    def __post_init__(self) -> None:
+        if self.threshold is not None and not 0 <= self.threshold < 1:
+            raise InputError(f"--threshold {self.threshold} must be in [0, 1)")
+        if self.pictures < 0:
+            raise InputError(f"--pictures {self.pictures} must be 0 or more")
+        if self.split and self.val_names:
+            raise InputError("--split and --val-names both choose the images: give one of them")
+        if not self.model:
+            raise InputError("--model needs a model folder")
+
+
+def main(options: EvalOptions) -> None:
+    from segmentation.judging.evaluation import evaluate
+    from segmentation.judging.labelled import labelled_data
+    from segmentation.judging.report import write_scores
+    from segmentation.output import load_models
+    from segmentation.predict import Predictor
+
+    taken = options.out.is_dir() and any(options.out.iterdir()) and not options.overwrite
+    if taken or options.out.is_file():
+        raise InputError(f"--out {options.out} holds files: give --overwrite or another folder")
+    models, table, threshold = load_models(options.model, options.device)
+    source, pairs = chosen_pairs(options)
+    data = labelled_data(models, pairs, table, source.ignore_value)
+    found = evaluate(
+        Predictor(models, symmetries=options.tta),
+        data,
+        data.val,
+        threshold=threshold if options.threshold is None else options.threshold,
+        warping=options.warping,
+    )
+    facts = {"models": list(options.model), "tta": options.tta}
+    write_scores(options.out, found, data, pictures=options.pictures, **facts)
+    if options.json:
+        print((options.out / "scores.json").read_text(encoding="utf-8"), end="")
+    else:
+        print("\n".join(found.lines()), f"\n\nscores and pictures: {options.out}")
+        unseen = ("--input", "new_images", "--out", "predictions")
+        say_next("predict-seg", "--model", *options.model, *unseen)
+
+
+def chosen_pairs(options: EvalOptions) -> tuple[SegmentationOptions, list[Pair]]:
+    """Where the data are from, and the images to score."""
+    from segmentation.data.pairs import split_pairs
+    from segmentation.judging.labelled import held_out
+    from segmentation.training import find_data
+
+    files = [Path(folder).parent / "config.yaml" for folder in options.model]
+    runs = [SegmentationOptions(**load_config(SegmentationOptions, f)) for f in files if f.exists()]
+    if options.data or options.images or options.masks:
+        source = SegmentationOptions(
+            out=options.out,
+            data=options.data or "",
+            images=options.images,
+            masks=options.masks,
+            ignore_value=options.ignore_value,
+        )
+    elif runs:
+        source = runs[0]
+    else:
+        raise InputError(f"{options.model[0]} is in no run folder: name labelled images by --data")
+    chosen = pairs = find_data(source)
+    place = Path(source.images or source.data).resolve()
+    own = [run for run in runs if Path(run.images or run.data).resolve() == place]
+    if options.val_names:
+        chosen = split_pairs(pairs, val_names=options.val_names)[1]
+    elif options.split == "val" or (own and options.split is None):
+        if len(runs) < len(files):
+            raise InputError(
+                "--split val needs the config.yaml of the models' runs, beside the model folders: "
+                "name the images by --val-names"
+            )
+        chosen = held_out(pairs, runs)
+    elif own:
+        print("note: the model was trained on most of these images", file=sys.stderr)
+    print(f"scoring {len(chosen)} of {len(pairs)} images", file=sys.stderr)
+    return own[0] if own else source, chosen
+
+
+def command(argv: Sequence[str] | None = None) -> int:
+    return run_script(main, EvalOptions, argv, description=__doc__)

@@ -1,0 +1,92 @@
+"""Label every pixel of images: unet-predict-seg --model RUN/model --input FILE_OR_DIR --out DIR."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from unet.errors import InputError
+from unet.training.cli import run_script, say_next
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictOptions:
+    """Masks, probabilities and overlays of images."""
+
+    model: tuple[str, ...]
+    """Model folder, such as RUN/model; several are averaged."""
+
+    input: Path
+    """An image, or a folder of images. Stacks are predicted slice by slice."""
+
+    out: Path
+    """Folder for NAME_mask.png, NAME_probability.png and NAME_overlay.png."""
+
+    threshold: float | None = None
+    """Probability above which a pixel is of the second of two classes; none given: the model's."""
+
+    tta: bool = False
+    """Average over the eight symmetries of the image: better, for eight times the time."""
+
+    min_size: int = 0
+    """Connected parts of fewer pixels become what surrounds them."""
+
+    labels: bool = False
+    """Also number the connected parts of the second of two classes, in NAME_labels.tif."""
+
+    tile: int = 1024
+    """Larger images are predicted in tiles of at most that many pixels a side."""
+
+    overlap: int = 128
+    """Pixels that neighbouring tiles share."""
+
+    device: str = "auto"
+    """auto, or a torch device such as cpu, cuda or mps."""
+
+    overwrite: bool = False
+    """Replace files that are there already."""
+
+    def __post_init__(self) -> None:
+        if self.threshold is not None and not 0 <= self.threshold < 1:
+            raise InputError(f"--threshold {self.threshold} must be in [0, 1)")
+        for name, least in (("tile", 1), ("overlap", 0), ("min_size", 0)):
+            if getattr(self, name) < least:
+                flag = name.replace("_", "-")
+                raise InputError(f"--{flag} {getattr(self, name)} must be at least {least}")
+        if not self.model:
+            raise InputError("--model needs a model folder")
+
+
+def main(options: PredictOptions) -> int:
+    from segmentation.output import FilePredictor, load_models, predict_files
+    from segmentation.predict import Predictor
+    from unet.memory import PREDICTED, keep_freed_memory
+    from unet.training.task import Processes
+
+    keep_freed_memory(PREDICTED)
+    processes = Processes.started(options.device)
+    models, table, threshold = load_models(options.model, options.device)
+    predict = Predictor(models, tile=options.tile, overlap=options.overlap, symmetries=options.tta)
+    del models  # copies of them predict
+    predictor = FilePredictor(
+        predict,
+        table,
+        threshold if options.threshold is None else options.threshold,
+        min_size=options.min_size,
+        labels=options.labels,
+    )
+    failed = predict_files(
+        predictor, options.input, options.out, overwrite=options.overwrite, processes=processes
+    )
+    if failed:
+        return 1
+    if processes.main:
+        print(f"masks: {options.out / '*_mask.png'}, probabilities and overlays beside them")
+    labelled = ("--data", "labelled_images", "--out", "scores")
+    say_next("eval-seg", "--model", *options.model, *labelled)
+    return 0
+
+
+def command(argv: Sequence[str] | None = None) -> int:
+    return run_script(main, PredictOptions, argv, description=__doc__)

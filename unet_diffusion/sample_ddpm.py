@@ -1,0 +1,248 @@
+"""Make images with a trained diffusion model: unet-sample-ddpm --model RUN/model --out DIR."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from diffusion.options import DiffusionOptions, SamplingOptions
+from unet.errors import InputError
+from unet.training.cli import run_script, say_next
+from unet.training.config_file import load_config
+
+SHOWN = 16  # images in the GIF and of whose attention there are pictures, at most
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from diffusion.output import SampleFolder
+    from diffusion.plans import Plan, Wanted
+    from diffusion.sampling import Images, ImageSampler
+    from unet.training.task import Processes
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleOptions(SamplingOptions):
+    """Make images from noise, or from other images."""
+
+    model: str
+    """Model folder, such as RUN/model."""
+
+    out: Path
+    """Folder to make: grid.png, and images/ with one PNG an image."""
+
+    count: int = 64
+    """Number of images."""
+
+    first: int = 0
+    """Number of the first one: --count 10 --first 20 makes images 20 to 29 of the seed."""
+
+    class_: Annotated[tuple[str, ...], tyro.conf.arg(name="class")] = ()
+    """Classes of the images, by name and in turn; none given: every class in turn, where the model
+    knows classes."""
+
+    prompt: tuple[str, ...] = ()
+    """Texts that the images are to show, in turn, for a model that was trained with captions."""
+
+    attention: bool = False
+    """With --prompt: write attention/ as well, where in the first images each word of the prompt is
+    looked at."""
+
+    attention_steps: tuple[int, int] | None = None
+    """With --attention: only the steps from the first of these up to before the second, from 0;
+    none given: all."""
+
+    npz: bool = False
+    """Write samples.npz as well: images (N, H, W, C) and, where asked for, labels."""
+
+    gif: bool = False
+    """Write appearing.gif as well: the first images as they come out of the noise."""
+
+    init: Path | None = None
+    """Make variants of this image instead (SDEdit): noise is added to it and taken away."""
+
+    strength: float = 0.6
+    """With --init: how much of it is made anew, from 0 to 1."""
+
+    inpaint: Path | None = None
+    """Make a part of this image anew (RePaint); with --mask."""
+
+    mask: Path | None = None
+    """With --inpaint: a picture that is white where the image is to be made anew."""
+
+    interpolate: tuple[Path, Path] | None = None
+    """Make images between these two, both among them."""
+
+    overwrite: bool = False
+    """Replace what an earlier run wrote to --out."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.count < 1:
+            raise InputError(f"--count {self.count} must be at least 1")
+        if self.first < 0:
+            raise InputError(f"--first {self.first} must be 0 or more")
+        if sum(x is not None for x in (self.init, self.inpaint, self.interpolate)) > 1:
+            raise InputError("--init, --inpaint and --interpolate each say what to make: give one")
+        if (self.inpaint is None) != (self.mask is None):
+            raise InputError("--inpaint needs --mask, which says what to make anew: give both")
+        if self.interpolate and self.count < 2:
+            raise InputError(f"--count {self.count}: between two images there are at least 2")
+        if self.interpolate and self.first:
+            raise InputError("--first has no place with --interpolate, whose images have an order")
+        if not 0 < self.strength <= 1:
+            raise InputError(f"--strength {self.strength} must be above 0 and at most 1")
+        if self.class_ and self.prompt:
+            raise InputError("--class and --prompt each say what an image shows: give one")
+        if self.attention and not self.prompt:
+            raise InputError("--attention shows where each word goes: give a --prompt")
+        if self.attention_steps is not None:
+            first, end = self.attention_steps
+            if not (self.attention and 0 <= first < end <= self.steps):
+                raise InputError(
+                    f"--attention-steps {first} {end}: give --attention, and 0 <= first < end <= "
+                    f"--steps {self.steps}"
+                )
+        if (self.gif or self.attention) and (self.init or self.inpaint or self.interpolate):
+            raise InputError(
+                "--gif and --attention show images that come out of noise alone: leave them out"
+            )
+
+
+def main(options: SampleOptions) -> None:
+    from diffusion.output import SampleFolder
+    from diffusion.sampling import ImageSampler, load_for_sampling
+    from unet.training.task import Processes
+
+    processes = Processes.started(options.device)
+    folder = SampleFolder(options.out, overwrite=options.overwrite)
+    model = load_for_sampling(options.model, options.device)
+    sampler = ImageSampler(model, options)
+    wanted = chosen_conditions(options, sampler)
+    plan = chosen_plan(options, sampler, wanted)
+    folder.begin(processes)
+    parts = sampler.parts(options.count, processes)
+    for part, images in zip(parts, made(options, sampler, plan, wanted, processes), strict=True):
+        folder.add(images, options.first + part.start)
+    processes.wait()
+    if processes.main:
+        write_pictures(options, sampler, wanted, folder)
+        say_next("eval-ddpm", "--model", options.model, "--data", trained_on(options.model))
+
+
+def trained_on(model: str) -> str:
+    """What a model's run was trained on, or a word in its place where that is not known."""
+    with contextlib.suppress(InputError):
+        run = load_config(DiffusionOptions, Path(model).parent / "config.yaml")
+        return str(run.get("data", "real_images"))
+    return "real_images"
+
+
+def write_pictures(
+    options: SampleOptions, sampler: ImageSampler, wanted: Wanted, folder: SampleFolder
+) -> None:
+    """What shows all images together, and those of the first of them."""
+    numbers = range(options.first, options.first + options.count)
+    if options.npz:
+        labels = [int(w) for w in wanted if w is not None] if sampler.classes else []
+        folder.write_npz(numbers, labels or None)
+    shown = wanted[:SHOWN]
+    if options.gif:
+        folder.write_gif(sampler.appearing(len(shown), shown, first=options.first))
+    if options.attention:
+        images, maps = sampler.attending(shown, options.attention_steps, first=options.first)
+        words = [sampler.text.words(str(text)) for text in shown]
+        folder.write_attention(images, words, maps, options.first)
+    print(f"images: {folder.write_grid(numbers)}")
+
+
+def chosen_conditions(options: SampleOptions, sampler: ImageSampler) -> Wanted:
+    """The class or prompt of each image; None: any."""
+    chosen: Wanted = list(range(len(sampler.classes))) or [None]
+    if options.class_:
+        chosen = [sampler.class_index(name) for name in options.class_]
+    if options.prompt:
+        sampler.text.tokenize(options.prompt)  # which refuses what is too long
+        for remark in (r for text in options.prompt for r in sampler.text.remarks(text)):
+            print(f"note: {remark}", file=sys.stderr)
+        chosen = options.prompt
+    if options.interpolate:  # all of one kind, or of any
+        return [chosen[0] if options.class_ or options.prompt else None] * options.count
+    numbers = range(options.first, options.first + options.count)
+    return [chosen[i % len(chosen)] for i in numbers]
+
+
+def chosen_plan(options: SampleOptions, sampler: ImageSampler, wanted: Wanted) -> Plan:
+    """What the options ask for: from noise, or from images."""
+    from unet.files.images import image_info
+
+    if options.init:
+        return sampler.plans.variants(picture(options.init, sampler), options.strength)
+    if options.inpaint and options.mask:
+        image, drawn = (image_info(path) for path in (options.inpaint, options.mask))
+        if image.height * drawn.width != image.width * drawn.height:
+            raise InputError(
+                f"the image is {image.height} x {image.width} and the mask '{options.mask}' "
+                f"{drawn.height} x {drawn.width}: give a mask of the same proportions"
+            )
+        mask = picture(options.mask, sampler).mean(dim=1, keepdim=True) > 0
+        if not mask.any():
+            raise InputError(
+                f"the mask '{options.mask}' is white nowhere, so nothing would be made anew: paint "
+                "the part to be made anew white (255)"
+            )
+        return sampler.plans.inpainted(picture(options.inpaint, sampler), mask)
+    if options.interpolate:
+        first, last = (picture(path, sampler) for path in options.interpolate)
+        return sampler.plans.between(first, last, options.count, wanted[0])
+    return sampler.plans.from_noise()
+
+
+def made(
+    options: SampleOptions,
+    sampler: ImageSampler,
+    plan: Plan,
+    wanted: Wanted,
+    processes: Processes,
+) -> Iterator[Images]:
+    """This process's images batch by batch, under a progress bar with the time left."""
+    from tqdm import tqdm
+
+    doubled = ", each for twice the images (guidance)" if options.guidance != 1 else ""
+    before = f", after {plan.once} for the two" if plan.once else ""
+    shared = f", shared by {processes.count} processes" if processes.count > 1 else ""
+    said = (
+        f"{options.count} images of {sampler.height} x {sampler.width} by {options.sampler}: "
+        f"{plan.evaluations} evaluations of the network an image{doubled}{before}{shared}"
+    )
+    if processes.main:
+        print(said)
+    total = plan.steps * len(sampler.parts(options.count, processes))
+    with tqdm(total=total, unit="step", disable=None if processes.main else True) as bar:
+        yield from sampler.batches(
+            options.count,
+            wanted,
+            first=options.first,
+            plan=plan,
+            on_step=lambda step: bar.update(),
+            processes=processes,
+        )
+
+
+def picture(path: Path, sampler: ImageSampler) -> Tensor:
+    """An image file as the model takes it, (1, C, H, W) in [-1, 1]: resized and cropped."""
+    from diffusion.data.pixels import fitted
+    from unet.files.images import read_image
+
+    size = (sampler.height, sampler.width)
+    return fitted(read_image(path), size, sampler.channels)[None].to(sampler.device)
+
+
+def command(argv: Sequence[str] | None = None) -> int:
+    return run_script(main, SampleOptions, argv, description=__doc__)

@@ -1,0 +1,24 @@
+"""Train a diffusion model on a folder of images: unet-train-ddpm --data DIR --out RUN."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from diffusion.options import DiffusionOptions
+from unet.training.cli import run_script, say_next
+
+
+def main(options: DiffusionOptions) -> None:
+    from diffusion.training import train  # torch takes seconds to import: not before parsing
+
+    train(options)
+    pipeline = options.out / "pipeline"
+    if pipeline.is_dir():  # which diffusers reads, and whose prompts are those of Stable Diffusion
+        prompt = ("--prompt", "what it shall show")
+        say_next("txt2img", "--model", pipeline, *prompt, "--out", "pictures")
+    else:
+        say_next("sample-ddpm", "--model", options.out / "model", "--out", "samples")
+
+
+def command(argv: Sequence[str] | None = None) -> int:
+    return run_script(main, DiffusionOptions, argv, description=__doc__)
