@@ -145,7 +145,11 @@ def train(
             f"a batch of one image of {task.size[0]} x {task.size[1]} is a single pixel at the "
             "coarsest level, and batch norm needs two to compare: give a larger --batch-size"
         )
-    info = {"classes": list(task.classes), "size": list(task.size)}
+    info = {
+        "classes": list(task.classes),
+        "size": list(task.size),
+        "training": {"data": data.describe().splitlines()},
+    }
     model = ClassifierUNet(config, len(task.classes), info)
     if is_main_process():
         parameters = sum(p.numel() for p in model.parameters())

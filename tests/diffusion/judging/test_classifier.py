@@ -136,7 +136,9 @@ def test_training_tells_the_classes_apart(archive, tmp_path, capsys):
     accuracy = (names[extract.classify(images[..., None])] == labels).mean()
     assert accuracy > 0.9
     described = json.loads((out / "model/config.json").read_text())
+    told = described["info"].pop("training")
     assert described["info"] == {"classes": ["0", "1", "2"], "size": [12, 12]}
+    assert told["figures"].keys() == {"loss", "accuracy"}
 
 
 def test_resumed_is_uninterrupted(archive, tmp_path):
