@@ -9,7 +9,7 @@ ARGS ?=
 
 PY = "$(VENV)/bin/python"
 
-.PHONY: help demo test test-slow lint audit bench venv clean
+.PHONY: help demo test test-slow lint audit docs bench venv clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -39,6 +39,11 @@ audit: venv  ## known holes of constraints.txt (Error 3: the database cannot be 
 		echo "not audited: the database cannot be reached" >&2; exit 3; \
 	fi
 	@$(AUDIT) constraints.txt
+
+docs: venv  ## build the pages of docs/ into site/, which opens from the disk
+	@$(PY) -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	@NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true $(PY) -m mkdocs build --quiet --strict
+	@echo "pages: site/index.html"
 
 bench: venv  ## measure this code beside others; ARGS="--rows sd-v1", docs/benchmarks.md
 	@$(PY) -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[bench]"
@@ -76,6 +81,6 @@ venv:  ## make or refresh the virtual environment
 
 clean:  ## remove the virtual environment and the caches, never a run
 	@if [ -f "$(VENV)/pyvenv.cfg" ]; then rm -rf "$(VENV)"; fi
-	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist site
 	@find unet diffusion segmentation unet_diffusion scripts tests benchmarks -name __pycache__ -prune \
 		-exec rm -rf {} + 2>/dev/null || true

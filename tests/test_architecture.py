@@ -240,7 +240,7 @@ def test_help_of_a_script_does_not_load_torch(script: Path) -> None:
 
 def excerpts() -> list[tuple[str, str]]:
     """The pieces of source in the documents: the file that each names, and its lines."""
-    texts = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))]
+    texts = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").rglob("*.md"))]
     blocks = [b for text in texts for b in re.findall(r"```python\n# (\S+)\n(.*?)```", text, re.S)]
     assert blocks
     return blocks

@@ -1,0 +1,87 @@
+"""The pages of docs/: every page has its place, every link holds, every option is explained."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import runpy
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import pytest
+import yaml
+
+from unet_diffusion.main import NAMES, module
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+NOTEBOOKS = sorted(DOCS.rglob("*.ipynb"))
+GENERATED = ("reference/commands/", "reference/python/")
+REFERENCE = runpy.run_path(str(DOCS / "reference.py"))
+
+
+def in_nav(entry: Any) -> set[str]:
+    """The files that a part of the nav of mkdocs.yml names."""
+    if isinstance(entry, str):
+        return {entry}
+    parts = entry.values() if isinstance(entry, dict) else entry
+    return set().union(*map(in_nav, parts))
+
+
+def test_every_page_has_its_place() -> None:
+    named = in_nav(yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"])
+    assert named - set(GENERATED) == {page.relative_to(DOCS).as_posix() for page in PAGES}
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda p: p.name)
+def test_links_inside_the_repository_hold(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        target = (page.parent / link.partition("#")[0]).resolve()
+        generated = any(f"docs/{part}" in target.as_posix() for part in GENERATED)
+        if "://" not in link and not link.startswith("#") and not generated:
+            assert target.exists(), f"{page.name} links to {link}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_option_of_a_command_is_in_its_page(name: str) -> None:
+    page = REFERENCE["command_page"](name)
+    options = get_type_hints(module(name).main)["options"]
+    for field in dataclasses.fields(options):
+        (row,) = re.findall(
+            rf"^\| `--{field.name.rstrip('_').replace('_', '-')}` \|.*$", page, re.MULTILINE
+        )
+        assert len(row.split(" | ")[-1]) > 10
+
+
+def test_every_module_has_a_page_and_says_what_it_is() -> None:
+    for package in REFERENCE["PACKAGES"]:
+        for name in REFERENCE["modules"](package):
+            assert REFERENCE["first_line"](name).endswith((".", ":", "?")), name
+
+
+def test_pictures_are_small() -> None:
+    for picture in (p for p in DOCS.rglob("*") if p.suffix in (".png", ".jpg", ".gif")):
+        assert picture.stat().st_size < 200_000, picture
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebooks_are_kept_without_their_output(notebook: Path) -> None:
+    for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
+        assert not cell.get("outputs")
+        assert cell.get("execution_count") is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebooks_run_from_a_clean_kernel(notebook: Path, tmp_path: Path) -> None:
+    nbformat = pytest.importorskip("nbformat", reason="pip install -e '.[notebooks]'")
+    nbclient = pytest.importorskip("nbclient", reason="pip install -e '.[notebooks]'")
+    run = nbclient.NotebookClient(
+        nbformat.read(notebook, as_version=4),
+        timeout=180,
+        resources={"metadata": {"path": str(tmp_path)}},
+    )
+    run.execute()
