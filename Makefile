@@ -21,7 +21,8 @@ demo: venv  ## train, predict and evaluate on embedded data; prints where the pi
 test: venv  ## run the tests (ISBI2012_DIR and MNIST_DIR, when set, name folders of real data)
 	@$(PY) -m pytest -n auto $(ARGS)
 
-test-slow: venv  ## run the tests marked slow
+test-slow: venv  ## run the tests marked slow, the notebooks among them
+	@$(PY) -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[notebooks]"
 	@$(PY) -m pytest -m slow $(ARGS)
 
 lint: venv  ## ruff check, ruff format --check, mypy
@@ -42,7 +43,8 @@ audit: venv  ## known holes of constraints.txt (Error 3: the database cannot be 
 
 docs: venv  ## build the pages of docs/ into site/, which opens from the disk
 	@$(PY) -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[docs]"
-	@NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true $(PY) -m mkdocs build --quiet --strict
+	@export NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true; \
+	said=$$($(PY) -m mkdocs build --strict 2>&1) || { echo "$$said" >&2; exit 1; }
 	@echo "pages: site/index.html"
 
 bench: venv  ## measure this code beside others; ARGS="--rows sd-v1", docs/benchmarks.md
