@@ -19,7 +19,7 @@ DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 NOTEBOOKS = sorted(DOCS.rglob("*.ipynb"))
 GENERATED = ("reference/commands/", "reference/python/")
-REFERENCE = runpy.run_path(str(DOCS / "reference.py"))
+REFERENCE = runpy.run_path(str(DOCS / "reference.py"), run_name="reference")
 
 
 def in_nav(entry: Any) -> set[str]:
