@@ -14,7 +14,6 @@ from segmentation.data.classes import ClassTable
 from segmentation.pictures import grey_or_rgb, overlay
 from segmentation.predict import Predictor, Probability, classes
 from segmentation.segmenter import RasterSource, Segmenter
-from segmentation.segmenter import load_models as load_models  # where the commands look for it
 from unet.errors import InputError
 from unet.files.images import ImageInfo, image_info, list_images, write_image
 from unet.files.rasters import open_raster, writing_bands

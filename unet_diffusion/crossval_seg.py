@@ -98,8 +98,8 @@ def score(run: SegmentationOptions) -> None:
     """Scores a fold's model on the images that it did not see."""
     from segmentation.judging.evaluation import evaluate
     from segmentation.judging.report import write_scores
-    from segmentation.output import load_models
     from segmentation.predict import Predictor
+    from segmentation.segmenter import load_models
     from segmentation.training import load_data
 
     models, _, threshold = load_models([str(run.out / "model")], run.device)

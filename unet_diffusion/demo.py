@@ -44,8 +44,9 @@ def segment(options: DemoOptions, run: Path) -> None:
     """A segmentation of membranes: trained, and judged on images that it has not seen."""
     from segmentation.data.phantom import phantom_stack
     from segmentation.judging.isbi import IsbiMetrics
-    from segmentation.output import FilePredictor, load_models, predict_files
+    from segmentation.output import FilePredictor, predict_files
     from segmentation.predict import Predictor
+    from segmentation.segmenter import load_models
     from segmentation.training import train
     from unet.files.images import read_image, write_image
 

@@ -82,8 +82,8 @@ def main(options: EvalOptions) -> None:
     from segmentation.judging.evaluation import evaluate
     from segmentation.judging.labelled import labelled_data
     from segmentation.judging.report import write_scores
-    from segmentation.output import load_models
     from segmentation.predict import Predictor
+    from segmentation.segmenter import load_models
 
     taken = options.out.is_dir() and any(options.out.iterdir()) and not options.overwrite
     if taken or options.out.is_file():

@@ -59,8 +59,9 @@ class PredictOptions:
 
 
 def main(options: PredictOptions) -> int:
-    from segmentation.output import FilePredictor, load_models, predict_files
+    from segmentation.output import FilePredictor, predict_files
     from segmentation.predict import Predictor
+    from segmentation.segmenter import load_models
     from unet.memory import PREDICTED, keep_freed_memory
     from unet.training.task import Processes
 

@@ -164,18 +164,15 @@ def write_pictures(
 
 def chosen_conditions(options: SampleOptions, sampler: ImageSampler) -> Wanted:
     """The class or prompt of each image; None: any."""
-    chosen: Wanted = list(range(len(sampler.classes))) or [None]
-    if options.class_:
-        chosen = [sampler.class_index(name) for name in options.class_]
-    if options.prompt:
-        sampler.text.tokenize(options.prompt)  # which refuses what is too long
-        for remark in (r for text in options.prompt for r in sampler.text.remarks(text)):
-            print(f"note: {remark}", file=sys.stderr)
-        chosen = options.prompt
+    numbers: Sequence[int] = range(options.first, options.first + options.count)
     if options.interpolate:  # all of one kind, or of any
-        return [chosen[0] if options.class_ or options.prompt else None] * options.count
-    numbers = range(options.first, options.first + options.count)
-    return [chosen[i % len(chosen)] for i in numbers]
+        if not (options.class_ or options.prompt):
+            return [None] * options.count
+        numbers = [0] * options.count
+    wanted = sampler.wanted(numbers, options.class_, options.prompt)
+    for remark in (r for text in options.prompt for r in sampler.text.remarks(text)):
+        print(f"note: {remark}", file=sys.stderr)
+    return wanted
 
 
 def chosen_plan(options: SampleOptions, sampler: ImageSampler, wanted: Wanted) -> Plan:

@@ -19,8 +19,8 @@ from PIL import Image
 from segmentation.data.phantom import phantom_stack
 from segmentation.judging.evaluation import evaluate
 from segmentation.options import RECIPES, SegmentationOptions
-from segmentation.output import load_models
 from segmentation.predict import Predictor
+from segmentation.segmenter import load_models
 from segmentation.training import load_data, train
 from unet.files.images import read_image, write_image
 from unet.training.cli import run_script

@@ -36,8 +36,8 @@ from segmentation.data.normalisation import Normalisation
 from segmentation.data.pairs import find_pairs
 from segmentation.model import SegmentationUNet
 from segmentation.options import SegmentationOptions
-from segmentation.output import load_models
 from segmentation.predict import Predictor, TensorSource
+from segmentation.segmenter import load_models
 from tests.unet.training.toy_training import ToyOptions, toy_task
 from unet import UNetConfig
 from unet.errors import InputError
