@@ -490,3 +490,9 @@ def test_membranes_are_trained_to_close_and_other_masks_are_not(folder, tmp_path
     assert run_train("--data", blobs, "--out", tmp_path / "other", *SMALL) == 0
     saved = load_config(SegmentationOptions, tmp_path / "other/config.yaml")
     assert (saved["border_weight"], saved["best_by"]) == (0.0, "loss")
+
+
+def test_an_option_that_was_renamed_is_told_by_its_new_name(tmp_path):
+    (tmp_path / "old.yaml").write_text("threshold_by: dice\n")
+    with pytest.raises(InputError, match="'threshold_by'; it is best_by now"):
+        load_config(SegmentationOptions, tmp_path / "old.yaml")

@@ -17,6 +17,7 @@ import yaml
 from unet.errors import InputError
 from unet.files.writing import write_text
 
+RENAMED = {"threshold_by": "best_by"}  # options of earlier versions
 _CONFIG_BYTES = 2**16  # no config is larger: guards against a mistyped path to data
 _MOST_BITS = 4096  # of a whole number; longer ones cannot be printed
 
@@ -74,9 +75,9 @@ def load_config(cls: type, path: Path | str) -> dict[str, Any]:
     for key, value in content.items():
         name = key.replace("-", "_") if isinstance(key, str) else reprlib.repr(key)
         if name not in hints:
-            raise InputError(
-                f"'{path}' sets the unknown option '{name}'{nearest(name, list(hints))}"
-            )
+            today = RENAMED.get(name)
+            hint = f"; it is {today} now" if today in hints else nearest(name, list(hints))
+            raise InputError(f"'{path}' sets the unknown option '{name}'{hint}")
         try:
             values[name] = _decode(value, hints[name])
         except ValueError:
