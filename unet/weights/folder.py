@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,7 +41,7 @@ _MOST_BYTES = {CONFIG: JSON_BYTES, WEIGHTS: 2**36}  # that are downloaded
 Model = TypeVar("Model", bound="FolderModel")
 
 
-class FolderModel(nn.Module):
+class FolderModel(nn.Module, ABC):
     """A trunk with the head of one task, that saves to and loads from a model folder.
 
     Args:
@@ -64,13 +65,13 @@ class FolderModel(nn.Module):
         self.info: dict[str, Any] = dict(info or {})
         self.trunk = UNet(config)
 
+    @abstractmethod
     def usage(self, where: str) -> Usage:
         """What its card says of its use, whatever its `info` holds.
 
         Args:
             where: what to load it from, a folder or a repository on the Hub.
         """
-        raise NotImplementedError
 
     def card(self, where: str = HERE) -> str:
         """The text of its card, README.md."""
