@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 
-from diffusion.initial import their_unet
+from diffusion.initial import find_start, their_unet
 from diffusion.model import DiffusionUNet
 from diffusion.networks import automatic_config
 from diffusion.options import DiffusionOptions
@@ -19,7 +19,7 @@ from diffusion.process.loss import Weighting
 from diffusion.process.prediction import PredictionName, get_prediction
 from diffusion.process.schedule import NoiseSchedule
 from diffusion.stable.clip import ClipText
-from diffusion.stable.folder import CONFIGS, read_schedule, read_unet_config
+from diffusion.stable.folder import CONFIGS, read_schedule
 from diffusion.stable.latents import Data, LatentData, autoencoder_of
 from diffusion.text import WordEncoder
 from unet import PRESETS, UNetConfig
@@ -37,7 +37,7 @@ from unet.training.plan import (
     told,
     told_budget,
 )
-from unet.weights.folder import read_config
+from unet.weights.start import Start
 
 PREDICTION: PredictionName = "v"  # where neither the user nor a pipeline says another
 TEXT_CHANNELS = 128  # of a token of our own text encoder
@@ -71,9 +71,10 @@ def decide(options: DiffusionOptions, data: Data) -> DiffusionPlan:
     Raises:
         InputError: options that do not fit each other or the data; a pipeline that cannot be read.
     """
-    schedule, prediction, noise = chosen_noise(options)
+    start = find_start(options.init).for_channels(data.channels) if options.init else None
+    schedule, prediction, noise = chosen_noise(options, start)
     clip = read_clip(options)
-    network, why = chosen_config(options, data, clip)
+    network, why = chosen_config(options, data, clip, start)
     width = network.channels if options.network == "auto" and not options.init else options.width
     if options.classes:
         network = replace(network, classes=len(data.classes) + 1)  # the last one stands for none
@@ -116,7 +117,7 @@ def decide(options: DiffusionOptions, data: Data) -> DiffusionPlan:
         shift=shift,
         label_dropout=options.label_dropout,
         clip=clip,
-        init=options.init or "",
+        start=start,
         attention_only=options.trained == "attention",
     )
 
@@ -156,19 +157,17 @@ def chosen_fit(options: DiffusionOptions) -> tuple[FitPlan, Decision]:
     return fit, Decision("optimizer", f"{optimizer} at {fit.lr:g}", why)
 
 
-def chosen_noise(options: DiffusionOptions) -> tuple[NoiseSchedule, PredictionName, list[Decision]]:
+def chosen_noise(
+    options: DiffusionOptions, start: Start | None
+) -> tuple[NoiseSchedule, PredictionName, list[Decision]]:
     """The noise schedule and the kind of prediction, and why these.
 
     Raises:
         InputError: they do not go together, or a pipeline's cannot be read.
     """
-    unet = their_unet(options.init) if options.init else None
-    pipeline = unet.parent if unet else None
-    theirs = None
-    if pipeline and (pipeline / "scheduler" / CONFIGS["scheduler"]).is_file():
-        theirs = read_schedule(pipeline)
+    theirs = _noise_of(options.init, start) if start else None
     if theirs and not options.noise:
-        schedule = theirs.noise
+        schedule = theirs[0]
         if options.timesteps not in (None, schedule.steps):
             raise InputError(
                 f"--timesteps {options.timesteps} is not that of --init {options.init}, "
@@ -182,9 +181,9 @@ def chosen_noise(options: DiffusionOptions) -> tuple[NoiseSchedule, PredictionNa
             steps=1000 if options.timesteps is None else options.timesteps,
             zero_snr=options.zero_snr,
         )
-    prediction = options.prediction or (theirs.prediction if theirs else PREDICTION)
+    prediction = options.prediction or (theirs[1] if theirs else PREDICTION)
     get_prediction(prediction, schedule)
-    theirs_why = f"as of {pipeline}" if theirs else "the default"
+    theirs_why = f"as of {options.init}" if theirs else "the default"
     told_noise = f"{schedule.kind}, {schedule.steps} levels"
     return (
         schedule,
@@ -194,6 +193,19 @@ def chosen_noise(options: DiffusionOptions) -> tuple[NoiseSchedule, PredictionNa
             Decision("predicted", prediction, AS_ASKED if options.prediction else theirs_why),
         ],
     )
+
+
+def _noise_of(init: str | None, start: Start) -> tuple[NoiseSchedule, PredictionName] | None:
+    """The noise that a start was trained on, and what it predicts, where that is known."""
+    if init and (unet := their_unet(init)):
+        if not (unet.parent / "scheduler" / CONFIGS["scheduler"]).is_file():
+            return None
+        theirs = read_schedule(unet.parent)
+        return theirs.noise, theirs.prediction
+    if "schedule" not in start.info:
+        return None
+    schedule = NoiseSchedule.from_dict(start.info["schedule"])
+    return schedule, start.info.get("prediction", PREDICTION)
 
 
 def clip_folder(options: DiffusionOptions) -> Path | None:
@@ -236,7 +248,7 @@ def chosen_text(
 
 
 def chosen_config(
-    options: DiffusionOptions, data: Data, clip: ClipText | None
+    options: DiffusionOptions, data: Data, clip: ClipText | None, start: Start | None
 ) -> tuple[UNetConfig, str]:
     """The config that the options name, or the automatic one, and why it is this one."""
     fits = [
@@ -244,11 +256,10 @@ def chosen_config(
         for name, preset in PRESETS.items()
         if preset.config.time and (preset.config.context_channels is None) != options.captions
     ]
-    if options.network == "auto" and options.init:
-        config, why = (
-            _config_of(options.init, data.channels, captions=options.captions),
-            f"as of {options.init}",
-        )
+    if options.network == "auto" and start:
+        if start.config.context_channels is not None and not options.captions:
+            raise InputError(f"--init {options.init} reads text: give --captions, or another model")
+        config, why = replace(start.config, classes=0), f"as of {options.init}"
     elif options.network == "auto":
         on_gpu = options.device != "cpu" and pick_device("auto").type != "cpu"
         config, why = automatic_config(
@@ -298,19 +309,3 @@ def without_patches(config: UNetConfig) -> UNetConfig:
         multipliers=(*config.multipliers, *[config.multipliers[-1]] * more),
         attention_levels=tuple(level + more for level in config.attention_levels),
     )
-
-
-def _config_of(path: str, channels: int, *, captions: bool) -> UNetConfig:
-    """The config of a model to start from, without what belongs to its classes and its text."""
-    unet = their_unet(path)
-    config = (
-        read_unet_config(unet)[0] if unet else UNetConfig.from_dict(read_config(Path(path))["unet"])
-    )
-    if not config.time:
-        raise InputError(
-            f"--init {path} has no timestep: name a --network for it, or start from a diffusion "
-            "model"
-        )
-    if config.context_channels is not None and not captions:
-        raise InputError(f"--init {path} reads text: give --captions, or another model")
-    return replace(config, in_channels=channels, classes=0)

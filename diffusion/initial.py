@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,11 @@ from diffusion.stable.folder import read_unet
 from unet.attention import SpatialTransformer
 from unet.errors import InputError
 from unet.files.writing import read_json
-from unet.weights.folder import load_strictly, read_config, read_weights
+from unet.weights.crossing import with_pixels, with_time
+from unet.weights.start import Start, read_start
+from unet.weights.start import take_over as start_with
 
-_CLASSES = "trunk.class_embedding."
+_WHITE = {"uint8": 255, "uint16": 65535, "float32": 1}  # the largest value of an image
 
 
 def their_unet(path: str) -> Path | None:
@@ -27,37 +31,52 @@ def their_unet(path: str) -> Path | None:
     return Path(path).resolve() if theirs else None
 
 
-def initialise(model: DiffusionUNet, path: str) -> None:
-    """Starts from a model of either task, or of diffusers: all of its weights that the model has.
+def find_start(path: str) -> Start:
+    """A model of either task, or of diffusers, as a start: a segmentation gets a timestep.
+
+    What a segmentation scales its images by goes into its first convolution.
+
+    Raises:
+        InputError: no such model; a segmentation whose network takes no timestep.
+    """
+    if unet := their_unet(path):
+        model = read_unet(unet)
+        state = {k: v.float() for k, v in model.state_dict().items()}
+        return Start(where=path, config=model.config, state=state, info={})
+    start = read_start(path)
+    if start.config.time:
+        return start
+    try:
+        scale, shift = _pixels(start.info, start.config.in_channels)
+        trunk = with_time(*with_pixels(*start.trunk, scale, shift))
+    except InputError as error:
+        raise InputError(f"--init {path}: {error}") from error
+    return replace(start.with_trunk(trunk, "the same at every timestep"), info={})
+
+
+def take_over(model: DiffusionUNet, start: Start) -> str:
+    """Loads the whole trunk and all else that the model has, and says what that was.
 
     What belongs to classes and texts is taken over only where these are the same.
 
     Raises:
         InputError: a trunk of another shape.
     """
-    state, info = _start(path)
-    own = model.state_dict()
-    differs = tuple(
-        prefix
-        for key, prefix in (("classes", _CLASSES), ("text", "text."))
-        if info.get(key) != model.info.get(key)
-    )
-    trunk = {
-        k: v for k, v in state.items() if k.startswith("trunk.") and not k.startswith(_CLASSES)
-    }
-    rest = {k: v for k, v in own.items() if not k.startswith("trunk.") or k.startswith(_CLASSES)}
-    for k in rest.keys() & state.keys():
-        if state[k].shape == rest[k].shape and not k.startswith(differs):
-            rest[k] = state[k]
-    load_strictly(model, {**trunk, **rest}, path)
+    parts = (("classes", "trunk.class_embedding."), ("text", "text."))
+    own = [part for key, part in parts if start.info.get(key) != model.info.get(key)]
+    return start_with(model, start, own=own)
 
 
-def _start(path: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The weights of a model under our names, in float32, and what else is known of it."""
-    if unet := their_unet(path):
-        state = read_unet(unet).state_dict()
-        return {k: v.float() for k, v in state.items()}, {}
-    return read_weights(Path(path)), read_config(Path(path))["info"]
+def _pixels(info: Mapping[str, Any], channels: int) -> tuple[list[float], list[float]]:
+    """Scale and shift of each channel from [-1, 1] to what a segmentation was trained on."""
+    found: Any = info.get("normalisation")
+    try:
+        half = _WHITE[found["dtype"]] / 2
+        mean, std = ([float(v) for v in found[key]] for key in ("mean", "std"))
+        pairs = list(zip(mean, std, strict=True))
+        return [half / s for _, s in pairs], [(half - m) / s for m, s in pairs]
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise InputError(f"the model's normalisation is damaged: {found!r:.200}") from error
 
 
 def freeze_all_but_attention(model: DiffusionUNet) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from diffusion.data.images import DiffusionData
 from diffusion.data.pixels import to_bytes
 from diffusion.decisions import DiffusionPlan, clip_folder, decide
-from diffusion.initial import freeze_all_but_attention, initialise
+from diffusion.initial import freeze_all_but_attention, take_over
 from diffusion.judging.report import SHOWN, few_steps, shown_conditions, spread, write_report
 from diffusion.model import DiffusionUNet
 from diffusion.options import DiffusionOptions
@@ -124,8 +124,10 @@ def make_model(plan: DiffusionPlan) -> DiffusionUNet:
     model = DiffusionUNet(plan.network, plan.outputs, plan.info)
     if plan.clip:
         model.text = plan.clip  # beside it, neither trained nor saved with it
-    if plan.init and not (plan.fit.resume and RunFolder(plan.fit.out).state.exists()):
-        initialise(model, plan.init)
+    if plan.start and not (plan.fit.resume and RunFolder(plan.fit.out).state.exists()):
+        found = take_over(model, plan.start)
+        if is_main_process():
+            print(f"started with {found}")
     if plan.attention_only:
         freeze_all_but_attention(model)
     return model

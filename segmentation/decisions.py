@@ -31,7 +31,9 @@ from unet.training.plan import (
     told,
     told_budget,
 )
+from unet.weights.start import Start, read_start
 
+NETWORK = "segmentation"  # where none is named
 BATCH = 4  # crops a step
 CROP = 256  # usual side of a training crop
 JUDGED = 10  # training masks that decide whether membranes part the cells
@@ -58,15 +60,21 @@ class SegmentationPlan(RunPlan):
     best_by: BestBy
 
 
-def decide(options: SegmentationOptions, data: SegmentationData) -> SegmentationPlan:
+def decide(
+    options: SegmentationOptions, data: SegmentationData, start: Start | None = None
+) -> SegmentationPlan:
     """What the run of these options on these data will be.
+
+    Args:
+        start: what --init names, if it is given.
 
     Raises:
         InputError: options that do not fit each other or the data.
     """
+    start = start or own_start(options)
     count = len(data.table.values)
     outputs = 1 if count == 2 else count
-    network = chosen_network(options, data.channels)
+    network, why = chosen_network(options, data.channels, start)
     info: dict[str, Any] = {
         "classes": data.table.to_dict(),
         "normalisation": data.normalisation.to_dict(),
@@ -79,15 +87,12 @@ def decide(options: SegmentationOptions, data: SegmentationData) -> Segmentation
     fit, optimizer = chosen_fit(options)
     crop, whole = chosen_crop(options, data, network, fit)
     border, best_by, judged = chosen_judgement(options, data)
-    named = options.network != SegmentationOptions.network or options.width is not None
     decisions = (
-        Decision(
-            "network",
-            f"{options.network}: {parameters / 1e6:.2f} M parameters",
-            AS_ASKED if named else "the default",
-        ),
+        Decision("network", f"{parameters / 1e6:.2f} M parameters", why),
         Decision("crops", f"{crop[0]} x {crop[1]}, {fit.batch_size} a step", whole),
-        normalisation(data.normalisation, len(data.train)),
+        normalisation(
+            data.normalisation, f"as of {options.init}" if start else f"of {len(data.train)} images"
+        ),
         optimizer,
         told_budget(options),
         *judged,
@@ -95,7 +100,13 @@ def decide(options: SegmentationOptions, data: SegmentationData) -> Segmentation
     found = data.describe(names=False).splitlines()
     info["training"] = {"data": found, "run": told(decisions)}
     return SegmentationPlan(
-        options=filled(options, fit, border_weight=border[0] if border else 0.0, best_by=best_by),
+        options=filled(
+            options,
+            fit,
+            network=options.network or (None if start else NETWORK),
+            border_weight=border[0] if border else 0.0,
+            best_by=best_by,
+        ),
         decisions=decisions,
         fit=fit,
         network=network,
@@ -109,25 +120,48 @@ def decide(options: SegmentationOptions, data: SegmentationData) -> Segmentation
         border=border,
         loss=chosen_loss(options, data, outputs),
         best_by=best_by,
-        init=options.init or "",
+        start=start.for_channels(data.channels) if start else None,
     )
 
 
-def chosen_network(options: SegmentationOptions, channels: int) -> UNetConfig:
-    """The network that the options name, for images of so many channels."""
-    if options.network not in PRESETS:
+def own_start(options: SegmentationOptions) -> Start | None:
+    """The segmentation that --init names, if it is given.
+
+    Raises:
+        InputError: the model of another task.
+    """
+    if options.init is None:
+        return None
+    start = read_start(options.init)
+    if start.config.embedding_channels or start.config.context_channels is not None:
         raise InputError(
-            f"--network {options.network!r} is no preset: choose from {', '.join(PRESETS)}"
+            f"--init {options.init} is a diffusion model, which needs a timestep: unet-train-seg "
+            "makes a start of it, in Python unet_diffusion.starting.segmentation_start"
         )
-    config = replace(PRESETS[options.network].config, in_channels=channels)
+    return start
+
+
+def chosen_network(
+    options: SegmentationOptions, channels: int, start: Start | None
+) -> tuple[UNetConfig, str]:
+    """The network that the options name, or that of the start, for images of so many channels."""
+    if start and options.network is None:
+        config, why = start.config, f"as of {options.init}"
+    else:
+        name = options.network or NETWORK
+        if name not in PRESETS:
+            raise InputError(f"--network {name!r} is no preset: choose from {', '.join(PRESETS)}")
+        config = PRESETS[name].config
+        why = f"{name}, {AS_ASKED if options.network else 'the default'}"
+    config = replace(config, in_channels=channels)
     if options.width:
-        config = replace(config, channels=options.width)
-    if config.time or config.context_channels:
+        config, why = replace(config, channels=options.width), f"{why}, {options.width} channels"
+    if config.embedding_channels or config.context_channels is not None:
         raise InputError(
             f"--network {options.network} is a diffusion network, which needs a timestep: choose "
             f"from {', '.join(n for n, p in PRESETS.items() if not p.config.time)}"
         )
-    return config
+    return config, why
 
 
 def chosen_fit(options: SegmentationOptions) -> tuple[FitPlan, Decision]:
@@ -212,7 +246,7 @@ def chosen_loss(options: SegmentationOptions, data: SegmentationData, outputs: i
     )
 
 
-def normalisation(found: Normalisation, images: int) -> Decision:
+def normalisation(found: Normalisation, why: str) -> Decision:
     """The statistics that the images are scaled by."""
     mean, std = (", ".join(f"{v:.4g}" for v in values) for values in (found.mean, found.std))
-    return Decision("normalisation", f"mean {mean}, deviation {std}", f"of {images} images")
+    return Decision("normalisation", f"mean {mean}, deviation {std}", why)

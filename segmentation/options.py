@@ -56,15 +56,17 @@ class SegmentationOptions(FitOptions):
     val_names: tuple[str, ...] = ()
     """Hold out these images instead: names, or ranges of their numbers such as 24-29."""
 
-    network: str = "segmentation"
-    """Preset of the network (unet describe --list shows them)."""
+    network: str | None = None
+    """Preset of the network (unet describe --list shows them); none given: segmentation, with
+    --init that of the model."""
 
     width: int | None = None
     """Channels of the finest level, instead of the preset's."""
 
     init: str | None = None
-    """Model folder whose weights to start from: a whole model, or only its trunk where the heads
-    differ."""
+    """Model folder whose weights to start from: a segmentation, or a diffusion model, which becomes
+    a network without a timestep. Its network and the scaling of its images come with them, and its
+    head where that fits."""
 
     loss: Literal["ce", "dice", "dice-ce", "focal", "tversky", "lovasz"] = "ce"
     """Loss: ce is the binary cross-entropy where there are two classes."""

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from segmentation.data.dataset import SegmentationData
 from segmentation.data.download import isbi2012_folder
+from segmentation.data.normalisation import Normalisation
 from segmentation.data.pairs import Pair, find_pairs, pairs_from_arrays, split_pairs
 from segmentation.data.phantom import phantom_stack
 from segmentation.data.samples import CropSamples
-from segmentation.decisions import SegmentationPlan, decide
+from segmentation.decisions import SegmentationPlan, decide, own_start
 from segmentation.judging.evaluation import COARSE, Evaluation, evaluate
 from segmentation.judging.report import write_report
 from segmentation.losses import deeply_supervised
@@ -29,20 +30,23 @@ from unet.training.fit import fit
 from unet.training.plan import FitPlan
 from unet.training.run import is_main_process, run_folder
 from unet.training.task import Batch, Processes, Task
-from unet.weights.folder import load_strictly, read_config, read_weights
+from unet.weights.start import Start, take_over
 
 PHANTOM_SLICES, PHANTOM_SIZE = 30, (256, 256)
 PICTURED = 4  # held-out images in the pictures of a run
 
 
-def train(options: SegmentationOptions) -> dict[str, float]:
+def train(options: SegmentationOptions, start: Start | None = None) -> dict[str, float]:
     """Reads the data, says what was found, trains, and returns the best held-out figures.
+
+    Args:
+        start: what --init names, where that is no segmentation.
 
     Raises:
         InputError: a mistake in the options or the data, before anything is trained.
     """
-    data = load_data(options)
-    plan = decide(options, data)
+    data = load_data(options, start)
+    plan = decide(options, data, start)
     model = make_model(plan)
     if is_main_process():
         print("\n".join([data.describe(), *plan.lines()]), flush=True)
@@ -81,13 +85,20 @@ def _finish(plan: FitPlan, data: SegmentationData, figures: Mapping[str, float])
     print(f"report: {write_report(plan.out, found, data)}")
 
 
-def load_data(options: SegmentationOptions) -> SegmentationData:
-    """The training and held-out images that the options name."""
+def load_data(options: SegmentationOptions, start: Start | None = None) -> SegmentationData:
+    """The training and held-out images that the options name, scaled as a start wants them."""
     train, val = split_pairs(
         find_data(options), options.val, options.fold, options.val_names or None
     )
+    start = start or own_start(options)
+    known = Normalisation.from_dict(start.info.get("normalisation", {})) if start else None
+    info = train[0].info
     return SegmentationData(
-        train, val, ignore_value=options.ignore_value, instances=options.instances
+        train,
+        val,
+        ignore_value=options.ignore_value,
+        instances=options.instances,
+        normalisation=known and known.for_images(info.channels, info.dtype),
     )
 
 
@@ -105,20 +116,11 @@ def make_model(plan: SegmentationPlan) -> SegmentationUNet:
     """The network of a plan, with random weights or those that it starts from."""
     torch.manual_seed(plan.fit.seed)
     model = SegmentationUNet(plan.network, plan.outputs, plan.info)
-    if plan.init:
-        _initialise(model, plan.init)
+    if plan.start:
+        found = take_over(model, plan.start)
+        if is_main_process():
+            print(f"started with {found}")
     return model
-
-
-def _initialise(model: SegmentationUNet, path: str) -> None:
-    """Starts from a model of either task: its trunk, and its head where that fits, too."""
-    read_config(Path(path))
-    state = read_weights(Path(path))
-    own = model.state_dict()
-    head = {k: v for k, v in own.items() if not k.startswith("trunk.")}
-    head |= {k: v for k, v in state.items() if k in head and v.shape == head[k].shape}
-    trunk = {k: v for k, v in state.items() if k.startswith("trunk.")}
-    load_strictly(model, {**trunk, **head}, path)
 
 
 class SegmentationTask:

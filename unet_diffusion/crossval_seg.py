@@ -50,7 +50,9 @@ class CrossvalOptions(SegmentationOptions):
 def main(options: CrossvalOptions) -> None:
     from segmentation.training import train
     from unet.training.run import is_main_process
+    from unet_diffusion.starting import segmentation_start
 
+    start = segmentation_start(options.init)
     if is_main_process():
         begin(options)
     runs = [options.fold_options(k) for k in range(1, options.folds + 1)]
@@ -58,7 +60,7 @@ def main(options: CrossvalOptions) -> None:
         try:
             if is_main_process():
                 print(f"\nfold {run.fold}, in {run.out}", flush=True)
-            train(run)
+            train(run, start)
         except InputError:
             if is_main_process() and not any(r.out.exists() for r in runs):  # nothing was begun
                 (options.out / "config.yaml").unlink()

@@ -46,6 +46,10 @@ def main(options: Options) -> None:
         text = "\n".join(form.format(**row) for row in facts["presets"])
     else:
         facts = describe(options.model, options.size)
+        if options.model not in PRESETS:
+            from unet_diffusion.starting import what_it_starts
+
+            facts["starts"] = what_it_starts(options.model)
         text = table(facts)
     print(json.dumps(facts, indent=2) if options.json else text)
     if options.list and not options.json:
@@ -138,6 +142,8 @@ def table(facts: dict[str, Any]) -> str:
     lines += ["", f"memory of the weights: {facts['bytes_as_float32'] / 1e6:,.2f} MB as float32"]
     if stored := facts["bytes_as_stored"]:
         lines += [f"as stored in the folder: {stored / 1e6:,.2f} MB ({', '.join(facts['types'])})"]
+    for task, how in facts.get("starts", {}).items():
+        lines += [f"can start a {task + ':':14} {how}"]
     return "\n".join(lines)
 
 

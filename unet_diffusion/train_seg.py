@@ -10,8 +10,9 @@ from unet.training.cli import run_script, say_next
 
 def main(options: SegmentationOptions) -> None:
     from segmentation.training import train  # torch takes seconds to import: not before parsing
+    from unet_diffusion.starting import segmentation_start
 
-    train(options)
+    train(options, segmentation_start(options.init))
     model = options.out / "model"
     say_next("predict-seg", "--model", model, "--input", "new_images", "--out", "predictions")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -50,6 +50,17 @@ class Normalisation:
         scaled = (image.astype(np.float32) - mean) / std
         return np.ascontiguousarray(rearrange(scaled, "h w c -> c h w"))
 
+    def for_images(self, channels: int, dtype: str) -> Normalisation:
+        """The same scaling of images of another depth, or of grey as colour and the reverse.
+
+        A value is the same share of the largest one; floats go from 0 to 1.
+        """
+        factor = _largest(dtype) / _largest(self.dtype)
+        mean, std = ([v * factor for v in values] for values in (self.mean, self.std))
+        if channels != len(mean):
+            mean, std = ([sum(values) / len(values)] * channels for values in (mean, std))
+        return replace(self, mean=tuple(mean), std=tuple(std), dtype=dtype)
+
     def to_dict(self) -> dict[str, Any]:
         """JSON values, which `from_dict` reads back."""
         return asdict(self)
@@ -66,3 +77,8 @@ class Normalisation:
         except (KeyError, OverflowError, TypeError, ValueError) as error:
             raise InputError(f"the model's normalisation is damaged: {error}") from error
         return cls(mean, std, saved["dtype"])
+
+
+def _largest(dtype: str) -> int:
+    """The value of white: 1 for floats."""
+    return int(np.iinfo(dtype).max) if np.issubdtype(np.dtype(dtype), np.integer) else 1

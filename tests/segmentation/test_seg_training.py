@@ -200,19 +200,23 @@ def test_the_paper_recipe_can_be_followed(folder, tmp_path):
     assert load_config(SegmentationOptions, tmp_path / "run/config.yaml")["momentum"] == 0.99
 
 
-def test_a_trunk_trained_by_another_task_can_start_a_segmentation(folder, tmp_path):
-    from diffusion.model import DiffusionUNet
-
-    options = SegmentationOptions(out=tmp_path / "run", data=str(folder), width=8, crop=32)
+def test_a_model_starts_as_another_one_with_its_network_and_its_scaling(folder, tmp_path):
+    """Of a start whose classes are the same the head comes along, else it starts anew."""
+    given = {"out": tmp_path / "run", "data": str(folder)}
+    first = SegmentationOptions(**given, width=8, network="segmentation-quick", crop=32)
+    model = make_model(decide(first, load_data(first)))
+    model.info["normalisation"] = {"mean": [10.0], "std": [2.0], "dtype": "uint8"}
+    model.save_pretrained(tmp_path / "first")
+    options = SegmentationOptions(**given, init=str(tmp_path / "first"))
     data = load_data(options)
-    config = decide(options, data).network
-    teacher = DiffusionUNet(config, 3)
-    teacher.save_pretrained(tmp_path / "teacher")
-    options = SegmentationOptions(
-        out=tmp_path / "run", data=str(folder), width=8, crop=32, init=str(tmp_path / "teacher")
-    )
-    started, fresh = make_model(decide(options, data)), teacher.trunk.state_dict()
-    assert all(torch.equal(v, fresh[k]) for k, v in started.trunk.state_dict().items())
+    plan = decide(options, data)
+    assert plan.network == model.config
+    assert data.normalisation.mean == (10.0,)
+    started, theirs = make_model(plan).state_dict(), model.state_dict()
+    assert all(torch.equal(v, theirs[k]) for k, v in started.items())
+    other = decide(SegmentationOptions(**given, init=options.init, network="fcn-8s"), data)
+    with pytest.raises(InputError, match="first does not fit the model"):
+        make_model(other)
 
 
 def test_the_quick_recipe_learns_the_phantom(tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 from unet.config import UNetConfig
 from unet.device import pick_device
 from unet.training.options import FitOptions, OptimizerName
+from unet.weights.start import Start
 
 DEFAULT_MINUTES = 10.0  # of a run without a budget
 AS_ASKED = "as asked for"  # the reason of what was given
@@ -75,7 +76,7 @@ class RunPlan:
     Attributes:
         decisions: what was decided and why.
         network, outputs, info: of the model, as `FolderModel` takes them.
-        init: model folder or pipeline whose weights to start from; empty: random weights.
+        start: the weights to start from; None: random ones.
     """
 
     decisions: tuple[Decision, ...]
@@ -83,7 +84,7 @@ class RunPlan:
     network: UNetConfig
     outputs: int
     info: Mapping[str, Any]
-    init: str
+    start: Start | None
 
     def lines(self) -> list[str]:
         """The decisions for people, a line each."""

@@ -1,0 +1,177 @@
+"""The two lives meet: a model of one task starts the training of the other, with no other flag."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from diffusion.data.pixels import to_unit
+from diffusion.model import DiffusionUNet
+from diffusion.options import DiffusionOptions
+from diffusion.process.schedule import NoiseSchedule
+from segmentation.data.normalisation import Normalisation
+from segmentation.data.phantom import phantom_stack
+from segmentation.model import SegmentationUNet
+from segmentation.options import SegmentationOptions
+from unet import UNetConfig
+from unet.files.images import write_image
+from unet.training.cli import run_script
+from unet.weights.folder import FolderModel
+from unet_diffusion import describe, train_ddpm, train_seg
+from unet_diffusion.starting import TIMESTEP
+
+SCHEDULE = NoiseSchedule(kind="linear", steps=200)
+CONFIG = UNetConfig(
+    channels=8,
+    multipliers=(1, 2),
+    block="res",
+    norm="group",
+    groups=4,
+    time=True,
+    scale_shift=True,
+    middle_attention=True,
+)
+GREY = Normalisation((127.5,), (60.0,), "uint8").to_dict()
+SHORT = ("--steps", 1, "--lr", 1e-12, "--ema", 0, "--weight-decay", 0, "--batch-size", 2)
+
+
+def run(module: Any, options: Any, *arguments: object) -> int:
+    return run_script(module.main, options, list(map(str, arguments)))
+
+
+def run_seg(*arguments: object) -> int:
+    return run(train_seg, SegmentationOptions, *arguments)
+
+
+def run_ddpm(*arguments: object) -> int:
+    return run(train_ddpm, DiffusionOptions, *arguments)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    for i, (image, label) in enumerate(zip(*phantom_stack(4, (40, 48), seed=0), strict=True)):
+        write_image(folder / "image" / f"{i}.png", image)
+        write_image(folder / "label" / f"{i}.png", label)
+    return folder
+
+
+def diffusion_model(folder: Path, **values: Any) -> DiffusionUNet:
+    """A model folder of random weights."""
+    torch.manual_seed(0)
+    info = {"schedule": SCHEDULE.to_dict(), "prediction": "v", "size": [40, 48], "classes": []}
+    config = UNetConfig(**{**vars(CONFIG), **values.pop("config", {})})
+    model = DiffusionUNet(config, config.in_channels, info | values)
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+def test_a_diffusion_model_starts_a_segmentation(data: Path, tmp_path: Path, capsys) -> None:
+    """The features of an image are those that the diffusion model has of it at that timestep."""
+    teacher = diffusion_model(tmp_path / "model")
+    given = ("--data", data, "--init", tmp_path / "model", "--out", tmp_path / "run")
+    assert run_seg(*given, *SHORT) == 0
+    told = capsys.readouterr().out
+    t = round(TIMESTEP * 199)
+    assert (
+        f"started with trunk, head.norm of {tmp_path / 'model'}, as it is at timestep {t}" in told
+    )
+    assert "anew: head.conv" in told
+    student = SegmentationUNet.from_pretrained(tmp_path / "run/model")
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 32, 1), np.uint8)
+    seen = Normalisation.from_dict(student.info["normalisation"])(pixels)
+    shown = to_unit(torch.from_numpy(pixels)).permute(2, 0, 1) * SCHEDULE.level(t).signal
+    assert np.allclose(seen, shown, atol=1e-6)
+    with torch.no_grad():
+        found = student.trunk(torch.from_numpy(seen)[None])
+        assert torch.allclose(found, teacher.trunk(shown[None], torch.tensor([t])), atol=1e-5)
+
+
+def test_a_segmentation_starts_a_diffusion_model(data: Path, tmp_path: Path, capsys) -> None:
+    """The features of an image are the same at every timestep, but for the image's border."""
+    torch.manual_seed(0)
+    plain = UNetConfig(**{**vars(CONFIG), "time": False, "scale_shift": False, "norm": "none"})
+    normalisation = Normalisation((100.0,), (30.0,), "uint8")
+    teacher = SegmentationUNet(plain, 1, {"normalisation": normalisation.to_dict()}).eval()
+    teacher.save_pretrained(tmp_path / "model")
+    given = ("--data", data / "image", "--init", tmp_path / "model", "--out", tmp_path / "run")
+    assert run_ddpm(*given, *SHORT, "--size", 16) == 0
+    assert "the same at every timestep; anew: head.conv" in capsys.readouterr().out
+    student = DiffusionUNet.from_pretrained(tmp_path / "run/model")
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 1), np.uint8)
+    x = to_unit(torch.from_numpy(pixels)).permute(2, 0, 1)
+    with torch.no_grad():
+        found = student.trunk(x[None].expand(2, -1, -1, -1), torch.tensor([3, 900]))
+        wanted = teacher.trunk(torch.from_numpy(normalisation(pixels))[None])
+    assert torch.allclose(found[0], found[1], atol=1e-5)
+    inside = (..., slice(24, 40), slice(24, 40))
+    assert (found[:1][inside] - wanted[inside]).abs().max() < 0.02 * wanted.std()
+
+
+def test_grey_and_colour_cross(data: Path, tmp_path: Path, capsys) -> None:
+    diffusion_model(tmp_path / "colour", config={"in_channels": 3})
+    given = ("--data", data, "--init", tmp_path / "colour", "--out", tmp_path / "run")
+    assert run_seg(*given, *SHORT) == 0
+    assert "its first weights summed to grey" in capsys.readouterr().out
+    assert SegmentationUNet.from_pretrained(tmp_path / "run/model").config.in_channels == 1
+
+
+def test_describe_says_what_a_folder_can_start(tmp_path: Path, capsys) -> None:
+    diffusion_model(tmp_path / "model")
+    assert run(describe, describe.Options, tmp_path / "model") == 0
+    told = capsys.readouterr().out
+    assert f"unet-train-seg --init {tmp_path / 'model'}" in told
+    assert f"unet-train-ddpm --init {tmp_path / 'model'}" in told
+    SegmentationUNet(UNetConfig(channels=8), 1, {"normalisation": GREY}).save_pretrained(
+        tmp_path / "conv"
+    )
+    assert run(describe, describe.Options, tmp_path / "conv") == 0
+    told = capsys.readouterr().out
+    assert "can start a segmentation" in told
+    assert "takes no timestep, which goes into residual blocks" in told
+
+
+def broken(kind: str, folder: Path) -> None:
+    """A model folder that starts nothing."""
+    text = {"attention": "transformer", "context_channels": 8}
+    model: FolderModel
+    if kind == "latents":
+        diffusion_model(folder, autoencoder="vae")
+    elif kind == "four channels":
+        diffusion_model(folder, config={"in_channels": 4})
+    elif kind == "clip":
+        diffusion_model(folder, text_encoder="clip", config=text)
+    elif kind == "conv":
+        model = SegmentationUNet(UNetConfig(channels=8), 1, {"normalisation": GREY})
+        model.save_pretrained(folder)
+    elif kind == "no scaling":
+        plain = {**vars(CONFIG), "time": False, "scale_shift": False}
+        SegmentationUNet(UNetConfig(**plain), 1).save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("kind", "train", "told"),
+    [
+        ("latents", run_seg, "works on latents of 1 channels"),
+        ("four channels", run_seg, "works on latents of 4 channels"),
+        ("clip", run_seg, "cannot start a segmentation: a network that reads text"),
+        ("conv", run_ddpm, "takes no timestep"),
+        ("no scaling", run_seg, "normalisation is damaged"),
+        ("no scaling", run_ddpm, "normalisation is damaged"),
+        ("nothing", run_seg, "is no folder"),
+        ("nothing", run_ddpm, "is no folder"),
+    ],
+)
+def test_a_model_that_starts_nothing_is_refused(
+    kind: str, train: Any, told: str, data: Path, tmp_path: Path, capsys
+) -> None:
+    broken(kind, tmp_path / "model")
+    images = data if train is run_seg else data / "image"
+    given = ("--data", images, "--init", tmp_path / "model", "--out", tmp_path / "run")
+    assert train(*given, *SHORT) == 2
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,104 @@
+"""`Start`: a trained model of either task that another training starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from unet.config import UNetConfig
+from unet.weights.crossing import Trunk, with_channels
+from unet.weights.folder import FolderModel, load_strictly, read_config, read_weights
+
+_TRUNK = "trunk."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """Weights of a model, and what is known of it.
+
+    Attributes:
+        where: what they are, for people: the model, and what was done to it.
+        config: the trunk's shape.
+        state: the state dict of the model, trunk and head.
+        info: as `FolderModel` keeps it.
+    """
+
+    where: str
+    config: UNetConfig
+    state: Mapping[str, Tensor]
+    info: Mapping[str, Any]
+
+    @property
+    def trunk(self) -> Trunk:
+        """The trunk alone, under its own names."""
+        parts = {k.removeprefix(_TRUNK): v for k, v in self.state.items() if k.startswith(_TRUNK)}
+        return Trunk(self.config, parts)
+
+    def with_trunk(self, trunk: Trunk, done: str) -> Start:
+        """The same head on another trunk.
+
+        Args:
+            done: what was done to the trunk, for people.
+        """
+        head = {k: v for k, v in self.state.items() if not k.startswith(_TRUNK)}
+        state = head | {f"{_TRUNK}{k}": v for k, v in trunk.state.items()}
+        return replace(self, where=f"{self.where}, {done}", config=trunk.config, state=state)
+
+    def for_channels(self, channels: int) -> Start:
+        """The same start for images of another number of channels.
+
+        Raises:
+            InputError: neither grey nor colour on one of the sides.
+        """
+        if channels == self.config.in_channels:
+            return self
+        turned = "summed to grey" if channels == 1 else "shared out to colour"
+        return self.with_trunk(with_channels(*self.trunk, channels), f"its first weights {turned}")
+
+
+def read_start(path: str) -> Start:
+    """The model of a folder, of whatever task.
+
+    Raises:
+        InputError: no such folder.
+    """
+    described = read_config(Path(path))
+    return Start(
+        where=path,
+        config=UNetConfig.from_dict(described["unet"]),
+        state=read_weights(Path(path)),
+        info=described["info"],
+    )
+
+
+def take_over(model: FolderModel, start: Start, *, own: Sequence[str] = ()) -> str:
+    """Loads the whole trunk of a start and all layers beside it that fit, and says which.
+
+    Args:
+        own: beginnings of names that stay as the model has them.
+
+    Raises:
+        InputError: a trunk of another shape.
+    """
+    mine, kept = model.state_dict(), tuple(own)
+    given = {k: v for k, v in start.state.items() if not (kept and k.startswith(kept))}
+    # A layer of another shape is another layer, of whose bias nothing is worth keeping.
+    unfit = {_layer(k) for k, v in mine.items() if k not in given or v.shape != given[k].shape}
+    trunk = {k: v for k, v in given.items() if k.startswith(_TRUNK)}
+    beside = {
+        k: v for k, v in mine.items() if not k.startswith(_TRUNK) or k.startswith(kept or "-")
+    }
+    taken = {k: given[k] for k in beside if k in given and _layer(k) not in unfit}
+    load_strictly(model, {**trunk, **beside, **taken}, start.where)
+    anew = ", ".join(dict.fromkeys(_layer(k) for k in beside if k not in taken))
+    found = ", ".join(["trunk", *dict.fromkeys(map(_layer, taken))])
+    return f"{found} of {start.where}" + (f"; anew: {anew}" if anew else "")
+
+
+def _layer(key: str) -> str:
+    """The module that a tensor belongs to."""
+    return key.rpartition(".")[0]

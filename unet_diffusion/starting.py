@@ -1,0 +1,97 @@
+"""Where the two lives meet: a diffusion model as the start of a segmentation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusion.initial import find_start, their_unet
+from diffusion.process.schedule import NoiseSchedule
+from diffusion.stable.folder import CONFIGS, read_schedule, read_unet
+from diffusion.text import WordEncoder
+from unet.errors import InputError
+from unet.weights.crossing import without_conditioning
+from unet.weights.folder import load_strictly
+from unet.weights.start import Start, read_start
+
+TIMESTEP = 0.05  # of all, at which a diffusion model looks at images: docs/experiments.md
+
+_COMMANDS = {"segmentation": "seg", "diffusion": "ddpm"}
+
+
+def segmentation_start(path: str | None, timestep: float = TIMESTEP) -> Start | None:
+    """The start of a segmentation that --init names; None where it names nothing.
+
+    A diffusion model becomes what it is at one timestep, of no class and the empty text. There it
+    sees an image in [-1, 1] times the signal of that timestep, and so shall the segmentation.
+
+    Args:
+        path: the folder of a model of either task, or of a diffusers U-Net or pipeline.
+        timestep: as a share of all timesteps, from 0 to 1.
+
+    Raises:
+        InputError: no such model, or one whose trunk does not cross: it works on latents, or reads
+            texts of many tokens.
+    """
+    if path is None:
+        return None
+    if unet := their_unet(path):
+        model = read_unet(unet)
+        start = Start(where=path, config=model.config, state=model.state_dict(), info={})
+        pipeline = (unet.parent / "scheduler" / CONFIGS["scheduler"]).is_file()
+        schedule = read_schedule(unet.parent).noise if pipeline else NoiseSchedule(kind="linear")
+    else:
+        start = read_start(path)
+        if not start.config.time:
+            return start
+        schedule = NoiseSchedule.from_dict(start.info.get("schedule", {}))
+    channels = start.config.in_channels
+    if "autoencoder" in start.info or channels not in (1, 3):
+        raise InputError(
+            f"--init {path} works on latents of {channels} channels, not on pixels: start from a "
+            "diffusion model of images"
+        )
+    t = round(timestep * (schedule.steps - 1))
+    try:
+        trunk = without_conditioning(*start.trunk, t=t, context=_empty_text(start))
+    except InputError as error:
+        raise InputError(f"--init {path} cannot start a segmentation: {error}") from error
+    state = {k: v.float() for k, v in start.state.items()}
+    start = Start(where=path, config=start.config, state=state, info=_pixels(schedule, t, channels))
+    return start.with_trunk(trunk, f"as it is at timestep {t}")
+
+
+def what_it_starts(path: str) -> dict[str, str]:
+    """For each task how a training starts from the model of a folder, or why none does."""
+    found = {}
+    for task, start_of in (("segmentation", segmentation_start), ("diffusion", find_start)):
+        try:
+            start = start_of(path)
+            assert start is not None
+            found[task] = f"{start.where}: unet-train-{_COMMANDS[task]} --init {path}"
+        except InputError as error:
+            found[task] = f"no: {error}"
+    return found
+
+
+def _pixels(schedule: NoiseSchedule, t: int, channels: int) -> Mapping[str, Any]:
+    """The normalisation of a segmentation that shows images as timestep t has them.
+
+    signal (v / 127.5 - 1) = (v - 127.5) / (127.5 / signal)
+    """
+    scale = [127.5] * channels, [127.5 / schedule.level(t).signal] * channels
+    return {"normalisation": {"mean": scale[0], "std": scale[1], "dtype": "uint8"}}
+
+
+def _empty_text(start: Start) -> Tensor | None:
+    """The tokens (L, C) of no text, of a model with a text encoder of its own."""
+    if start.info.get("text") is None:
+        return None
+    encoder = WordEncoder.from_dict(start.info["text"]).eval()
+    own = {k.removeprefix("text."): v for k, v in start.state.items() if k.startswith("text.")}
+    load_strictly(encoder, own, start.where)
+    with torch.no_grad():
+        return encoder.encode([""]).context[0]
