@@ -207,7 +207,7 @@ def chosen_judgement(
 ) -> tuple[tuple[float, float] | None, BestBy, list[Decision]]:
     """Border weights and the figure that weights are kept by, where the masks have to say."""
     count = len(data.table.values)
-    if not any((data.load(i)[1] != IGNORE).any() for i in data.val):
+    if data.val and not any((data.load(i)[1] != IGNORE).any() for i in data.val):
         raise InputError(
             "every pixel of the held-out masks is ignored: hold out other images, with --val, "
             "--fold or --val-names"
@@ -225,8 +225,11 @@ def chosen_judgement(
     w0 = MEMBRANE_WEIGHT if membranes else 0.0
     w0 = w0 if options.border_weight is None else options.border_weight
     best_by: BestBy = options.best_by or ("v_rand" if membranes else "loss")
+    kept = Decision("kept weights", f"best by {best_by}", AS_ASKED if options.best_by else masks)
+    if not data.val:
+        kept = Decision("kept weights", "the last ones", "nothing is held out")
     judged = [
-        Decision("kept weights", f"best by {best_by}", AS_ASKED if options.best_by else masks),
+        kept,
         Decision("border weight", f"{w0:g}", masks if options.border_weight is None else AS_ASKED),
     ]
     return (w0, options.border_sigma) if w0 else None, best_by, judged

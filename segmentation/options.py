@@ -42,13 +42,15 @@ class SegmentationOptions(FitOptions):
     """Folder of the masks; with --images."""
 
     ignore_value: int | None = None
-    """Mask value of pixels that do not count."""
+    """Mask value of pixels without a label, which do not count. They may be most of a mask: one
+    corner, or scribbles."""
 
     instances: bool = False
     """The masks number each cell: learn background, cell, and a thin border where two touch."""
 
     val: float = 0.2
-    """Share of the images, from the end, that is held out from training."""
+    """Share of the images, from the end, that is held out from training; of a single labelled image
+    that of its labelled pixels. 0: nothing is held out, and no figure tells of other images."""
 
     fold: str | None = None
     """Hold out a contiguous fold instead, such as 2/5 for the second of five."""

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from segmentation.data.dataset import SegmentationData
 from segmentation.data.download import isbi2012_folder
 from segmentation.data.normalisation import Normalisation
-from segmentation.data.pairs import Pair, find_pairs, pairs_from_arrays, split_pairs
+from segmentation.data.pairs import Pair, find_pairs, pairs_from_arrays
 from segmentation.data.phantom import phantom_stack
 from segmentation.data.samples import CropSamples
+from segmentation.data.splits import split_pairs
 from segmentation.decisions import SegmentationPlan, decide, own_start
 from segmentation.judging.evaluation import COARSE, Evaluation, evaluate
 from segmentation.judging.report import write_report
@@ -62,7 +63,7 @@ def train(options: SegmentationOptions, start: Start | None = None) -> dict[str,
                 options=plan.options,
                 decisions=plan.decisions,
                 loss=task.loss,
-                evaluate=task.evaluate,
+                evaluate=task.evaluate if data.val else None,
                 score=task.score,
                 first_pictures=lambda: {"augmented": augmented(samples)},
                 pictures=task.pictures,
@@ -81,14 +82,20 @@ def _finish(plan: FitPlan, data: SegmentationData, figures: Mapping[str, float])
     if model.info["threshold"] != threshold:
         model.info["threshold"] = threshold
         model.save_pretrained(plan.out / "model")
-    found = evaluate(Predictor([model]), data, data.val, threshold=threshold, thresholds=())
+    scored = data.val or data.train
+    found = evaluate(Predictor([model]), data, scored, threshold=threshold, thresholds=())
     print(f"report: {write_report(plan.out, found, data)}")
 
 
 def load_data(options: SegmentationOptions, start: Start | None = None) -> SegmentationData:
     """The training and held-out images that the options name, scaled as a start wants them."""
+    pairs = find_data(options)
     train, val = split_pairs(
-        find_data(options), options.val, options.fold, options.val_names or None
+        pairs,
+        options.val,
+        options.fold,
+        options.val_names or None,
+        ignore_value=options.ignore_value,
     )
     start = start or own_start(options)
     known = Normalisation.from_dict(start.info.get("normalisation", {})) if start else None
@@ -99,6 +106,7 @@ def load_data(options: SegmentationOptions, start: Start | None = None) -> Segme
         ignore_value=options.ignore_value,
         instances=options.instances,
         normalisation=known and known.for_images(info.channels, info.dtype),
+        left_out=len({pair.source for pair in pairs} - {pair.source for pair in [*train, *val]}),
     )
 
 
@@ -162,13 +170,13 @@ class SegmentationTask:
         return figures
 
     def pictures(self, model: SegmentationUNet) -> Mapping[str, Image.Image]:
-        """Held-out images: image, mask, probability of the last class, errors."""
+        """Held-out or else training images: image, mask, probability of the last class, errors."""
         rows, predict = [], Predictor([model])
-        for i in self.data.val[:PICTURED]:
+        for i in (self.data.val or self.data.train)[:PICTURED]:
             image, mask = self.data.load(i)
             probability = predict(TensorSource(torch.tensor(image)))
             found = classes(probability)
             grey = grey_or_rgb(self.data.pairs[i].read_image())
             shown = grey_or_rgb((probability[-1] * 255).astype(np.uint8)[..., None])
             rows.append([grey, class_colours(mask, self.count), shown, errors(grey, found, mask)])
-        return {"held-out": panel(rows)}
+        return {"held-out" if self.data.val else "training": panel(rows)}

@@ -110,7 +110,7 @@ def main(options: EvalOptions) -> None:
 
 def chosen_pairs(options: EvalOptions) -> tuple[SegmentationOptions, list[Pair]]:
     """Where the data are from, and the images to score."""
-    from segmentation.data.pairs import split_pairs
+    from segmentation.data.splits import split_pairs
     from segmentation.judging.labelled import held_out
     from segmentation.training import find_data
 

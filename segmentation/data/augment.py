@@ -6,10 +6,12 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from unet.errors import InputError
@@ -42,6 +44,7 @@ def augmented_crop(
     augmentation: Augmentation,
     size: tuple[int, int],
     target_size: tuple[int, int] | None = None,
+    corner: tuple[int, int] | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """A random rectangle of an image, varied, and what belongs to the pixels of its centre.
 
@@ -52,12 +55,15 @@ def augmented_crop(
         augmentation: what is varied.
         size: height and width of the image crop, in pixels.
         target_size: those of the maps, around the same centre (valid convolutions); None: size.
+        corner: first row and column of the maps' part, before it is varied; None: random.
 
     Returns:
         The crop (C, *size), bilinearly sampled, and the maps (*target_size), of nearest pixels.
     """
     target_size = target_size or size
-    rows, columns = _grid(image.shape[-2:], rng, augmentation, size, target_size)
+    if corner is None:
+        corner = random_corner(image.shape[-2:], rng, target_size)
+    rows, columns = _grid(rng, augmentation, size, target_size, corner)
     exact = not (augmentation.rotation or augmentation.scale or augmentation.elastic)
     crop = _nearest([image], rows, columns)[0] if exact else _bilinear(image, rows, columns)
     top, left = ((n - t) // 2 for n, t in zip(size, target_size, strict=True))
@@ -66,17 +72,40 @@ def augmented_crop(
     return _vary_intensity(crop, rng, augmentation), targets
 
 
+def random_corner(
+    shape: Sequence[int],
+    rng: np.random.Generator,
+    size: tuple[int, int],
+    pixels: NDArray[np.integer[Any]] | None = None,
+) -> tuple[int, int]:
+    """First row and column of a rectangle inside an image, or around it where it is larger.
+
+    Args:
+        shape: height and width of the image.
+        size: of the rectangle.
+        pixels: row times width + column of pixels, of which one, drawn at random, is in the
+            rectangle, at a random place; None: any rectangle.
+    """
+    free = [n - t for n, t in zip(shape, size, strict=True)]
+    if pixels is None:
+        row, column = (int(rng.integers(0, f + 1)) if f > 0 else f // 2 for f in free)
+        return row, column
+    pixel = divmod(int(pixels[rng.integers(len(pixels))]), shape[1])
+    starts = [p - int(rng.integers(0, t)) for p, t in zip(pixel, size, strict=True)]
+    row, column = (
+        min(max(s, 0), f) if f > 0 else f // 2 for s, f in zip(starts, free, strict=True)
+    )
+    return row, column
+
+
 def _grid(
-    shape: torch.Size,
     rng: np.random.Generator,
     a: Augmentation,
     size: tuple[int, int],
     target_size: tuple[int, int],
+    corner: tuple[int, int],
 ) -> tuple[Tensor, Tensor]:
     """Row and column in the image, (*size) each, of every pixel of the crop."""
-    # The maps' rectangle lies inside the image where it fits; else both have the same centre.
-    free = [n - t for n, t in zip(shape, target_size, strict=True)]
-    corner = [int(rng.integers(0, f + 1)) if f > 0 else f // 2 for f in free]
     flip_rows, flip_columns, swap = rng.integers(0, 2, 3) if a.flips else (0, 0, 0)
     angle = math.radians(rng.uniform(-a.rotation, a.rotation))
     zoom = _log_uniform(rng, a.scale)

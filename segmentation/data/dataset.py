@@ -30,6 +30,7 @@ class SegmentationData:
             classes over all pairs, the statistics over the training pairs alone.
         instances: the masks number each cell; its classes are background, cell, and border where
             two touch. A table of these classes says so by itself.
+        left_out: images that were found and have no label, to be told.
         cache_bytes: loaded pairs are kept in memory up to this size, in each process.
     """
 
@@ -42,13 +43,14 @@ class SegmentationData:
         table: ClassTable | None = None,
         normalisation: Normalisation | None = None,
         instances: bool = False,
+        left_out: int = 0,
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
         self.pairs = [*train, *val]
         self.train, self.val = range(len(train)), range(len(train), len(self.pairs))
         self.channels, self.dtype = self.pairs[0].info.channels, self.pairs[0].info.dtype
         self.instances = instances or (table is not None and table.names == INSTANCE_NAMES)
-        self.ignore_value = ignore_value
+        self.ignore_value, self.left_out = ignore_value, left_out
         masks = (self._read_mask(pair) for pair in self.pairs)
         if table is None and self.instances:
             ignored = None if ignore_value is None else IGNORE
@@ -92,8 +94,12 @@ class SegmentationData:
         lines = [f"{len(infos)} images of {size}, {kind(infos[0])}", *self.table.lines()]
         if alphas := sum(info.has_alpha for info in infos):
             lines.append(f"alpha channel dropped in {alphas} images")
+        if self.left_out:
+            lines.append(f"{self.left_out} images without any label left out")
         for part, indices in (("training", self.train), ("validation", self.val)):
             if indices:
                 shown = f" ({some(self.pairs[i].name for i in indices)})" if names else ""
-                lines.append(f"{part}: {len(indices)} images{shown}")
+                lines.append(f"{part}: {len(indices)} image{'s' * (len(indices) != 1)}{shown}")
+        if self.train and not self.val:
+            lines.append("validation: nothing is held out, so no figure tells of other images")
         return "\n".join(lines)

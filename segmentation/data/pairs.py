@@ -1,4 +1,4 @@
-"""Images with masks: the pairs of a data folder, and their splits.
+"""Images with masks: the pairs of a data folder.
 
 Files, slices of stacks and arrays in memory all become a `Pair` and go the same way from there.
 """
@@ -6,9 +6,7 @@ Files, slices of stacks and arrays in memory all become a `Pair` and go the same
 from __future__ import annotations
 
 import os
-import re
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,16 +37,32 @@ class Pair:
     mask: Path | Array
     info: ImageInfo  # of the image
     page: int | None = None  # 0-based slice of the stacks
+    window: tuple[slice, slice] | None = None  # rows and columns of a part of the image
 
     def read_image(self) -> Array:
         """(H, W, C), as `unet.files.images.read_image`."""
         if isinstance(self.image, Path):
-            return read_image(self.image, self.page)
-        return self.image if self.image.ndim == 3 else self.image[:, :, None]
+            image = read_image(self.image, self.page)
+        else:
+            image = self.image if self.image.ndim == 3 else self.image[:, :, None]
+        return image if self.window is None else image[self.window]
 
     def read_mask(self) -> Array:
         """(H, W) or (H, W, 3), as `unet.files.images.read_mask`."""
-        return read_mask(self.mask, self.page) if isinstance(self.mask, Path) else self.mask
+        mask = read_mask(self.mask, self.page) if isinstance(self.mask, Path) else self.mask
+        return mask if self.window is None else mask[self.window]
+
+    @property
+    def source(self) -> tuple[str | int, int | None]:
+        """The image that it is, or is a part of."""
+        return (str(self.image) if isinstance(self.image, Path) else id(self.image)), self.page
+
+    def meets(self, other: Pair) -> bool:
+        """Whether this part of an image has a pixel in common with another one of it."""
+        if self.window is None or other.window is None:
+            return True
+        pairs = zip(self.window, other.window, strict=True)
+        return all(max(a.start, b.start) < min(a.stop, b.stop) for a, b in pairs)
 
 
 def find_pairs(
@@ -115,49 +129,6 @@ def pairs_from_arrays(images: Array, masks: Array) -> list[Pair]:
     ]
 
 
-def split_pairs(
-    pairs: Sequence[Pair],
-    val: float = 0.2,
-    fold: str | None = None,
-    val_names: Sequence[str] | None = None,
-) -> tuple[list[Pair], list[Pair]]:
-    """Training and validation pairs, by name, by fold, or else the last `val` of them.
-
-    By default validation is one contiguous block, since neighbouring slices of a stack look alike.
-
-    Args:
-        val: share for validation, above 0 and below 1; at least one pair is on each side.
-        fold: "k/n": the k-th of n contiguous blocks, from 1.
-        val_names: names, 0-based positions, or ranges "24-29" of either; a name goes first.
-
-    Raises:
-        InputError: fewer than two pairs, a bad share, fold or name, or nothing left to train on.
-    """
-    count, names = len(pairs), [pair.name for pair in pairs]
-    if count < 2:
-        raise InputError(f"{count} image cannot be split; validation needs a second one")
-    if val_names is not None and fold is not None:
-        raise InputError("give a fold or validation images, not both")
-    if val_names is not None:
-        chosen = {i for entry in val_names for i in _positions(entry, names)}
-    elif fold is not None:
-        match = re.fullmatch("([0-9]{1,9})/([0-9]{1,9})", fold)
-        k, n = map(int, match.groups()) if match else (0, 0)
-        if not 1 <= k <= n or not 2 <= n <= count:
-            raise InputError(
-                f"fold {fold!r}: give k/n, such as 1/{min(5, count)}, k <= n <= {count}"
-            )
-        chosen = set(range(count * (k - 1) // n, count * k // n))
-    else:
-        if not 0 < val < 1:
-            raise InputError(f"validation share {val}: give a number between 0 and 1")
-        chosen = set(range(count - min(max(round(val * count), 1), count - 1), count))
-    if not 0 < len(chosen) < count:
-        raise InputError(f"{len(chosen)} of {count} images for validation; leave some on each side")
-    train = [pair for i, pair in enumerate(pairs) if i not in chosen]
-    return train, [pairs[i] for i in sorted(chosen)]
-
-
 def _in_folder(data: Path) -> list[tuple[Path, Path]]:
     stacks = data / _ISBI_STACKS[0], data / _ISBI_STACKS[1]
     if all(os.path.isfile(stack) for stack in stacks):
@@ -199,19 +170,6 @@ def _match(images: list[Path], masks: list[Path]) -> list[tuple[Path, Path]]:
                 f"a mask is named as its image, or with {', '.join(_MASK_SUFFIXES)} at the end"
             )
     return files
-
-
-def _positions(entry: str, names: list[str]) -> range:
-    ends = re.fullmatch("([0-9]{1,9})-([0-9]{1,9})", entry)
-    found = []
-    for name in ends.groups() if ends and entry not in names else (entry,):
-        if name in names:
-            found.append(names.index(name))
-        elif re.fullmatch("[0-9]{1,9}", name) and int(name) < len(names):
-            found.append(int(name))
-        else:
-            raise InputError(f"validation image {name!r}: neither a name nor one of {len(names)}")
-    return range(found[0], found[-1] + 1)
 
 
 def _size(info: ImageInfo) -> str:

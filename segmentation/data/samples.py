@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from segmentation.data.augment import Augmentation, augmented_crop
+from segmentation.data.augment import Augmentation, augmented_crop, random_corner
 from segmentation.data.classes import IGNORE
 from segmentation.data.dataset import SegmentationData
 from segmentation.data.weights import border_weights
@@ -17,6 +17,9 @@ from unet.training.batches import Key, sample_rng
 
 class CropSamples:
     """Augmented crops of the training images; an epoch sees each image as often as crops fit.
+
+    Of an image that is labelled only in part, each crop has a label in it, at a random place, and
+    an epoch has as many crops as its labelled pixels would fill.
 
     Args:
         size: height and width of a crop.
@@ -37,10 +40,14 @@ class CropSamples:
         self.data, self.augmentation, self.seed = data, augmentation, seed
         self.size, self.target_size, self.border = size, target_size, border
         self.images: list[int] = []
+        self.partly: set[int] = set()  # the images with pixels that are ignored
         for i in data.train:
-            shape = image_shape(data, i)
-            fits = (max(1, round(n / t)) for n, t in zip(shape, target_size, strict=True))
-            self.images += [i] * math.prod(fits)
+            shape, labels = image_shape(data, i), self.data.load(i)[1] != IGNORE
+            fits = math.prod(max(1, round(n / t)) for n, t in zip(shape, target_size, strict=True))
+            if not labels.all():
+                self.partly.add(i)
+                fits = max(1, round(labels.mean() * fits))
+            self.images += [i] * fits
         self._weights: dict[int, Tensor] = {}
 
     def __len__(self) -> int:
@@ -52,8 +59,12 @@ class CropSamples:
         image, mask = (torch.tensor(a) for a in self.data.load(i))
         maps = [mask] if self.border is None else [mask, self.weights(i)]
         rng = sample_rng(self.seed, epoch, index)
+        corner = None
+        if i in self.partly:
+            labelled = np.flatnonzero(mask.numpy() != IGNORE)
+            corner = random_corner(mask.shape, rng, self.target_size, labelled)
         crop, targets = augmented_crop(
-            image, maps, rng, self.augmentation, self.size, self.target_size
+            image, maps, rng, self.augmentation, self.size, self.target_size, corner
         )
         return {"image": crop, **dict(zip(("mask", "weight"), targets, strict=False))}
 

@@ -38,6 +38,8 @@ def are_parted_by_membranes(masks: Iterable[NDArray[np.uint8]]) -> bool:
     """
     cells = pixels = thin = rest = pieces = images = 0
     for mask in masks:
+        if (mask == IGNORE).all():
+            continue
         cell = mask == 1
         images += 1
         pieces += ndimage.label(cell)[1]

@@ -8,7 +8,8 @@ from segmentation.data.classes import ClassTable, Value
 from segmentation.data.dataset import SegmentationData
 from segmentation.data.instances import INSTANCE_NAMES
 from segmentation.data.normalisation import Normalisation
-from segmentation.data.pairs import Pair, split_pairs
+from segmentation.data.pairs import Pair
+from segmentation.data.splits import split_pairs
 from segmentation.model import SegmentationUNet
 from segmentation.options import SegmentationOptions
 from unet.errors import InputError
@@ -51,9 +52,17 @@ def held_out(pairs: Sequence[Pair], runs: Sequence[SegmentationOptions]) -> list
     Raises:
         InputError: there is none.
     """
-    splits = [split_pairs(pairs, run.val, run.fold, run.val_names or None) for run in runs]
-    seen = {pair.name for train, _ in splits for pair in train}
-    unseen = [pair for pair in pairs if pair.name not in seen]
+    splits = [
+        split_pairs(pairs, run.val, run.fold, run.val_names or None, ignore_value=run.ignore_value)
+        for run in runs
+    ]
+    seen: dict[object, list[Pair]] = {}
+    for pair in (pair for train, _ in splits for pair in train):
+        seen.setdefault(pair.source, []).append(pair)
+    kept = {pair.name: pair for _, val in splits for pair in val}
+    unseen = [p for p in kept.values() if not any(map(p.meets, seen.get(p.source, ())))]
     if not unseen:
-        raise InputError("each image was seen by one of the models: score them one by one")
+        raise InputError(
+            "each image was seen by one of the models: score them one by one, or on other images"
+        )
     return unseen

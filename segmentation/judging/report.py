@@ -70,7 +70,8 @@ def report_figure(
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    shown, names = _best_median_worst(evaluation), class_names(evaluation.table)
+    names = class_names(evaluation.table)
+    shown = _best_median_worst(evaluation, "held-out" if data.val else "training")
     columns = max(1, 150 // (max(map(len, names)) + 8))  # of the legend
     heights = [5.0, *(_height(image) for _, image in shown), 0.55 + 0.25 * (len(names) // columns)]
     layout = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06)
@@ -78,7 +79,7 @@ def report_figure(
     FigureCanvasAgg(figure)
     parts = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)
     top, *rows, bottom = parts[:, 0]
-    _title(top, title, evaluation)
+    _title(top, title, evaluation, "held-out" if data.val else "training")
     left, right = top.subfigures(1, 2, width_ratios=[1.7, 1])
     loss, rate = left.subplots(2, 1, sharex=True, height_ratios=[2.6, 1])
     _curves(loss, rate, log)
@@ -151,11 +152,11 @@ def _reduced(picture: RGB, largest: int | None) -> RGB:
     return np.asarray(small)
 
 
-def _best_median_worst(evaluation: Evaluation) -> list[tuple[str, ImageScores]]:
+def _best_median_worst(evaluation: Evaluation, kind: str) -> list[tuple[str, ImageScores]]:
     ranked = evaluation.worst_first()[::-1]
     ranked.sort(key=lambda image: math.isnan(image.scores["dice"]))  # nothing to see there
     if len(ranked) == 1:
-        return [("held-out image", ranked[0])]
+        return [(f"{kind} image", ranked[0])]
     places = {"best": 0, "median": (len(ranked) - 1) // 2, "worst": len(ranked) - 1}
     if len(ranked) == 2:
         del places["median"]
@@ -168,11 +169,11 @@ def _height(image: ImageScores) -> float:
     return float(np.clip(h / w, 0.2, 1.3)) * WIDTH / 4 + 0.55
 
 
-def _title(figure: SubFigure, name: str, evaluation: Evaluation) -> None:
+def _title(figure: SubFigure, name: str, evaluation: Evaluation, kind: str) -> None:
     found = evaluation.scores()
     figures = [f"{text} {found[key]:.4f}" for key, text in SHOWN.items() if key in found]
     count = len(evaluation.images)
-    facts = [f"{count} held-out image{'s' * (count != 1)}", *figures]
+    facts = [f"{count} {kind} image{'s' * (count != 1)}", *figures]
     if evaluation.isbi:
         facts.append(f"threshold {evaluation.threshold:g}")
     text = f"{_short(name, 80)}\n{'   '.join(facts)}"

@@ -24,7 +24,7 @@ from unet.files.images import read_image, write_image
 from unet.training.cli import run_script
 from unet.training.config_file import load_config
 from unet.training.run import read_log
-from unet_diffusion import demo, predict_seg, train_seg
+from unet_diffusion import demo, eval_seg, predict_seg, train_seg
 
 SMALL = ("--width", "4", "--crop", "32", "--batch-size", "2", "--steps", "2", "--evaluations", "1")
 
@@ -82,6 +82,52 @@ def test_from_a_folder_of_images_to_masks_of_new_ones(folder, tmp_path, capsys):
     assert np.array_equal(mask == 255, probability > threshold * 65535)
     assert (run / "report.png").stat().st_size > 10_000
     assert read_image(out / "b_overlay.png").shape == (33, 47, 3)
+
+
+@pytest.fixture
+def corner(tmp_path: Path) -> Path:
+    """Three images, of which the second has labels in one corner; the rest of the masks is 7."""
+    images, labels = phantom_stack(3, (96, 128), seed=1)
+    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+        seen = label.copy()
+        label[:] = 7
+        if i == 1:
+            label[:64, 40:] = seen[:64, 40:]
+        write_image(tmp_path / "corner/image" / f"{i}.png", image)
+        write_image(tmp_path / "corner/label" / f"{i}.png", label)
+    return tmp_path / "corner"
+
+
+def test_one_labelled_corner_is_enough(corner, tmp_path, capsys):
+    """A strip of the corner is held out, and scoring finds the same strip again."""
+    run = tmp_path / "run"
+    given = ("--data", corner, "--ignore-value", 7, *SMALL)
+    assert run_train(*given, "--out", run) == 0
+    printed = capsys.readouterr().out
+    for fact in (
+        "2 images without any label left out",
+        "training: 1 image (1_columns_0-109)",
+        "validation: 1 image (1_columns_110-127)",
+    ):
+        assert fact in printed
+    scored = ("--model", run / "model", "--out", tmp_path / "scores")
+    assert run_script(eval_seg.main, eval_seg.EvalOptions, list(map(str, scored))) == 0
+    found = json.loads((tmp_path / "scores/scores.json").read_text())
+    assert [image["name"] for image in found["per_image"]] == ["1_columns_110-127"]
+
+
+def test_nothing_need_be_held_out(corner, tmp_path, capsys):
+    """The last weights are kept then, and the figures are said to be of the training images."""
+    given = ("--data", corner, "--ignore-value", 7, *SMALL, "--val", 0, "--out", tmp_path / "run")
+    assert run_train(*given) == 0
+    printed = capsys.readouterr().out
+    assert "nothing is held out, so no figure tells of other images" in printed
+    assert "the last ones" in printed
+    model = SegmentationUNet.from_pretrained(tmp_path / "run/model")
+    assert model.info["threshold"] == 0.5
+    assert model.info["training"]["figures"] == {}
+    assert (tmp_path / "run/report.png").exists()
+    assert (tmp_path / "run/samples/training-000002.png").exists()
 
 
 def test_a_run_repeats_from_its_config(folder, tmp_path):

@@ -19,7 +19,8 @@ from PIL import Image
 from segmentation.data.classes import IGNORE, MAX_CLASSES, ClassTable
 from segmentation.data.dataset import SegmentationData
 from segmentation.data.normalisation import Normalisation
-from segmentation.data.pairs import Pair, find_pairs, pairs_from_arrays, split_pairs
+from segmentation.data.pairs import Pair, find_pairs, pairs_from_arrays
+from segmentation.data.splits import split_pairs
 from unet.errors import InputError
 from unet.files.images import write_image
 
@@ -236,9 +237,9 @@ def test_names_go_before_positions() -> None:
 @pytest.mark.parametrize(
     ("count", "options", "sentence"),
     [
-        (1, {}, "1 image cannot be split"),
-        (0, {}, "0 image cannot be split"),
-        (5, {"val": 0.0}, "validation share 0.0"),
+        (1, {}, "too few to hold out a strip of them of at least 16 pixels"),
+        (0, {}, "no image has a label"),
+        (5, {"val": -0.1}, "validation share -0.1"),
         (5, {"val": 1.0}, "validation share 1.0"),
         (5, {"val": float("nan")}, "validation share nan"),
         (5, {"fold": "0/5"}, "fold '0/5': give k/n"),
@@ -258,6 +259,41 @@ def test_names_go_before_positions() -> None:
 def test_a_bad_split_is_one_sentence(count: int, options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(InputError, match=sentence):
         split_pairs(in_memory(count) if count else [], **options)
+
+
+def sparse(*corners: tuple[int, int] | None, side: int = 200, seen: int = 128) -> list[Pair]:
+    """Images with masks of 0 and 255 in one corner and 7, no label, elsewhere; None: all of it."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (len(corners), side, side), np.uint8)
+    masks = np.full(images.shape, 7, np.uint8)
+    for mask, corner in zip(masks, corners, strict=True):
+        if corner is not None:
+            window = tuple(slice(c, c + seen) for c in corner)
+            mask[window] = rng.integers(0, 2, (seen, seen)) * 255
+    return pairs_from_arrays(images, masks)
+
+
+def test_images_without_a_label_are_left_out() -> None:
+    pairs = sparse(None, (0, 0), None, (72, 0), (0, 72))
+    train, val = split_pairs(pairs, ignore_value=7)
+    assert (names(train), names(val)) == (["1", "3"], ["4"])
+    assert split_pairs(pairs, 0, ignore_value=7) == ([pairs[1], pairs[3], pairs[4]], [])
+    with pytest.raises(InputError, match="no image has a label"):
+        split_pairs(sparse(None), ignore_value=7)
+
+
+@pytest.mark.parametrize("corner", [(0, 0), (72, 10)])
+def test_one_image_is_cut_into_strips_that_share_no_pixel(corner: tuple[int, int]) -> None:
+    (pair,) = sparse(corner)
+    train, (val,) = split_pairs([pair], 0.25, ignore_value=7)
+    shares = [(part.read_mask() != 7).sum() / 128**2 for part in (*train, val)]
+    assert shares == pytest.approx([0.75, 0.25])
+    assert not any(part.meets(val) for part in train)
+    assert sum(part.info.height * part.info.width for part in (*train, val)) == 200 * 200
+    assert val.read_image().shape == (val.info.height, val.info.width, 1)
+    held_out = [split_pairs([pair], fold=f"{k}/4", ignore_value=7)[1][0] for k in range(1, 5)]
+    assert sum(part.info.height for part in held_out) == 200
+    assert len(split_pairs([pair], fold="2/4", ignore_value=7)[0]) == 2
 
 
 # -- classes
@@ -543,7 +579,7 @@ def test_the_summary_says_what_was_found(tmp_path: Path) -> None:
         "value 1 -> class 1   15.91%",
         "alpha channel dropped in 3 images",
         "training: 2 images (0, 1)",
-        "validation: 1 images (2)",
+        "validation: 1 image (2)",
     ]
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from segmentation.data.augment import Augmentation
+from segmentation.data.classes import IGNORE
 from segmentation.data.dataset import SegmentationData
 from segmentation.data.pairs import pairs_from_arrays
 from segmentation.data.phantom import phantom_stack
@@ -120,3 +121,18 @@ def test_preparing_a_batch_takes_at_most_a_quarter_of_a_step():
         share = seconds(prepare, samples) / seconds(step, *prepare(samples))
         print(f"share of a step: {share:.3f}")
         assert share <= 0.25
+
+
+def test_crops_of_a_partly_labelled_image_show_labels_at_all_places() -> None:
+    """Each crop has a label, and over many crops each place of it has one as often, nearly."""
+    mask = np.full((200, 240), 7, np.uint8)
+    mask[100:116, 120:136] = np.arange(256).reshape(16, 16) % 2
+    images = np.zeros((1, 200, 240), np.uint8)
+    data = SegmentationData(pairs_from_arrays(images, mask[None]), ignore_value=7)
+    samples = CropSamples(data, Augmentation(flips=False), (64, 64), (48, 48))
+    assert len(samples) == 1
+    seen = torch.stack([samples[epoch, 0]["mask"] != IGNORE for epoch in range(400)])
+    assert seen.flatten(1).any(dim=1).all()
+    share = seen.float().mean(dim=0)
+    assert share.min() > 0.3 * share.mean()
+    assert share.max() < 2 * share.mean()
