@@ -37,6 +37,7 @@ from unet.training.plan import (
     told,
     told_budget,
 )
+from unet.weights.crossing import timed
 from unet.weights.start import Start
 
 PREDICTION: PredictionName = "v"  # where neither the user nor a pipeline says another
@@ -254,7 +255,8 @@ def chosen_config(
     fits = [
         name
         for name, preset in PRESETS.items()
-        if preset.config.time and (preset.config.context_channels is None) != options.captions
+        if preset.config.block == "res"
+        and (preset.config.context_channels is None) != options.captions
     ]
     if options.network == "auto" and start:
         if start.config.context_channels is not None and not options.captions:
@@ -275,13 +277,14 @@ def chosen_config(
     elif options.network in fits:
         preset = PRESETS[options.network]
         config, why = replace(preset.config, in_channels=data.channels), preset.source
+        config = config if config.time else timed(config)
         if clip:
             config = replace(config, context_channels=clip.channels)
     else:
         what = "with" if options.captions else "without"
         raise InputError(
-            f"--network {options.network!r} is no preset of a network with a timestep and {what} "
-            f"text: choose auto or one of {', '.join(fits)}"
+            f"--network {options.network!r} is no preset of a network that takes a timestep and is "
+            f"{what} text: choose auto or one of {', '.join(fits)}"
         )
     if options.width:
         heads = config.head_channels and math.gcd(config.head_channels, options.width)

@@ -31,6 +31,7 @@ from unet.training.plan import (
     told,
     told_budget,
 )
+from unet.weights.crossing import plain
 from unet.weights.start import Start, read_start
 
 NETWORK = "segmentation"  # where none is named
@@ -153,14 +154,14 @@ def chosen_network(
             raise InputError(f"--network {name!r} is no preset: choose from {', '.join(PRESETS)}")
         config = PRESETS[name].config
         why = f"{name}, {AS_ASKED if options.network else 'the default'}"
-    config = replace(config, in_channels=channels)
+    if config.context_channels is not None:
+        raise InputError(
+            f"--network {options.network} is a diffusion network that reads text: choose from "
+            f"{', '.join(n for n, p in PRESETS.items() if p.config.context_channels is None)}"
+        )
+    config = replace(plain(config), in_channels=channels)
     if options.width:
         config, why = replace(config, channels=options.width), f"{why}, {options.width} channels"
-    if config.embedding_channels or config.context_channels is not None:
-        raise InputError(
-            f"--network {options.network} is a diffusion network, which needs a timestep: choose "
-            f"from {', '.join(n for n, p in PRESETS.items() if not p.config.time)}"
-        )
     return config, why
 
 

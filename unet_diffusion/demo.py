@@ -1,4 +1,7 @@
-"""Both lives of a U-Net on generated images, in about three minutes: it labels, and it draws."""
+"""Both lives of a U-Net on generated images, and how they meet, in about four minutes.
+
+It labels membranes, it draws shapes, and what has learnt to draw them starts to label them.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from einops import rearrange
+from numpy.typing import NDArray
+
 from diffusion.options import DiffusionOptions
 from segmentation.options import RECIPES, SegmentationOptions
 from unet.training.cli import run_script, say_next
@@ -14,6 +21,10 @@ from unet.training.config_file import load_config
 
 UNSEEN_SEED, UNSEEN_SLICES = 1_000, 4
 SEGMENTATION_SHARE = 0.3  # of the minutes; drawing takes longer to learn
+MEETING_SHARE = 0.12  # of these minutes are added for each of the two segmentations of shapes
+MEETING_SEED = 10_000  # of shapes that the diffusion model was not trained on
+SIDE, SHEET, LABELLED = 32, 8, 3  # pixels of a picture, pictures along a sheet, and labelled ones
+IGNORED = 255
 IMAGES = 16  # a step: in so short a time small steps teach more than few large ones
 
 
@@ -35,6 +46,7 @@ def main(options: DemoOptions) -> None:
     run = options.out / time.strftime("demo-%Y%m%d-%H%M%S")
     segment(options, run / "segmentation")
     draw(options, run / "diffusion")
+    meet(options, run / "diffusion/model", run / "meeting")
     print()
     say_next("sample-ddpm", "--model", run / "diffusion/model", "--out", "samples")
     say_next("train-seg", "--data", "your_images", "--out", "runs/mine", "--max-minutes", 10)
@@ -89,6 +101,80 @@ def draw(options: DemoOptions, run: Path) -> None:
         f"  {run / 'samples/forward.png'}: how noise is added to one\n"
         f"  {run / 'report.png'}: samples, and the training images that are nearest to them"
     )
+
+
+def meet(options: DemoOptions, model: Path, run: Path) -> None:
+    """A segmentation of the same shapes from a few labels, begun with the trunk that draws them.
+
+    Beside it the same network from random weights, as long, on the same labels.
+    """
+    from diffusion.data.shapes import SHAPES
+    from segmentation.data.pairs import pairs_from_arrays
+    from segmentation.judging.evaluation import evaluate
+    from segmentation.judging.labelled import labelled_data
+    from segmentation.pictures import class_colours
+    from segmentation.predict import Predictor
+    from segmentation.segmenter import load_models
+    from segmentation.training import train
+    from unet.files.images import write_image
+    from unet.files.pictures import panel
+    from unet.weights.start import at_random
+    from unet_diffusion.starting import segmentation_start
+
+    print(f"\nLabelling shapes from {LABELLED**2} labelled pictures of them:", flush=True)
+    image, mask = shapes_sheet(options.seed)
+    sparse = np.full_like(mask, IGNORED)
+    sparse[: LABELLED * SIDE, : LABELLED * SIDE] = mask[: LABELLED * SIDE, : LABELLED * SIDE]
+    write_image(run / "labelled/image/sheet.png", image)
+    write_image(run / "labelled/label/sheet.png", sparse)
+    unseen, truth = shapes_sheet(UNSEEN_SEED + options.seed)
+    start = segmentation_start(str(model))
+    assert start is not None
+    pictures, scores = [unseen, class_colours(truth, 1 + len(SHAPES))], {}
+    for name, weights in (("random", at_random(start, options.seed)), ("drawing", start)):
+        train(
+            SegmentationOptions(
+                out=run / name,
+                data=str(run / "labelled"),
+                ignore_value=IGNORED,
+                init=str(model),
+                val=0,
+                max_minutes=MEETING_SHARE * options.minutes,
+                seed=options.seed,
+                evaluations=0,
+                crop=2 * SIDE,
+                rotation=0,
+                elastic=0,
+            ),
+            weights,
+        )
+        models, table, _ = load_models([str(run / name / "model")])
+        data = labelled_data(models, pairs_from_arrays(unseen[None], truth[None]), table)
+        found = evaluate(Predictor(models), data, data.val)
+        scores[name] = found.scores()["dice"]
+        pictures.append(class_colours(found.images[0].prediction, 1 + len(SHAPES)))
+    panel([pictures]).save(run / "meeting.png")
+    print(
+        f"\nMean Dice on unseen pictures: from random weights {scores['random']:.3f}, "
+        f"from the trunk that draws {scores['drawing']:.3f}\n  {run / 'meeting.png'}: pictures, "
+        "their shapes, and what each of the two finds"
+    )
+
+
+def shapes_sheet(seed: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """A sheet of pictures of shapes, and a mask of its circles 1, squares 2 and triangles 3."""
+    from diffusion.data.shapes import SHAPES, example
+
+    images, masks = [], []
+    for index in range(SHEET**2):
+        scene, drawing = example(seed + MEETING_SEED, index)
+        mask = np.zeros((SIDE, SIDE), np.uint8)
+        for thing, own in zip(scene.things, drawing.masks, strict=True):
+            mask[own] = 1 + SHAPES.index(thing.shape)
+        images.append(drawing.picture)
+        masks.append(mask)
+    tiles = "(r c) h w ... -> (r h) (c w) ..."
+    return rearrange(images, tiles, r=SHEET), rearrange(masks, tiles, r=SHEET)
 
 
 def command(argv: Sequence[str] | None = None) -> int:

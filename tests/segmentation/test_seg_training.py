@@ -183,6 +183,8 @@ def test_the_demo_shows_what_it_says(tmp_path, capsys, monkeypatch):
         assert str(run / "diffusion" / picture) in printed
         assert (run / "diffusion" / picture).exists()
     assert re.search(r"V_Rand 0\.\d+, V_Info 0\.\d+, pixel error 0\.\d+", printed)
+    assert re.search(r"random weights 0\.\d+, from the trunk that draws 0\.\d+", printed)
+    assert (run / "meeting/meeting.png").exists()
 
 
 def test_three_classes_keep_their_values(tmp_path):
@@ -369,7 +371,7 @@ def test_bad_data_is_one_sentence_before_anything_is_written(folder, tmp_path, c
     [
         (("--data", "no/such/folder"), "no/such/folder"),
         (("--network", "unett"), "'unett' is no preset"),
-        (("--network", "sd-v1"), "diffusion network"),
+        (("--network", "sd-v1"), "reads text"),
         (("--network", "paper", "--crop", "100"), "nearest sizes that work"),
         (("--images", "x"), "--images and --masks"),
         (("--fold", "6/5"), "6/5"),

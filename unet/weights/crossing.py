@@ -25,6 +25,25 @@ class Trunk(NamedTuple):
     state: dict[str, Tensor]
 
 
+def plain(config: UNetConfig) -> UNetConfig:
+    """The same network without timestep, class and text."""
+    return replace(config, time=False, classes=0, scale_shift=False, context_channels=None)
+
+
+def timed(config: UNetConfig, *, scale_shift: bool = True) -> UNetConfig:
+    """The same network with a timestep.
+
+    Raises:
+        InputError: a network whose blocks take no embedding.
+    """
+    if config.block != "res":
+        raise InputError(
+            f"a network of block={config.block!r} takes no timestep, which goes into residual "
+            "blocks: train one with block='res', such as the preset 'diffusion'"
+        )
+    return replace(config, time=True, scale_shift=scale_shift)
+
+
 def without_conditioning(
     config: UNetConfig,
     state: Mapping[str, Tensor],
@@ -59,8 +78,7 @@ def without_conditioning(
         token = _only_token(context, config.context_channels)
         for block in _blocks_with(state, ".cross_attention.v.weight"):
             _fold_token(folded, block, token)
-    plain = replace(config, time=False, classes=0, scale_shift=False, context_channels=None)
-    return Trunk(plain, folded)
+    return Trunk(plain(config), folded)
 
 
 def with_time(
@@ -77,17 +95,12 @@ def with_time(
     Raises:
         InputError: a network whose blocks take no embedding.
     """
-    if config.block != "res":
-        raise InputError(
-            f"a network of block={config.block!r} takes no timestep, which goes into residual "
-            "blocks: train one with block='res', such as the preset 'diffusion'"
-        )
-    timed = replace(config, time=True, scale_shift=scale_shift)
-    fresh = UNet(timed).state_dict()
+    config = timed(config, scale_shift=scale_shift)
+    fresh = UNet(config).state_dict()
     for block in _blocks_with(fresh, ".emb.weight"):
         for kind in ("weight", "bias"):
             fresh[f"{block}.emb.{kind}"].zero_()
-    return Trunk(timed, {**fresh, **state})
+    return Trunk(config, {**fresh, **state})
 
 
 def with_channels(config: UNetConfig, state: Mapping[str, Tensor], in_channels: int) -> Trunk:

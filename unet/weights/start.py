@@ -7,9 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from unet.config import UNetConfig
+from unet.model import UNet
 from unet.weights.crossing import Trunk, with_channels
 from unet.weights.folder import FolderModel, load_strictly, read_config, read_weights
 
@@ -73,6 +75,13 @@ def read_start(path: str) -> Start:
         state=read_weights(Path(path)),
         info=described["info"],
     )
+
+
+def at_random(start: Start, seed: int) -> Start:
+    """A start with the network of another one and nothing else of it: random weights."""
+    torch.manual_seed(seed)
+    state = {f"{_TRUNK}{k}": v for k, v in UNet(start.config).state_dict().items()}
+    return replace(start, where="random weights", state=state)
 
 
 def take_over(model: FolderModel, start: Start, *, own: Sequence[str] = ()) -> str:
