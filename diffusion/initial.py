@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from diffusion.model import DiffusionUNet
-from diffusion.stable.folder import read_unet
+from diffusion.stable.folder import read_unet, read_unet_config
 from unet.attention import SpatialTransformer
 from unet.errors import InputError
 from unet.files.writing import read_json
-from unet.weights.crossing import with_pixels, with_time
+from unet.weights.crossing import timed, with_pixels, with_time
 from unet.weights.start import Start, read_start
 from unet.weights.start import take_over as start_with
 
@@ -40,18 +40,26 @@ def find_start(path: str) -> Start:
         InputError: no such model; a segmentation whose network takes no timestep.
     """
     if unet := their_unet(path):
-        model = read_unet(unet)
-        state = {k: v.float() for k, v in model.state_dict().items()}
-        return Start(where=path, config=model.config, state=state, info={})
+        return Start(
+            where=path,
+            config=read_unet_config(unet)[0],
+            info={},
+            read=lambda: {k: v.float() for k, v in read_unet(unet).state_dict().items()},
+        )
     start = read_start(path)
     if start.config.time:
         return start
     try:
-        scale, shift = _pixels(start.info, start.config.in_channels)
-        trunk = with_time(*with_pixels(*start.trunk, scale, shift))
+        pixels = _pixels(start.info, start.config.in_channels)
+        with_timestep = timed(start.config)
     except InputError as error:
         raise InputError(f"--init {path}: {error}") from error
-    return replace(start.with_trunk(trunk, "the same at every timestep"), info={})
+    start = start.changed(
+        with_timestep,
+        lambda config, trunk: with_time(*with_pixels(config, trunk, *pixels)),
+        "the same at every timestep",
+    )
+    return replace(start, info={})
 
 
 def take_over(model: DiffusionUNet, start: Start) -> str:

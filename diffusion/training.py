@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -64,6 +65,7 @@ def train(options: DiffusionOptions) -> dict[str, float]:
                 samples=NoisedSamples(data, plan, model),
                 options=plan.options,
                 decisions=plan.decisions,
+                finish=Timesteps.of(plan),
                 loss=task.loss,
                 evaluate=task.evaluate,
                 first_pictures=task.forward_pictures,
@@ -192,6 +194,40 @@ def stratified_timesteps(
     return (u * steps).long().clamp(max=steps - 1)
 
 
+@dataclass(frozen=True)
+class Timesteps:
+    """What a whole batch gets: its timesteps, and no more tokens than its longest text has.
+
+    Args: those of `stratified_timesteps`; `padded`: padding after a text does not count.
+    """
+
+    batch: int
+    steps: int
+    seed: int
+    shift: float
+    padded: bool
+
+    @classmethod
+    def of(cls, plan: DiffusionPlan) -> Timesteps:
+        padded = plan.clip is None  # with CLIP, padding counts
+        return cls(plan.fit.batch_size, plan.schedule.steps, plan.fit.seed, plan.shift, padded)
+
+    def __call__(self, batch: Batch) -> Batch:
+        t = stratified_timesteps(
+            batch["position"],
+            batch["place"],
+            self.batch,
+            self.steps,
+            seed=self.seed,
+            shift=self.shift,
+        )
+        if "tokens" not in batch or not self.padded:
+            return {**batch, "t": t}
+        tokens = batch["tokens"]
+        longest = int((tokens != PADDING).sum(dim=1).max())
+        return {**batch, "t": t, "tokens": tokens[:, :longest].contiguous()}
+
+
 class DiffusionTask:
     """Loss, held-out figures and pictures of a diffusion model."""
 
@@ -199,28 +235,17 @@ class DiffusionTask:
         self.plan, self.data = plan, data
         self.schedule, self.prediction = plan.schedule, plan.prediction
         self.autoencoder = autoencoder_of(data)
-        self.padded = plan.clip is None  # with CLIP, padding counts
 
     def _loss(self, model: nn.Module, x0: Tensor, t: Tensor, noise: Tensor, **given: Any) -> Tensor:
         return diffusion_loss(model, self.schedule, self.prediction, x0, t, noise, **given)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         given: dict[str, Any] = {"weighting": self.plan.weighting}
-        t = stratified_timesteps(
-            batch["position"],
-            batch["place"],
-            self.plan.fit.batch_size,
-            self.schedule.steps,
-            seed=self.plan.fit.seed,
-            shift=self.plan.shift,
-        )
         if "label" in batch:
             given["classes"] = batch["label"]
         if "tokens" in batch:
-            tokens = batch["tokens"]
-            longest = (tokens != PADDING).sum(dim=1).max() if self.padded else tokens.shape[1]
-            given["tokens"] = tokens[:, :longest]
-        return self._loss(model, batch["image"], t, batch["noise"], **given).mean()
+            given["tokens"] = batch["tokens"]
+        return self._loss(model, batch["image"], batch["t"], batch["noise"], **given).mean()
 
     def evaluate(self, model: DiffusionUNet, processes: Processes) -> Mapping[str, float]:
         """The plain loss on held-out images, and on as many training images ("seen").

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from unet.errors import InputError
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of that name; auto: a GPU where there is one."""
+    """The device of that name; auto: a GPU where there is one, of several processes each its own.
+
+    On a GPU of NVIDIA's, float32 products of matrices are from now on made as its convolutions are
+    anyway: in TF32, of 10 bits behind the point.
+    """
     if name == "auto":
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        return accelerator or torch.device("cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"--device {name} cannot be used here: {reason}") from error
+        device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+        if device.type != "cpu" and torch.accelerator.device_count() > 1:
+            device = torch.device(device.type, int(os.environ.get("LOCAL_RANK", 0)))
+    else:
+        try:
+            device = torch.device(name)
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(f"--device {name} cannot be used here: {reason}") from error
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
     return device
 
 

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+# What is said of it without an OutOfMemoryError: by the CPU, CUDA's libraries, and Apple's GPUs.
+_NO_MEMORY = ("allocate memory", "STATUS_ALLOC_FAILED", "out of memory")
 PREDICTED = 2**25  # bytes of the largest block that a prediction keeps
 
 
@@ -30,7 +32,8 @@ def ran_out_of_memory(error: BaseException) -> bool:
     """Whether that is what an exception of PyTorch, NumPy or Python says."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    return isinstance(error, RuntimeError) and "allocate memory" in str(error)
+    text = str(error)
+    return isinstance(error, RuntimeError) and any(words in text for words in _NO_MEMORY)
 
 
 def kept_for_backward(forward: Callable[[], Any], parameters: Iterable[Any]) -> int:

@@ -1,4 +1,4 @@
-"""Both lives of a U-Net on generated images, and how they meet, in about four minutes.
+"""Both lives of a U-Net on generated images, and how they meet: about four minutes.
 
 It labels membranes, it draws shapes, and what has learnt to draw them starts to label them.
 """

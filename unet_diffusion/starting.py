@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,10 +11,10 @@ from torch import Tensor
 
 from diffusion.initial import find_start, their_unet
 from diffusion.process.schedule import NoiseSchedule
-from diffusion.stable.folder import CONFIGS, read_schedule, read_unet
+from diffusion.stable.folder import CONFIGS, read_schedule
 from diffusion.text import WordEncoder
 from unet.errors import InputError
-from unet.weights.crossing import without_conditioning
+from unet.weights.crossing import only_token, plain, without_conditioning
 from unet.weights.folder import load_strictly
 from unet.weights.start import Start, read_start
 
@@ -38,15 +39,14 @@ def segmentation_start(path: str | None, timestep: float = TIMESTEP) -> Start | 
     """
     if path is None:
         return None
-    if unet := their_unet(path):
-        model = read_unet(unet)
-        start = Start(where=path, config=model.config, state=model.state_dict(), info={})
-        pipeline = (unet.parent / "scheduler" / CONFIGS["scheduler"]).is_file()
-        schedule = read_schedule(unet.parent).noise if pipeline else NoiseSchedule(kind="linear")
+    unet = their_unet(path)
+    start = find_start(path) if unet else read_start(path)
+    if not start.config.time:
+        return start
+    if unet:
+        known = (unet.parent / "scheduler" / CONFIGS["scheduler"]).is_file()
+        schedule = read_schedule(unet.parent).noise if known else NoiseSchedule(kind="linear")
     else:
-        start = read_start(path)
-        if not start.config.time:
-            return start
         schedule = NoiseSchedule.from_dict(start.info.get("schedule", {}))
     channels = start.config.in_channels
     if "autoencoder" in start.info or channels not in (1, 3):
@@ -55,13 +55,18 @@ def segmentation_start(path: str | None, timestep: float = TIMESTEP) -> Start | 
             "diffusion model of images"
         )
     t = round(timestep * (schedule.steps - 1))
+    context = _empty_text(start)
     try:
-        trunk = without_conditioning(*start.trunk, t=t, context=_empty_text(start))
+        if start.config.context_channels is not None:
+            only_token(context, start.config.context_channels)
     except InputError as error:
         raise InputError(f"--init {path} cannot start a segmentation: {error}") from error
-    state = {k: v.float() for k, v in start.state.items()}
-    start = Start(where=path, config=start.config, state=state, info=_pixels(schedule, t, channels))
-    return start.with_trunk(trunk, f"as it is at timestep {t}")
+    start = start.changed(
+        plain(start.config),
+        lambda config, trunk: without_conditioning(config, trunk, t=t, context=context),
+        f"as it is at timestep {t}",
+    )
+    return replace(start, info=_pixels(schedule, t, channels))
 
 
 def what_it_starts(path: str) -> dict[str, str]:
@@ -71,6 +76,7 @@ def what_it_starts(path: str) -> dict[str, str]:
         try:
             start = start_of(path)
             assert start is not None
+            start.read()
             found[task] = f"{start.where}: unet-train-{_COMMANDS[task]} --init {path}"
         except InputError as error:
             found[task] = f"no: {error}"
@@ -91,7 +97,8 @@ def _empty_text(start: Start) -> Tensor | None:
     if start.info.get("text") is None:
         return None
     encoder = WordEncoder.from_dict(start.info["text"]).eval()
-    own = {k.removeprefix("text."): v for k, v in start.state.items() if k.startswith("text.")}
+    state = start.read()
+    own = {k.removeprefix("text."): v for k, v in state.items() if k.startswith("text.")}
     load_strictly(encoder, own, start.where)
     with torch.no_grad():
         return encoder.encode([""]).context[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -52,14 +53,20 @@ def diffusion_loss(
     if mix is None:
         return loss
     predicted, _ = rule.to_x0_eps(output.detach(), x, signal, sigma)
-    q = clipped(schedule.chain(range(schedule.steps - 1, CLEAN, -1)))
-    index = schedule.steps - 1 - t.to("cpu")
-    q = Posterior(*(factor[index].to(x).view(signal.shape) for factor in q))
+    q = Posterior(*(factor[t].view(signal.shape) for factor in _moves(schedule, x.device, x.dtype)))
     bits = transition_bits(q, x, x0, predicted, model_variance("learned", q, mix))
     # Elsewhere eps gives an x0 far off, and no number times 0 would be the gradient.
     mean = torch.where((t == 0).view(signal.shape), predicted, x0)
     bits = torch.where(t == 0, decoder_bits(x0, mean, model_variance("learned", q, mix)), bits)
     return loss + _BOUND_WEIGHT * schedule.steps * bits
+
+
+@functools.lru_cache(maxsize=8)
+@torch.inference_mode(False)
+def _moves(schedule: NoiseSchedule, device: torch.device, dtype: torch.dtype) -> Posterior:
+    """The posteriors of the moves from every timestep to the one before it, (T,) each."""
+    q = clipped(schedule.chain(range(schedule.steps - 1, CLEAN, -1)))
+    return Posterior(*(factor.flip(0).to(device, dtype) for factor in q))
 
 
 def loss_weight(name: Weighting, rule: Prediction, snr: Tensor, gamma: float = 5.0) -> Tensor:

@@ -10,6 +10,7 @@ noisiest, and CLEAN = -1 is the image without noise.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -186,11 +187,7 @@ class NoiseSchedule:
             t: whole or fractional timesteps from 0 to T - 1, or CLEAN. In between, log(sigma) is
                 interpolated linearly, so that every sigma has its timestep (see `timestep`).
         """
-        clean = torch.tensor([1.0, 0.0])  # the last entry, which is where index CLEAN points
-        signal, noise = (
-            torch.cat([table, end[None]]).to(t.device, dtype)
-            for table, end in zip((self.signal, self.noise), clean, strict=True)
-        )
+        signal, noise = _tables(self, t.device, dtype)
         low = t.floor().long() if t.is_floating_point() else t.long()
         exact = Level(signal[low], noise[low])
         if not t.is_floating_point():
@@ -302,6 +299,20 @@ class NoiseSchedule:
         largest, smallest = (self.level(t).sigma ** (1 / _RHO) for t in (self.steps - 1, 0))
         sigmas = np.linspace(largest, smallest, n) ** _RHO
         return [self.timestep(sigma) for sigma in sigmas]
+
+
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _tables(
+    schedule: NoiseSchedule, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Signal and noise of every timestep and, last, where index CLEAN points, of a clean image.
+
+    Kept, as copying them to a GPU waits for it.
+    """
+    signal = torch.cat([schedule.signal, torch.ones(1)])
+    noise = torch.cat([schedule.noise, torch.zeros(1)])
+    return signal.to(device, dtype), noise.to(device, dtype)
 
 
 def _ratios(values: np.ndarray) -> np.ndarray:

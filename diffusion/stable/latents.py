@@ -209,7 +209,9 @@ class LatentData:
 
     def draw(self, index: int, rng: np.random.Generator) -> tuple[int, Tensor]:
         """The image that the latents are of, and latents (c, h, w) from their posterior, scaled."""
-        mean, std = self._moments[index]
+        mean, std = moments = self._moments[index]
+        if not np.isfinite(moments).all():
+            raise self._damaged(_ARRAYS[0])
         latents = mean + std * rng.standard_normal(mean.shape, dtype=np.float32)
         return self.used(index), torch.from_numpy(latents)
 

@@ -369,7 +369,10 @@ def test_copies_are_said_to_be_looked_for_in_other_data(trained, tmp_path, capsy
         (("--zero-snr", "--prediction", "eps"), "--prediction v or x0"),
         (("--timesteps", "1"), "steps from 2"),
         (("--seed", str(2**32)), "--seed 4294967296"),
-        (("--network", "paper"), "is no preset of a network that takes a timestep and is without text"),
+        (
+            ("--network", "paper"),
+            "is no preset of a network that takes a timestep and is without text",
+        ),
         (("--network", "odd"), "'odd' is no preset"),
         (("--classes",), "has no classes"),
     ],

@@ -23,6 +23,7 @@ from diffusion.text import PADDING
 from diffusion.training import (
     DiffusionTask,
     NoisedSamples,
+    Timesteps,
     make_model,
     stratified_timesteps,
 )
@@ -172,6 +173,7 @@ def test_a_loss_teaches_the_words_that_its_captions_have() -> None:
         torch.nn.init.normal_(weight, std=0.1)
     task, samples = DiffusionTask(plan, data), NoisedSamples(data, plan, model)
     batch = default_collate([{**samples[0, i], "position": i} for i in range(2)])
+    batch = Timesteps.of(plan)(batch)
     task.loss(model, batch).backward()
     assert model.text is not None
     gradient = model.text.embedding.weight.grad
@@ -213,7 +215,7 @@ def test_the_loss_falls_on_the_noise_of_a_network_that_learns(archive: Path) -> 
     task, samples = DiffusionTask(plan, data), NoisedSamples(data, plan, model)
     keys = ("image", "noise", "place")
     batch = {k: torch.stack([samples[0, i][k] for i in range(32)]) for k in keys}
-    batch["position"] = torch.arange(32)
+    batch = Timesteps.of(plan)({**batch, "position": torch.arange(32)})
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     losses = []
     for _ in range(30):

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from types import FrameType
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Sampler, default_collate
 
 from unet.errors import InputError, RunError
 
@@ -97,6 +97,17 @@ class _Indexed(torch.utils.data.Dataset[dict[str, Any]]):
         return {**self.samples[epoch, index], "index": index, "position": position}
 
 
+class _Collate:
+    """Samples to a batch, and what is made of it; a class, as workers may be spawned."""
+
+    def __init__(self, finish: Callable[[dict[str, Any]], dict[str, Any]] | None) -> None:
+        self.finish = finish
+
+    def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch: dict[str, Any] = default_collate(samples)
+        return self.finish(batch) if self.finish else batch
+
+
 def _outlive_one_signal(worker: int) -> None:
     """A signal to the whole process group is for the training process, which ends its workers."""
 
@@ -108,15 +119,25 @@ def _outlive_one_signal(worker: int) -> None:
 
 
 def make_batches(
-    samples: Samples, keys: BatchKeys, workers: int, *, pin: bool
+    samples: Samples,
+    keys: BatchKeys,
+    workers: int,
+    *,
+    pin: bool,
+    finish: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
 ) -> Generator[Any, None, None]:
-    """Collated batches in the order of `keys`, without end; to be closed. See `next_batch`."""
+    """Collated batches in the order of `keys`, without end; to be closed. See `next_batch`.
+
+    Args:
+        finish: what is made of each batch, in the process that prepares it.
+    """
     loader = DataLoader(
         _Indexed(samples),
         batch_sampler=keys,
         num_workers=workers,
         pin_memory=pin,
         worker_init_fn=_outlive_one_signal,
+        collate_fn=_Collate(finish),
         generator=torch.Generator(),  # else each start draws from the generator of the dropout
     )
     others = set(multiprocessing.active_children())

@@ -11,12 +11,12 @@ from contextlib import closing
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from tqdm import tqdm
 
-from unet.device import pick_precision, training_format
+from unet.device import pick_device, pick_precision, training_format
 from unet.errors import DiskError, InputError, Interrupted, RunError
 from unet.files.writing import DISK_FULL
 from unet.training.batches import BatchKeys, make_batches, next_batch
@@ -28,7 +28,7 @@ from unet.training.run import RunFolder, signals_caught, tensorboard
 from unet.training.shard import shard, whole
 from unet.training.state import RunState
 from unet.training.step import Stepper
-from unet.training.task import Batch, Processes, Task
+from unet.training.task import Batch, Processes, Task, join
 from unet.training.timetable import Progress, Timetable
 
 
@@ -62,10 +62,10 @@ class Trainer:
         AcceleratorState._reset_state()  # of an earlier run in this process, in another precision
         self.accelerator = Accelerator(
             cpu=on_cpu,
-            mixed_precision=pick_precision(plan.precision, PartialState(cpu=on_cpu).device),
+            mixed_precision=pick_precision(plan.precision, join(cpu=on_cpu).device),
             gradient_accumulation_steps=plan.accumulate,
         )
-        self.device = self.accelerator.device
+        self.device = pick_device(str(self.accelerator.device))
         self.processes = Processes.started(plan.device)
         self.main = self.processes.main
         self.keys = BatchKeys(
@@ -118,7 +118,9 @@ class Trainer:
         self.keys.start_step = progress.step
         on_gpu = self.device.type == "cuda"
         workers = plan.workers if plan.workers is not None else (4 if on_gpu else 0)
-        batches = make_batches(self.task.samples, self.keys, workers, pin=on_gpu)
+        batches = make_batches(
+            self.task.samples, self.keys, workers, pin=on_gpu, finish=self.task.finish
+        )
         self.started = time.monotonic() - progress.seconds
         with signals_caught() as caught, closing(batches), self._bar() as bar:
             while self.timetable.share(progress) < 1:

@@ -60,32 +60,52 @@ class Muon(torch.optim.AdamW):
             self.param_groups = groups
         for group in groups:
             if group["orthogonal"]:
-                for weight in group["params"]:
-                    if weight.grad is not None:
-                        self._turn(weight, weight.grad, group)
+                self._turn([w for w in group["params"] if w.grad is not None], group)
         return loss
 
-    def _turn(self, weight: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
-        state, momentum = self.state[weight], group["betas"][0]
-        if not state:
-            state["momentum"] = torch.zeros_like(weight)
-            state["step"] = torch.zeros(())  # AdamW looks for it in a state that is loaded
-        state["step"] += 1
-        state["momentum"].lerp_(gradient, 1 - momentum)
-        ahead = gradient.lerp(state["momentum"], momentum)
-        step = orthogonal(ahead.flatten(1))
-        longer = max(1.0, step.shape[0] / step.shape[1]) ** 0.5
-        weight.mul_(1 - group["lr"] * group["weight_decay"])
-        weight.add_(step.view_as(weight), alpha=-group["lr"] * longer)
+    def _turn(self, weights: list[Tensor], group: dict[str, Any]) -> None:
+        """A step of the matrices, those of one shape together: a GPU waits for each launch."""
+        rate, momentum = group["lr"], group["betas"][0]
+        for weight in weights:
+            state = self.state[weight]
+            if not state:
+                state["momentum"] = torch.zeros_like(weight)
+                state["step"] = torch.zeros(())  # AdamW looks for it in a state that is loaded
+            state["step"] += 1
+        if not weights:
+            return
+        gradients = [w.grad for w in weights if w.grad is not None]
+        averages = [self.state[w]["momentum"] for w in weights]
+        torch._foreach_lerp_(averages, gradients, 1 - momentum)
+        ahead = torch._foreach_lerp(gradients, averages, momentum)
+        if group["weight_decay"]:
+            torch._foreach_mul_(weights, 1 - rate * group["weight_decay"])
+        alike: dict[tuple[int, ...], list[int]] = {}
+        for i, weight in enumerate(weights):
+            alike.setdefault((len(weight), weight[0].numel()), []).append(i)
+        for (rows, columns), places in alike.items():
+            steps = orthogonal(torch.stack([ahead[i].flatten(1) for i in places]))
+            longer = max(1.0, rows / columns) ** 0.5
+            torch._foreach_add_(
+                [weights[i] for i in places],
+                [s.view_as(weights[i]) for s, i in zip(steps, places, strict=True)],
+                alpha=-rate * longer,
+            )
 
 
-def orthogonal(matrix: Tensor, turns: int = 5) -> Tensor:
-    """U V^T for U S V^T, about: singular values between 0.7 and 1.2, in the matrix's precision."""
+def orthogonal(matrices: Tensor, turns: int = 5) -> Tensor:
+    """U V^T for U S V^T, about, of each matrix (N, rows, columns): singular values 0.7 to 1.2.
+
+    On a GPU it multiplies in bfloat16, as Muon's author does: what the rounding leaves is less than
+    what five turns leave.
+    """
     a, b, c = NEWTON_SCHULZ
-    tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.T if tall else matrix
-    x = x / x.norm().clamp_min(1e-7)
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
+    if x.device.type == "cuda":
+        x = x.bfloat16()
     for _ in range(turns):
-        square = x @ x.T
-        x = torch.addmm(x, torch.addmm(square, square, square, beta=b, alpha=c), x, beta=a)
-    return x.T if tall else x
+        square = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).to(matrices.dtype)

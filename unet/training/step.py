@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable
+from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
@@ -16,6 +18,7 @@ from unet.training.plan import FitPlan
 from unet.training.task import Batch, Processes, Task
 from unet.training.timetable import Progress
 
+ON_THE_HOST = ("index", "position")  # of a batch: what only messages and its making need
 MOST_SKIPPED = 100  # steps in a row that may be left out
 
 
@@ -27,7 +30,7 @@ class Stepper:
         say: prints a sentence, in the main process.
 
     Attributes:
-        gradient_norm: of the last step, before clipping.
+        loss, gradient_norm: of the last step, the latter before clipping.
     """
 
     def __init__(
@@ -43,7 +46,7 @@ class Stepper:
         self.task, self.plan, self.accelerator = task, plan, accelerator
         self.model, self.optimizer, self.processes = model, optimizer, processes
         self.say = say
-        self.gradient_norm = 0.0
+        self.loss = self.gradient_norm = 0.0
         self.skipped_in_row = 0
 
     def __call__(self, parts: list[Batch], progress: Progress) -> float | None:
@@ -67,40 +70,49 @@ class Stepper:
         return loss
 
     def _optimize(self, parts: list[Batch], progress: Progress) -> float | None:
-        accelerator = self.accelerator
-        total: float | None = 0.0
+        """Losses and gradient are read once, at the end of the last part: a GPU waits for that."""
+        accelerator, losses = self.accelerator, []
+        kept = False
         for batch in parts:
             inputs = {
-                k: v.to(accelerator.device, non_blocking=True) if isinstance(v, Tensor) else v
+                k: v.to(accelerator.device, non_blocking=True)
+                if isinstance(v, Tensor) and k not in ON_THE_HOST
+                else v
                 for k, v in batch.items()
             }
             with accelerator.accumulate(self.model):
                 loss = self.task.loss(self.model, inputs)
-                value = float(accelerator.reduce(loss.detach(), "mean"))
-                if not math.isfinite(value):
-                    self._not_finite("loss", value, [batch], progress)
-                    total = None
-                if total is not None:
-                    total += value / self.plan.accumulate
-                    accelerator.backward(loss)
-                if total is not None and accelerator.sync_gradients:
-                    limit = self.plan.clip or math.inf
-                    norm = float(accelerator.clip_grad_norm_(self.model.parameters(), limit))
-                    # With fp16 an overflow is normal: the loss scaler skips the step.
-                    if not math.isfinite(norm) and accelerator.scaler is None:
-                        self._not_finite("gradient", norm, parts, progress)
-                        total = None
-                    else:
-                        self.gradient_norm = norm
-                if total is not None:
-                    self.optimizer.step()
+                losses.append(loss.detach())
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    kept = self._is_finite(losses, parts, progress)
+                    if kept or accelerator.scaler:  # which leaves out such a step by itself
+                        self.optimizer.step()
                 self.optimizer.zero_grad()
-        if total is None:
+        if not kept:
             progress.skipped += 1
             self.skipped_in_row += 1
-        else:
-            self.skipped_in_row = 0
-        return total
+            return None
+        self.skipped_in_row = 0
+        return self.loss
+
+    def _is_finite(self, losses: list[Tensor], parts: list[Batch], progress: Progress) -> bool:
+        """Clips the gradient, and reads it and the losses of all parts."""
+        accelerator, limit = self.accelerator, self.plan.clip or math.inf
+        norm: Any = accelerator.clip_grad_norm_(self.model.parameters(), limit)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of shared weights
+        values = accelerator.reduce(torch.stack(losses).float(), "mean")
+        *found, gradient = torch.cat([values, norm.float().view(1)]).tolist()
+        for value, part in zip(found, parts, strict=True):
+            if not math.isfinite(value):
+                self._not_finite("loss", value, [part], progress)
+                return False
+        # With fp16 an overflow is normal.
+        if not math.isfinite(gradient) and accelerator.scaler is None:
+            self._not_finite("gradient", gradient, parts, progress)
+            return False
+        self.loss, self.gradient_norm = sum(found) / len(found), gradient
+        return True
 
     def _not_finite(self, what: str, value: float, parts: list[Batch], progress: Progress) -> None:
         """Says which step is left out, and stops where it may not be."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -20,7 +21,16 @@ from unet.training.plan import Decision
 from unet.weights.folder import FolderModel
 
 T = TypeVar("T")
+PATIENCE = timedelta(hours=12)
 Batch = dict[str, Any]
+
+
+def join(*, cpu: bool) -> PartialState:
+    """This process's place among those that torchrun started, the first time with waiting set up.
+
+    One that has done its share of the images waits for the slowest: longer than NCCL's ten minutes.
+    """
+    return PartialState(cpu=cpu, timeout=PATIENCE)
 
 
 @dataclass(frozen=True)
@@ -42,7 +52,7 @@ class Processes:
         """
         if (started := int(os.environ.get("WORLD_SIZE", 1))) == 1:
             return cls()
-        state = PartialState(cpu=device == "cpu" or not torch.accelerator.is_available())
+        state = join(cpu=device == "cpu" or not torch.accelerator.is_available())
         if state.num_processes != started:
             raise InputError(
                 f"{started} processes were started, but {state.num_processes} found each other: "
@@ -91,6 +101,8 @@ class Task:
     """(model, batch) to the mean loss over the batch."""
     evaluate: Callable[[Any, Processes], Mapping[str, float]] | None = None
     """Figures over the whole held-out set, the same on every process; None: nothing held out."""
+    finish: Callable[[Batch], Batch] | None = None
+    """What is made of a whole batch, in the process that prepares it, to which it is pickled."""
     score: str = "loss"
     """The figure that decides which weights are best: the smallest wins, of "-x" the largest x."""
     first_pictures: Callable[[], Mapping[str, Image.Image]] | None = None

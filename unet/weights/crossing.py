@@ -75,7 +75,7 @@ def without_conditioning(
             _fold_embedding(folded, block, weight.double() @ emb + bias.double(), config)
         folded = {k: v for k, v in folded.items() if "_embedding." not in k}
     if config.context_channels is not None:
-        token = _only_token(context, config.context_channels)
+        token = only_token(context, config.context_channels)
         for block in _blocks_with(state, ".cross_attention.v.weight"):
             _fold_token(folded, block, token)
     return Trunk(plain(config), folded)
@@ -112,13 +112,9 @@ def with_channels(config: UNetConfig, state: Mapping[str, Tensor], in_channels: 
     Raises:
         InputError: two numbers of channels that are both above 1.
     """
+    check_channels(config.in_channels, in_channels)
     if in_channels == config.in_channels:
         return Trunk(config, dict(state))
-    if 1 not in (in_channels, config.in_channels):
-        raise InputError(
-            f"a network for {config.in_channels} channels cannot become one for {in_channels}: "
-            "only grey and colour are turned into each other"
-        )
     name = _first_convolution(state)
     weight = rearrange(state[name], "o (c p) h w -> o c p h w", c=config.in_channels)
     if in_channels == 1:
@@ -126,6 +122,15 @@ def with_channels(config: UNetConfig, state: Mapping[str, Tensor], in_channels: 
     else:
         weight = repeat(weight / in_channels, "o 1 p h w -> o (c p) h w", c=in_channels)
     return Trunk(replace(config, in_channels=in_channels), {**state, name: weight})
+
+
+def check_channels(given: int, wanted: int) -> None:
+    """Raises an InputError unless one of two numbers of channels is 1, or they are the same."""
+    if given != wanted and 1 not in (given, wanted):
+        raise InputError(
+            f"a network for {given} channels cannot become one for {wanted}: only grey and colour "
+            "are turned into each other"
+        )
 
 
 def with_pixels(
@@ -186,7 +191,7 @@ def _fold_embedding(state: dict[str, Tensor], block: str, emb: Tensor, config: U
     _change(state, f"{block}.{target}.bias", lambda bias: bias * (1 + scale) + shift)
 
 
-def _only_token(context: Tensor | None, channels: int) -> Tensor:
+def only_token(context: Tensor | None, channels: int) -> Tensor:
     """The token of a context in which there is no other."""
     if context is None or context.ndim != 2 or context.shape[1] != channels or not len(context):
         found = None if context is None else tuple(context.shape)

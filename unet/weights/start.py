@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from unet.config import UNetConfig
 from unet.model import UNet
-from unet.weights.crossing import Trunk, with_channels
+from unet.weights.crossing import Trunk, check_channels, with_channels
 from unet.weights.folder import FolderModel, load_strictly, read_config, read_weights
 
 _TRUNK = "trunk."
@@ -20,35 +20,42 @@ _TRUNK = "trunk."
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """Weights of a model, and what is known of it.
+    """Weights of a model, which are read when they are needed, and what is known of it.
 
     Attributes:
         where: what they are, for people: the model, and what was done to it.
         config: the trunk's shape.
-        state: the state dict of the model, trunk and head.
         info: as `FolderModel` keeps it.
+        read: gives the state dict of the model, trunk and head.
     """
 
     where: str
     config: UNetConfig
-    state: Mapping[str, Tensor]
     info: Mapping[str, Any]
+    read: Callable[[], Mapping[str, Tensor]]
 
-    @property
-    def trunk(self) -> Trunk:
-        """The trunk alone, under its own names."""
-        parts = {k.removeprefix(_TRUNK): v for k, v in self.state.items() if k.startswith(_TRUNK)}
-        return Trunk(self.config, parts)
-
-    def with_trunk(self, trunk: Trunk, done: str) -> Start:
+    def changed(
+        self,
+        config: UNetConfig,
+        change: Callable[[UNetConfig, Mapping[str, Tensor]], Trunk],
+        done: str,
+    ) -> Start:
         """The same head on another trunk.
 
         Args:
+            config: of the other trunk.
+            change: config and state of the trunk to those of the other one.
             done: what was done to the trunk, for people.
         """
-        head = {k: v for k, v in self.state.items() if not k.startswith(_TRUNK)}
-        state = head | {f"{_TRUNK}{k}": v for k, v in trunk.state.items()}
-        return replace(self, where=f"{self.where}, {done}", config=trunk.config, state=state)
+
+        def read() -> Mapping[str, Tensor]:
+            state = self.read()
+            trunk = {k.removeprefix(_TRUNK): v for k, v in state.items() if k.startswith(_TRUNK)}
+            head = {k: v for k, v in state.items() if not k.startswith(_TRUNK)}
+            found = change(self.config, trunk).state
+            return head | {f"{_TRUNK}{k}": v for k, v in found.items()}
+
+        return replace(self, where=f"{self.where}, {done}", config=config, read=read)
 
     def for_channels(self, channels: int) -> Start:
         """The same start for images of another number of channels.
@@ -58,8 +65,12 @@ class Start:
         """
         if channels == self.config.in_channels:
             return self
-        turned = "summed to grey" if channels == 1 else "shared out to colour"
-        return self.with_trunk(with_channels(*self.trunk, channels), f"its first weights {turned}")
+        check_channels(self.config.in_channels, channels)
+        return self.changed(
+            replace(self.config, in_channels=channels),
+            lambda config, trunk: with_channels(config, trunk, channels),
+            f"its first weights {'summed to grey' if channels == 1 else 'shared out to colour'}",
+        )
 
 
 def read_start(path: str) -> Start:
@@ -68,20 +79,22 @@ def read_start(path: str) -> Start:
     Raises:
         InputError: no such folder.
     """
-    described = read_config(Path(path))
+    folder = Path(path)
+    described = read_config(folder)
+    config = UNetConfig.from_dict(described["unet"])
     return Start(
-        where=path,
-        config=UNetConfig.from_dict(described["unet"]),
-        state=read_weights(Path(path)),
-        info=described["info"],
+        where=path, config=config, info=described["info"], read=lambda: read_weights(folder)
     )
 
 
 def at_random(start: Start, seed: int) -> Start:
     """A start with the network of another one and nothing else of it: random weights."""
-    torch.manual_seed(seed)
-    state = {f"{_TRUNK}{k}": v for k, v in UNet(start.config).state_dict().items()}
-    return replace(start, where="random weights", state=state)
+
+    def read() -> Mapping[str, Tensor]:
+        torch.manual_seed(seed)
+        return {f"{_TRUNK}{k}": v for k, v in UNet(start.config).state_dict().items()}
+
+    return replace(start, where="random weights", read=read)
 
 
 def take_over(model: FolderModel, start: Start, *, own: Sequence[str] = ()) -> str:
@@ -94,7 +107,7 @@ def take_over(model: FolderModel, start: Start, *, own: Sequence[str] = ()) -> s
         InputError: a trunk of another shape.
     """
     mine, kept = model.state_dict(), tuple(own)
-    given = {k: v for k, v in start.state.items() if not (kept and k.startswith(kept))}
+    given = {k: v for k, v in start.read().items() if not (kept and k.startswith(kept))}
     # A layer of another shape is another layer, of whose bias nothing is worth keeping.
     unfit = {_layer(k) for k, v in mine.items() if k not in given or v.shape != given[k].shape}
     trunk = {k: v for k, v in given.items() if k.startswith(_TRUNK)}

@@ -25,6 +25,7 @@ from diffusion import training
 from diffusion.data.images import DiffusionData
 from diffusion.data.pixels import to_bytes, to_unit
 from diffusion.decisions import chosen_noise, without_patches
+from diffusion.initial import find_start
 from diffusion.model import DiffusionUNet
 from diffusion.options import DiffusionOptions, SamplingOptions
 from diffusion.process.samplers import finish
@@ -318,7 +319,7 @@ def test_training_attention_leaves_all_else_as_it_was(pipeline: Path, tuned: Pat
 def test_noise_is_that_of_the_pipeline_unless_another_is_asked_for(pipeline: Path) -> None:
     def noise(init: Path, **values: Any) -> tuple[Any, Any, str]:
         given = DiffusionOptions(out=Path("unused"), init=str(init), **values)
-        schedule, prediction, decisions = chosen_noise(given)
+        schedule, prediction, decisions = chosen_noise(given, find_start(str(init)))
         return schedule, prediction, " ".join(d.why for d in decisions)
 
     for init in (pipeline, pipeline / "unet"):
