@@ -9,7 +9,7 @@ ARGS ?=
 
 PY = "$(VENV)/bin/python"
 
-.PHONY: help demo test test-slow lint audit docs bench venv clean
+.PHONY: help demo test test-slow test-gpu lint audit docs bench venv clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -24,6 +24,9 @@ test: venv  ## run the tests (ISBI2012_DIR and MNIST_DIR, when set, name folders
 test-slow: venv  ## run the tests marked slow, the notebooks among them
 	@$(PY) -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[notebooks]"
 	@$(PY) -m pytest -m slow $(ARGS)
+
+test-gpu: venv  ## run the tests that need a GPU; UNET_GPU_TESTS=cpu rehearses them without
+	@$(PY) -m pytest -m gpu tests/gpu $(ARGS)
 
 lint: venv  ## ruff check, ruff format --check, mypy
 	@$(PY) -m ruff check .

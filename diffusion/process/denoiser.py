@@ -49,8 +49,11 @@ class Denoiser:
 
     def __call__(self, x: Tensor, t: Tensor | float, **conditioning: Any) -> Denoised:
         x = x.to(torch.promote_types(x.dtype, torch.float32))
-        t = torch.as_tensor(t, device=x.device).expand(len(x))
-        output = self.model(x, t, **for_batch(conditioning, len(x)))
+        # Filled, not copied: a GPU would wait for the copy.
+        given = (
+            t.expand(len(x)) if isinstance(t, Tensor) else torch.full((len(x),), t, device=x.device)
+        )
+        output = self.model(x, given, **for_batch(conditioning, len(x)))
         output, mix = split_output(output, x)
         rule = get_prediction(self.prediction, self.schedule)
         x0, eps = rule.to_x0_eps(output, x, *self.schedule.rates(t, x))

@@ -57,15 +57,14 @@ class Guided:
         self.rescale, self.interval = rescale, interval
         self.schedule, self.prediction = denoiser.schedule, denoiser.prediction
 
-    def __call__(self, x: Tensor, t: Tensor | float, **conditioning: Any) -> Denoised:
-        inside = self._inside(t)
-        if self.scale == 1 or not inside.any():
+    def __call__(self, x: Tensor, t: Any, **conditioning: Any) -> Denoised:
+        batch, known = len(x), not isinstance(t, Tensor)  # on the host, which waits for no GPU
+        if self.scale == 1 or (known and not self._inside(self.schedule.level(t).sigma)):
             return self.denoiser(x, t, **conditioning)
-        batch = len(x)
-        t = torch.as_tensor(t, device=x.device).expand(batch)
+        times = t if known else torch.cat([t.expand(batch)] * 2)
         both = doubled(for_batch(conditioning, batch), for_batch(self.null, batch))
-        x0, eps, mix = self.denoiser(torch.cat([x, x]), torch.cat([t, t]), **both)
-        scale = torch.where(inside, self.scale, 1.0).to(x0).view(-1, 1, 1, 1)
+        x0, eps, mix = self.denoiser(torch.cat([x, x]), times, **both)
+        scale = self.scale if known else self._scales(t).to(x0).view(-1, 1, 1, 1)
         guided_x0, guided_eps = (n + scale * (c - n) for c, n in (y.chunk(2) for y in (x0, eps)))
         if self.rescale:
             rates = self.schedule.rates(t, x0)
@@ -78,10 +77,13 @@ class Guided:
             guided_x0, guided_eps = rule.to_x0_eps(guided, x.to(x0), *rates)
         return Denoised(guided_x0, guided_eps, None if mix is None else mix[:batch])
 
-    def _inside(self, t: Tensor | float) -> Tensor:
-        """Where the noise is in the interval: bool, of the shape of t."""
-        signal, noise = self.schedule.levels(torch.as_tensor(t))
-        sigma = noise / signal
+    def _scales(self, t: Tensor) -> Tensor:
+        """The scale at each timestep: 1 outside the interval."""
+        signal, noise = self.schedule.levels(t)
+        return torch.where(self._inside(noise / signal), self.scale, 1.0)
+
+    def _inside(self, sigma: Any) -> Any:
+        """Whether a sigma, or each of a tensor of them, is in the interval."""
         lowest, highest = self.interval
         return (lowest < sigma) & (sigma <= highest)
 

@@ -214,9 +214,13 @@ class NoiseSchedule:
         W), but never in half precision.
         """
         dtype = torch.promote_types(like.dtype, torch.float32)
-        level = self.levels(torch.as_tensor(t, device=like.device), dtype)
         shape = (-1, *(1,) * (like.ndim - 1))
-        return level.signal.view(shape), level.noise.view(shape)
+        if isinstance(t, Tensor):
+            level = self.levels(t.to(like.device), dtype)
+            return level.signal.view(shape), level.noise.view(shape)
+        signal, noise = self.level(t)
+        one = (1,) * like.ndim
+        return like.new_full(one, signal, dtype=dtype), like.new_full(one, noise, dtype=dtype)
 
     def q_sample(self, x0: Tensor, t: Tensor | float, noise: Tensor) -> Tensor:
         """x_t of images x0 (B, C, H, W) and standard normal noise of that shape: DDPM, eq. 4."""
