@@ -77,6 +77,12 @@ PRESETS: dict[str, Preset] = {
         size=512,
         source="learns most in the first minute on a processor: docs/experiments.md",
     ),
+    "shared": Preset(
+        config=replace(_SEGMENTATION, block="res", norm="group", groups=8, zero_init=True),
+        out_channels=1,
+        size=512,
+        source="the same with residual blocks and group norm, which serve both lives",
+    ),
     "fcn-32s": Preset(
         config=replace(_SEGMENTATION, decoder="fcn-32s"),
         out_channels=1,

@@ -1,0 +1,242 @@
+"""What a start by denoising is worth where labels are few: few_labels.py --isbi FOLDER --out DIR.
+
+For each amount of labels and each seed, which chooses the slices and the corner, two segmentations
+of the same network on the same labels, as long: from random weights, and from a diffusion model of
+the unlabelled slices. Slices 24 to 29 are scored by the last weights, so nothing is chosen on them.
+Each figure is written when it is there, and a run that is started again goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+
+from diffusion.options import DiffusionOptions  # noqa: E402
+from diffusion.training import train as train_diffusion  # noqa: E402
+from segmentation.data.pairs import Pair, find_pairs  # noqa: E402
+from segmentation.judging.evaluation import evaluate  # noqa: E402
+from segmentation.judging.labelled import labelled_data  # noqa: E402
+from segmentation.options import SegmentationOptions  # noqa: E402
+from segmentation.predict import Predictor  # noqa: E402
+from segmentation.segmenter import load_models  # noqa: E402
+from segmentation.training import train as train_segmentation  # noqa: E402
+from unet.errors import InputError  # noqa: E402
+from unet.files.images import list_images, read_image, write_image  # noqa: E402
+from unet.training.cli import run_script  # noqa: E402
+from unet_diffusion.starting import segmentation_start  # noqa: E402
+
+FIRST_HELD_OUT = 24  # slices from here on are scored
+UNLABELLED = 7  # a mask value that no class has
+FIGURES = ("v_rand", "v_info", "pixel_error", "dice")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What to measure."""
+
+    isbi: Path
+    """Folder with image/, label/ and, where it is there, test/ of ISBI 2012."""
+
+    out: Path
+    """Folder for the runs, few-labels.jsonl, few-labels.md and few-labels.png."""
+
+    labels: tuple[str, ...] = ("128", "256", "1s", "2s", "4s", "24s")
+    """Amounts of labels: the side of one corner, or so many whole slices."""
+
+    seeds: int = 3
+    """Choices of slices and corners."""
+
+    minutes: float = 15.0
+    """Minutes of each segmentation."""
+
+    pretraining: float = 15.0
+    """Minutes of the diffusion model, which all seeds share."""
+
+    network: str = "shared"
+    """Preset of the network, on both sides."""
+
+    crop: int = 192
+    """Side of the training crops, on both sides."""
+
+    threads: int = 2
+    """Threads of the computation."""
+
+    def __post_init__(self) -> None:
+        for amount in self.labels:
+            if not amount.removesuffix("s").isdecimal() or int(amount.removesuffix("s")) < 1:
+                raise InputError(f"--labels {amount!r}: give the side of a corner, or 2s for two")
+
+
+def main(options: Options) -> None:
+    import torch
+
+    torch.set_num_threads(options.threads)
+    file = options.out / "few-labels.jsonl"
+    pairs = find_pairs(options.isbi)
+    drawn = pretrained(options)
+    rows = read_rows(file)
+    for amount in options.labels:
+        for seed in range(options.seeds):
+            folder = options.out / f"labels-{amount}-{seed}"
+            write_labels(folder, pairs[:FIRST_HELD_OUT], amount, seed)
+            for way in ("random", "denoising"):
+                key = {"labels": amount, "seed": seed, "way": way}
+                if any(key.items() <= row.items() for row in rows):
+                    continue
+                row = key | segmented(options, folder, way, drawn, pairs[FIRST_HELD_OUT:], seed)
+                rows.append(row)
+                with file.open("a", encoding="utf-8") as lines:
+                    print(json.dumps(row), file=lines, flush=True)
+                print(row, flush=True)
+    text = table(rows)
+    (options.out / "few-labels.md").write_text(text, encoding="utf-8")
+    draw(rows, options.out / "few-labels.png")
+    print(text)
+
+
+def pretrained(options: Options) -> Path:
+    """The diffusion model of all slices that are not scored, without their labels."""
+    run = options.out / "pretraining"
+    if not (run / "report.png").exists():
+        images = options.out / "unlabelled"
+        files = list_images(options.isbi / "image")[:FIRST_HELD_OUT]
+        if (options.isbi / "test").is_dir():
+            files += list_images(options.isbi / "test")
+        for i, path in enumerate(files):
+            write_image(images / f"{i}.png", read_image(path))
+        train_diffusion(
+            DiffusionOptions(
+                out=run,
+                data=images,
+                crops=True,
+                size=options.crop,
+                network=options.network,
+                batch_size=4,
+                max_minutes=options.pretraining,
+                resume=(run / "config.yaml").exists(),
+            )
+        )
+    return run / "model"
+
+
+def write_labels(folder: Path, pairs: list[Pair], amount: str, seed: int) -> None:
+    """Images and masks of which a corner of one is labelled, or some as a whole."""
+    rng = np.random.default_rng(seed)
+    if amount.endswith("s"):
+        for i in rng.choice(len(pairs), int(amount[:-1]), replace=False):
+            write_image(folder / "image" / f"{i}.png", pairs[i].read_image())
+            write_image(folder / "label" / f"{i}.png", pairs[i].read_mask())
+        return
+    pair, side = pairs[rng.integers(len(pairs))], int(amount)
+    mask = pair.read_mask()
+    top, left = rng.integers(0, 2, 2) * (np.array(mask.shape) - side)
+    sparse = np.full_like(mask, UNLABELLED)
+    window = slice(top, top + side), slice(left, left + side)
+    sparse[window] = mask[window]
+    write_image(folder / "image" / f"{pair.name}.png", pair.read_image())
+    write_image(folder / "label" / f"{pair.name}.png", sparse)
+
+
+def segmented(
+    options: Options, folder: Path, way: str, drawn: Path, scored: list[Pair], seed: int
+) -> dict[str, Any]:
+    """The figures of a segmentation on the slices that are scored."""
+    run = folder / way
+    sparse = not folder.name.split("-")[1].endswith("s")
+    given: dict[str, Any] = {"init": str(drawn)} if way == "denoising" else {}
+    train_segmentation(
+        SegmentationOptions(
+            out=run,
+            data=str(folder),
+            ignore_value=UNLABELLED if sparse else None,
+            val=0,
+            network=None if given else options.network,
+            crop=options.crop,
+            max_minutes=options.minutes,
+            evaluations=0,
+            seed=seed,
+            resume=(run / "config.yaml").exists(),
+            **given,
+        ),
+        segmentation_start(given.get("init")),
+    )
+    models, classes, _ = load_models([str(run / "model")])
+    data = labelled_data(models, scored, classes)
+    found = evaluate(Predictor(models), data, data.val)
+    figures = found.scores() | found.challenge()
+    return {k: round(float(figures[k]), 4) for k in FIGURES}
+
+
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    if not file.exists():
+        return []
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def medians(rows: list[dict[str, Any]]) -> Iterator[tuple[str, str, dict[str, list[float]]]]:
+    """Labels, way, and each figure of all seeds."""
+    for amount in dict.fromkeys(row["labels"] for row in rows):
+        for way in ("random", "denoising"):
+            own = [row for row in rows if (row["labels"], row["way"]) == (amount, way)]
+            if own:
+                yield amount, way, {k: [row[k] for row in own] for k in FIGURES}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Medians and, in brackets, the range over the seeds, in Markdown."""
+    lines = [
+        "| labels | start | V_Rand | V_Info | pixel error | Dice |",
+        "|---|---|---|---|---|---|",
+    ]
+    for amount, way, figures in medians(rows):
+        cells = [
+            f"{statistics.median(v):.3f} ({min(v):.3f}–{max(v):.3f})" for v in figures.values()
+        ]
+        lines.append(f"| {amount} | {way} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def pixels(amount: str) -> float:
+    """Labelled pixels, for the axis."""
+    return 512.0**2 * int(amount[:-1]) if amount.endswith("s") else float(amount) ** 2
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Labels against V_Rand, with the range over the seeds."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.0), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    ways = (
+        ("random", "#d55e00", "from random weights"),
+        ("denoising", "#0072b2", "from denoising"),
+    )
+    for way, colour, label in ways:
+        own = [(pixels(a), f["v_rand"]) for a, w, f in medians(rows) if w == way]
+        places = [place for place, _ in own]
+        axes.fill_between(
+            places, [min(v) for _, v in own], [max(v) for _, v in own], color=colour, alpha=0.15
+        )
+        axes.plot(places, [statistics.median(v) for _, v in own], "o-", color=colour, label=label)
+    axes.set_xscale("log")
+    axes.set_xlabel("labelled pixels")
+    axes.set_ylabel("V_Rand on slices 24–29")
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    figure.savefig(path)
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main, Options, description=__doc__))
