@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -48,6 +48,10 @@ class Options:
     threads: int = 2
     """Threads of each process."""
 
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where networks and images are. On a GPU memory is the GPU's, and the peak is that of products
+    of bfloat16 matrices."""
+
     out: Path = Path("benchmarks.json")
     """JSON file for the figures; beside it, .md, the table, and .png, how cost grows."""
 
@@ -55,10 +59,15 @@ class Options:
 class Side:
     """A worker process and what it has answered."""
 
-    def __init__(self, row: str, name: str, threads: int, shared: Path) -> None:
-        self.name = name
+    def __init__(self, row: str, name: str, options: Options, shared: Path) -> None:
+        self.name, threads = name, options.threads
         command = [sys.executable, str(ROOT / "benchmarks/worker.py"), row, name]
-        env = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+        env = {
+            **os.environ,
+            "OMP_NUM_THREADS": str(threads),
+            "HF_HUB_OFFLINE": "1",
+            "BENCH_DEVICE": options.device,
+        }
         self.process = subprocess.Popen(
             [*command, str(threads), str(shared)],
             stdin=subprocess.PIPE,
@@ -95,6 +104,10 @@ class Side:
 def main(options: Options) -> None:
     from benchmarks.rows import ROWS
 
+    if options.device == "cuda":
+        from unet.device import pick_device
+
+        pick_device("cuda")
     known = [*ROWS, "start"]
     if unknown := [name for name in options.rows if name not in known]:
         raise InputError(f"there is no row {unknown[0]!r}: choose from {', '.join(known)}")
@@ -102,7 +115,8 @@ def main(options: Options) -> None:
     if not folder.is_dir():
         raise InputError(f"there is no folder '{folder}' for --out: make it first")
     found: dict[str, Any] = {"machine": _machine(options), "rows": {}}
-    for name in options.rows or known:
+    usual = [n for n in known if n == "start" or options.device == "cuda" or not ROWS[n].gpu]
+    for name in options.rows or usual:
         if name == "start":
             found["rows"][name] = _start(options)
         elif (needs := ROWS[name].needs) and needs not in os.environ:
@@ -131,7 +145,7 @@ def _measure(name: str, options: Options) -> dict[str, Any]:
                 process.start()
                 process.join()
             for side in row.sides:
-                sides.append(Side(name, side, options.threads, Path(shared)))
+                sides.append(Side(name, side, options, Path(shared)))
             difference = _difference(name, sides, row.tolerance)
             peaks = []
             for turn in range(options.rounds + 1):
@@ -141,7 +155,7 @@ def _measure(name: str, options: Options) -> dict[str, Any]:
                     if turn:
                         side.seconds.append(answer["seconds"])
                     side.peak = max(side.peak, answer["peak"])
-                peaks.append(_matrix_peak(options.threads))
+                peaks.append(_matrix_peak(options))
             peak = statistics.median(peaks)
             found = {
                 side.name: {
@@ -183,15 +197,26 @@ def _difference(name: str, sides: list[Side], tolerance: float | None) -> float 
     return difference
 
 
-def _matrix_peak(threads: int) -> float:
-    """Floating-point operations a second of a float32 product of two matrices of 2048 x 2048.
+def _matrix_peak(options: Options) -> float:
+    """Floating-point operations a second of a product of two matrices.
+
+    On a GPU of 8192 x 8192 in bfloat16, else of 2048 x 2048 in float32.
 
     PyTorch computes it in two ways, of which some processors like one: as a matrix product, by
     MKL, and as a 1x1 convolution, by oneDNN. The faster counts.
     """
     import torch
 
-    torch.set_num_threads(threads)
+    if options.device == "cuda":
+        b = torch.rand(8192, 8192, dtype=torch.bfloat16, device="cuda")
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            b @ b
+            torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        return 2 * 8192**3 / min(times)
+    torch.set_num_threads(options.threads)
     a = torch.rand(2048, 2048)
     maps = a.view(16, 128, 1, 2048).permute(0, 3, 1, 2)
     times = []
@@ -233,6 +258,10 @@ def _machine(options: Options) -> dict[str, Any]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = "missing"
+    if options.device == "cuda":
+        import torch
+
+        processor = torch.cuda.get_device_name()
     return {
         "processor": processor,
         "threads": options.threads,

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.work import Row, Work, random_image, trained
+from benchmarks.work import DEVICE, Row, Work, random_image, trained
 from diffusion.model import DiffusionUNet
 from diffusion.process.denoiser import Denoiser
 from diffusion.process.loss import diffusion_loss
@@ -56,17 +56,22 @@ def _ours(folder: Path) -> DiffusionUNet:
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def _ddpm_step(model: nn.Module, size: int, *, ours: bool, precision: str = "fp32") -> Work:
+def _ddpm_step(
+    model: nn.Module, size: int, *, ours: bool, precision: str = "fp32", compiled: bool = False
+) -> Work:
     batch = 64 if size == 32 else 16
     x0, noise = random_image(batch, 3, size, size) * 2 - 1, random_image(batch, 3, size, size)
-    t = torch.arange(batch) * 1000 // batch
+    t = torch.arange(batch, device=DEVICE) * 1000 // batch
     schedule = NoiseSchedule(kind="linear")
+    model.to(DEVICE)
+    if compiled:
+        model.compile()
     if ours:
         model.to(memory_format=training_format(x0.device))  # type: ignore[call-overload]
         optimizer = make_optimizer(model, plan_fit(FitOptions(out=Path(), steps=1, lr=1e-4)))
 
         def loss() -> Tensor:
-            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            with torch.autocast(DEVICE, torch.bfloat16, enabled=precision == "bf16"):
                 return diffusion_loss(model, schedule, "eps", x0, t, noise).mean()
     else:
         from diffusers import DDPMScheduler
@@ -76,27 +81,28 @@ def _ddpm_step(model: nn.Module, size: int, *, ours: bool, precision: str = "fp3
 
         def loss() -> Tensor:
             noisy = scheduler.add_noise(x0, noise, t)
-            return F.mse_loss(model(noisy, t).sample, noise)
+            with torch.autocast(DEVICE, torch.bfloat16, enabled=precision == "bf16"):
+                return F.mse_loss(model(noisy, t).sample, noise)
 
     work = trained(model, loss, optimizer)
-    return replace(work, check=lambda: loss().detach().numpy())
+    return replace(work, check=lambda: loss().detach().cpu().numpy())
 
 
 def _evaluation(model: Any, *, ours: bool) -> Work:
-    model.eval()
-    x, t = random_image(64, 3, 32, 32), torch.full((64,), 500)
+    model.to(DEVICE).eval()
+    x, t = random_image(64, 3, 32, 32), torch.full((64,), 500, device=DEVICE)
 
     @torch.inference_mode()
     def run() -> Tensor:
         return model(x, t) if ours else model(x, t).sample
 
-    return Work(run, model, lambda: run().numpy())
+    return Work(run, model, lambda: run().cpu().numpy())
 
 
 def _sampled(model: Any, steps: int, sampler: SamplerName, *, ours: bool) -> Work:
     """64 samples of 32 x 32 from the same noise."""
-    model.eval()
-    noise = torch.randn(64, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+    model.to(DEVICE).eval()
+    noise = torch.randn(64, 3, 32, 32, generator=torch.Generator().manual_seed(2)).to(DEVICE)
     if ours:
         denoiser = Denoiser(model, NoiseSchedule(kind="linear"), "eps")
         timesteps = denoiser.schedule.timesteps(steps, "trailing")
@@ -120,28 +126,28 @@ def _sampled(model: Any, steps: int, sampler: SamplerName, *, ours: bool) -> Wor
                 x = scheduler.step(model(x, t).sample, t, x).prev_sample
             return x
 
-    return Work(run, model, lambda: run().numpy())
+    return Work(run, model, lambda: run().cpu().numpy())
 
 
 def _sd_v1(folder: Path, *, ours: bool) -> Work:
     x, context = random_image(2, 4, 64, 64), random_image(2, 77, 768)
-    t = torch.full((2,), 500)
+    t = torch.full((2,), 500, device=DEVICE)
     if ours:
-        mine = read_unet(folder / "sd-v1").eval()
+        mine = read_unet(folder / "sd-v1").to(DEVICE).eval()
         mine.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         forward = lambda: mine(x, t, context)  # noqa: E731
         model: Any = mine
     else:
         from diffusers import UNet2DConditionModel
 
-        model = UNet2DConditionModel.from_pretrained(folder / "sd-v1").eval()
+        model = UNet2DConditionModel.from_pretrained(folder / "sd-v1").to(DEVICE).eval()
         forward = lambda: model(x, t, context).sample  # noqa: E731
 
     @torch.inference_mode()
     def run() -> Tensor:
         return forward()
 
-    return Work(run, model, lambda: run().numpy())
+    return Work(run, model, lambda: run().cpu().numpy())
 
 
 ROWS: dict[str, Row] = {
@@ -172,6 +178,22 @@ ROWS: dict[str, Row] = {
         tolerance=1e-4,
         prepare=_save_ddpm,
         target={"diffusers": 0.80},
+    ),
+    "ddpm-step-64-compiled": Row(
+        "DDPM training step, 16 x 3 x 64 x 64, the same weights, bfloat16",
+        {
+            "ours, compiled": lambda d: _ddpm_step(
+                _ours(d), 64, ours=True, precision="bf16", compiled=True
+            ),
+            "ours": lambda d: _ddpm_step(_ours(d), 64, ours=True, precision="bf16"),
+            "diffusers, compiled": lambda d: _ddpm_step(
+                _theirs(d), 64, ours=False, precision="bf16", compiled=True
+            ),
+            "diffusers": lambda d: _ddpm_step(_theirs(d), 64, ours=False, precision="bf16"),
+        },
+        prepare=_save_ddpm,
+        target={"diffusers, compiled": 0.80, "diffusers": 0.60},
+        gpu=True,
     ),
     "evaluation": Row(
         "one network evaluation, 64 x 3 x 32 x 32, the same weights",

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.work import Row, Work, random_image, trained
+from benchmarks.work import DEVICE, Row, Work, random_image, trained
 from segmentation.model import SegmentationUNet
 from segmentation.predict import Predictor, TensorSource
 from unet import PRESETS
@@ -26,8 +26,11 @@ from unet.training.plan import plan_fit
 MILESIAL = "MILESIAL_UNET"  # environment variable: a checkout of the classic PyTorch U-Net
 
 
-def _segmentation_step(model: nn.Module, shape: tuple[int, ...], *, ours: bool) -> Work:
+def _segmentation_step(
+    model: nn.Module, shape: tuple[int, ...], *, ours: bool, precision: str = "fp32"
+) -> Work:
     image = random_image(*shape)
+    model.to(DEVICE)
     mask = (random_image(shape[0], 1, *shape[2:]) > 0.5).float()
     if ours:  # as the trainer does
         model.to(memory_format=training_format(image.device))  # type: ignore[call-overload]
@@ -36,7 +39,8 @@ def _segmentation_step(model: nn.Module, shape: tuple[int, ...], *, ours: bool) 
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 
     def loss() -> Tensor:
-        return F.binary_cross_entropy_with_logits(model(image), mask)
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=precision == "bf16"):
+            return F.binary_cross_entropy_with_logits(model(image), mask)
 
     return trained(model, loss, optimizer)
 
@@ -84,8 +88,8 @@ def _milesial() -> nn.Module:
 
 def _predicted(side: int) -> Work:
     keep_freed_memory(PREDICTED)  # as predict_seg.py does
-    predictor = Predictor([_classic().eval()])
-    source = TensorSource(random_image(1, side, side))
+    predictor = Predictor([_classic().to(DEVICE).eval()])
+    source = TensorSource(random_image(1, side, side).cpu())
     return Work(lambda: predictor(source), predictor.models[0])
 
 
@@ -93,7 +97,7 @@ def _predicted_by_monai(model: nn.Module, side: int) -> Work:
     from monai.inferers import SlidingWindowInferer
 
     image = random_image(1, 1, side, side)
-    model.eval()
+    model.to(DEVICE).eval()
     infer = SlidingWindowInferer(roi_size=(512, 512), sw_batch_size=1, overlap=0.125)
 
     @torch.no_grad()
@@ -194,6 +198,18 @@ ROWS: dict[str, Row] = {
             ),
         },
         target={"classic, NCHW": 0.75},
+    ),
+    "default-step-bf16": Row(
+        _STEP + "32 x 256 x 256 in bfloat16: our default, and MONAI's BasicUNet of 64 channels",
+        {
+            "ours": lambda _: _segmentation_step(
+                _default(), (32, 1, 256, 256), ours=True, precision="bf16"
+            ),
+            "MONAI BasicUNet": lambda _: _segmentation_step(
+                _basic_unet(), (32, 1, 256, 256), ours=False, precision="bf16"
+            ),
+        },
+        gpu=True,
     ),
     "predict-512": Row(
         "segmentation of 512 x 512 by classic with 64 channels",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+DEVICE = os.environ.get("BENCH_DEVICE", "cpu")  # of networks and images; bench.py sets it
 
 
 @dataclass(frozen=True)
@@ -35,11 +38,12 @@ class Row:
     prepare: Callable[[Path], None] | None = None  # fills that folder, in a process of its own
     target: Mapping[str, float] | None = None  # side -> ratio of seconds that is aimed at
     needs: str | None = None  # an environment variable
+    gpu: bool = False  # too much for a processor: left out there unless it is named
     axis: str | None = None  # what the sides' names, numbers then, count
 
 
 def random_image(*shape: int) -> Tensor:
-    return torch.rand(shape, generator=torch.Generator().manual_seed(1))
+    return torch.rand(shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
 
 
 def trained(model: nn.Module, loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer) -> Work:
@@ -48,5 +52,5 @@ def trained(model: nn.Module, loss: Callable[[], Tensor], optimizer: torch.optim
         loss().backward()
         optimizer.step()
 
-    model.train()
+    model.to(DEVICE).train()
     return Work(run, model)

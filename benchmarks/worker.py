@@ -3,7 +3,8 @@
     python benchmarks/worker.py ROW SIDE THREADS SHARED_FOLDER
 
 `run N` does the work N times and answers with the mean of their seconds and the peak of memory
-since the work began; `check` answers with the file of what the work gives; `flops` counts.
+since the work began, on a GPU that of the GPU; `check` answers with the file of what the work
+gives; `flops` counts.
 """
 
 from __future__ import annotations
@@ -16,10 +17,15 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+DEVICE = os.environ.get("BENCH_DEVICE", "cpu")
 
 
 def peak_memory() -> float:
     """MiB that this process held at most since `forget_peak`; nan where there is no /proc."""
+    if DEVICE == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated() / 2**20
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM"):
@@ -27,7 +33,19 @@ def peak_memory() -> float:
     return float("nan")
 
 
+def finished() -> None:
+    """Waits for what a GPU was given to do."""
+    if DEVICE == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
+
+
 def forget_peak() -> None:
+    if DEVICE == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
@@ -54,9 +72,11 @@ def main(row: str, side: str, threads: int, shared: Path) -> None:
         if not words:
             return
         if words[0] == "run":
+            finished()
             start = time.perf_counter()
             for _ in range(int(words[1])):
                 work.run()
+            finished()
             seconds = (time.perf_counter() - start) / int(words[1])
             answer = {"seconds": seconds, "peak": peak_memory()}
         elif words[0] == "check":

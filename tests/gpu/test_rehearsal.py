@@ -32,3 +32,15 @@ def test_what_waits_is_found() -> None:
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
         assert done.returncode != 0
         assert said in done.stderr
+
+
+@pytest.mark.slow
+def test_the_check_of_a_gpu_runs_through_without_one(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHON": sys.executable, "DEVICE": "cpu"}
+    environment |= {"TEST_SECONDS": "20", "ROW_SECONDS": "400"}
+    command = ["bash", str(ROOT / "benchmarks/gpu_check.sh"), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "PyTorch" in (tmp_path / "machine.txt").read_text()
+    assert (tmp_path / "tests.txt").exists()
+    assert "one network evaluation" in (tmp_path / "table.md").read_text()
