@@ -85,14 +85,14 @@ def decide(
         info["deep_supervision"] = True
     with torch.device("meta"):
         parameters = sum(p.numel() for p in SegmentationUNet(network, outputs, info).parameters())
-    fit, optimizer = chosen_fit(options)
+    fit, optimizer = chosen_fit(options, start)
     crop, whole = chosen_crop(options, data, network, fit)
     border, best_by, judged = chosen_judgement(options, data)
     decisions = (
         Decision("network", f"{parameters / 1e6:.2f} M parameters", why),
         Decision("crops", f"{crop[0]} x {crop[1]}, {fit.batch_size} a step", whole),
         normalisation(
-            data.normalisation, f"as of {options.init}" if start else f"of {len(data.train)} images"
+            data.normalisation, "as of the start" if start else f"of {len(data.train)} images"
         ),
         optimizer,
         told_budget(options),
@@ -147,7 +147,7 @@ def chosen_network(
 ) -> tuple[UNetConfig, str]:
     """The network that the options name, or that of the start, for images of so many channels."""
     if start and options.network is None:
-        config, why = start.config, f"as of {options.init}"
+        config, why = start.config, "as of the start"
     else:
         name = options.network or NETWORK
         if name not in PRESETS:
@@ -165,11 +165,20 @@ def chosen_network(
     return config, why
 
 
-def chosen_fit(options: SegmentationOptions) -> tuple[FitPlan, Decision]:
-    """Optimizer and rate where none is named."""
+def chosen_fit(
+    options: SegmentationOptions, start: Start | None = None
+) -> tuple[FitPlan, Decision]:
+    """Optimizer and rate where none is named.
+
+    What a diffusion model starts has everything to learn about labels: there adamw's steps are as
+    much too small as for random weights (docs/experiments.md).
+    """
+    goes_on = start is not None and "classes" in start.info
     optimizer, why = choose_optimizer(
-        options, {"muon's steps would move the weights of --init far": options.init}
+        options, {"muon's steps would move the weights of a segmentation far": goes_on}
     )
+    if optimizer == "muon" and start is not None and not options.optimizer:
+        why = "as for random weights: it has everything to learn about labels"
     lr, momentum = (0.08, 0.8) if optimizer == "muon" else (2e-3, 0.9)
     fit = plan_fit(options, batch_size=BATCH, optimizer=optimizer, lr=lr, momentum=momentum)
     return fit, Decision("optimizer", f"{optimizer} at {fit.lr:g}", why)

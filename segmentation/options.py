@@ -22,7 +22,7 @@ class SegmentationOptions(FitOptions):
 
     optimizer: OptimizerName | None = None
     """Optimizer. muon makes the steps of matrices orthogonal and leaves the rest to adamw. None
-    given: muon, but with --init, --shard or a --lr adamw."""
+    given: muon, but where a segmentation goes on (--init), with --shard or a --lr adamw."""
 
     lr: float | None = None
     """Highest learning rate; none given: 2e-3, with muon 0.08."""

@@ -160,7 +160,8 @@ def predict_files(
         try:
             predictor.run(image, out)
         except InputError as error:
-            mine.append(str(error))
+            named = str(image.path) in str(error)
+            mine.append(str(error) if named else f"{str(image.path)!r}: {error}")
     failed += [message for part in processes.gather(mine) for message in part]
     if not processes.main:
         return failed

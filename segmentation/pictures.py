@@ -76,10 +76,10 @@ def errors(image: RGB, prediction: NDArray[np.integer], target: NDArray[np.integ
 
 
 def augmented(samples: CropSamples) -> Image.Image:
-    """Samples of the first epoch with their masks below them, and weights below those."""
+    """Samples of the first epochs with their masks below them, and weights below those."""
     rows, count = [], len(samples.data.table.values)
     for start in range(0, SAMPLES, 8):
-        crops = [samples[0, i % len(samples)] for i in range(start, start + 8)]
+        crops = [samples[divmod(i, len(samples))] for i in range(start, start + 8)]
         rows.append([grey_or_rgb(c["image"].permute(1, 2, 0).numpy()) for c in crops])
         rows.append([class_colours(c["mask"].numpy(), count) for c in crops])
         if samples.border is not None:

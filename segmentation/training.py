@@ -50,7 +50,11 @@ def train(options: SegmentationOptions, start: Start | None = None) -> dict[str,
     plan = decide(options, data, start)
     model = make_model(plan)
     if is_main_process():
-        print("\n".join([data.describe(), *plan.lines()]), flush=True)
+        cut = any(data.pairs[i].window for i in data.val)
+        parts = [
+            "of the one image with labels a strip is held out: the parts are images from here on"
+        ]
+        print("\n".join([*(parts if cut else []), data.describe(), *plan.lines()]), flush=True)
     samples = CropSamples(
         data, plan.augmentation, plan.crop, plan.target, border=plan.border, seed=plan.fit.seed
     )

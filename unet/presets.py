@@ -81,7 +81,7 @@ PRESETS: dict[str, Preset] = {
         config=replace(_SEGMENTATION, block="res", norm="group", groups=8, zero_init=True),
         out_channels=1,
         size=512,
-        source="the same with residual blocks and group norm, which serve both lives",
+        source="our default for segmentation with residual blocks and group norm, for both lives",
     ),
     "fcn-32s": Preset(
         config=replace(_SEGMENTATION, decoder="fcn-32s"),

@@ -23,7 +23,7 @@ UNSEEN_SEED, UNSEEN_SLICES = 1_000, 4
 SEGMENTATION_SHARE = 0.3  # of the minutes; drawing takes longer to learn
 MEETING_SHARE = 0.12  # of these minutes are added for each of the two segmentations of shapes
 MEETING_SEED = 10_000  # of shapes that the diffusion model was not trained on
-SIDE, SHEET, LABELLED = 32, 8, 3  # pixels of a picture, pictures along a sheet, and labelled ones
+SIDE, SHEET, LABELLED = 32, 8, 4  # pixels of a picture, pictures along a sheet, and labelled ones
 IGNORED = 255
 IMAGES = 16  # a step: in so short a time small steps teach more than few large ones
 
@@ -106,7 +106,8 @@ def draw(options: DemoOptions, run: Path) -> None:
 def meet(options: DemoOptions, model: Path, run: Path) -> None:
     """A segmentation of the same shapes from a few labels, begun with the trunk that draws them.
 
-    Beside it the same network from random weights, as long, on the same labels.
+    Beside it the same network from random weights, as long, on the same labels, with the optimizer
+    that suits each.
     """
     from diffusion.data.shapes import SHAPES
     from segmentation.data.pairs import pairs_from_arrays
@@ -137,7 +138,7 @@ def meet(options: DemoOptions, model: Path, run: Path) -> None:
                 out=run / name,
                 data=str(run / "labelled"),
                 ignore_value=IGNORED,
-                init=str(model),
+                init=str(model) if weights is start else None,
                 val=0,
                 max_minutes=MEETING_SHARE * options.minutes,
                 seed=options.seed,

@@ -62,7 +62,10 @@ def held_out(pairs: Sequence[Pair], runs: Sequence[SegmentationOptions]) -> list
     kept = {pair.name: pair for _, val in splits for pair in val}
     unseen = [p for p in kept.values() if not any(map(p.meets, seen.get(p.source, ())))]
     if not unseen:
-        raise InputError(
-            "each image was seen by one of the models: score them one by one, or on other images"
-        )
+        if len(runs) == 1:
+            raise InputError(
+                "the run held nothing out (--val 0), so each image was trained on: give other "
+                "labelled images with --data"
+            )
+        raise InputError("each image was seen by one of the models: score them one by one")
     return unseen

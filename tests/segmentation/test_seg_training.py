@@ -24,6 +24,7 @@ from unet.files.images import read_image, write_image
 from unet.training.cli import run_script
 from unet.training.config_file import load_config
 from unet.training.run import read_log
+from unet.weights.start import Start
 from unet_diffusion import demo, eval_seg, predict_seg, train_seg
 
 SMALL = ("--width", "4", "--crop", "32", "--batch-size", "2", "--steps", "2", "--evaluations", "1")
@@ -300,14 +301,27 @@ def test_the_default_recipe_is_what_training_does_anyway():
     assert {name: getattr(SegmentationOptions, name) for name in recipe} == recipe
 
 
+def start_of(info: dict[str, object]) -> Start:
+    """A start of a segmentation, whose info knows classes, or of a diffusion model."""
+    return Start(where="a/model", config=UNetConfig(), info=info, read=dict)
+
+
 def test_the_optimizer_follows_the_weights_and_the_rate():
     chosen = [
-        chosen_fit(SegmentationOptions(out=Path("run"), **given))[0]
-        for given in ({}, {"init": "a/model"}, {"shard": True}, {"lr": 0.01}, {"optimizer": "muon"})
+        chosen_fit(SegmentationOptions(out=Path("run"), **given), start)[0]
+        for given, start in (
+            ({}, None),
+            ({}, start_of({"classes": {}})),
+            ({}, start_of({})),
+            ({"shard": True}, None),
+            ({"lr": 0.01}, None),
+            ({"optimizer": "muon"}, None),
+        )
     ]
     assert [(c.optimizer, c.lr, c.momentum) for c in chosen] == [
         ("muon", 0.08, 0.8),
         ("adamw", 2e-3, 0.9),
+        ("muon", 0.08, 0.8),
         ("adamw", 2e-3, 0.9),
         ("adamw", 0.01, 0.9),
         ("muon", 0.08, 0.8),

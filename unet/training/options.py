@@ -26,7 +26,7 @@ class FitOptions:
     """Go on with the run in --out from its last saved state, with its own settings."""
 
     steps: int | None = None
-    """Budget: optimizer steps. Give one of --steps, --epochs, --max-minutes."""
+    """Budget: optimizer steps. Give one of --steps, --epochs, --max-minutes; none: 10 minutes."""
 
     epochs: float | None = None
     """Budget: passes over the training samples."""

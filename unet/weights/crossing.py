@@ -39,7 +39,7 @@ def timed(config: UNetConfig, *, scale_shift: bool = True) -> UNetConfig:
     if config.block != "res":
         raise InputError(
             f"a network of block={config.block!r} takes no timestep, which goes into residual "
-            "blocks: train one with block='res', such as the preset 'diffusion'"
+            "blocks: train it with --network shared"
         )
     return replace(config, time=True, scale_shift=scale_shift)
 
