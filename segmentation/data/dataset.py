@@ -91,15 +91,19 @@ class SegmentationData:
         infos = [pair.info for pair in self.pairs]
         sizes = sorted({(info.height, info.width) for info in infos})
         size = " to ".join(f"{h} x {w}" for h, w in dict.fromkeys((sizes[0], sizes[-1])))
-        lines = [f"{len(infos)} images of {size}, {kind(infos[0])}", *self.table.lines()]
+        lines = [f"{_images(len(infos))} of {size}, {kind(infos[0])}", *self.table.lines()]
         if alphas := sum(info.has_alpha for info in infos):
-            lines.append(f"alpha channel dropped in {alphas} images")
+            lines.append(f"alpha channel dropped in {_images(alphas)}")
         if self.left_out:
-            lines.append(f"{self.left_out} images without any label left out")
+            lines.append(f"{_images(self.left_out)} without any label left out")
         for part, indices in (("training", self.train), ("validation", self.val)):
             if indices:
                 shown = f" ({some(self.pairs[i].name for i in indices)})" if names else ""
-                lines.append(f"{part}: {len(indices)} image{'s' * (len(indices) != 1)}{shown}")
+                lines.append(f"{part}: {_images(len(indices))}{shown}")
         if self.train and not self.val:
             lines.append("validation: nothing is held out, so no figure tells of other images")
         return "\n".join(lines)
+
+
+def _images(count: int) -> str:
+    return f"{count} image{'s' * (count != 1)}"
