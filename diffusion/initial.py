@@ -14,12 +14,11 @@ from diffusion.model import DiffusionUNet
 from diffusion.stable.folder import read_unet, read_unet_config
 from unet.attention import SpatialTransformer
 from unet.errors import InputError
+from unet.files.images import white
 from unet.files.writing import read_json
 from unet.weights.crossing import timed, with_pixels, with_time
 from unet.weights.start import Start, read_start
 from unet.weights.start import take_over as start_with
-
-_WHITE = {"uint8": 255, "uint16": 65535, "float32": 1}  # the largest value of an image
 
 
 def their_unet(path: str) -> Path | None:
@@ -79,7 +78,7 @@ def _pixels(info: Mapping[str, Any], channels: int) -> tuple[list[float], list[f
     """Scale and shift of each channel from [-1, 1] to what a segmentation was trained on."""
     found: Any = info.get("normalisation")
     try:
-        half = _WHITE[found["dtype"]] / 2
+        half = white(found["dtype"]) / 2
         mean, std = ([float(v) for v in found[key]] for key in ("mean", "std"))
         pairs = list(zip(mean, std, strict=True))
         return [half / s for _, s in pairs], [(half - m) / s for m, s in pairs]

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from segmentation.data.classes import DTYPES
 from unet.errors import InputError
-from unet.files.images import Array
+from unet.files.images import Array, white
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Normalisation:
 
         A value is the same share of the largest one; floats go from 0 to 1.
         """
-        factor = _largest(dtype) / _largest(self.dtype)
+        factor = white(dtype) / white(self.dtype)
         mean, std = ([v * factor for v in values] for values in (self.mean, self.std))
         if channels != len(mean):
             mean, std = ([sum(values) / len(values)] * channels for values in (mean, std))
@@ -77,8 +77,3 @@ class Normalisation:
         except (KeyError, OverflowError, TypeError, ValueError) as error:
             raise InputError(f"the model's normalisation is damaged: {error}") from error
         return cls(mean, std, saved["dtype"])
-
-
-def _largest(dtype: str) -> int:
-    """The value of white: 1 for floats."""
-    return int(np.iinfo(dtype).max) if np.issubdtype(np.dtype(dtype), np.integer) else 1

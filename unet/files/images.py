@@ -64,6 +64,11 @@ class ImageInfo:
     lossy: bool = False  # JPEG and WebP change values
 
 
+def white(dtype: str) -> int:
+    """The largest value of an image of that type; floats go from 0 to 1."""
+    return int(np.iinfo(dtype).max) if np.issubdtype(np.dtype(dtype), np.integer) else 1
+
+
 def list_images(folder: Path) -> list[Path]:
     """Image files of a folder in natural order: 0.png, 1.png, 2.png, 10.png.
 
