@@ -81,6 +81,9 @@ def decide(
         "normalisation": data.normalisation.to_dict(),
         "threshold": 0.5,
     }
+    names = data.pairs[0].info.names
+    info |= {"channel_names": list(names)} if names else {}
+    info |= {"reading": said} if (said := options.reading.to_dict()) else {}
     if options.deep_supervision:
         info["deep_supervision"] = True
     with torch.device("meta"):

@@ -4,17 +4,85 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from unet.errors import InputError
 from unet.training.options import FitOptions, OptimizerName
+
+if TYPE_CHECKING:
+    from segmentation.data.masks import MaskCleaning
+    from unet.files.pages import Reading
 
 BestBy = Literal["loss", "dice", "v_rand"]
 RECIPES = Path(__file__).parent / "recipes"
 
 
 @dataclass(frozen=True, kw_only=True)
-class SegmentationOptions(FitOptions):
+class ReadingOptions:
+    """What a command line says of image files beside what they say themselves."""
+
+    axes: str | None = None
+    """Axes of TIFF and NPY files that do not name them, such as CYX or ZYXC: C are channels, Y and
+    X rows and columns, all others slices."""
+
+    channels: tuple[str, ...] = ()
+    """Channels to use of each image, in this order: numbers from 0, or the names that the files
+    give; none given: all."""
+
+    nodata: float | None = None
+    """Value of pixels where nothing was measured (nan where it is NaN), instead of what the files
+    declare; it is in no statistic, and such pixels are ignored."""
+
+    @property
+    def reading(self) -> Reading:
+        """The same, as the readers take it."""
+        from unet.files.pages import Reading
+
+        return Reading(axes=self.axes, channels=self.channels, nodata=self.nodata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelOptions(ReadingOptions):
+    """What a command line says of masks beside what they say themselves."""
+
+    images: Path | None = None
+    """Folder of the images, where --data does not hold both; with --masks."""
+
+    masks: Path | None = None
+    """Folder of the masks; with --images."""
+
+    ignore_value: int | tuple[int, int, int] | None = None
+    """Mask value of pixels without a label, which do not count: a number, an index of a palette, or
+    a colour (224 224 192). They may be most of a mask: one corner, or scribbles. None given: what
+    the files declare, or 255 where it marks the edges of objects."""
+
+    mask_values: tuple[int, ...] = ()
+    """True values of the masks, such as 0 255, where edges are soft or files were saved as JPEG:
+    each pixel takes the nearest."""
+
+    threshold_masks: bool = False
+    """Two classes, of masks of 0 and 1, of 0 and 255 or of what lies between, even mixed."""
+
+    def __post_init__(self) -> None:
+        if (self.images is None) != (self.masks is None):
+            raise InputError("--images and --masks name one folder each: give both, or only --data")
+        if self.mask_values and self.threshold_masks:
+            raise InputError(
+                "--mask-values and --threshold-masks both say what masks mean: give one"
+            )
+        if len(set(self.mask_values)) == 1:
+            raise InputError(f"--mask-values {self.mask_values[0]}: name two values or more")
+
+    @property
+    def cleaning(self) -> MaskCleaning:
+        """What is done to the values of masks."""
+        from segmentation.data.masks import MaskCleaning
+
+        return MaskCleaning(values=self.mask_values, threshold=self.threshold_masks)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentationOptions(LabelOptions, FitOptions):
     """Train a U-Net that labels every pixel of an image."""
 
     batch_size: int | None = None
@@ -35,18 +103,17 @@ class SegmentationOptions(FitOptions):
     stacks); isbi2012: the challenge's stacks, downloaded once; phantom: generated membrane images.
     """
 
-    images: Path | None = None
-    """Folder of the images, where --data does not hold both; with --masks."""
+    val_data: Path | None = None
+    """A folder of images and masks to hold out, beside --data; a val/ or validation/ beside a
+    train/ in --data is found by itself."""
 
-    masks: Path | None = None
-    """Folder of the masks; with --images."""
-
-    ignore_value: int | None = None
-    """Mask value of pixels without a label, which do not count. They may be most of a mask: one
-    corner, or scribbles."""
+    class_names: tuple[str, ...] = ()
+    """Names of the classes, in the order of their mask values; none given: those of a classes.txt
+    or dataset.json in --data."""
 
     instances: bool = False
-    """The masks number each cell: learn background, cell, and a thin border where two touch."""
+    """The masks number each cell: learn background, cell, and a thin border where two touch. Masks
+    that clearly do are recognised."""
 
     val: float = 0.2
     """Share of the images, from the end, that is held out from training; of a single labelled image
@@ -132,9 +199,12 @@ class SegmentationOptions(FitOptions):
     """Add noise of up to that many standard deviations of the grey values."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if (self.images is None) != (self.masks is None):
-            raise InputError("--images and --masks name one folder each: give both, or only --data")
+        LabelOptions.__post_init__(self)
+        FitOptions.__post_init__(self)
+        if self.val_data is not None and (self.fold is not None or self.val_names):
+            raise InputError(
+                "--val-data holds out images of its own: leave out --fold, --val-names"
+            )
         if self.crop is not None and self.crop < 0:
             raise InputError(f"--crop {self.crop} must be 0 (whole images) or the side in pixels")
         if self.balance and self.class_weights:

@@ -12,10 +12,11 @@ from tqdm import tqdm
 
 from segmentation.data.classes import ClassTable
 from segmentation.pictures import grey_or_rgb, overlay
-from segmentation.predict import Predictor, Probability, classes
+from segmentation.predict import Predictor, Probability
 from segmentation.segmenter import RasterSource, Segmenter
 from unet.errors import InputError
-from unet.files.images import ImageInfo, image_info, list_images, write_image
+from unet.files.images import image_info, list_images, write_image
+from unet.files.pages import AS_STORED, ImageInfo, Reading
 from unet.files.rasters import open_raster, writing_bands
 from unet.training.task import Processes
 
@@ -43,6 +44,8 @@ class FilePredictor:
 
     Args:
         min_size: connected parts of fewer pixels become the class that surrounds them.
+        reading: what is said of the files beside what they say themselves; none said: how the
+            training images were read.
         labels: also number the connected parts of class 1 (4-connected, 0 is the rest), or the
             instances of a model that was trained with --instances.
     """
@@ -55,8 +58,10 @@ class FilePredictor:
         *,
         min_size: int = 0,
         labels: bool = False,
+        reading: Reading = AS_STORED,
     ) -> None:
         self.segmenter = Segmenter(predict, table, threshold, min_size=min_size)
+        self.reading = self.segmenter.reading if reading == AS_STORED else reading
         if labels and not self.segmenter.has_labels:
             raise InputError(
                 f"labels number the parts of the second of two classes, but the model knows "
@@ -72,16 +77,18 @@ class FilePredictor:
 
     def run(self, image: Slice, out: Path) -> None:
         """Predicts one image."""
-        source = RasterSource(open_raster(image.path, image.page, image.info))
+        self.segmenter.check(image.info, repr(str(image.path)))
+        pixels = open_raster(image.path, image.page, image.info, self.reading)
+        source = RasterSource(pixels, image.info.nodata)
         mask, probability, picture, *labels = self.files(image, out)
         h, w = source.shape
         if h * w > AT_ONCE:
             self._run_in_bands(source, mask, probability, picture)
             return
         found = self.segmenter.predict(source)
-        decided = self.segmenter.decided(found)
+        decided = self.segmenter.decided(found, source)
         table = self.segmenter.table
-        write_image(mask, table.decode(decided))
+        write_image(mask, table.decode(decided), palette=table.palette)
         write_image(probability, as_16_bit(found))
         write_image(picture, overlay(grey_or_rgb(source.pixels), decided, len(table.values)))
         for file in labels:
@@ -104,11 +111,12 @@ class FilePredictor:
         step = -(-max(h, w) // PREVIEW)
         small: list[NDArray[np.uint8]] = []
         with (
-            writing_bands(mask, (h, w, *values.shape[2:]), values.dtype) as masks,
+            writing_bands(mask, (h, w, *values.shape[2:]), values.dtype, table.palette) as masks,
             writing_bands(probability, (h, w), np.uint16) as probabilities,
         ):
             for top, band in segmenter.predict.bands(source):
-                decided = classes(band, segmenter.threshold)
+                rows = RasterSource(source.pixels[top : top + band.shape[1]], source.nodata)
+                decided = segmenter.decided(band, rows)
                 masks.write(top, table.decode(decided))
                 probabilities.write(top, as_16_bit(band))
                 small.append(decided[-top % step :: step, ::step])
@@ -141,7 +149,7 @@ def predict_files(
         InputError: no image, or files in the way, before anything is predicted.
     """
     processes = processes or Processes()
-    slices, failed = find_slices(source)
+    slices, failed = find_slices(source, predictor.reading)
     count = len(slices) + len(failed)
     made: dict[Path, Path] = {}  # from which image each file comes
     for image in slices:
@@ -171,7 +179,7 @@ def predict_files(
     return failed
 
 
-def find_slices(source: Path) -> tuple[list[Slice], list[str]]:
+def find_slices(source: Path, reading: Reading = AS_STORED) -> tuple[list[Slice], list[str]]:
     """The images of a file or folder, a stack page by page, and what is wrong with the others.
 
     Raises:
@@ -183,7 +191,7 @@ def find_slices(source: Path) -> tuple[list[Slice], list[str]]:
     failed: list[str] = []
     for path in list_images(source) if source.is_dir() else [source]:
         try:
-            info = image_info(path)
+            info = image_info(path, reading)
         except InputError as error:
             if source.is_file():
                 raise

@@ -14,14 +14,15 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor
 
-from segmentation.data.classes import ClassTable, Value
+from segmentation.data.classes import IGNORE, ClassTable, Value
 from segmentation.data.instances import INSTANCE_NAMES, instances_from_classes
 from segmentation.data.normalisation import Normalisation
 from segmentation.model import SegmentationUNet
 from segmentation.predict import Predictor, Probability, Source, classes
 from unet.device import pick_device
 from unet.errors import InputError, as_keywords
-from unet.files.images import Array, image_info
+from unet.files.images import image_info
+from unet.files.pages import Array, ImageInfo, Reading, missing
 from unet.files.rasters import open_raster
 
 Image: TypeAlias = "Array | Tensor | str | Path"  # or a batch of them
@@ -107,9 +108,15 @@ def load_models(
 
 @dataclass(frozen=True)
 class RasterSource:
-    """An image as stored, normalised for each model as it is read."""
+    """An image as stored, normalised for each model as it is read.
 
-    pixels: Array  # (H, W, C), in memory or mapped from a file
+    Attributes:
+        pixels: (H, W, C), in memory or mapped from a file.
+        nodata: the value of pixels where nothing was measured, if its file declares one.
+    """
+
+    pixels: Array
+    nodata: float | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -118,7 +125,11 @@ class RasterSource:
 
     def read(self, rows: slice, columns: slice, model: SegmentationUNet) -> Tensor:
         normalisation = Normalisation.from_dict(model.info["normalisation"])
-        return torch.from_numpy(normalisation(np.asarray(self.pixels[rows, columns])))
+        return torch.from_numpy(normalisation(np.asarray(self.pixels[rows, columns]), self.nodata))
+
+    def missing(self, nodata: float | None) -> NDArray[np.bool_]:
+        """Where (H, W) nothing was measured; `nodata` is what the training images declared."""
+        return missing(self.pixels, nodata if self.nodata is None else self.nodata)
 
 
 class Segmenter:
@@ -159,7 +170,7 @@ class Segmenter:
 
     @property
     def channels(self) -> int:
-        """Channels of the images: 1 (grey) or 3 (RGB)."""
+        """Channels of the images."""
         return self.predict.models[0].config.in_channels
 
     @property
@@ -229,9 +240,28 @@ class Segmenter:
         """Whether it is clear which parts `labels` numbers."""
         return self.instances or len(self.classes) == 2
 
-    def decided(self, probability: Probability) -> NDArray[np.uint8]:
-        """Class indices (H, W) of what `predict` gives for an image."""
-        return without_specks(classes(probability, self.threshold), self.min_size)
+    def decided(self, probability: Probability, source: RasterSource) -> NDArray[np.uint8]:
+        """Class indices (H, W) of what `predict` gives for an image.
+
+        Where the image holds no data they are IGNORE, if the training masks had such a value.
+        """
+        return self._marked(
+            without_specks(classes(probability, self.threshold), self.min_size), source
+        )
+
+    def _marked(self, found: NDArray[np.uint8], source: Source) -> NDArray[np.uint8]:
+        if self.table.ignore_value is None or not isinstance(source, RasterSource):
+            return found
+        return np.where(source.missing(self._nodata), np.uint8(IGNORE), found)
+
+    @property
+    def _nodata(self) -> float | None:
+        return Normalisation.from_dict(self.predict.models[0].info["normalisation"]).nodata
+
+    @property
+    def reading(self) -> Reading:
+        """How the files of the training images were read."""
+        return Reading.from_dict(self.predict.models[0].info.get("reading", {}))
 
     def numbered(self, decided: NDArray[np.uint8]) -> NDArray[np.int32]:
         """What `labels` gives, of class indices (H, W)."""
@@ -242,33 +272,59 @@ class Segmenter:
     def _decided(self, source: Source) -> NDArray[np.uint8]:
         """`decided` of an image whose probabilities are never in memory as a whole."""
         bands = [classes(band, self.threshold) for _, band in self.predict.bands(source)]
-        return without_specks(np.concatenate(bands), self.min_size)
+        return self._marked(without_specks(np.concatenate(bands), self.min_size), source)
 
     def _each(self, image: Image, find: Callable[[Source], Array]) -> Array:
         """What `find` gives for the image, or for each of a batch."""
         if isinstance(image, (str, Path)):
-            pages, batched = self._pages(Path(image))
+            pages, batched, nodata = self._pages(Path(image))
         else:
+            nodata = None
             pages, batched = _as_batch(_as_array(image), self.channels)
             pages = _converted(pages, self.dtype)
-        found = [find(RasterSource(page)) for page in pages]
+        found = [find(RasterSource(page, nodata)) for page in pages]
         return np.stack(found) if batched else found[0]
 
-    def _pages(self, path: Path) -> tuple[Iterable[Array], bool]:
-        """The images (H, W, C) of a file, read one by one, and whether it is a stack."""
+    def _pages(self, path: Path) -> tuple[Iterable[Array], bool, float | None]:
+        """The images (H, W, C) of a file, read one by one, whether it is a stack, and its value of
+        no data.
+        """
         if path.is_dir():
             raise InputError(
                 f"{str(path)!r} is a folder: give one of its images, or label all of them with "
                 "predict_seg.py"
             )
-        info = image_info(path)
-        if (info.channels, info.dtype) != (self.channels, self.dtype):
-            raise InputError(
-                f"{str(path)!r} has {info.channels} channels of {info.dtype}, where the training "
-                f"images have {self.channels} of {self.dtype}: convert it"
-            )
+        reading = self.reading
+        info = image_info(path, reading)
+        self.check(info, repr(str(path)))
         pages = [None] if info.pages == 1 else range(info.pages)
-        return (open_raster(path, page, info) for page in pages), info.pages > 1
+        found = (open_raster(path, page, info, reading) for page in pages)
+        return found, info.pages > 1, info.nodata
+
+    def check(self, info: ImageInfo, where: str) -> None:
+        """Refuses an image of other channels or another type than the training images.
+
+        Raises:
+            InputError: says both, by name where channels have names.
+        """
+        known = tuple(self.predict.models[0].info.get("channel_names") or ())
+        if (info.channels, info.dtype) != (self.channels, self.dtype):
+            some = f" ({', '.join(info.names)})" if info.names else ""
+            trained = f" ({', '.join(known)})" if known else ""
+            cure = "convert it"
+            if info.channels > self.channels:
+                cure = "choose among its channels with --channels"
+            elif "I" in info.axes and info.pages == self.channels > 1:
+                cure = "if its pages are channels, say so with --axes CYX"
+            raise InputError(
+                f"{where} has {info.channels} channels{some} of {info.dtype}, where the training "
+                f"images have {self.channels}{trained} of {self.dtype}: {cure}"
+            )
+        if known and info.names and known != info.names:
+            raise InputError(
+                f"{where} has the channels {', '.join(info.names)}, where the training images "
+                f"have {', '.join(known)}: choose and order them with --channels"
+            )
 
 
 def _as_array(image: object) -> Array:

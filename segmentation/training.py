@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -109,6 +111,7 @@ def load_data(options: SegmentationOptions, start: Start | None = None) -> Segme
         val,
         ignore_value=options.ignore_value,
         instances=options.instances,
+        names=options.class_names,
         normalisation=known and known.for_images(info.channels, info.dtype),
         left_out=len({pair.source for pair in pairs} - {pair.source for pair in [*train, *val]}),
     )
@@ -116,12 +119,29 @@ def load_data(options: SegmentationOptions, start: Start | None = None) -> Segme
 
 def find_data(options: SegmentationOptions) -> list[Pair]:
     """All images and masks that the options name, before the split."""
+    said: dict[str, Any] = {"reading": options.reading, "cleaning": options.cleaning}
     if options.images is not None:
-        return find_pairs(images=options.images, masks=options.masks)
+        return _with_val(find_pairs(images=options.images, masks=options.masks, **said), options)
     if options.data == "phantom":
         return pairs_from_arrays(*phantom_stack(PHANTOM_SLICES, PHANTOM_SIZE, options.seed))
     published = options.data == "isbi2012" and not Path("isbi2012").is_dir()
-    return find_pairs(isbi2012_folder() if published else Path(options.data))
+    folder = isbi2012_folder() if published else Path(options.data)
+    return _with_val(find_pairs(folder, **said), options)
+
+
+def _with_val(pairs: list[Pair], options: SegmentationOptions) -> list[Pair]:
+    """The images of --data with those of --val-data, which are held out."""
+    if options.val_data is None:
+        return pairs
+    held_out = find_pairs(options.val_data, reading=options.reading, cleaning=options.cleaning)
+    taken = {pair.name for pair in pairs}
+    return [
+        *(replace(pair, part="train") for pair in pairs),
+        *(
+            replace(pair, part="val", name=f"val_{pair.name}" if pair.name in taken else pair.name)
+            for pair in held_out
+        ),
+    ]
 
 
 def make_model(plan: SegmentationPlan) -> SegmentationUNet:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from segmentation.options import SegmentationOptions
+from segmentation.options import LabelOptions, SegmentationOptions
 from unet.errors import InputError
 from unet.training.cli import run_script, say_next
 from unet.training.config_file import load_config
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalOptions:
+class EvalOptions(LabelOptions):
     """Scores, a list of the images, and pictures, the worst images first."""
 
     model: tuple[str, ...]
@@ -29,15 +29,6 @@ class EvalOptions:
 
     data: str | None = None
     """Images and masks, as for train-seg; none given: those of the model's run."""
-
-    images: Path | None = None
-    """Folder of the images, where --data does not hold both; with --masks."""
-
-    masks: Path | None = None
-    """Folder of the masks; with --images."""
-
-    ignore_value: int | None = None
-    """Mask value of pixels that do not count, where --data is not that of the model's run."""
 
     split: Literal["val", "all"] | None = None
     """val: only images that the runs of all models held out; all: every image. None given: val on
@@ -68,6 +59,7 @@ class EvalOptions:
     """Replace what an earlier evaluation wrote to --out."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.threshold is not None and not 0 <= self.threshold < 1:
             raise InputError(f"--threshold {self.threshold} must be in [0, 1)")
         if self.pictures < 0:
@@ -120,9 +112,7 @@ def chosen_pairs(options: EvalOptions) -> tuple[SegmentationOptions, list[Pair]]
         source = SegmentationOptions(
             out=options.out,
             data=options.data or "",
-            images=options.images,
-            masks=options.masks,
-            ignore_value=options.ignore_value,
+            **{f.name: getattr(options, f.name) for f in fields(LabelOptions)},
         )
     elif runs:
         source = runs[0]

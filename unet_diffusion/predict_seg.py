@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from segmentation.options import ReadingOptions
 from unet.errors import InputError
 from unet.training.cli import run_script, say_next
 
 
 @dataclass(frozen=True, kw_only=True)
-class PredictOptions:
+class PredictOptions(ReadingOptions):
     """Masks, probabilities and overlays of images."""
 
     model: tuple[str, ...]
@@ -76,6 +77,7 @@ def main(options: PredictOptions) -> int:
         threshold if options.threshold is None else options.threshold,
         min_size=options.min_size,
         labels=options.labels,
+        reading=options.reading,
     )
     failed = predict_files(
         predictor, options.input, options.out, overwrite=options.overwrite, processes=processes

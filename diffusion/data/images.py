@@ -20,7 +20,7 @@ from torch import Tensor
 from diffusion.data.pixels import Pixels, as_tensor, as_uint8, resized
 from diffusion.data.sources import open_source
 from unet.errors import InputError
-from unet.files.images import ImageInfo
+from unet.files.pages import ImageInfo
 from unet.training.batches import Key, sample_rng
 
 CACHE_BYTES = 2**31  # images that together take no more are kept in memory, in each process

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from unet.errors import InputError
-from unet.files.images import Array
+from unet.files.pages import Array
 
 Pixels: TypeAlias = NDArray[np.uint8]  # (H, W, C)
 

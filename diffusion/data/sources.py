@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from diffusion.data.shapes import HELD_OUT, SIDE, example, example_caption
 from unet.errors import InputError
-from unet.files.images import SUFFIXES, Array, ImageInfo, image_info, natural_key, read_image
+from unet.files.images import SUFFIXES, image_info, natural_key, read_image
+from unet.files.pages import Array, ImageInfo
 
 DRAWN = 20_000  # pictures of shapes
 _ARRAYS = ("images.npy", "labels.npy")  # of an .npz

@@ -12,7 +12,7 @@ from einops import repeat
 from numpy.typing import NDArray
 
 from unet.errors import InputError
-from unet.files.images import Array
+from unet.files.pages import Array
 
 Value: TypeAlias = "int | tuple[int, ...]"  # of a mask pixel: a number or an RGB colour
 
@@ -30,6 +30,7 @@ class ClassTable:
     ignore_value: Value | None = None
     ignored_share: float = 0.0  # of all pixels
     names: tuple[str, ...] = ()  # of the classes, where they are known
+    palette: bytes | None = None  # red, green and blue of each value, where masks are indices
 
     @classmethod
     def of(
@@ -38,47 +39,76 @@ class ClassTable:
         ignore_value: Value | None = None,
         names: Sequence[str] = (),
     ) -> ClassTable:
-        """The table of all masks of a set, (H, W) or (H, W, 3).
+        """The table of all masks of a set, (H, W) or (H, W, 3); see `counted`."""
+        pixels: Counter[Value] = Counter()
+        for mask in masks:
+            codes, counts = np.unique(value_codes(mask), return_counts=True)
+            values = code_values(codes, mask.ndim == 3)
+            pixels.update(dict(zip(values, counts.tolist(), strict=True)))
+            if len(pixels) > 100 * MAX_CLASSES:
+                break
+        return cls.counted(pixels, ignore_value, dict(enumerate(names)))
+
+    @classmethod
+    def counted(
+        cls,
+        pixels: Mapping[Value, int],
+        ignore_value: Value | None = None,
+        known: Mapping[Value, str] | None = None,
+        palette: bytes | None = None,
+    ) -> ClassTable:
+        """The table of masks whose values occur in so many pixels.
 
         If some masks are grey and some in colour, grey values count as grey colours.
 
         Args:
-            names: of the values 0, 1, ..., if these are the classes whether they occur or not;
+            known: the values that are the classes, with their names, whether they occur or not;
                 the ignored value need not occur, either.
+            palette: red, green and blue of each value in turn, where masks are indices.
 
         Raises:
-            InputError: more than MAX_CLASSES values, or a single one; an ignored value that does
-                not occur.
+            InputError: more than MAX_CLASSES values, or a single one; a value that is not among the
+                known ones; an ignored value that does not occur.
         """
-        pixels: Counter[Value] = Counter(dict.fromkeys(range(len(names)), 0))
-        for mask in masks:
-            codes, counts = np.unique(_codes(mask, mask.ndim == 3), return_counts=True)
-            values = _values(codes, mask.ndim == 3)
-            pixels.update(dict(zip(values, counts.tolist(), strict=True)))
-            if len(pixels) > 100 * MAX_CLASSES:
-                break
-        if any(isinstance(value, tuple) for value in pixels):
+        known = known or {}
+        found: Counter[Value] = Counter(dict.fromkeys(known, 0))
+        found.update(pixels)
+        if any(isinstance(value, tuple) for value in found):
             colours: Counter[Value] = Counter()
-            for value, count in pixels.items():
+            for value, count in found.items():
                 colours[_as_colour(value)] += count
-            pixels = colours
-            ignore_value = None if ignore_value is None else _as_colour(ignore_value)
+            known = {_as_colour(value): name for value, name in known.items()}
+            found, ignore_value = (
+                colours,
+                None if ignore_value is None else _as_colour(ignore_value),
+            )
         ignored = 0
         if ignore_value is not None:
-            if ignore_value not in pixels and not names:
-                raise InputError(f"ignore value {ignore_value}: the masks hold {_sorted(pixels)}")
-            ignored = pixels.pop(ignore_value, 0)
-        if len(pixels) > MAX_CLASSES:
-            raise InputError(_too_many(pixels))
-        if len(+pixels) < 2:
-            raise InputError(f"all mask pixels have the value {_sorted(+pixels)}; two are needed")
-        total, ordered = sum(pixels.values()), sorted(pixels, key=_as_colour)
+            if ignore_value not in found and not known:
+                raise InputError(f"ignore value {ignore_value}: the masks hold {listed(found)}")
+            ignored = found.pop(ignore_value, 0)
+            known = {value: name for value, name in known.items() if value != ignore_value}
+        if known and (strange := [value for value in found if value not in known]):
+            raise InputError(
+                f"the masks hold {listed(strange)}, where the classes that have names are "
+                f"{listed(known)}"
+            )
+        if len(found) > MAX_CLASSES:
+            raise InputError(
+                f"the masks hold {len(found)} distinct values ({listed(found)}), over "
+                f"{MAX_CLASSES}: instance masks, with a number for each object? Give --instances, "
+                "or each class one value"
+            )
+        if len(+found) < 2:
+            raise InputError(f"all mask pixels have the value {listed(+found)}; two are needed")
+        total, ordered = sum(found.values()), sorted(found, key=_as_colour)
         return cls(
             values=tuple(ordered),
-            shares=tuple(pixels[value] / total for value in ordered),
+            shares=tuple(found[value] / total for value in ordered),
             ignore_value=ignore_value,
             ignored_share=ignored / (total + ignored),
-            names=tuple(names),
+            names=tuple(known[value] for value in ordered) if known else (),
+            palette=palette,
         )
 
     def ignoring(self, value: Value) -> ClassTable:
@@ -91,7 +121,7 @@ class ClassTable:
         if ignored in self.values:
             raise InputError(
                 f"ignore value {value} is a class of the model; its classes are "
-                f"{_sorted(self.values)}"
+                f"{listed(self.values)}"
             )
         return replace(self, ignore_value=ignored)
 
@@ -104,7 +134,7 @@ class ClassTable:
         colour = isinstance(self.values[0], tuple)
         if colour and mask.ndim == 2:
             mask = repeat(mask, "h w -> h w c", c=3)
-        codes, table = _codes(mask, mask.ndim == 3), _codes(np.array(self.values), colour)
+        codes, table = value_codes(mask), _codes(np.array(self.values), colour)
         indices = np.searchsorted(table, codes).clip(max=len(table) - 1).astype(np.uint8)
         comparable = colour == (mask.ndim == 3)
         unknown = (table[indices] != codes) | (not comparable)
@@ -113,10 +143,10 @@ class ClassTable:
             indices[ignored] = IGNORE
             unknown &= ~ignored
         if unknown.any():
-            found = _values(np.unique(codes[unknown]), mask.ndim == 3)
+            found = code_values(np.unique(codes[unknown]), mask.ndim == 3)
             raise InputError(
                 f"{name}: unexpected values {some(found)} in {np.count_nonzero(unknown)} pixels; "
-                f"the classes are {_sorted(self.values)}"
+                f"the classes are {listed(self.values)}"
             )
         return indices
 
@@ -144,15 +174,13 @@ class ClassTable:
             f"value {value!s:>{width}} -> {what:{longest}} {share:7.2%}"
             for value, what, share in rows
         ]
-        if len(self.values) > 4 and _soft_edges(dict(zip(self.values, self.shares, strict=True))):
-            lines.append(
-                "note: if the values in between are anti-aliased edges, threshold the masks"
-            )
         return lines
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values, which `from_dict` reads back."""
-        return asdict(self)
+        saved = asdict(self)
+        palette = saved.pop("palette")
+        return saved if palette is None else {**saved, "palette": palette.hex()}
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> ClassTable:
@@ -170,7 +198,9 @@ class ClassTable:
             named = len(names) in (0, len(values))
             if not (fits and named and rising.all()) or numbers.shape[1:] not in ((), (3,)):
                 raise ValueError(f"values {some(values)}, {len(shares)} shares, {len(names)} names")
+            palette = saved.get("palette")
             table = cls(
+                palette=None if palette is None else bytes.fromhex(palette),
                 values=tuple(values),
                 shares=shares,
                 ignore_value=ignore_value,
@@ -193,7 +223,8 @@ def _codes(values: Array, colour: bool) -> NDArray[np.int64]:
     return values @ np.array([2**32, 2**16, 1]) if colour else values
 
 
-def _values(codes: NDArray[np.int64], colour: bool) -> list[Value]:
+def code_values(codes: NDArray[np.int64], colour: bool) -> list[Value]:
+    """The values that `value_codes` made these numbers of."""
     if not colour:
         return list(codes.tolist())
     return [(code >> 32, code >> 16 & 0xFFFF, code & 0xFFFF) for code in codes.tolist()]
@@ -203,7 +234,8 @@ def _as_colour(value: Value) -> tuple[int, ...]:
     return value if isinstance(value, tuple) else (value, value, value)
 
 
-def _sorted(values: Iterable[Value]) -> str:
+def listed(values: Iterable[Value]) -> str:
+    """Some values in order, for a sentence."""
     ordered: list[Value] = sorted(values, key=_as_colour)
     return some(ordered)
 
@@ -212,20 +244,3 @@ def some(values: Iterable[object]) -> str:
     """The first few of them and the last, for a sentence."""
     texts = [str(value) for value in values]
     return ", ".join(texts if len(texts) <= 9 else [*texts[:7], "...", texts[-1]])
-
-
-def _soft_edges(pixels: Mapping[Value, float]) -> bool:
-    """Whether the lowest and the highest value are the most frequent, with little in between."""
-    ordered: list[Value] = sorted(pixels, key=_as_colour)
-    counts = [pixels[value] for value in ordered]
-    return max(counts[1:-1]) < min(counts[0], counts[-1]) and sum(counts[1:-1]) < sum(counts) / 5
-
-
-def _too_many(pixels: Counter[Value]) -> str:
-    ordered: list[Value] = sorted(pixels, key=_as_colour)
-    text = f"the masks hold {len(pixels)} distinct values ({some(ordered)}), over {MAX_CLASSES}: "
-    if _soft_edges(pixels):
-        return text + "anti-aliased edges between two values? Threshold the masks"
-    return text + (
-        "instance masks, with a number for each object? Give --instances, or each class one value"
-    )

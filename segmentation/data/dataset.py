@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from segmentation.data.classes import IGNORE, ClassTable, Value, some
+from segmentation.data.classes import (
+    IGNORE,
+    MAX_CLASSES,
+    ClassTable,
+    Value,
+    code_values,
+    some,
+    value_codes,
+)
 from segmentation.data.instances import INSTANCE_NAMES, instance_classes
+from segmentation.data.masks import VOID, Survey, are_instances, is_void
 from segmentation.data.normalisation import Normalisation
 from segmentation.data.pairs import Pair, kind
-from unet.files.images import (
-    Array,
-)
+from unet.errors import InputError
+from unet.files.pages import Array, missing
 
 CACHE_BYTES = 2**30
+JUDGED = 20  # masks that decide whether they number objects, or have void edges
 
 
 class SegmentationData:
@@ -25,13 +36,18 @@ class SegmentationData:
     Everything is read once when it is built, so that a bad file is found before training starts.
 
     Args:
-        ignore_value: mask value of pixels that do not count.
+        ignore_value: mask value of pixels that do not count. Not given, it is the value that the
+            masks' files declare to be no data, or 255 where that marks the edges of objects.
         table, normalisation: those of a trained model; found from the data if not given, the
             classes over all pairs, the statistics over the training pairs alone.
         instances: the masks number each cell; its classes are background, cell, and border where
-            two touch. A table of these classes says so by itself.
+            two touch. A table of these classes says so by itself, and so do masks that clearly do.
+        names: of the classes, in the order of their values, or of some values.
         left_out: images that were found and have no label, to be told.
         cache_bytes: loaded pairs are kept in memory up to this size, in each process.
+
+    Attributes:
+        notes: what was found out and decided about the masks and images, a sentence each.
     """
 
     def __init__(
@@ -43,21 +59,28 @@ class SegmentationData:
         table: ClassTable | None = None,
         normalisation: Normalisation | None = None,
         instances: bool = False,
+        names: Sequence[str] = (),
         left_out: int = 0,
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
         self.pairs = [*train, *val]
         self.train, self.val = range(len(train)), range(len(train), len(self.pairs))
         self.channels, self.dtype = self.pairs[0].info.channels, self.pairs[0].info.dtype
+        self.notes: list[str] = []
         self.instances = instances or (table is not None and table.names == INSTANCE_NAMES)
-        self.ignore_value, self.left_out = ignore_value, left_out
-        masks = (self._read_mask(pair) for pair in self.pairs)
-        if table is None and self.instances:
-            ignored = None if ignore_value is None else IGNORE
-            table = ClassTable.of(masks, ignored, INSTANCE_NAMES)
-        self.table = table or ClassTable.of(masks, ignore_value)
-        images = (pair.read_image() for pair in train)
-        self.normalisation = normalisation or Normalisation.of(images)
+        self.instances |= table is None and any(pair.instances for pair in self.pairs)
+        self.left_out = left_out
+        if table is not None and isinstance(table.values[0], tuple):
+            self.pairs = [replace(p, colours=p.palette is not None) for p in self.pairs]
+        declared = {pair.nodata for pair in self.pairs} - {None}
+        if isinstance(ignore_value, tuple) and self._palette() is not None:
+            ignore_value = self._index_of(ignore_value)
+        if ignore_value is None and table is None and len(declared) == 1:
+            ignore_value = declared.pop()
+            self.notes.append(f"mask value {ignore_value} has no label, as its files declare")
+        self.ignore_value = ignore_value
+        self.table = table or self._find_table(names)
+        self.normalisation = normalisation or self._find_normalisation()
         self._cache: dict[int, tuple[NDArray[np.float32], NDArray[np.uint8]]] = {}
         self._free = cache_bytes
         for index in range(len(self.pairs)):
@@ -68,19 +91,175 @@ class SegmentationData:
         if index in self._cache:
             return self._cache[index]
         pair = self.pairs[index]
-        where = repr(str(pair.mask)) if isinstance(pair.mask, Path) else pair.name
-        where += "" if pair.page is None else f" page {pair.page}"
-        image = self.normalisation(pair.read_image())
-        mask = self.table.encode(self._read_mask(pair), where)
+        stored = pair.read_image()
+        image = self.normalisation(stored, pair.info.nodata)
+        mask = self._encoded(pair, stored)
         image.flags.writeable = mask.flags.writeable = False
         if image.nbytes + mask.nbytes <= self._free:
             self._free -= image.nbytes + mask.nbytes
             self._cache[index] = image, mask
         return image, mask
 
+    def _encoded(self, pair: Pair, image: Array) -> NDArray[np.uint8]:
+        """Class indices (H, W), ignored where the image holds no data."""
+        mask = self._read_mask(pair)
+        nodata = pair.info.nodata if pair.info.nodata is not None else self._nodata
+        unknown = missing(image, nodata)
+        if not unknown.any():
+            return self.table.encode(mask, pair.where)
+        mask = np.where(
+            unknown if mask.ndim == 2 else unknown[..., None], self.table.values[0], mask
+        )
+        return np.where(unknown, np.uint8(IGNORE), self.table.encode(mask, pair.where))
+
+    @property
+    def _nodata(self) -> float | None:
+        known = getattr(self, "normalisation", None)
+        return None if known is None else known.nodata
+
     def _read_mask(self, pair: Pair) -> Array:
         mask = pair.read_mask()
         return instance_classes(mask, self.ignore_value) if self.instances else mask
+
+    def _find_table(self, names: Sequence[str]) -> ClassTable:
+        """The classes of the masks; see `segmentation.data.masks`."""
+        if self.instances:
+            return self._instance_table()
+        survey = Survey.of((pair.where, self._measured_mask(pair)) for pair in self.pairs)
+        first = self.pairs[0].mask
+        wide = self.pairs[0].read_mask().dtype != np.uint8  # as few masks of classes are
+        as_cellpose = isinstance(first, Path) and first.stem.lower().endswith("_masks") and wide
+        if (as_cellpose or len(survey.pixels) > MAX_CLASSES) and are_instances(
+            (pair.read_mask() for pair in self.pairs[:JUDGED]), expected=as_cellpose
+        ):
+            self.instances = True
+            self.notes.append("the masks number objects, so background, cell and border are learnt")
+            return self._instance_table()
+        survey.check()
+        if self.ignore_value is None and is_void(
+            survey, lambda: (p.read_mask() for p in self.pairs if p.palette or len(self.pairs) < 99)
+        ):
+            self.ignore_value = VOID
+            self.notes.append(
+                f"mask value {VOID} marks the edges of objects, as in Pascal VOC, and is ignored"
+            )
+        if self.ignore_value is None:
+            self.ignore_value = self._unmeasured(survey)
+        return ClassTable.counted(
+            survey.pixels, self.ignore_value, self._known(survey, names), self._palette()
+        )
+
+    def _measured_mask(self, pair: Pair) -> Array:
+        """The mask's values (N, 1[, 3]) where the image holds data; all of it mostly."""
+        mask = pair.read_mask()
+        if pair.info.nodata is None:
+            return mask
+        known = ~missing(pair.read_image(), pair.info.nodata)
+        return mask if known.all() else mask[known][:, None]
+
+    def _unmeasured(self, survey: Survey) -> Value | None:
+        """The mask value of the pixels where nothing was measured, if no others have it."""
+        found: set[Value] = set()
+        for pair in self.pairs:
+            if pair.info.nodata is not None:
+                mask = pair.read_mask()
+                codes = value_codes(mask[missing(pair.read_image(), pair.info.nodata)][:, None])
+                found |= set(code_values(np.unique(codes), mask.ndim == 3)) - set(survey.pixels)
+        if len(found) != 1:
+            return None
+        value = found.pop()
+        self.notes.append(f"mask value {value} is only where nothing was measured, and is ignored")
+        # It counts as an ignored value though no measured pixel has it.
+        survey.pixels[value] += 0
+        return value
+
+    def _instance_table(self) -> ClassTable:
+        """Background, cell and border; tells of objects that overlap or have holes."""
+        overlaps = holes = 0
+        for pair in self.pairs:
+            if isinstance(pair.mask, tuple):
+                _, pixels, with_hole = pair.join_objects()
+                overlaps, holes = overlaps + pixels, holes + with_hole
+        if overlaps or holes:
+            self.notes.append(
+                f"{overlaps:,} pixels belong to two objects (the later file has them), {holes:,} "
+                "objects have holes"
+            )
+        ignored = None if self.ignore_value is None else IGNORE
+        return ClassTable.of((self._read_mask(p) for p in self.pairs), ignored, INSTANCE_NAMES)
+
+    def _known(self, survey: Survey, names: Sequence[str]) -> Mapping[Value, str]:
+        """The names of the values: those that are given, or that a file of the folder says."""
+        said: Mapping[int, str] = dict(enumerate(names)) or self.pairs[0].classes
+        values = sorted(v for v in survey.pixels if isinstance(v, int) and v != self.ignore_value)
+        if not said or not values or any(isinstance(v, tuple) for v in survey.pixels):
+            if said:
+                self.notes.append("names of classes are left out, as the masks are colours")
+            return {}
+        if set(values) <= set(said):
+            return dict(said.items())
+        if len(said) == len(values):  # such as two names for 0 and 255
+            return dict(zip(values, said.values(), strict=True))
+        raise InputError(
+            f"{len(said)} classes have names ({some(said.values())}), but the masks hold "
+            f"{some(values)}: give a name for each value, in their order"
+        )
+
+    def _index_of(self, colour: tuple[int, ...]) -> int:
+        """The index of a palette's colour that the masks use."""
+        table = np.frombuffer(self._palette() or b"", np.uint8).reshape(-1, 3)
+        same = np.flatnonzero((table == colour).all(axis=1)).tolist()
+        used = [i for i in same if any((p.read_mask() == i).any() for p in self.pairs)]
+        if len(used) != 1:
+            raise InputError(
+                f"ignore value {colour}: the palette of the masks has this colour for the indices "
+                f"{some(used or same) or 'none'}: give the index itself"
+            )
+        return int(used[0])
+
+    def _palette(self) -> bytes | None:
+        """The palette of the masks, where their values are its indices."""
+        first = self.pairs[0]
+        return None if any(p.colours or p.palette is None for p in self.pairs) else first.palette
+
+    def _find_normalisation(self) -> Normalisation:
+        """Statistics of the pixels of the training images that count."""
+        train = [self.pairs[i] for i in self.train]
+        declared = {p.info.nodata for p in train if p.info.nodata is not None}
+        if any(math.isnan(value) for value in declared):
+            declared = {value for value in declared if not math.isnan(value)} | {math.nan}
+        if len(declared) > 1:
+            raise InputError(
+                f"the images declare {some(sorted(declared))} to be no data: give the value that "
+                "all of them have with --nodata"
+            )
+        nodata = declared.pop() if declared else self._sentinel(train)
+        images = (pair.read_image() for pair in train)
+        counted = None if self.ignore_value is None else self._counted(train)
+        return Normalisation.of(images, counted, nodata)
+
+    def _counted(self, pairs: Sequence[Pair]) -> Iterator[NDArray[np.bool_]]:
+        for pair in pairs:
+            yield self._encoded(pair, pair.read_image()) != IGNORE
+
+    def _sentinel(self, pairs: Sequence[Pair]) -> float | None:
+        """A value that nobody declared: all pixels that are ignored have it, and no other one."""
+        if self.ignore_value is None:
+            return None
+        found: set[float] = set()
+        for pair, counts in zip(pairs, self._counted(pairs), strict=True):
+            image = pair.read_image()
+            if counts.all() or not counts.any():
+                continue
+            ignored, known = image[~counts], image[counts]
+            if ignored.min() != ignored.max() or known.min() <= ignored[0, 0] <= known.max():
+                return None
+            found.add(float(ignored[0, 0]))
+        if len(found) != 1:
+            return None
+        value = found.pop()
+        self.notes.append(f"image value {value:g} is taken for no data: all its pixels are ignored")
+        return value
 
     def describe(self, *, names: bool = True) -> str:
         """What was found, for people: images, sizes, channels, bit depth, classes, split.
@@ -94,6 +273,11 @@ class SegmentationData:
         lines = [f"{_images(len(infos))} of {size}, {kind(infos[0])}", *self.table.lines()]
         if alphas := sum(info.has_alpha for info in infos):
             lines.append(f"alpha channel dropped in {_images(alphas)}")
+        scaling = self.normalisation
+        if scaling.low is not None and scaling.high is not None:
+            line = f"values from {scaling.low:g} to {scaling.high:g}"
+            lines.append(line + _no_data(scaling.nodata))
+        lines += self.notes
         if self.left_out:
             lines.append(f"{_images(self.left_out)} without any label left out")
         for part, indices in (("training", self.train), ("validation", self.val)):
@@ -103,6 +287,10 @@ class SegmentationData:
         if self.train and not self.val:
             lines.append("validation: nothing is held out, so no figure tells of other images")
         return "\n".join(lines)
+
+
+def _no_data(value: float | None) -> str:
+    return "" if value is None else f", {value:g} where nothing was measured, which is ignored"
 
 
 def _images(count: int) -> str:

@@ -11,7 +11,7 @@ from scipy import ndimage
 from skimage.segmentation import watershed
 
 from segmentation.data.classes import IGNORE, Value, value_codes
-from unet.files.images import Array
+from unet.files.pages import Array
 
 BACKGROUND, CELL, BORDER = range(3)
 INSTANCE_NAMES = ("background", "cell", "border")

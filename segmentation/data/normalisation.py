@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from itertools import repeat
+from typing import Any, cast
 
 import numpy as np
 from einops import rearrange
@@ -12,7 +13,8 @@ from numpy.typing import NDArray
 
 from segmentation.data.classes import DTYPES
 from unet.errors import InputError
-from unet.files.images import Array, white
+from unet.files.images import white
+from unet.files.pages import Array, missing
 
 
 @dataclass(frozen=True)
@@ -22,25 +24,61 @@ class Normalisation:
     mean: tuple[float, ...]
     std: tuple[float, ...]  # 1 where a channel is constant
     dtype: str  # of the images: values of another depth mean something else
+    nodata: float | None = None  # value of pixels where nothing was measured, NaN among them
+    low: float | None = None  # the smallest and the largest value that was found
+    high: float | None = None
 
     @classmethod
-    def of(cls, images: Iterable[Array]) -> Normalisation:
-        """Statistics of images (H, W, C), one at a time, in float64 (Chan et al. 1979)."""
+    def of(
+        cls,
+        images: Iterable[Array],
+        valid: Iterable[NDArray[np.bool_]] | None = None,
+        nodata: float | None = None,
+    ) -> Normalisation:
+        """Statistics of images (H, W, C), one at a time, in float64 (Chan et al. 1979).
+
+        Args:
+            valid: where (H, W) the pixels of each image count; none given: everywhere that
+                something was measured.
+            nodata: value of pixels where nothing was measured.
+        """
         count, mean, squares = 0, np.zeros(1), np.zeros(1)  # squares: sum of (x - mean)^2
-        dtype = ""
-        for image in images:
-            n, m = image.shape[0] * image.shape[1], image.mean((0, 1), dtype=np.float64)
-            v, delta = image.var((0, 1), dtype=np.float64), m - mean
+        dtype, low, high = "", np.inf, -np.inf
+        everywhere = cast("Iterable[None]", repeat(None))
+        for image, counts in zip(images, valid or everywhere, strict=False):
+            known = ~missing(image, nodata) if counts is None else counts & ~missing(image, nodata)
+            dtype = image.dtype.name
+            pixels = image[known] if not known.all() else image.reshape(-1, image.shape[2])
+            if not (n := len(pixels)):
+                continue
+            m = pixels.mean(0, dtype=np.float64)
+            v, delta = pixels.var(0, dtype=np.float64), m - mean
             mean = mean + delta * n / (count + n)
             squares = squares + v * n + delta**2 * (count * n / (count + n))
-            count, dtype = count + n, image.dtype.name
-        if not count:
+            count += n
+            low, high = min(low, float(pixels.min())), max(high, float(pixels.max()))
+        if not dtype:
             raise ValueError("statistics of no images")
+        if not count:
+            raise InputError(
+                "no pixel of the training images has a label and a value: nothing to learn"
+            )
         std = np.sqrt(squares / count)
-        return cls(tuple(mean.tolist()), tuple(np.where(std > 0, std, 1.0).tolist()), dtype)
+        return cls(
+            tuple(mean.tolist()),
+            tuple(np.where(std > 0, std, 1.0).tolist()),
+            dtype,
+            nodata,
+            low,
+            high,
+        )
 
-    def __call__(self, image: Array) -> NDArray[np.float32]:
-        """(H, W, C) as stored -> float32 (C, H, W)."""
+    def __call__(self, image: Array, nodata: float | None = None) -> NDArray[np.float32]:
+        """(H, W, C) as stored -> float32 (C, H, W), 0 where nothing was measured.
+
+        Args:
+            nodata: what the image's file declares, instead of what the training images did.
+        """
         if image.shape[2] != len(self.mean) or image.dtype != self.dtype:
             raise InputError(
                 f"an image with {image.shape[2]} channels of {image.dtype}, where the training "
@@ -48,6 +86,9 @@ class Normalisation:
             )
         mean, std = np.array(self.mean, np.float32), np.array(self.std, np.float32)
         scaled = (image.astype(np.float32) - mean) / std
+        unknown = missing(image, self.nodata if nodata is None else nodata)
+        if unknown.any():
+            scaled[unknown] = 0
         return np.ascontiguousarray(rearrange(scaled, "h w c -> c h w"))
 
     def for_images(self, channels: int, dtype: str) -> Normalisation:
@@ -59,21 +100,30 @@ class Normalisation:
         mean, std = ([v * factor for v in values] for values in (self.mean, self.std))
         if channels != len(mean):
             mean, std = ([sum(values) / len(values)] * channels for values in (mean, std))
-        return replace(self, mean=tuple(mean), std=tuple(std), dtype=dtype)
+        found = replace(self, mean=tuple(mean), std=tuple(std), dtype=dtype)
+        return found if factor == 1 else replace(found, nodata=None, low=None, high=None)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values, which `from_dict` reads back."""
-        return asdict(self)
+        saved = asdict(self)
+        nodata = self.nodata
+        if nodata is not None and not np.isfinite(nodata):
+            saved["nodata"] = str(nodata)  # JSON has no NaN
+        return {key: value for key, value in saved.items() if value is not None}
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> Normalisation:
         """The statistics that `to_dict` gave, from JSON; InputError if they are none."""
         try:
             mean, std = (tuple(float(x) for x in saved[key]) for key in ("mean", "std"))
-            known = saved["dtype"] in DTYPES and len(mean) in (1, 3)
+            known = saved["dtype"] in DTYPES and len(mean) > 0
             fits = len(mean) == len(std) and np.isfinite(mean + std).all() and min(std) > 0
             if not known or not fits:
                 raise ValueError(f"mean {mean}, std {std} of {saved['dtype']!r}")
+            nodata, low, high = (
+                None if saved.get(key) is None else float(saved[key])
+                for key in ("nodata", "low", "high")
+            )
         except (KeyError, OverflowError, TypeError, ValueError) as error:
             raise InputError(f"the model's normalisation is damaged: {error}") from error
-        return cls(mean, std, saved["dtype"])
+        return cls(mean, std, saved["dtype"], nodata, low, high)

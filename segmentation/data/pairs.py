@@ -5,57 +5,105 @@ Files, slices of stacks and arrays in memory all become a `Pair` and go the same
 
 from __future__ import annotations
 
-import os
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from segmentation.data.classes import DTYPES, some
-from unet.errors import InputError
-from unet.files.images import (
-    SUFFIXES,
-    Array,
-    ImageInfo,
-    image_info,
-    list_images,
-    read_image,
-    read_mask,
-)
+import numpy as np
 
-_IMAGE_FOLDERS = ("image", "images", "img", "imgs", "imagestr")
-_MASK_FOLDERS = ("label", "labels", "mask", "masks", "labelstr")
-_MASK_SUFFIXES = ("_mask", "_label", "_seg")
-_ISBI_STACKS = ("train-volume.tif", "train-labels.tif")
+from segmentation.data.classes import DTYPES
+from segmentation.data.layouts import Match, find_layout
+from segmentation.data.masks import MaskCleaning, joined
+from unet.errors import InputError
+from unet.files.images import image_info, read_image, read_mask
+from unet.files.pages import AS_STORED, Array, ImageInfo, Reading
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Pair:
-    """One image and its mask: two files, a slice of two stacks, or two arrays."""
+    """One image and its mask: two files, a slice of two stacks, or two arrays.
+
+    Attributes:
+        image: several files are its channels in turn.
+        mask: several files are the objects of a numbered mask.
+        info: of the image.
+        page: 0-based slice of the stacks.
+        window: rows and columns of a part of the image.
+        part: "train" or "val" where the folder says it.
+        reading: what is said of the image's file beside what it says itself.
+        cleaning: what is done to the values of the mask.
+        palette: of a mask of indices: red, green and blue of each in turn.
+        colours: the palette's colours are the mask's values instead of the indices.
+        nodata: the mask's value of pixels without a label, where its file declares one.
+        instances: the mask numbers objects.
+        classes: names of mask values, where a file says them.
+    """
 
     name: str
-    image: Path | Array
-    mask: Path | Array
-    info: ImageInfo  # of the image
-    page: int | None = None  # 0-based slice of the stacks
-    window: tuple[slice, slice] | None = None  # rows and columns of a part of the image
+    image: Path | Array | tuple[Path, ...]
+    mask: Path | Array | tuple[Path, ...]
+    info: ImageInfo
+    page: int | None = None
+    window: tuple[slice, slice] | None = None
+    part: str = ""
+    reading: Reading = AS_STORED
+    cleaning: MaskCleaning = field(default_factory=MaskCleaning)
+    palette: bytes | None = None
+    colours: bool = False
+    nodata: int | None = None
+    instances: bool = False
+    classes: Mapping[int, str] = field(default_factory=dict)
 
     def read_image(self) -> Array:
         """(H, W, C), as `unet.files.images.read_image`."""
         if isinstance(self.image, Path):
-            image = read_image(self.image, self.page)
+            image = read_image(self.image, self.page, self.reading)
+        elif isinstance(self.image, tuple):
+            image = np.concatenate([read_image(file, self.page) for file in self.image], axis=2)
+            if (
+                chosen := self.reading.chosen(replace(self.info, channels=image.shape[2]))
+            ) is not None:
+                image = np.ascontiguousarray(image[..., chosen])
         else:
             image = self.image if self.image.ndim == 3 else self.image[:, :, None]
         return image if self.window is None else image[self.window]
 
     def read_mask(self) -> Array:
         """(H, W) or (H, W, 3), as `unet.files.images.read_mask`."""
-        mask = read_mask(self.mask, self.page) if isinstance(self.mask, Path) else self.mask
+        if isinstance(self.mask, tuple):
+            mask = self.join_objects()[0]
+        elif isinstance(self.mask, Path):
+            mask = read_mask(self.mask, self.page, colours=self.colours, lossy=bool(self.cleaning))
+        else:
+            mask = self.mask
+        mask = self.cleaning(mask)
         return mask if self.window is None else mask[self.window]
+
+    def join_objects(self) -> tuple[Array, int, int]:
+        """The numbered mask of several files; see `segmentation.data.masks.joined`."""
+        assert isinstance(self.mask, tuple)
+        parts = [read_mask(file, lossy=bool(self.cleaning)) for file in self.mask]
+        for file, part in zip(self.mask, parts, strict=True):
+            if part.shape[:2] != (self.info.height, self.info.width):
+                raise InputError(
+                    f"{str(file)!r} is {part.shape[0]} x {part.shape[1]}, but its image "
+                    f"{self.info.height} x {self.info.width}"
+                )
+        return joined(parts)
 
     @property
     def source(self) -> tuple[str | int, int | None]:
         """The image that it is, or is a part of."""
-        return (str(self.image) if isinstance(self.image, Path) else id(self.image)), self.page
+        known = isinstance(self.image, Path | tuple)
+        return (str(self.image) if known else id(self.image)), self.page
+
+    @property
+    def where(self) -> str:
+        """The mask's file, for a sentence."""
+        mask = self.mask[0].parent if isinstance(self.mask, tuple) else self.mask
+        place = repr(str(mask)) if isinstance(mask, Path) else self.name
+        return place if self.page is None else f"{place} page {self.page}"
 
     def meets(self, other: Pair) -> bool:
         """Whether this part of an image has a pixel in common with another one of it."""
@@ -66,60 +114,85 @@ class Pair:
 
 
 def find_pairs(
-    data: Path | None = None, images: Path | None = None, masks: Path | None = None
+    data: Path | None = None,
+    images: Path | None = None,
+    masks: Path | None = None,
+    *,
+    reading: Reading = AS_STORED,
+    cleaning: MaskCleaning | None = None,
 ) -> list[Pair]:
     """Images and masks that belong together, in natural order; a stack gives a pair per slice.
 
-    `data` holds a folder of images and one of masks (`image/ label/`, `images/ masks/`,
-    `imgs/ masks/`, `imagesTr/ labelsTr/`), or both side by side, or ISBI 2012's original stacks;
-    or `images` and `masks` are two folders or two files. A mask has the stem of its image, also
-    with _mask, _label or _seg; nnU-Net's _0000 at the end of an image's stem does not count.
+    Args:
+        data: a folder of images and one of masks (`image/ label/`, `images/ masks/`, nnU-Net's
+            `imagesTr/ labelsTr/`, ...), or both side by side, `train/ val/` with one of these each,
+            a folder an image with a file an object, or ISBI 2012's original stacks; see
+            `segmentation.data.layouts`.
+        images, masks: instead of it two folders or two files.
+        reading: what is said of the images beside what the files say.
+        cleaning: what is done to the values of the masks.
 
     Raises:
         InputError: no such folder; an image without mask or the reverse; sizes that differ;
             channels or bit depths that differ over the set. Names the files.
     """
-    if images is not None and masks is not None:
-        if os.path.isfile(images) and os.path.isfile(masks):
-            files = [(images, masks)]
-        else:
-            files = _match(list_images(images), list_images(masks))
-    elif data is None or images is not None or masks is not None:
-        raise InputError("give a data folder, or both an image folder and a mask folder")
-    else:
-        files = _in_folder(data)
-
+    layout = find_layout(data, images, masks)
+    cleaning = cleaning or MaskCleaning()
     pairs: list[Pair] = []
-    for image, mask in files:
-        info, of_mask = image_info(image), image_info(mask)
+    for match in layout.matches:
+        if match.part == "stack":
+            pairs += _stack(match, reading, cleaning)
+            continue
+        info, of_mask = (
+            _image_info(match.image, reading, layout.channels),
+            image_info(match.mask[0]),
+        )
         if (info.height, info.width, info.pages) != (of_mask.height, of_mask.width, of_mask.pages):
+            hint = ""
+            if info.pages != of_mask.pages and "I" in info.axes and info.pages <= 8:
+                hint = f": are its {info.pages} pages channels? Then give --axes CYX"
             raise InputError(
-                f"{_size(info)} in {str(image)!r}, but {_size(of_mask)} in {str(mask)!r}"
+                f"{_size(info)} in {str(match.image[0])!r}, but {_size(of_mask)} in "
+                f"{str(match.mask[0])!r}{hint}"
             )
-        if pairs and (info.channels, info.dtype) != (pairs[0].info.channels, pairs[0].info.dtype):
-            raise InputError(
-                f"{kind(info)} in {str(image)!r}, but {kind(pairs[0].info)} in "
-                f"{str(pairs[0].image)!r}; save all images alike"
-            )
+        nodata = of_mask.nodata
+        common = Pair(
+            name=match.name,
+            image=match.image[0] if len(match.image) == 1 else match.image,
+            mask=match.mask[0] if not _of_objects(layout.instances, match) else match.mask,
+            info=info,
+            part=match.part,
+            reading=reading,
+            cleaning=cleaning,
+            palette=of_mask.palette,
+            nodata=int(nodata) if nodata is not None and nodata == nodata // 1 else None,
+            instances=layout.instances,
+            classes=layout.classes,
+        )
+        if layout.ignore_value is not None:
+            common = replace(common, nodata=layout.ignore_value)
         digits = len(str(info.pages - 1))
         for page in range(info.pages):
-            slice_name = f"{image.stem}_{page:0{digits}d}" if info.pages > 1 else image.stem
-            number = page if info.pages > 1 else None
-            pairs.append(Pair(name=slice_name, image=image, mask=mask, info=info, page=number))
+            if info.pages == 1:
+                pairs.append(common)
+            else:
+                pairs.append(replace(common, name=f"{match.name}_{page:0{digits}d}", page=page))
+    for pair in pairs:
+        _check_alike(pair, pairs[0])
     name, times = Counter(pair.name for pair in pairs).most_common(1)[0]
     if times > 1:
         raise InputError(f"{times} images are named {name!r}; rename all but one")
-    return pairs
+    return _with_palettes(pairs)
 
 
 def pairs_from_arrays(images: Array, masks: Array) -> list[Pair]:
     """Pairs named "0", "1", ... of uint8, uint16 or float32 (N, H, W[, C]) and masks (N, H, W)."""
     channels = images.shape[3] if images.ndim == 4 else 1
-    known = channels in (1, 3) and images.dtype.name in DTYPES
+    known = channels > 0 and images.dtype.name in DTYPES
     if images.ndim not in (3, 4) or images.shape[:3] != masks.shape or not known:
         raise InputError(
             f"{images.dtype} images {images.shape} and masks {masks.shape} do not fit: give "
-            f"{', '.join(DTYPES)} (N, H, W) or (N, H, W, C), C = 1 or 3, and (N, H, W)"
+            f"{', '.join(DTYPES)} (N, H, W) or (N, H, W, C), and (N, H, W)"
         )
     height, width = masks.shape[1:]
     info = ImageInfo(height=height, width=width, channels=channels, dtype=images.dtype.name)
@@ -129,52 +202,138 @@ def pairs_from_arrays(images: Array, masks: Array) -> list[Pair]:
     ]
 
 
-def _in_folder(data: Path) -> list[tuple[Path, Path]]:
-    stacks = data / _ISBI_STACKS[0], data / _ISBI_STACKS[1]
-    if all(os.path.isfile(stack) for stack in stacks):
-        return [stacks]
-    folders = sorted(path for path in data.glob("*") if path.is_dir())
-    images = [folder for folder in folders if folder.name.lower() in _IMAGE_FOLDERS]
-    masks = [folder for folder in folders if folder.name.lower() in _MASK_FOLDERS]
-    if len(images) == len(masks) == 1:
-        return _match(list_images(images[0]), list_images(masks[0]))
-    side_by_side = any(path.suffix.lower() in SUFFIXES for path in data.glob("*"))
-    if images or masks or (folders and not side_by_side):
-        raise InputError(
-            f"{str(data)!r}: needs one folder of images ({', '.join(_IMAGE_FOLDERS)}) and one of "
-            f"masks ({', '.join(_MASK_FOLDERS)}), but has {some([f.name for f in folders])}; "
-            "name the two folders"
-        )
-    files = list_images(data)
-    masks = [file for file in files if file.stem.endswith(_MASK_SUFFIXES)]
-    return _match([file for file in files if file not in masks], masks)
+def kind(info: ImageInfo) -> str:
+    """Channels and depth, for people."""
+    named = {1: "grey", 3: "RGB"}.get(info.channels, f"{info.channels} channels of")
+    if info.names:
+        return f"{', '.join(info.names)} {info.dtype}"
+    return f"{named} {info.dtype}"
 
 
-def _match(images: list[Path], masks: list[Path]) -> list[tuple[Path, Path]]:
-    free = {mask.stem: mask for mask in masks}
-    files, alone = [], []
-    for image in images:
-        stems = dict.fromkeys((image.stem, image.stem.removesuffix("_0000")))
-        found = [s + end for s in stems for end in ("", *_MASK_SUFFIXES) if s + end in free]
-        if found:
-            files.append((image, free.pop(found[0])))
-        else:
-            alone.append(image)
-    used = {mask for _, mask in files}
-    unused = [mask for mask in masks if mask not in used]
-    for what, other, without in (("image", "mask", alone), ("mask", "image", unused)):
-        if without:
-            names = some([path.name for path in without])
+def _of_objects(instances: bool, match: Match) -> bool:
+    return instances or len(match.mask) > 1
+
+
+def _image_info(files: Sequence[Path], reading: Reading, names: tuple[str, ...]) -> ImageInfo:
+    """Of an image in one file, or in one for each channel."""
+    if len(files) == 1:
+        info = image_info(files[0], reading)
+        return replace(info, names=names) if names and len(names) == info.channels else info
+    infos = [image_info(file) for file in files]
+    for file, info in zip(files, infos, strict=True):
+        if (info.height, info.width, info.dtype, info.channels, info.pages) != (
+            infos[0].height,
+            infos[0].width,
+            infos[0].dtype,
+            1,
+            1,
+        ):
             raise InputError(
-                f"{str(without[0].parent)!r}: {len(without)} {what}s without {other}: {names}; "
-                f"a mask is named as its image, or with {', '.join(_MASK_SUFFIXES)} at the end"
+                f"{str(file)!r} is {kind(info)} {_size(info)}, but {str(files[0])!r} "
+                f"{kind(infos[0])} {_size(infos[0])}: the channels of an image are grey files alike"
             )
-    return files
+    return reading.of(replace(infos[0], channels=len(files), names=names))
+
+
+def _stack(match: Match, reading: Reading, cleaning: MaskCleaning) -> list[Pair]:
+    """A stack of images beside a folder of masks, or the reverse: page i goes with file i."""
+    one_image = len(match.image) == 1
+    stack = image_info(match.image[0], reading) if one_image else image_info(match.mask[0])
+    files = match.mask if one_image else match.image
+    if stack.pages != len(files):
+        name = match.image[0] if one_image else match.mask[0]
+        raise InputError(
+            f"{str(name)!r} has {stack.pages} pages, but there are {len(files)} files in "
+            f"{str(files[0].parent)!r}: one for each page"
+        )
+    pairs = []
+    for page, file in enumerate(files):
+        alone = image_info(file) if one_image else image_info(file, reading)
+        if (alone.height, alone.width, alone.pages) != (stack.height, stack.width, 1):
+            raise InputError(
+                f"{_size(alone)} in {str(file)!r}, but {stack.height} x {stack.width} in the stack"
+            )
+        masks = match.mask if one_image else match.image
+        image = read_image(match.image[0], page, reading) if one_image else file
+        mask = file if one_image else read_mask(match.mask[0], page if stack.pages > 1 else None)
+        pairs.append(
+            Pair(
+                name=f"{match.name}_{page:0{len(str(len(masks) - 1))}d}",
+                image=image,
+                mask=mask,
+                info=replace(stack if one_image else alone, pages=1),
+                reading=reading,
+                cleaning=cleaning,
+                palette=alone.palette if one_image else stack.palette,
+            )
+        )
+    return pairs
+
+
+def _check_alike(pair: Pair, first: Pair) -> None:
+    info, wanted = pair.info, first.info
+    where, other = (
+        repr(str(p.image[0] if isinstance(p.image, tuple) else p.image))
+        if not isinstance(p.image, np.ndarray)
+        else p.name
+        for p in (pair, first)
+    )
+    if (info.channels, info.dtype) != (wanted.channels, wanted.dtype):
+        raise InputError(
+            f"{kind(info)} in {where}, but {kind(wanted)} in {other}; save all images alike, or "
+            "choose --channels that all have"
+        )
+    if info.names != wanted.names and sorted(info.names) == sorted(wanted.names):
+        raise InputError(
+            f"the channels are {', '.join(info.names)} in {where}, but {', '.join(wanted.names)} "
+            f"in {other}: give them in one order, by name, with --channels"
+        )
+
+
+def _with_palettes(pairs: list[Pair]) -> list[Pair]:
+    """Palettes that say the same of all masks make indices the values, others the colours.
+
+    Raises:
+        InputError: colours must be the values, but one stands for two used indices.
+    """
+    palettes = {pair.palette for pair in pairs}
+    if palettes == {None}:
+        return pairs
+    if None not in palettes and (len(palettes) == 1 or _agree(pairs)):
+        return pairs
+    found = []
+    for pair in pairs:
+        if pair.palette is None or not isinstance(pair.mask, Path):
+            found.append(pair)
+            continue
+        used = np.unique(read_mask(pair.mask, pair.page))
+        table = np.frombuffer(pair.palette, np.uint8).reshape(-1, 3)
+        colours = Counter(map(tuple, table[used].tolist()))
+        colour, times = colours.most_common(1)[0]
+        if times > 1:
+            twins = [int(i) for i in used if tuple(table[i].tolist()) == colour]
+            raise InputError(
+                f"{pair.where}: the indices {twins[0]} and {twins[1]} of its palette both have the "
+                f"colour {colour}, and other masks have other palettes or none, so that only "
+                "colours could say what is meant: give all masks one palette"
+            )
+        found.append(replace(pair, colours=True))
+    return found
+
+
+def _agree(pairs: Sequence[Pair]) -> bool:
+    """Whether all palettes have the same colours for the indices that are used."""
+    known: dict[int, tuple[int, ...]] = {}
+    for pair in pairs:
+        if pair.palette is None or not isinstance(pair.mask, Path):
+            return False
+        table = np.frombuffer(pair.palette, np.uint8).reshape(-1, 3)
+        for index in np.unique(read_mask(pair.mask, pair.page)).tolist():
+            colour = tuple(table[index].tolist())
+            if known.setdefault(index, colour) != colour:
+                return False
+    return True
 
 
 def _size(info: ImageInfo) -> str:
     return f"{info.height} x {info.width}" + (f", {info.pages} pages" if info.pages > 1 else "")
-
-
-def kind(info: ImageInfo) -> str:
-    return f"{'grey' if info.channels == 1 else 'RGB'} {info.dtype}"

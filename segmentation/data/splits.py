@@ -31,6 +31,9 @@ def split_pairs(
     as many labelled pixels, which are images of their own: nothing that is trained on shows a pixel
     that is held out.
 
+    Where folders say which images are held out (`Pair.part`), these are, unless names or a fold are
+    given.
+
     Args:
         val: share for validation, from 0 (nothing is held out) and below 1; else at least one pair
             is on each side.
@@ -58,6 +61,10 @@ def split_pairs(
             raise InputError(
                 f"{len(chosen)} of {count} images for validation; leave some on each side"
             )
+    elif fold is None and any(pair.part == "val" for pair in pairs):
+        chosen = {i for i, pair in enumerate(pairs) if pair.part == "val"}
+        if len(chosen) == count:
+            raise InputError("no image is left to train on: all of them are held out")
     elif fold is not None:
         match = re.fullmatch("([0-9]{1,9})/([0-9]{1,9})", fold)
         k, n = map(int, match.groups()) if match else (0, 0)

@@ -253,7 +253,7 @@ def evaluate(
         raise InputError("there is no image to score")
     found = Evaluation(data.table, threshold, thresholds=thresholds, warping=warping)
     for i in tqdm(indices, unit="image", desc="scoring", leave=False, disable=None):
-        probability = predict(RasterSource(data.pairs[i].read_image()))
+        probability = predict(RasterSource(data.pairs[i].read_image(), data.pairs[i].info.nodata))
         found.add(i, data.pairs[i].name, probability, data.load(i)[1])
     return found
 

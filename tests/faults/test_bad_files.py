@@ -37,7 +37,8 @@ from segmentation.output import find_slices
 from tests.faults.bad_files import GREY, READERS, Bench, picture, refusal, write_model
 from tests.faults.damage import HOSTILE, ZEROS, mutated, tiff
 from tests.faults.harness import ROOT, run
-from unet.files.images import MAX_PIXELS, image_info, read_image
+from unet.files.images import image_info, read_image
+from unet.files.pages import MAX_PIXELS
 from unet.training.cli import run_script
 from unet_diffusion import describe, predict_seg, sample_ddpm, train_ddpm, train_seg
 

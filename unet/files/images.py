@@ -7,61 +7,42 @@ names it. Nothing in a file is run, and more than MAX_PIXELS are refused before 
 
 from __future__ import annotations
 
-import logging
+import math
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import imagecodecs
 import numpy as np
 import tifffile
-from einops import rearrange
-from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from unet.errors import InputError, said
+from unet.files.pages import (
+    AS_STORED,
+    MAX_PAGES,
+    MAX_PIXELS,
+    Array,
+    GetPage,
+    ImageInfo,
+    Page,
+    Reading,
+    Stored,
+    colour_table,
+    image_dtype,
+    upright,
+)
+from unet.files.tiff import open_tiff
 from unet.files.writing import replacing
 
-Array: TypeAlias = NDArray[Any]
-
-MAX_PIXELS = 2**27  # of one page: 11,585 x 11,585; 0.4 GB as 8-bit RGB, in a TIFF at most 1 GB
-MAX_PAGES = 2**21  # of a stack; it has fewer
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".npy")
+WIDEST = 32  # channels of an NPY array whose last axis is taken for them, if the others are longer
 
-# None, CCITT, LZW, Deflate, PackBits, LZMA, Zstandard: decoded into a buffer of the declared size,
-# so that a small file cannot unpack to a large one. JPEG would bring a size of its own.
-_TIFF_COMPRESSIONS = (1, 2, 3, 4, 5, 8, 32773, 32946, 34925, 50000)
-_TIFF_GREY, _TIFF_RGB = (0, 1, 3), 2  # white is zero, black is zero, colour map
-_ORIENTATION = 274  # the tag of EXIF and of TIFF
-# Its values, and what turns the stored rows (H, W, C) upright.
-_UPRIGHT: dict[int, Callable[[Array], Array]] = {
-    2: lambda a: a[:, ::-1],
-    3: lambda a: a[::-1, ::-1],
-    4: lambda a: a[::-1],
-    5: lambda a: rearrange(a, "h w c -> w h c"),
-    6: lambda a: np.rot90(a, -1),
-    7: lambda a: rearrange(a[::-1, ::-1], "h w c -> w h c"),
-    8: lambda a: np.rot90(a),
-}
-
-logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # it logs what it forgives
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImageInfo:
-    """What a file's header says of the array that `read_image` returns for each of its pages."""
-
-    height: int  # upright, after the orientation tag
-    width: int
-    channels: int  # 1 (grey) or 3 (RGB)
-    dtype: str  # "uint8", "uint16" or "float32"
-    pages: int = 1  # of a TIFF or NPY stack
-    has_alpha: bool = False  # the file has an alpha channel, which is not read
-    lossy: bool = False  # JPEG and WebP change values
+_ORIENTATION = 274  # the tag of EXIF
 
 
 def white(dtype: str) -> int:
@@ -95,15 +76,18 @@ def natural_key(name: str) -> tuple[list[str | tuple[int, str]], str]:
     return [(len(part), part) if i % 2 else part for i, part in enumerate(parts)], name
 
 
-def image_info(path: Path) -> ImageInfo:
+def image_info(path: Path, reading: Reading = AS_STORED) -> ImageInfo:
     """Size, channels, depth and pages of a file, from its headers; no pixel is decoded.
 
     A size above MAX_PIXELS is reported, not refused: `read_image` refuses it.
 
+    Args:
+        reading: what is said of the file beside what it says itself.
+
     Raises:
-        InputError: not an image, or a stack whose pages differ, or too many.
+        InputError: not an image, no such channel, or a stack whose pages differ, or too many.
     """
-    with _open(path) as get_page:
+    with _open(path, reading) as get_page:
         first = get_page(0).info
         pages = first.pages
         while first.pages == 1 and pages < MAX_PAGES:
@@ -115,60 +99,121 @@ def image_info(path: Path) -> ImageInfo:
             pages += 1
         if pages >= MAX_PAGES:
             raise InputError(f"it has {MAX_PAGES:,} pages or more; save it as several stacks")
-        return replace(first, pages=pages)
+        return reading.of(replace(first, pages=pages))
 
 
-def read_image(path: Path, page: int | None = None) -> Array:
-    """Pixels of an image file: palette looked up, alpha dropped, turned upright.
+def read_image(
+    path: Path, page: int | None = None, reading: Reading = AS_STORED, *, alpha: bool = False
+) -> Array:
+    """Pixels of an image file: palette looked up, turned upright, white as viewers show it.
 
-    A colour map in a TIFF only says how to display; its values are read. NPY: (H, W), (H, W, C) or
-    a stack (N, H, W), (N, H, W, C); a last axis of 1, 3 or 4 is taken as channels.
+    TIFF: by the axes that the file names (`unet.files.tiff`). NPY: (H, W), (H, W, C) or a stack
+    (N, H, W), (N, H, W, C); a last axis of 1, 3 or 4 is taken as channels, and one of up to WIDEST
+    beside longer ones.
 
     Args:
-        page: 0-based page of a stack; None for a file that holds one image.
+        page: 0-based slice of a stack; None for a file that holds one image.
+        reading: what is said of the file beside what it says itself.
+        alpha: read the alpha channel, too, as the last one, where there is one.
 
     Returns:
-        (H, W, C), C = 1 or 3: uint8 or uint16 as stored, 1-bit as uint8 0 and 255, any other
-        integer or float type as float32.
+        (H, W, C): uint8 or uint16 as stored, 1-bit as uint8 0 and 255, any other integer or float
+        type as float32.
 
     Raises:
-        InputError: not an image, damaged, larger than MAX_PIXELS, no such page, not finite.
+        InputError: not an image, damaged, larger than MAX_PIXELS, no such page or channel; NaN
+            where no data are not declared to be NaN; infinite.
     """
-    with _read(path, page) as (array, info):
+    with _read(path, page, reading) as found:
+        array = found.read(alpha=alpha)
+        if (chosen := reading.chosen(found.info)) is not None:
+            array = np.ascontiguousarray(array[..., chosen])
         with np.errstate(over="ignore"):
-            array = array.astype(info.dtype, copy=False)
-        if array.dtype == np.float32 and not np.isfinite(array).all():
-            raise InputError("it holds NaN, infinite or too large values; replace them")
+            array = array.astype(found.info.dtype, copy=False)
+        if array.dtype == np.float32:
+            declared = reading.of(found.info).nodata
+            known = np.isfinite(array)
+            if declared is not None and math.isnan(declared):
+                known |= np.isnan(array)
+            if not known.all():
+                raise InputError(
+                    "it holds NaN, infinite or too large values; replace them, or if NaN stands "
+                    "for no data, say so with nodata NaN"
+                )
         return array
 
 
-def read_mask(path: Path, page: int | None = None) -> Array:
+def map_image(path: Path, page: int | None = None, reading: Reading = AS_STORED) -> Array | None:
+    """What `read_image` gives of any size, as a map of the file (H, W, C); None: not possible.
+
+    Chosen channels must follow each other at equal steps.
+    """
+    with _read(path, page, reading) as found:
+        if found.mapped is None:
+            return None
+        array = found.mapped()[..., : found.info.channels]
+        chosen = reading.chosen(found.info)
+        if chosen is None:
+            return array
+        step = chosen[1] - chosen[0] if len(chosen) > 1 else 1
+        if step <= 0 or chosen != list(range(chosen[0], chosen[-1] + 1, step)):
+            return None
+        return array[..., chosen[0] : chosen[-1] + 1 : step]
+
+
+def read_mask(
+    path: Path, page: int | None = None, *, colours: bool = False, lossy: bool = False
+) -> Array:
     """Values of a mask file, unchanged: the number that stands for a class, or its colour.
 
-    A palette is treated as colours, unless all of its colours are grey: then as grey values. 1-bit
-    masks are 0 and 255. Whole numbers stored as float are accepted.
+    A palette file holds numbers, the indices; `image_info` has its colours. 1-bit masks are 0 and
+    255. Whole numbers stored as float are accepted.
 
     Args:
-        page: 0-based page of a stack; None for a file that holds one mask.
+        page: 0-based slice of a stack; None for a file that holds one mask.
+        colours: look the palette up: as grey values if all of its colours are grey.
+        lossy: also read JPEG and WebP files, whose values have changed a little.
 
     Returns:
         (H, W) for grey or (H, W, 3) for colours, in an integer dtype.
 
     Raises:
-        InputError: as `read_image`; a JPEG or WebP file; values that are not whole numbers.
+        InputError: as `read_image`; a JPEG or WebP file; values that are not whole numbers; more
+            channels; nothing but an alpha channel.
     """
-    with _read(path, page, lossless=True) as (array, info):
+    with _read(path, page, AS_STORED) as found:
+        info = found.info
+        if info.lossy and not lossy:
+            raise InputError(
+                "JPEG and WebP change values, so its values are not those of the classes; name the "
+                "true values, such as --mask-values 0 255, and each pixel takes the nearest"
+            )
+        if info.palette is not None and not colours:
+            return found.read(indices=True)[..., 0]
+        array = found.read(alpha=info.has_alpha)
+        if info.has_alpha:
+            array, cover = array[..., :-1], array[..., -1]
+            if (array == array[0, 0]).all() and (cover != cover[0, 0]).any():
+                raise InputError(
+                    f"all of its pixels have the colour {array[0, 0].tolist()}, and its alpha "
+                    "channel differs: the mask is in there; save that channel as the mask"
+                )
+        if info.channels not in (1, 3):
+            raise InputError(f"it has {info.channels} channels, where a mask has 1 or a colour 3")
         if array.dtype.kind == "f":
             if not (np.isfinite(array) & (array == np.round(array)) & (abs(array) < 2**31)).all():
                 raise InputError("a mask must hold whole numbers, one for each class")
             array = array.astype(np.int64)
-        return array[:, :, 0] if info.channels == 1 else array
+        return array[:, :, 0] if info.channels == 1 else np.ascontiguousarray(array)
 
 
-def write_image(path: Path, array: Array) -> None:
+def write_image(path: Path, array: Array, palette: bytes | None = None) -> None:
     """Writes (H, W), (H, W, 1) or (H, W, 3) as PNG (uint8, uint16) or TIFF (these and float32).
 
     The suffix of the path decides. The file appears whole or not at all.
+
+    Args:
+        palette: red, green and blue of each value in turn: uint8 (H, W) are written as indices.
 
     Raises:
         InputError: a suffix, shape or dtype that does not go together.
@@ -187,39 +232,30 @@ def write_image(path: Path, array: Array) -> None:
         )
     array = np.ascontiguousarray(array)
     with replacing(path) as temporary:
-        if png:
+        if png and palette is not None and array.dtype == np.uint8 and array.ndim == 2:
+            picture = Image.fromarray(array)
+            picture.putpalette(palette)
+            picture.save(temporary, "PNG")
+        elif png:
             temporary.write_bytes(imagecodecs.png_encode(array))
         else:
-            tifffile.imwrite(temporary, array, photometric=("minisblack", "rgb")[array.ndim - 2])
+            kind = ("minisblack", "rgb")[array.ndim - 2]
+            tifffile.imwrite(temporary, array, **tiff_colours(palette, array.dtype, kind))
 
 
-@dataclass(frozen=True)
-class _Page:
-    info: ImageInfo
-    decode: Callable[[], Array]  # (H, W) or (H, W, C or more) in native byte order
-    orientation: int = 1
-
-    def read(self) -> Array:
-        """Upright pixels (H, W, C) without alpha; 1-bit as 0 and 255."""
-        height, width = self.info.height, self.info.width
-        if height * width > MAX_PIXELS:
-            raise InputError(f"{height} x {width} is over {MAX_PIXELS:,} pixels; cut it into tiles")
-        array = self.decode()
-        array = (array if array.ndim == 3 else array[..., None])[..., : self.info.channels]
-        array = np.ascontiguousarray(_UPRIGHT.get(self.orientation, np.asarray)(array))
-        if array.shape != (height, width, self.info.channels) or not array.size:
-            raise InputError(f"its pixels {array.shape} do not fill the size in its header")
-        return np.where(array, np.uint8(255), np.uint8(0)) if array.dtype == np.bool_ else array
-
-
-_GetPage: TypeAlias = Callable[[int], _Page]  # IndexError past the last page
+def tiff_colours(palette: bytes | None, dtype: np.dtype[Any], kind: str) -> dict[str, Any]:
+    """What `tifffile` is told of the colours of an image: a palette's, or a kind."""
+    if palette is None or dtype != np.uint8:
+        return {"photometric": kind}
+    table = np.zeros((3, 256), np.uint16)
+    colours = np.frombuffer(palette, np.uint8).reshape(-1, 3).astype(np.uint16) * 257
+    table[:, : len(colours)] = colours.T
+    return {"photometric": "palette", "colormap": table}
 
 
 @contextmanager
-def _read(
-    path: Path, page: int | None, lossless: bool = False
-) -> Iterator[tuple[Array, ImageInfo]]:
-    with _open(path) as get_page:
+def _read(path: Path, page: int | None, reading: Reading) -> Iterator[Page]:
+    with _open(path, reading) as get_page:
         try:
             found = get_page(page or 0)
         except IndexError as error:
@@ -228,13 +264,11 @@ def _read(
             with suppress(IndexError):
                 get_page(1)
                 raise InputError("it is a stack of several pages; say which page to read")
-        if lossless and found.info.lossy:
-            raise InputError("JPEG and WebP change values, so it cannot be a mask; save it as PNG")
-        yield found.read(), found.info
+        yield found
 
 
 @contextmanager
-def _open(path: Path) -> Iterator[_GetPage]:
+def _open(path: Path, reading: Reading) -> Iterator[GetPage]:
     """The pages of any image file; all that a damaged file makes a decoder raise is InputError."""
     try:
         if not path.is_file():
@@ -244,9 +278,9 @@ def _open(path: Path) -> Iterator[_GetPage]:
         if not start:
             raise InputError("the file is empty (0 bytes)")
         if start.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
-            reader = _open_tiff(path)
+            reader = open_tiff(path, reading)
         elif start.startswith(b"\x93NUMPY"):
-            reader = _open_npy(path)
+            reader = _open_npy(path, reading)
         else:
             reader = _open_pillow(path, start)
         with warnings.catch_warnings():
@@ -261,7 +295,7 @@ def _open(path: Path) -> Iterator[_GetPage]:
 
 
 @contextmanager
-def _open_pillow(path: Path, start: bytes) -> Iterator[_GetPage]:
+def _open_pillow(path: Path, start: bytes) -> Iterator[GetPage]:
     try:
         picture = Image.open(path, formats=("PNG", "JPEG", "BMP", "GIF", "WEBP"))
     except UnidentifiedImageError as error:
@@ -275,111 +309,75 @@ def _open_pillow(path: Path, start: bytes) -> Iterator[_GetPage]:
         # Pillow cuts 16-bit colour to 8 bits. IHDR: bit depth at byte 24, colour type at 25.
         deep = picture.format == "PNG" and start[24] == 16 and start[25] in (2, 4, 6)
         grey = start[25] == 4 if deep else mode.startswith(("1", "L", "I"))
+        palette = None
         if mode.startswith("P"):
-            palette = np.array(picture.getpalette("RGB"), np.uint8).reshape(-1, 3)
-            grey = bool((palette == palette[:, :1]).all())
+            palette = bytes(picture.getpalette("RGB") or ())
+            grey = colour_table(palette).shape[1] == 1
+        wide = mode.startswith("I")
+        alpha = not wide and (mode.endswith("A") or "transparency" in picture.info)
 
         def decode() -> Array:
             if deep:
                 return np.asarray(imagecodecs.png_decode(path.read_bytes()))
-            as_stored = grey and not mode.startswith("P")
+            if alpha:
+                colours = np.asarray(picture.convert("RGBA"))
+                return colours[..., [0, 3]] if grey else colours
+            as_stored = grey and palette is None
             array = np.asarray(picture if as_stored else picture.convert("RGB"))
-            return array.astype(np.uint16) if mode.startswith("I") else array
+            return array.astype(np.uint16) if wide else array
+
+        def indices() -> Array:
+            return np.asarray(picture if mode == "P" else picture.getchannel(0))
 
         # Without the test Pillow decodes a PNG to look for EXIF data behind its pixels.
         turn = picture.getexif().get(_ORIENTATION, 1) if "exif" in picture.info else 1
-        height, width = picture.size[:: 1 if 5 <= turn <= 8 else -1]
+        height, width = upright(picture.size[::-1], turn)
         info = ImageInfo(
             height=height,
             width=width,
             channels=1 if grey else 3,
-            dtype="uint16" if deep or mode.startswith("I") else "uint8",
-            has_alpha=mode.endswith("A") or "transparency" in picture.info,
+            dtype="uint16" if deep or wide else "uint8",
+            has_alpha=alpha,
             lossy=picture.format in ("JPEG", "WEBP"),
+            palette=palette,
         )
-        yield [_Page(info, decode, turn)].__getitem__
+        yield [Page(info, decode, turn, indices if palette else None)].__getitem__
 
 
 @contextmanager
-def _open_tiff(path: Path) -> Iterator[_GetPage]:
-    with tifffile.TiffFile(path, _multifile=False) as tif:
-        seen: dict[int, int] = {}
-
-        def get_page(index: int) -> _Page:
-            try:
-                page = tif.pages[index]
-            except IndexError:
-                tif.filehandle.seek(tif.pages.next_page_offset or 0)
-                linked = any(tif.filehandle.read(tif.tiff.offsetsize))
-                if linked or index < (tif.imagej_metadata or {}).get("images", 0):
-                    raise InputError(f"page {index} is missing from the stack") from None
-                raise
-            if seen.setdefault(page.offset, index) != index:
-                raise InputError(f"page {index} leads back to page {seen[page.offset]}")
-            return _tiff_page(page)
-
-        yield get_page
-
-
-def _tiff_page(page: Any) -> _Page:
-    stored = page.imagelength, page.imagewidth
-    if page.axes not in ("YX", "YXS", "SYX") or not all(isinstance(n, int) for n in stored):
-        raise InputError(f"its axes are {page.axes} of {stored}; grey or RGB pages can be read")
-    if page.compression not in _TIFF_COMPRESSIONS:
-        raise InputError(f"TIFF compression {page.compression!r}; save it with LZW or Deflate")
-    samples = page.samplesperpixel
-    rgb, grey = page.photometric == _TIFF_RGB, page.photometric in _TIFF_GREY
-    alpha = (rgb and samples == 4) or (grey and samples == 2 and 0 not in page.extrasamples)
-    if samples - alpha != (3 if rgb else 1) or not (rgb or grey):
-        raise InputError(f"{samples} channels of kind {page.photometric!r}; save it as grey or RGB")
-
-    def decode() -> Array:
-        if max(page.nbytes // 8, page.tilewidth * page.tilelength * page.tiledepth) > MAX_PIXELS:
-            raise InputError(f"its tiles, or its values of 8 bytes, are over {MAX_PIXELS:,}")
-        segments = zip(page.dataoffsets, page.databytecounts, strict=True)
-        if any(start + size > page.parent.filehandle.size for start, size in segments):
-            raise InputError("the file is truncated")
-        array = page.asarray(maxworkers=1)
-        return rearrange(array, "s h w -> h w s") if page.axes == "SYX" else array
-
-    turn = page.tags.valueof(_ORIENTATION, 1)
-    height, width = stored[:: -1 if 5 <= turn <= 8 else 1]
-    info = ImageInfo(
-        height=height,
-        width=width,
-        channels=samples - alpha,
-        dtype=_image_dtype(page.dtype),
-        has_alpha=alpha,
-    )
-    return _Page(info, decode, turn)
-
-
-@contextmanager
-def _open_npy(path: Path) -> Iterator[_GetPage]:
+def _open_npy(path: Path, reading: Reading) -> Iterator[GetPage]:
     # A memory map never unpickles, and refuses a shape that the file is too short for.
     array = np.lib.format.open_memmap(path, mode="r")
-    samples = array.shape[-1] if array.ndim > 2 and array.shape[-1] in (1, 3, 4) else 0
-    axes = array.ndim - bool(samples)
-    if axes not in (2, 3) or not array.size:
-        raise InputError(f"its shape {array.shape} is not (H, W), (H, W, C) or (N, H, W[, C])")
-    pages = array if axes == 3 else array[None]
+    axes, alpha = reading.axes, False
+    if axes is None:
+        *others, last = array.shape if array.ndim > 1 else (0,)
+        has_channels = array.ndim > 2 and (
+            last in (1, 3, 4) or (last <= WIDEST and last < min(others[-2:]) and array.ndim < 5)
+        )
+        axes = "ZYX" if array.ndim - has_channels == 3 else "YX"
+        axes = f"{axes}C" if has_channels else axes
+        alpha = has_channels and last == 4
+        if not 2 <= array.ndim - has_channels <= 3 or not array.size:
+            raise InputError(
+                f"its shape {array.shape} is not (H, W), (H, W, C) or (N, H, W[, C]); name its "
+                "axes, such as ZCYX"
+            )
+    if len(axes) != array.ndim:
+        raise InputError(f"its shape {array.shape} does not have the axes {axes}")
+    stored = Stored(axes, array.shape, 0, lambda _: array)
     info = ImageInfo(
-        height=pages.shape[1],
-        width=pages.shape[2],
-        channels=min(samples, 3) or 1,
-        dtype=_image_dtype(array.dtype),
-        pages=len(pages),
-        has_alpha=samples == 4,
+        height=stored.size[0],
+        width=stored.size[1],
+        channels=stored.channels - alpha,
+        dtype=image_dtype(array.dtype),
+        pages=stored.pages,
+        has_alpha=alpha,
+        axes=stored.axes,
     )
 
-    def get_page(index: int) -> _Page:
-        page = pages[index]
-        return _Page(info, lambda: np.array(page, page.dtype.newbyteorder("=")))
+    def get_page(index: int) -> Page:
+        if not 0 <= index < stored.pages:
+            raise IndexError(index)
+        return Page(info, lambda: stored.page(index), mapped=lambda: stored.page(index))
 
     yield get_page
-
-
-def _image_dtype(stored: np.dtype[Any] | None) -> str:
-    if stored is None or stored.kind not in "biuf":
-        raise InputError(f"pixels of type {stored}; 8 or 16 bits or float can be read")
-    return {"bool": "uint8", "uint8": "uint8", "uint16": "uint16"}.get(stored.name, "float32")

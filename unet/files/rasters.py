@@ -11,58 +11,62 @@ import numpy as np
 import tifffile
 
 from unet.errors import InputError
-from unet.files.images import MAX_PIXELS, Array, ImageInfo, image_info, read_image
+from unet.files.images import image_info, map_image, read_image, tiff_colours
+from unet.files.pages import AS_STORED, MAX_PIXELS, Array, ImageInfo, Reading
 from unet.files.writing import replacing
 
 MAX_SIDE = 2**20  # pixels of a mapped image
 
 
-def open_raster(path: Path, page: int | None = None, info: ImageInfo | None = None) -> Array:
+def open_raster(
+    path: Path,
+    page: int | None = None,
+    info: ImageInfo | None = None,
+    reading: Reading = AS_STORED,
+) -> Array:
     """An image (H, W, C) to slice: decoded where it is small, else mapped from its file.
 
-    Mapped are uncompressed TIFF (grey or RGB, not turned) and NPY files, which `read_image` would
+    Mapped are uncompressed TIFF (of any axes, not turned) and NPY files, which `read_image` would
     refuse for having more than MAX_PIXELS.
 
     Args:
         info: what `image_info` says of the file, where it is known already.
+        reading: what is said of the file beside what it says itself.
 
     Raises:
         InputError: as `read_image`; a large image that cannot be mapped.
     """
-    info = info or image_info(path)
+    info = info or image_info(path, reading)
     if info.height * info.width <= MAX_PIXELS:
-        return read_image(path, page)
+        return read_image(path, page, reading)
     if max(info.height, info.width) > MAX_SIDE:
         raise InputError(
             f"'{path}' has {info.height} x {info.width} pixels, more than {MAX_SIDE} a side: cut it"
         )
-    pixels: Any
-    try:
-        if path.suffix.lower() == ".npy":
-            pixels = np.load(path, mmap_mode="r", allow_pickle=False)
-            pixels = pixels if page is None else pixels[page]
-        else:
-            pixels = tifffile.memmap(path, page=page or 0, mode="r")
-    except Exception as error:  # tifffile raises what a wrong byte leads it to
+    pixels = map_image(path, page, reading)
+    if pixels is None:
         raise InputError(
             f"'{path}' has {info.height} x {info.width} pixels, too many to decode at once: save "
-            "it as an uncompressed TIFF or NPY, which is read in parts"
-        ) from error
-    if pixels.ndim == 2:
-        pixels = pixels[..., None]
-    if pixels.shape[:2] != (info.height, info.width) or pixels.shape[2] < info.channels:
-        raise InputError(
-            f"'{path}' is stored as {pixels.shape}: save it unturned, its channels together"
+            "it as an uncompressed TIFF or NPY, unturned and with black as zero, which is read in "
+            "parts"
         )
-    return pixels[..., : info.channels]
+    return pixels
 
 
 class BandWriter:
     """A TIFF that is written a band at a time; see `writing_bands`."""
 
-    def __init__(self, path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        shape: tuple[int, ...],
+        dtype: np.dtype[Any],
+        palette: bytes | None = None,
+    ) -> None:
         kind = "rgb" if len(shape) == 3 else "minisblack"
-        mapped = tifffile.memmap(path, shape=shape, dtype=dtype, photometric=kind)
+        mapped = tifffile.memmap(
+            path, shape=shape, dtype=dtype, **tiff_colours(palette, dtype, kind)
+        )
         self.offset = int(mapped.offset)
         self.row = mapped[:1].nbytes
         del mapped
@@ -77,7 +81,13 @@ class BandWriter:
 
 
 @contextmanager
-def writing_bands(path: Path, shape: tuple[int, ...], dtype: Any) -> Iterator[BandWriter]:
-    """A writer of (H, W) or (H, W, 3) in bands; at the end the file appears, whole."""
+def writing_bands(
+    path: Path, shape: tuple[int, ...], dtype: Any, palette: bytes | None = None
+) -> Iterator[BandWriter]:
+    """A writer of (H, W) or (H, W, 3) in bands; at the end the file appears, whole.
+
+    Args:
+        palette: of indices, as `write_image` takes it.
+    """
     with replacing(path) as temporary:
-        yield BandWriter(temporary, shape, np.dtype(dtype))
+        yield BandWriter(temporary, shape, np.dtype(dtype), palette)

@@ -67,7 +67,7 @@ def test_pairs_are_found_in_the_known_layouts(
 ) -> None:
     save_set(tmp_path, images, masks, suffix, image_end)
     pairs = find_pairs(tmp_path)
-    assert names(pairs) == [f"cell {i}{image_end}" for i in range(8, 13)]
+    assert names(pairs) == [f"cell {i}" for i in range(8, 13)]
     for pair, image, mask in zip(pairs, IMAGES, MASKS, strict=True):
         np.testing.assert_array_equal(pair.read_image(), image[..., None])
         np.testing.assert_array_equal(pair.read_mask(), mask)
@@ -128,7 +128,7 @@ def cut(path: str) -> Callable[[Path], None]:
             r"2 masks without .*cell 9\.tif, cell 10",
         ),
         (replace("label/cell 8_mask.tif", MASKS[0]), r"1 masks without image: cell 8_mask\.tif"),
-        (replace("image/cell 8.tif", IMAGES[0]), r"1 images without mask: cell 8\.tif"),
+        (replace("image/cell 8.tif", IMAGES[0]), r"2 images of .* are named 'cell 8'"),
         (
             replace("label/cell 9.tif", MASKS[0, 1:]),
             r"6 x 8 in .*cell 9\.png', but 5 x 8 in .*9\.tif",
@@ -162,7 +162,7 @@ def test_two_images_of_one_name_are_refused(tmp_path: Path) -> None:
     save_set(tmp_path, "image", "label")
     write_image(tmp_path / "image/cell 8.tif", IMAGES[0])
     write_image(tmp_path / "label/cell 8_mask.tif", MASKS[0])
-    with pytest.raises(InputError, match="2 images are named 'cell 8'"):
+    with pytest.raises(InputError, match=r"2 images of .* are named 'cell 8'"):
         find_pairs(tmp_path)
 
 
@@ -172,7 +172,6 @@ def test_two_images_of_one_name_are_refused(tmp_path: Path) -> None:
         (IMAGES, MASKS[1:]),
         (IMAGES, MASKS[:, 1:]),
         (IMAGES[0], MASKS[0]),
-        (np.stack([IMAGES] * 2, -1), MASKS),
         (IMAGES / 7, MASKS),
     ],
 )
@@ -362,18 +361,11 @@ def test_the_table_is_printed_with_shares() -> None:
     ]
 
 
-def test_a_few_grey_edge_values_are_pointed_out() -> None:
-    assert "anti-aliased" in table_of([0] * 50 + [255] * 40 + [3, 99, 200]).lines()[-1]
-    assert "anti-aliased" not in "".join(table_of([0, 1, 2, 3, 4, 5] * 9).lines())
-    assert "anti-aliased" not in "".join(table_of([0] * 50 + [255] * 40 + [128]).lines())
-
-
 @pytest.mark.parametrize(
     ("mask", "sentence"),
     [
         (np.arange(40), "40 distinct values .0, 1, 2, .*39., over 32: instance masks"),
         (np.repeat(np.arange(40), [900, *[9] * 20, *[7] * 19]), "instance masks"),
-        (np.repeat(np.arange(37), [900, *[2] * 35, 700]), "37 distinct .* anti-aliased edges"),
         (np.arange(10**5), "distinct values"),
         (RNG.integers(0, 256, (5000, 3)), "distinct values"),
         (np.full(9, 255), "all mask pixels have the value 255"),
@@ -493,7 +485,7 @@ def test_an_image_of_another_kind_is_refused(image: Array) -> None:
         {"mean": [0.0], "std": [0.0], "dtype": "uint8"},
         {"mean": [0.0], "std": [-1.0], "dtype": "uint8"},
         {"mean": [float("nan")], "std": [1.0], "dtype": "uint8"},
-        {"mean": [0.0, 1.0], "std": [1.0, 1.0], "dtype": "uint8"},
+        {"mean": [], "std": [], "dtype": "uint8"},
         {"mean": [0.0], "std": [1.0, 1.0, 1.0], "dtype": "uint8"},
         {"mean": [10**400], "std": [1.0], "dtype": "uint8"},
         {"mean": [0.0], "std": [1.0], "dtype": "object"},
@@ -572,12 +564,13 @@ def test_the_summary_says_what_was_found(tmp_path: Path) -> None:
         rgba = RNG.integers(0, 256, (*size, 4), np.uint8)
         Image.fromarray(rgba).save(tmp_path / f"images/{i}.png")
         write_image(tmp_path / f"masks/{i}.png", np.eye(*size, dtype=np.uint8))
-    summary = SegmentationData(*split_pairs(find_pairs(tmp_path))).describe()
-    assert summary.splitlines() == [
+    data = SegmentationData(*split_pairs(find_pairs(tmp_path)))
+    assert data.describe().splitlines() == [
         "3 images of 4 x 5 to 8 x 6, RGB uint8",
         "value 0 -> class 0   84.09%",
         "value 1 -> class 1   15.91%",
         "alpha channel dropped in 3 images",
+        f"values from {data.normalisation.low:g} to {data.normalisation.high:g}",
         "training: 2 images (0, 1)",
         "validation: 1 image (2)",
     ]

@@ -40,7 +40,7 @@ def checksums_of(stacks: dict[str, NDArray[Any]]) -> dict[str, str]:
 
 def tiff(pixels: NDArray[Any]) -> bytes:
     file = io.BytesIO()
-    tifffile.imwrite(file, pixels, imagej=True)
+    tifffile.imwrite(file, pixels, imagej=True, metadata={"axes": "ZYX"})
     return file.getvalue()
 
 

@@ -22,7 +22,7 @@ from segmentation.data.pairs import Pair
 from segmentation.judging.evaluation import Evaluation
 from segmentation.judging.report import picture_row, report_figure, write_report, write_scores
 from segmentation.pictures import class_colours
-from unet.files.images import ImageInfo
+from unet.files.pages import ImageInfo
 
 
 def evaluation_of(

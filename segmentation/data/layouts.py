@@ -1,0 +1,387 @@
+"""Which files of a folder are images and which are their masks, in the layouts that people have.
+
+Nothing of a file is read but its name, and the few text files that say more: `classes.txt` and
+nnU-Net's `dataset.json`. What can be meant in two ways is a question, never a choice.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from segmentation.data.classes import some
+from unet.errors import InputError
+from unet.files.images import SUFFIXES, list_images, natural_key
+from unet.files.writing import read_json
+
+IMAGE_FOLDERS = ("image", "images", "img", "imgs", "imagestr", "jpegimages", "leftimg8bit", "raw")
+MASK_FOLDERS = (
+    *("label", "labels", "mask", "masks", "labelstr", "annotation", "annotations", "gt", "gtfine"),
+    *("groundtruth", "ground_truth", "segmentation", "segmentations", "segmentationclass"),
+    *("target", "targets", "manual", "1st_manual"),
+)
+TRAIN_FOLDERS, VAL_FOLDERS = ("train", "training"), ("val", "valid", "validation")
+_STACKS = ("train-volume.tif", "train-labels.tif")  # of ISBI 2012
+_CELLPOSE = re.compile(r"(_seg\.npy|_cp_output\.\w+|_flows\.\w+|_outlines\.\w+|_superpixels\.\w+)$")
+_CLASSES = ("classes.txt", "class_names.txt", "labels.txt")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Match:
+    """The files of one image and of its mask.
+
+    Attributes:
+        image: one file, or one for each of its channels in turn.
+        mask: one file, or one for each object.
+        part: "train" or "val" where the folder says it.
+    """
+
+    name: str
+    image: tuple[Path, ...]
+    mask: tuple[Path, ...]
+    part: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """What a folder holds.
+
+    Attributes:
+        matches: in natural order of their names.
+        instances: the masks number objects, or are one object each.
+        classes: the name of each mask value, where a file says them.
+        ignore_value: the mask value without a label, where a file says it.
+        channels: the names of the channels, where a file says them.
+    """
+
+    matches: Sequence[Match]
+    instances: bool = False
+    classes: Mapping[int, str] = field(default_factory=dict)
+    ignore_value: int | None = None
+    channels: tuple[str, ...] = ()
+
+
+def find_layout(
+    data: Path | None = None, images: Path | None = None, masks: Path | None = None
+) -> Layout:
+    """The images and masks of a folder, or of two folders or two files.
+
+    Raises:
+        InputError: no such folder; an image without mask or the reverse; two things that both
+            could be the masks. Names the files.
+    """
+    if images is not None and masks is not None:
+        if os.path.isfile(images) and os.path.isfile(masks):
+            return Layout(matches=[_pair(images, masks)])
+        return Layout(matches=_across(images, masks))
+    if data is None or images is not None or masks is not None:
+        raise InputError("give a data folder, or both an image folder and a mask folder")
+    layout = _in_folder(data)
+    return layout if layout.classes else replace(layout, classes=_class_names(data))
+
+
+def _in_folder(data: Path) -> Layout:
+    if not data.is_dir():
+        raise InputError(f"{str(data)!r}: no such folder")
+    stacks = data / _STACKS[0], data / _STACKS[1]
+    if all(os.path.isfile(stack) for stack in stacks):
+        return Layout(matches=[_pair(*stacks)])
+    folders = sorted(path for path in data.glob("*") if path.is_dir() and path.name[0] != ".")
+    if (data / "imagesTr").is_dir() and (data / "labelsTr").is_dir():
+        return _nnunet(data)
+    images = [folder for folder in folders if folder.name.lower() in IMAGE_FOLDERS]
+    masks = [folder for folder in folders if folder.name.lower() in MASK_FOLDERS]
+    if len(images) == len(masks) == 1:
+        return Layout(matches=_listed_parts(data, _across(images[0], masks[0])))
+    if images and len(masks) > 1:
+        raise InputError(
+            f"{str(data)!r} has {len(masks)} folders that could hold the masks, "
+            f"{some([f.name for f in masks])}: say which with --images {images[0]} --masks FOLDER"
+        )
+    parts = {
+        part: folder
+        for folder in folders
+        for part, names in (("train", TRAIN_FOLDERS), ("val", VAL_FOLDERS))
+        if folder.name.lower() in names
+    }
+    if "train" in parts and not images and not masks:
+        return _parts(parts)
+    if objects := _folders_of_objects(folders):
+        return Layout(matches=objects, instances=True)
+    files = [p for p in data.glob("*") if p.suffix.lower() in SUFFIXES and p.name[0] != "."]
+    if len(masks) == 1 and len(files) == 1 and not images:  # a stack beside a folder
+        return Layout(matches=_across(files[0], masks[0]))
+    if images or masks or (folders and not files):
+        raise InputError(
+            f"{str(data)!r}: needs one folder of images ({', '.join(IMAGE_FOLDERS[:4])} ...) and "
+            f"one of masks ({', '.join(MASK_FOLDERS[:4])} ...), but has "
+            f"{some([f.name for f in folders])}; name the two with --images and --masks"
+        )
+    return _side_by_side(data)
+
+
+def _parts(parts: Mapping[str, Path]) -> Layout:
+    """train/ and val/, each with a layout of its own."""
+    found = {part: _in_folder(folder) for part, folder in parts.items()}
+    matches = [replace(m, part=part) for part in found for m in found[part].matches]
+    names = Counter(match.name for match in matches)
+    matches = [replace(m, name=f"{m.part}_{m.name}") if names[m.name] > 1 else m for m in matches]
+    first = found["train"]
+    classes = first.classes or _class_names(parts["train"])
+    return replace(first, matches=matches, classes=classes)
+
+
+def _listed_parts(data: Path, matches: list[Match]) -> list[Match]:
+    """The parts that Pascal VOC's lists of names give, where they are there."""
+    folder = data / "ImageSets" / "Segmentation"
+    listed = {}
+    for part in ("val", "train"):
+        try:
+            names = (folder / f"{part}.txt").read_text(encoding="utf-8-sig").split()
+        except (OSError, UnicodeDecodeError):
+            continue
+        listed.update(dict.fromkeys(names, part))
+    if not listed:
+        return matches
+    return [replace(m, part=listed[m.name]) for m in matches if m.name in listed]
+
+
+def _nnunet(data: Path) -> Layout:
+    """imagesTr/case_0000.png, one file a channel, labelsTr/case.png, and dataset.json."""
+    labels = {mask.stem: mask for mask in list_images(data / "labelsTr")}
+    cases: dict[str, dict[int, Path]] = defaultdict(dict)
+    for image in list_images(data / "imagesTr"):
+        ending = re.fullmatch(r"(.+)_(\d{4})", image.stem)
+        name, channel = (ending[1], int(ending[2])) if ending else (image.stem, 0)
+        cases[name][channel] = image
+    _check_alone(
+        [next(iter(c.values())) for name, c in cases.items() if name not in labels],
+        [mask for name, mask in labels.items() if name not in cases],
+        "labelsTr/NAME belongs to imagesTr/NAME_0000, NAME_0001, ..., one file a channel",
+    )
+    most = max(max(channels) for channels in cases.values()) + 1
+    for name, channels in cases.items():
+        if len(channels) < most:
+            gone = next(i for i in range(most) if i not in channels)
+            raise InputError(
+                f"{str(data / 'imagesTr')!r}: {name} has no channel {gone:04d}, where others have "
+                f"{most} channels"
+            )
+    matches = [
+        Match(name=name, image=tuple(c[i] for i in range(most)), mask=(labels[name],))
+        for name, c in sorted(cases.items(), key=lambda case: natural_key(case[0]))
+    ]
+    file = data / "dataset.json"
+    if not file.is_file():
+        return Layout(matches=matches)
+    said = read_json(file)
+    named, classes = said.get("channel_names", said.get("modality")), said.get("labels")
+    try:
+        names = tuple(str(named[str(i)]) for i in range(len(named))) if named else ()
+        if classes and all(str(key).isdecimal() for key in classes):  # the first version's order
+            classes = {name: int(value) for value, name in classes.items()}
+        values = {int(value): str(name) for name, value in (classes or {}).items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{str(file)!r} must give channel_names such as {{'0': 'T1'}} and labels such as "
+            "{'background': 0, 'nucleus': 1}"
+        ) from error
+    if names and len(names) != most:
+        raise InputError(f"{str(file)!r} names {len(names)} channels, but the images have {most}")
+    ignored = next((value for value, name in values.items() if name.lower() == "ignore"), None)
+    values = {value: name for value, name in values.items() if value != ignored}
+    return Layout(matches=matches, classes=values, ignore_value=ignored, channels=names)
+
+
+def _folders_of_objects(folders: Sequence[Path]) -> list[Match]:
+    """NAME/images/NAME.png and NAME/masks/, a file an object: the 2018 Data Science Bowl."""
+    found = []
+    for folder in sorted(folders, key=lambda path: natural_key(path.name)):
+        if not ((folder / "images").is_dir() and (folder / "masks").is_dir()):
+            return []
+        image = list_images(folder / "images")
+        if len(image) != 1:
+            return []
+        masks = tuple(list_images(folder / "masks"))
+        found.append(Match(name=folder.name, image=(image[0],), mask=masks))
+    several = any(len(match.mask) > 1 for match in found)
+    return found if several else []
+
+
+def _across(images: Path, masks: Path) -> list[Match]:
+    """Files of a folder and of another, with their subfolders; or a stack and a folder of masks."""
+    if os.path.isfile(images) != os.path.isfile(masks):
+        stack, folder = (images, masks) if os.path.isfile(images) else (masks, images)
+        files = tuple(list_images(folder))
+        pair = ((stack,), files) if stack is images else (files, (stack,))
+        return [Match(name=stack.stem, image=pair[0], mask=pair[1], part="stack")]
+    found = [_tree(folder) for folder in (images, masks)]
+    parts = [{part for part, _ in map(_part_of, files)} & {"train", "val"} for files in found]
+    if parts[0] and parts[0] == parts[1]:
+        matches = []
+        for part in sorted(parts[0]):
+            of = [[f for f in files if _part_of(f)[0] == part] for files in found]
+            matches += [replace(m, part=part) for m in _matched(of[0], of[1], images, masks)]
+        return matches
+    return _matched(found[0], found[1], images, masks)
+
+
+def _tree(folder: Path) -> list[Path]:
+    """Image files of a folder, or if it has none itself, of the folders below it."""
+    inside = [p for p in folder.glob("*") if p.suffix.lower() in SUFFIXES and p.is_file()]
+    if inside or not folder.is_dir():
+        return list_images(folder)
+    below = sorted(
+        (p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()),
+        key=lambda p: [natural_key(part) for part in p.parts],
+    )
+    return below or list_images(folder)
+
+
+def _part_of(file: Path) -> tuple[str, Path]:
+    for parent in list(file.parents)[:4]:
+        for part, names in (("train", TRAIN_FOLDERS), ("val", VAL_FOLDERS)):
+            if parent.name.lower() in names:
+                return part, parent
+    return "", file.parent
+
+
+def _matched(
+    images: Sequence[Path], masks: Sequence[Path], where: Path, masked: Path
+) -> list[Match]:
+    """Images and masks with the same stem, but for an ending or a beginning that all share."""
+    name, times = Counter(image.stem for image in images).most_common(1)[0]
+    if times > 1:
+        raise InputError(f"{times} images of {str(where)!r} are named {name!r}; rename all but one")
+    for image_names in _readings(images):
+        for mask_names in _readings(masks):
+            of = dict(zip(mask_names, masks, strict=True))
+            if len(of) == len(masks) and set(of) == set(image_names):
+                return [
+                    _pair(image, of[name]) for image, name in zip(images, image_names, strict=True)
+                ]
+    # Each mask by itself: with an ending of its own.
+    free = {mask.stem: mask for mask in masks}
+    alone = []
+    for image in images:
+        stems = (image.stem, image.stem.removesuffix("_0000"))
+        hit = next((s for s in stems if s in free), None)
+        ends = [s for s in free if s.startswith((f"{image.stem}_", f"{image.stem}-"))]
+        if hit is None and len(ends) == 1:
+            hit = ends[0]
+        if hit is None:
+            alone.append(image)
+        else:
+            del free[hit]
+    _check_alone(
+        alone,
+        list(free.values()),
+        "a mask is named as its image, but for an ending that all masks share, such as _mask",
+    )
+    raise InputError(
+        f"the masks of {str(masked)!r} cannot be told to belong to the images of {str(where)!r}: "
+        "give each mask the name of its image"
+    )
+
+
+def _readings(files: Sequence[Path]) -> list[list[str]]:
+    """Stems as they are, without the ending that all share, and without the beginning."""
+    stems = [file.stem for file in files]
+    found = [stems, [stem.removesuffix("_0000") for stem in stems]]
+    if len(stems) > 1:
+        ending = _common([stem[::-1] for stem in stems])[::-1]
+        for at in sorted({m.start() for m in re.finditer(r"[_\-. ]", ending)}):
+            cut = len(ending) - at
+            found.append([stem[:-cut] for stem in stems])
+        beginning = _common(stems)
+        for at in sorted({m.end() for m in re.finditer(r"[_\-. ]", beginning)}, reverse=True):
+            found.append([stem[at:] for stem in stems])
+    return [names for names in found if all(names) and len(set(names)) == len(names)]
+
+
+def _common(texts: Sequence[str]) -> str:
+    """The longest beginning of all of them."""
+    first, last = min(texts), max(texts)
+    same = (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)
+    return first[: next(same, min(len(first), len(last)))]
+
+
+def _side_by_side(data: Path) -> Layout:
+    """Images and masks in one folder: an ending that all masks share tells them apart."""
+    files = [file for file in list_images(data) if not _CELLPOSE.search(file.name.lower())]
+    stems = {file.stem for file in files}
+    endings: Counter[str] = Counter()
+    for file in files:
+        for m in re.finditer(r"[_\-. ]", file.stem):
+            if file.stem[: m.start()] in stems:
+                endings[file.stem[m.start() :]] += 1
+    images = [f for f in files if not any(f.stem.endswith(end) for end in endings)]
+    whole = [
+        end for end in endings if all(f"{image.stem}{end}" in stems for image in images) and images
+    ]
+    if len(whole) > 1:
+        raise InputError(
+            f"{str(data)!r} has {len(whole)} files beside each image that could be its mask, "
+            f"ending in {some(whole)}: move the masks to a folder, and give --images and --masks"
+        )
+    by_stem = defaultdict(list)
+    for file in files:
+        by_stem[file.stem].append(file)
+    lossy = (".jpg", ".jpeg", ".webp")
+    if not endings and all(
+        sorted(f.suffix.lower() in lossy for f in twins) == [False, True]
+        for twins in by_stem.values()
+    ):
+        matches = []
+        for twins in by_stem.values():
+            image, mask = sorted(twins, key=lambda f: f.suffix.lower() not in lossy)
+            matches.append(_pair(image, mask))
+        return Layout(matches=matches)
+    end = whole[0] if whole else (endings.most_common(1) or [("_mask", 0)])[0][0]
+    masks = [f for f in files if f.stem.endswith(end)]
+    images = [f for f in files if f not in masks]
+    have = {mask.stem.removesuffix(end) for mask in masks}
+    _check_alone(
+        [f for f in images if f.stem not in have],
+        [f for f in masks if f.stem.removesuffix(end) not in {i.stem for i in images}],
+        f"a mask is named as its image, with {end} at the end",
+    )
+    of = {mask.stem.removesuffix(end): mask for mask in masks}
+    # Cellpose names numbered masks NAME_masks.
+    return Layout(matches=[_pair(i, of[i.stem]) for i in images])
+
+
+def _check_alone(images: Sequence[Path], masks: Sequence[Path], rule: str) -> None:
+    for what, other, without in (("image", "mask", images), ("mask", "image", masks)):
+        if without:
+            names = some([path.name for path in without])
+            raise InputError(
+                f"{str(without[0].parent)!r}: {len(without)} {what}s without {other}: {names}; "
+                f"{rule}"
+            )
+
+
+def _pair(image: Path, mask: Path) -> Match:
+    return Match(name=image.stem, image=(image,), mask=(mask,))
+
+
+def _class_names(folder: Path) -> dict[int, str]:
+    """The names in a classes.txt, one a line: of the values 0, 1, ...; `3: car` names one."""
+    for name in _CLASSES:
+        file = folder / name
+        if not file.is_file():
+            continue
+        try:
+            lines = file.read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{str(file)!r} cannot be read as UTF-8 text") from error
+        found = {}
+        for number, line in enumerate(line.strip() for line in lines if line.strip()):
+            said = re.fullmatch(r"(\d+)\s*[:=,\t ]\s*(.+)", line)
+            found[int(said[1]) if said else number] = said[2].strip() if said else line
+        return found
+    return {}

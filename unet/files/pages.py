@@ -1,0 +1,303 @@
+"""What every kind of image file comes to: pages of (H, W, C), from axes that have names."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import numpy as np
+from einops import rearrange
+from numpy.typing import NDArray
+
+from unet.errors import InputError
+
+Array: TypeAlias = NDArray[Any]
+
+MAX_PIXELS = 2**27  # of one page: 11,585 x 11,585
+MAX_BYTES = 2**30  # of one page with all its channels
+MAX_PAGES = 2**21  # of a stack; it has fewer
+CHANNELS = (
+    "CS"  # axes that become channels: channels and samples; all others but Y and X are slices
+)
+
+# The orientation tag of EXIF and of TIFF, and what turns the stored rows (H, W, C) upright.
+_UPRIGHT: dict[int, Callable[[Array], Array]] = {
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: rearrange(a, "h w c -> w h c"),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: rearrange(a[::-1, ::-1], "h w c -> w h c"),
+    8: lambda a: np.rot90(a),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageInfo:
+    """What a file's header says of the array that `read_image` returns for each of its pages."""
+
+    height: int  # upright, after the orientation tag
+    width: int
+    channels: int
+    dtype: str  # "uint8", "uint16" or "float32"
+    pages: int = 1  # slices of a TIFF or NPY stack: all axes but rows, columns and channels
+    has_alpha: bool = False  # the file has an alpha channel, which is read where it is asked for
+    lossy: bool = False  # JPEG and WebP change values
+    names: tuple[str, ...] = ()  # of the channels, where the file says them
+    nodata: float | None = None  # the value of pixels where nothing was measured; may be NaN
+    palette: bytes | None = None  # of a file of indices: red, green and blue of each in turn
+    axes: str = ""  # of a TIFF or NPY array; of what nothing is said, I (TIFF) or Z (NPY)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """What is said of files beside what they say themselves.
+
+    Attributes:
+        axes: of TIFF and NPY arrays, such as "CYX"; C and S are channels, other letters slices.
+        channels: those to read, in this order: numbers from 0, or names.
+        nodata: value of pixels where nothing was measured, instead of what a file declares.
+    """
+
+    axes: str | None = None
+    channels: tuple[str, ...] = ()
+    nodata: float | None = None
+
+    def __post_init__(self) -> None:
+        axes = self.axes
+        if axes is not None:
+            known = axes.isascii() and axes.isalpha() and axes.isupper()
+            if not known or len(set(axes)) < len(axes) or not {"Y", "X"} <= set(axes):
+                raise InputError(
+                    f"axes {axes!r}: name each axis by one letter, such as CYX or ZYXC, with Y for "
+                    "rows, X for columns and C for channels"
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values, which `from_dict` reads back; what is not said is left out."""
+        nodata: float | str | None = self.nodata
+        if self.nodata is not None and not math.isfinite(self.nodata):
+            nodata = str(nodata)  # JSON has no NaN
+        values = {"axes": self.axes, "channels": list(self.channels) or None, "nodata": nodata}
+        return {key: value for key, value in values.items() if value is not None}
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> Reading:
+        """What `to_dict` gave, from JSON; InputError if it is none."""
+        try:
+            nodata = saved.get("nodata")
+            return cls(
+                axes=None if saved.get("axes") is None else str(saved["axes"]),
+                channels=tuple(map(str, saved.get("channels", ()))),
+                nodata=None if nodata is None else float(nodata),
+            )
+        except (AttributeError, TypeError, ValueError) as error:
+            raise InputError(f"the model's way to read files is damaged: {error}") from error
+
+    def chosen(self, info: ImageInfo) -> list[int] | None:
+        """Places of the chosen channels in a file; None: all of them.
+
+        Raises:
+            InputError: no such channel.
+        """
+        if not self.channels:
+            return None
+        found = []
+        for channel in self.channels:
+            if channel in info.names:
+                found.append(info.names.index(channel))
+            elif channel.isdecimal() and int(channel) < info.channels:
+                found.append(int(channel))
+            else:
+                named = f", named {', '.join(info.names)}" if info.names else ""
+                raise InputError(
+                    f"there is no channel {channel!r}: it has {info.channels}, numbered from 0"
+                    f"{named}"
+                )
+        return found
+
+    def of(self, info: ImageInfo) -> ImageInfo:
+        """What is read of a file whose header says this."""
+        if self.nodata is not None:
+            info = replace(info, nodata=self.nodata)
+        chosen = self.chosen(info)
+        if chosen is None:
+            return info
+        names = tuple(info.names[i] for i in chosen) if info.names else ()
+        return replace(info, channels=len(chosen), names=names, has_alpha=False)
+
+
+AS_STORED = Reading()
+
+
+@dataclass(frozen=True)
+class Page:
+    """One image of a file, which is decoded when it is asked for.
+
+    Attributes:
+        info: of the file, with all its channels.
+        decode: (H, W), or (H, W, C) with alpha behind the channels, in any byte order.
+        orientation: the tag's value.
+        indices: of a palette file: its values (H, W) instead of their colours.
+        mapped: (H, W, C) as a map of the file, where it is stored as it is read.
+    """
+
+    info: ImageInfo
+    decode: Callable[[], Array]
+    orientation: int = 1
+    indices: Callable[[], Array] | None = None
+    mapped: Callable[[], Array] | None = None
+
+    def read(self, *, alpha: bool = False, indices: bool = False) -> Array:
+        """Upright pixels (H, W, C), with `alpha` (H, W, C + 1); 1-bit as 0 and 255."""
+        info = self.info
+        if info.height * info.width > MAX_PIXELS:
+            raise InputError(
+                f"{info.height} x {info.width} is over {MAX_PIXELS:,} pixels; cut it into tiles"
+            )
+        channels = info.channels + (alpha and info.has_alpha)
+        if indices:
+            assert self.indices is not None
+            channels = 1
+        size = info.height * info.width * channels * np.dtype(info.dtype).itemsize
+        if size > MAX_BYTES:
+            raise InputError(f"{channels} channels take {size:,} bytes; cut it into tiles")
+        array = (self.indices or self.decode)() if indices else self.decode()
+        array = (array if array.ndim == 3 else array[..., None])[..., :channels]
+        array = np.ascontiguousarray(_UPRIGHT.get(self.orientation, np.asarray)(array))
+        if array.shape != (info.height, info.width, channels) or not array.size:
+            raise InputError(f"its pixels {array.shape} do not fill the size in its header")
+        return np.where(array, np.uint8(255), np.uint8(0)) if array.dtype == np.bool_ else array
+
+
+GetPage: TypeAlias = Callable[[int], Page]  # IndexError past the last page
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An array in a file, of whose leading axes each index is read by itself.
+
+    Attributes:
+        axes, shape: a letter and a length for each axis.
+        leading: how many axes are leading ones.
+        read: the array of the other axes, at an index of the leading ones; it may be a map.
+    """
+
+    axes: str
+    shape: tuple[int, ...]
+    leading: int
+    read: Callable[[tuple[int, ...]], Array]
+    key: Any = None  # what else the file says of its pages
+
+    def __post_init__(self) -> None:
+        if not {"Y", "X"} <= set(self.axes) or len(self.axes) != len(self.shape):
+            raise InputError(f"its axes {self.axes} of {self.shape} are no rows and columns")
+        if not {"Y", "X"} <= set(self.axes[self.leading :]):
+            raise InputError(f"its axes {self.axes} do not end in rows and columns")
+
+    def named(self, axes: str | None) -> Stored:
+        """The same array with these axes, where they are given.
+
+        Raises:
+            InputError: another number of axes.
+        """
+        if axes is None or (len(self.axes) == 2 and axes == "YX"):
+            return self
+        if len(axes) != len(self.axes):
+            raise InputError(
+                f"axes {axes} are {len(axes)}, but it has {len(self.axes)}: {self.axes} of "
+                f"{' x '.join(map(str, self.shape))}"
+            )
+        return replace(self, axes=axes)
+
+    def count(self, kinds: str) -> int:
+        """Channels (of "CS"), or else slices."""
+        return math.prod(
+            n
+            for axis, n in zip(self.axes, self.shape, strict=True)
+            if axis not in "YX" and (axis in CHANNELS) == (kinds == CHANNELS)
+        )
+
+    @property
+    def channels(self) -> int:
+        return self.count(CHANNELS)
+
+    @property
+    def pages(self) -> int:
+        return self.count("")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return self.shape[self.axes.index("Y")], self.shape[self.axes.index("X")]
+
+    def page(self, index: int) -> Array:
+        """(H, W, C) of a slice: a view wherever nothing has to be put together."""
+        slices = [i for i, axis in enumerate(self.axes) if axis not in "YX" + CHANNELS]
+        at = dict(
+            zip(
+                slices,
+                np.unravel_index(index, [self.shape[i] for i in slices] or [1]),
+                strict=False,
+            )
+        )
+        leading = range(self.leading)
+        inner = [i for i in leading if i not in at]  # leading axes of channels
+        parts = [
+            self._part(at | dict(zip(inner, place, strict=True)))
+            for place in np.ndindex(*(self.shape[i] for i in inner))
+        ]
+        rest = [a for i, a in enumerate(self.axes) if i >= self.leading and i not in at]
+        if not inner:
+            array, axes = parts[0], rest
+        else:
+            lengths = [self.shape[i] for i in inner]
+            array = np.stack(parts).reshape(*lengths, *parts[0].shape)
+            axes = [*(self.axes[i] for i in inner), *rest]
+        order = [axes.index("Y"), axes.index("X")]
+        channels = [i for i in range(len(axes)) if i not in order]
+        array = array.transpose(*order, *channels)
+        return array if len(channels) == 1 else array.reshape(*array.shape[:2], -1)
+
+    def _part(self, at: dict[int, Any]) -> Array:
+        array = self.read(tuple(int(at[i]) for i in range(self.leading)))
+        if array.shape != self.shape[self.leading :]:
+            raise InputError(f"its pixels {array.shape} do not fill the size in its header")
+        inside = range(self.leading, len(self.axes))
+        return array[tuple(int(at[i]) if i in at else slice(None) for i in inside)]
+
+
+def colour_table(palette: bytes) -> NDArray[np.uint8]:
+    """The colours (N, 3) of the indices of a palette file; (N, 1) if all of them are grey."""
+    table = np.frombuffer(palette, np.uint8).reshape(-1, 3)
+    return table[:, :1] if (table == table[:, :1]).all() else table
+
+
+def image_dtype(stored: np.dtype[Any] | None) -> str:
+    """The type that pixels of this type are read as."""
+    if stored is None or stored.kind not in "biuf":
+        raise InputError(f"pixels of type {stored}; 8 or 16 bits or float can be read")
+    return {"bool": "uint8", "uint8": "uint8", "uint16": "uint16"}.get(stored.name, "float32")
+
+
+def upright(size: Sequence[int], orientation: int) -> tuple[int, int]:
+    """Height and width after the orientation tag."""
+    height, width = size[:: -1 if 5 <= orientation <= 8 else 1]
+    return height, width
+
+
+def missing(image: Array, nodata: float | None) -> NDArray[np.bool_]:
+    """Where (H, W) an image (H, W, C) as stored holds no data.
+
+    The declared value counts in any channel of floats, and in all channels of whole numbers, of
+    which 0 is a dark pixel's value, too. NaN counts wherever it is.
+    """
+    found = np.zeros(image.shape[:2], bool)
+    if image.dtype.kind == "f":
+        found |= np.isnan(image).any(axis=2)
+    if nodata is not None and not math.isnan(nodata):
+        equal = image == (np.float32(nodata) if image.dtype.kind == "f" else nodata)
+        found |= equal.any(axis=2) if image.dtype.kind == "f" else equal.all(axis=2)
+    return found
