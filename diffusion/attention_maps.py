@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from diffusion.pictures import LINE, cell, lettered, rgb
+from diffusion.pictures import LINE, cell, lettered
 from unet.attention import Attention, SpatialTransformer, TransformerBlock
 from unet.errors import InputError
-from unet.files.pictures import RGB, panel
+from unet.files.pictures import RGB, composite, panel
 from unet.model import UNet
 
 COLUMNS = 8  # of a figure, at most
@@ -141,7 +141,7 @@ def attention_figure(image: RGB, words: Sequence[str], maps: Tensor) -> Image.Im
             f"with maps {tuple(maps.shape)}: give one map a word, of the image's size"
         )
     heats = maps[: len(words)].numpy()
-    cells = [cell(rgb(image)), *(cell(_overlaid(image, heat)) for heat in heats)]
+    cells = [cell(composite(image)), *(cell(_overlaid(image, heat)) for heat in heats)]
     titles = [lettered(word, cells[0].shape[1], LINE) for word in ("image", *words)]
     tiles = [np.concatenate(pair) for pair in zip(titles, cells, strict=True)]
     return panel([tiles[i : i + COLUMNS] for i in range(0, len(tiles), COLUMNS)])

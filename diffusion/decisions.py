@@ -72,7 +72,10 @@ def decide(options: DiffusionOptions, data: Data) -> DiffusionPlan:
     Raises:
         InputError: options that do not fit each other or the data; a pipeline that cannot be read.
     """
-    start = find_start(options.init).for_channels(data.channels) if options.init else None
+    images = data.source if isinstance(data, LatentData) else data
+    start = None
+    if options.init:
+        start = find_start(options.init, images.ranges).for_channels(data.channels)
     schedule, prediction, noise = chosen_noise(options, start)
     clip = read_clip(options)
     network, why = chosen_config(options, data, clip, start)
@@ -85,6 +88,9 @@ def decide(options: DiffusionOptions, data: Data) -> DiffusionPlan:
         "size": list(data.image_size if isinstance(data, LatentData) else data.size),
         "classes": list(data.classes) if options.classes else [],
     }
+    if images.ranges:
+        info["ranges"] = {kind: [v.low, v.high] for kind, v in images.ranges.items()}
+    info |= {"reading": said} if (said := options.reading.to_dict()) else {}
     if autoencoder := autoencoder_of(data):
         info["autoencoder"] = str(autoencoder.folder)
     text = chosen_text(options, data, network, clip, info)

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffusion.data.pixels import WHOLE, ValueRange
 from diffusion.model import DiffusionUNet
 from diffusion.stable.folder import read_unet, read_unet_config
 from unet.attention import SpatialTransformer
 from unet.errors import InputError
-from unet.files.images import white
 from unet.files.writing import read_json
 from unet.weights.crossing import timed, with_pixels, with_time
 from unet.weights.start import Start, read_start
@@ -30,10 +30,14 @@ def their_unet(path: str) -> Path | None:
     return Path(path).resolve() if theirs else None
 
 
-def find_start(path: str) -> Start:
+def find_start(path: str, ranges: Mapping[str, ValueRange] | None = None) -> Start:
     """A model of either task, or of diffusers, as a start: a segmentation gets a timestep.
 
     What a segmentation scales its images by goes into its first convolution.
+
+    Args:
+        ranges: the values of each type that are -1 and 1 to the diffusion model; None: all that the
+            type has.
 
     Raises:
         InputError: no such model; a segmentation whose network takes no timestep.
@@ -49,7 +53,7 @@ def find_start(path: str) -> Start:
     if start.config.time:
         return start
     try:
-        pixels = _pixels(start.info, start.config.in_channels)
+        pixels = _pixels(start.info, ranges or {})
         with_timestep = timed(start.config)
     except InputError as error:
         raise InputError(f"--init {path}: {error}") from error
@@ -74,14 +78,17 @@ def take_over(model: DiffusionUNet, start: Start) -> str:
     return start_with(model, start, own=own)
 
 
-def _pixels(info: Mapping[str, Any], channels: int) -> tuple[list[float], list[float]]:
+def _pixels(
+    info: Mapping[str, Any], ranges: Mapping[str, ValueRange]
+) -> tuple[list[float], list[float]]:
     """Scale and shift of each channel from [-1, 1] to what a segmentation was trained on."""
     found: Any = info.get("normalisation")
     try:
-        half = white(found["dtype"]) / 2
+        values = ranges.get(found["dtype"], WHOLE[found["dtype"]])
+        half, middle = (values.high - values.low) / 2, (values.high + values.low) / 2
         mean, std = ([float(v) for v in found[key]] for key in ("mean", "std"))
         pairs = list(zip(mean, std, strict=True))
-        return [half / s for _, s in pairs], [(half - m) / s for m, s in pairs]
+        return [half / s for _, s in pairs], [(middle - m) / s for m, s in pairs]
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise InputError(f"the model's normalisation is damaged: {found!r:.200}") from error
 

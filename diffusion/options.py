@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Literal
 
 from unet.errors import InputError
-from unet.training.options import FitOptions, OptimizerName
+from unet.training.options import FitOptions, OptimizerName, ReadingOptions
+
+Colour = Literal["grey", "rgb", "rgba"]
+CHANNELS = {"grey": 1, "rgb": 3, "rgba": 4}
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiffusionOptions(FitOptions):
+class DiffusionOptions(ReadingOptions, FitOptions):
     """Train a diffusion model: a U-Net that predicts the noise in an image."""
 
     out: Path = Path("runs/ddpm")
@@ -42,8 +45,17 @@ class DiffusionOptions(FitOptions):
     size: int | None = None
     """Side in pixels to which the images are resized and cropped; none given: as they are."""
 
-    channels: Literal[1, 3] | None = None
-    """1 reads the images as grey, 3 as RGB; none given: as they are."""
+    colour: Colour | None = None
+    """Read all images as grey, as RGB, or as RGB with alpha as a fourth channel; none given: as
+    they are, RGB if any is."""
+
+    background: tuple[int, int, int] = (255, 255, 255)
+    """Colour (red green blue, 0 to 255) that transparent pixels are laid over; not with --colour
+    rgba."""
+
+    caption_key: str | None = None
+    """Key of the captions in a metadata.jsonl, or column of a metadata.csv; none given: text,
+    caption or prompt."""
 
     crops: bool = False
     """Cut random squares of --size out of large images, instead of resizing them."""
@@ -114,6 +126,10 @@ class DiffusionOptions(FitOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not all(0 <= value <= 255 for value in self.background):
+            raise InputError(f"--background {self.background}: give three numbers from 0 to 255")
+        if self.channels and self.colour:
+            raise InputError("--channels and --colour both say which channels are used: give one")
         if self.size is not None and self.size < 1:
             raise InputError(f"--size {self.size} must be at least 1 pixel")
         if self.shift is not None and not 0 < self.shift < math.inf:

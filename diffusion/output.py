@@ -31,15 +31,19 @@ class SampleFolder:
     """
 
     def __init__(self, path: Path, *, overwrite: bool = False) -> None:
-        self.path = path
+        self.path, self.suffix = path, "png"
         if path.is_file() or (path.is_dir() and any(path.iterdir()) and not overwrite):
             raise InputError(f"--out {path} is in use: give --overwrite or another folder")
 
-    def begin(self, processes: Processes) -> None:
+    def begin(self, processes: Processes, channels: int = 3) -> None:
         """Makes the folder, and removes what an earlier run wrote to it (nothing else).
 
         All of the processes call it, and go on together.
+
+        Args:
+            channels: of the images, which are TIFF files where a PNG cannot hold so many.
         """
+        self.suffix = "png" if channels in (1, 3, 4) else "tif"
         processes.wait()  # lest one finds what another has written already
         if processes.main:
             self._empty()
@@ -48,8 +52,8 @@ class SampleFolder:
     def _empty(self) -> None:
         (self.path / "images").mkdir(parents=True, exist_ok=True)
         for folder in ("images", "attention"):
-            for old in (self.path / folder).glob("*.png"):
-                if re.fullmatch(r"[0-9]{5,}", old.stem):
+            for old in (self.path / folder).glob("*"):
+                if re.fullmatch(r"[0-9]{5,}\.(png|tif)", old.name):
                     old.unlink()
         for name in ("grid.png", "samples.npz", "appearing.gif"):
             (self.path / name).unlink(missing_ok=True)
@@ -61,10 +65,10 @@ class SampleFolder:
 
     def read(self, numbers: Sequence[int]) -> Images:
         """What was written, by whatever process."""
-        return np.stack([read_image(self.file(number)) for number in numbers])
+        return np.stack([read_image(self.file(number), alpha=True) for number in numbers])
 
     def file(self, number: int) -> Path:
-        return self.path / "images" / f"{number:05d}.png"
+        return self.path / "images" / f"{number:05d}.{self.suffix}"
 
     def write_grid(self, numbers: Sequence[int]) -> Path:
         """Of the first hundred of these images."""

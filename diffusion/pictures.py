@@ -10,20 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from unet.files.pictures import RGB, panel
+from unet.files.pictures import RGB, composite, panel
 from unet.files.writing import replacing
 
-Images = NDArray[np.uint8]  # (N, H, W, C), C = 1 or 3
+Images = NDArray[np.uint8]  # (N, H, W, C)
 
 GRID = 720  # pixels a side that a grid of small images is enlarged to, at most
 CELL = 128  # a picture in a table, about
 LINE = 20  # a line of text
 _FRAMES, _LAST = 120, 1500  # milliseconds of a GIF
-
-
-def rgb(image: NDArray[np.uint8]) -> RGB:
-    """An image (H, W, C), C = 1 or 3, as (H, W, 3)."""
-    return np.repeat(image, 3, axis=2) if image.shape[2] == 1 else image
 
 
 def enlarged(image: RGB, side: int) -> RGB:
@@ -35,7 +30,7 @@ def enlarged(image: RGB, side: int) -> RGB:
 def grid(images: Images, columns: int | None = None) -> Image.Image:
     """Images in rows, left to right; a square where `columns` is not given."""
     columns = columns or math.ceil(math.sqrt(len(images)))
-    cells = [enlarged(rgb(image), GRID // columns) for image in images]
+    cells = [enlarged(composite(image), GRID // columns) for image in images]
     rows = [cells[i : i + columns] for i in range(0, len(cells), columns)]
     return panel(rows, largest=1024)
 
@@ -44,7 +39,7 @@ def strip(frames: Sequence[Images], count: int = 10) -> Image.Image:
     """A row for each image: `count` of the frames (N, H, W, C), evenly spread, the last at last."""
     chosen = np.unique(np.linspace(0, len(frames) - 1, count).round().astype(int))
     rows = [
-        [enlarged(rgb(frames[j][i]), GRID // len(chosen)) for j in chosen]
+        [enlarged(composite(frames[j][i]), GRID // len(chosen)) for j in chosen]
         for i in range(len(frames[0]))
     ]
     return panel(rows)

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from diffusion.data.images import DiffusionData
 from diffusion.data.pixels import to_bytes
+from diffusion.data.sources import HowToRead
 from diffusion.decisions import DiffusionPlan, clip_folder, decide
 from diffusion.initial import freeze_all_but_attention, take_over
 from diffusion.judging.report import SHOWN, few_steps, shown_conditions, spread, write_report
 from diffusion.model import DiffusionUNet
-from diffusion.options import DiffusionOptions
-from diffusion.pictures import grid, rgb, table
+from diffusion.options import CHANNELS, DiffusionOptions
+from diffusion.pictures import grid, table
 from diffusion.process.denoiser import Denoiser
 from diffusion.process.loss import diffusion_loss
 from diffusion.process.noise import NoiseSource
@@ -30,6 +31,7 @@ from diffusion.stable.latents import Data, LatentData, autoencoder_of
 from diffusion.text import PADDING
 from unet.device import pick_device
 from unet.errors import Interrupted
+from unet.files.pictures import composite
 from unet.training.batches import Key, sample_rng
 from unet.training.config_file import keep_config
 from unet.training.fit import fit
@@ -100,15 +102,27 @@ def load_data(options: DiffusionOptions) -> Data:
     images = DiffusionData(
         options.data,
         size=options.size,
-        channels=options.channels or (autoencoder.image_channels if autoencoder else None),
+        channels=CHANNELS[options.colour]
+        if options.colour
+        else (autoencoder.image_channels if autoencoder else None),
         crops=options.crops,
         flips=False if autoencoder else options.flips,
         val=options.val,
         skip_bad=options.skip_bad,
         classes=options.classes,
         captions=options.captions,
+        how=how_to_read(options),
     )
     return LatentData(images, autoencoder, options.out / "latents") if autoencoder else images
+
+
+def how_to_read(options: DiffusionOptions) -> HowToRead:
+    """What the options say of image files beside what these say themselves."""
+    return HowToRead(
+        reading=options.reading,
+        background=None if options.colour == "rgba" else options.background,
+        caption_key=options.caption_key,
+    )
 
 
 def _encode(data: LatentData, plan: DiffusionPlan) -> None:
@@ -306,7 +320,7 @@ class DiffusionTask:
     def _shown(self, x: Tensor) -> Any:
         """The first of images, or of the images that latents stand for."""
         x = x[:1]
-        return rgb(to_bytes(self.autoencoder.decode(x) if self.autoencoder else x)[0])
+        return composite(to_bytes(self.autoencoder.decode(x) if self.autoencoder else x)[0])
 
     def _noise_table(self, model: DiffusionUNet) -> Image.Image:
         device = next(model.parameters()).device

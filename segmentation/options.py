@@ -7,38 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from unet.errors import InputError
-from unet.training.options import FitOptions, OptimizerName
+from unet.training.options import FitOptions, OptimizerName, ReadingOptions
 
 if TYPE_CHECKING:
     from segmentation.data.masks import MaskCleaning
-    from unet.files.pages import Reading
 
 BestBy = Literal["loss", "dice", "v_rand"]
 RECIPES = Path(__file__).parent / "recipes"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReadingOptions:
-    """What a command line says of image files beside what they say themselves."""
-
-    axes: str | None = None
-    """Axes of TIFF and NPY files that do not name them, such as CYX or ZYXC: C are channels, Y and
-    X rows and columns, all others slices."""
-
-    channels: tuple[str, ...] = ()
-    """Channels to use of each image, in this order: numbers from 0, or the names that the files
-    give; none given: all."""
-
-    nodata: float | None = None
-    """Value of pixels where nothing was measured (nan where it is NaN), instead of what the files
-    declare; it is in no statistic, and such pixels are ignored."""
-
-    @property
-    def reading(self) -> Reading:
-        """The same, as the readers take it."""
-        from unet.files.pages import Reading
-
-        return Reading(axes=self.axes, channels=self.channels, nodata=self.nodata)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -88,6 +88,8 @@ class EvalOptions(SamplingOptions):
 
 def main(options: EvalOptions) -> None:
     from diffusion.data.images import DiffusionData
+    from diffusion.data.pixels import known_ranges
+    from diffusion.data.sources import HowToRead
     from diffusion.judging.captions import judge_captions, scenes_to_ask
     from diffusion.judging.evaluation import (
         Judge,
@@ -100,6 +102,7 @@ def main(options: EvalOptions) -> None:
     )
     from diffusion.judging.features import open_extractor
     from diffusion.sampling import ImageSampler, load_for_sampling
+    from unet.files.pages import Reading
 
     model = load_for_sampling(options.model, options.device)
     samplers = [ImageSampler(model, way) for way in options.ways()]
@@ -112,7 +115,13 @@ def main(options: EvalOptions) -> None:
     data = DiffusionData(
         options.data,
         size=options.size or (first.height if first.height == first.width else None),
-        channels=1 if first.channels == 1 else 3,
+        channels=first.channels,
+        how=HowToRead(
+            reading=Reading.from_dict(model.info.get("reading", {})),
+            background=None if run.get("colour") == "rgba" else DiffusionOptions.background,
+            caption_key=run.get("caption_key"),
+        ),
+        ranges=known_ranges(model.info),
         crops=options.crops or run.get("crops", False),
         flips=False,
         val=run.get("val", DiffusionOptions.val),

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from segmentation.options import ReadingOptions
 from unet.errors import InputError
 from unet.training.cli import run_script, say_next
+from unet.training.options import ReadingOptions
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -126,7 +126,7 @@ def main(options: SampleOptions) -> None:
     sampler = ImageSampler(model, options)
     wanted = chosen_conditions(options, sampler)
     plan = chosen_plan(options, sampler, wanted)
-    folder.begin(processes)
+    folder.begin(processes, sampler.channels)
     parts = sampler.parts(options.count, processes)
     for part, images in zip(parts, made(options, sampler, plan, wanted, processes), strict=True):
         folder.add(images, options.first + part.start)
@@ -234,11 +234,17 @@ def made(
 
 def picture(path: Path, sampler: ImageSampler) -> Tensor:
     """An image file as the model takes it, (1, C, H, W) in [-1, 1]: resized and cropped."""
-    from diffusion.data.pixels import fitted
-    from unet.files.images import read_image
+    from diffusion.data.pixels import fitted, known_ranges
+    from diffusion.data.sources import HowToRead
+    from unet.files.pages import Reading
 
+    info = sampler.model.info
+    reading = Reading.from_dict(info.get("reading", {}))
+    over = None if sampler.channels == 4 else HowToRead().background
+    pixels = HowToRead(reading=reading, background=over).image(path)
+    values = known_ranges(info).get(pixels.dtype.name)
     size = (sampler.height, sampler.width)
-    return fitted(read_image(path), size, sampler.channels)[None].to(sampler.device)
+    return fitted(pixels, size, sampler.channels, values)[None].to(sampler.device)
 
 
 def command(argv: Sequence[str] | None = None) -> int:

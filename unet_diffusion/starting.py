@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffusion.data.pixels import WHOLE, ValueRange, known_ranges
 from diffusion.initial import find_start, their_unet
 from diffusion.process.schedule import NoiseSchedule
 from diffusion.stable.folder import CONFIGS, read_schedule
@@ -49,7 +50,7 @@ def segmentation_start(path: str | None, timestep: float = TIMESTEP) -> Start | 
     else:
         schedule = NoiseSchedule.from_dict(start.info.get("schedule", {}))
     channels = start.config.in_channels
-    if "autoencoder" in start.info or channels not in (1, 3):
+    if "autoencoder" in start.info or (unet and channels == 4):
         raise InputError(
             f"--init {path} works on latents of {channels} channels, not on pixels: start from a "
             "diffusion model of images"
@@ -61,12 +62,13 @@ def segmentation_start(path: str | None, timestep: float = TIMESTEP) -> Start | 
             only_token(context, start.config.context_channels)
     except InputError as error:
         raise InputError(f"--init {path} cannot start a segmentation: {error}") from error
+    ranges = known_ranges(start.info)
     start = start.changed(
         plain(start.config),
         lambda config, trunk: without_conditioning(config, trunk, t=t, context=context),
         f"as it is at timestep {t}",
     )
-    return replace(start, info=_pixels(schedule, t, channels))
+    return replace(start, info=_pixels(schedule, t, channels, ranges))
 
 
 def what_it_starts(path: str) -> dict[str, str]:
@@ -83,13 +85,18 @@ def what_it_starts(path: str) -> dict[str, str]:
     return found
 
 
-def _pixels(schedule: NoiseSchedule, t: int, channels: int) -> Mapping[str, Any]:
+def _pixels(
+    schedule: NoiseSchedule, t: int, channels: int, ranges: Mapping[str, ValueRange]
+) -> Mapping[str, Any]:
     """The normalisation of a segmentation that shows images as timestep t has them.
 
-    signal (v / 127.5 - 1) = (v - 127.5) / (127.5 / signal)
+    With the values v from a to b: signal (2 (v - a) / (b - a) - 1) = (v - mean) / std, with the
+    middle of the values as mean and their half span over the signal as std.
     """
-    scale = [127.5] * channels, [127.5 / schedule.level(t).signal] * channels
-    return {"normalisation": {"mean": scale[0], "std": scale[1], "dtype": "uint8"}}
+    dtype, values = next(iter(ranges.items()), ("uint8", WHOLE["uint8"]))
+    middle, half = (values.high + values.low) / 2, (values.high - values.low) / 2
+    scale = [middle] * channels, [half / schedule.level(t).signal] * channels
+    return {"normalisation": {"mean": scale[0], "std": scale[1], "dtype": dtype}}
 
 
 def _empty_text(start: Start) -> Tensor | None:

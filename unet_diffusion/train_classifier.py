@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from diffusion.options import CHANNELS
 from unet.errors import InputError
 from unet.training.cli import run_script, say_next
 from unet.training.options import FitOptions
@@ -30,8 +31,8 @@ class ClassifierOptions(FitOptions):
     size: int | None = None
     """Side in pixels to which the images are resized and cropped; none given: as they are."""
 
-    channels: Literal[1, 3] | None = None
-    """1 reads the images as grey, 3 as RGB; none given: as they are."""
+    colour: Literal["grey", "rgb"] | None = None
+    """Read all images as grey or as RGB; none given: as they are, RGB if any is."""
 
     skip_bad: bool = False
     """Leave out images that cannot be read, naming them, instead of stopping."""
@@ -61,7 +62,7 @@ def main(options: ClassifierOptions) -> None:
     data = DiffusionData(
         options.data,
         size=options.size,
-        channels=options.channels,
+        channels=CHANNELS[options.colour] if options.colour else None,
         flips=False,
         skip_bad=options.skip_bad,
     )

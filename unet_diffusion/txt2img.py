@@ -166,7 +166,9 @@ def picture(file: str | None, model: StableDiffusion, recipe: Recipe) -> Tensor 
     from diffusion.data.pixels import fitted
     from unet.files.images import read_image
 
-    return fitted(read_image(Path(file)), model.pixels(recipe), 3)[None].to(model.device)
+    return fitted(read_image(Path(file), background=(255, 255, 255)), model.pixels(recipe), 3)[
+        None
+    ].to(model.device)
 
 
 def command(argv: Sequence[str] | None = None) -> int:

@@ -8,7 +8,7 @@ kept that way if all of them fit; of larger sets every image is read when it is 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,14 +17,23 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from diffusion.data.pixels import Pixels, as_tensor, as_uint8, resized
-from diffusion.data.sources import open_source
+from diffusion.data.pixels import (
+    WHOLE,
+    Pixels,
+    RangeFinder,
+    ValueRange,
+    as_tensor,
+    as_uint8,
+    resized,
+)
+from diffusion.data.sources import HowToRead, open_source
 from unet.errors import InputError
 from unet.files.pages import ImageInfo
 from unet.training.batches import Key, sample_rng
 
 CACHE_BYTES = 2**31  # images that together take no more are kept in memory, in each process
 CHECKED = 20_000  # files whose headers are read before training; of more, as many spread evenly
+RANGED_PIXELS = 2**28  # values that say what range images use
 CHECKED_PIXELS = 2**28  # up to so many in all, these files are decoded before training, too
 CROP = 64  # side of a crop where no size is given
 LEAST_VAL, MOST_VAL = 16, 1000  # held-out images where a share is asked for
@@ -39,12 +48,13 @@ class DiffusionData:
 
     Args:
         data: a folder of images, searched with its subfolders: these are the classes where every
-            image lies in one of two or more, and a `metadata.jsonl` with `file_name` and `text`
-            gives captions; an .npz with `images` uint8 (N, H, W) or (N, H, W, C) and perhaps
-            `labels` (N,); a TIFF or NPY stack; "shapes": drawn (`diffusion.data.shapes`).
+            image lies in one of two or more, and text files beside the images, a `metadata.jsonl`
+            or a `metadata.csv` give captions (`diffusion.data.captions`); an .npz with `images`
+            (N, H, W) or (N, H, W, C) and perhaps `labels` (N,); a TIFF or NPY stack; "shapes":
+            drawn (`diffusion.data.shapes`).
         size: side in pixels to which images are resized (the shorter side) and cropped (at the
             centre), or of a crop; None: as they are, which must be alike; crops 64, shapes 32.
-        channels: 1 for grey, 3 for RGB; None: as they are, RGB if any is.
+        channels: 1 for grey, 3 for RGB, 4 for RGB with alpha; None: as they are, RGB if any is.
         crops: cut parts out of large images instead of resizing them.
         flips: mirror left to right at random; None: only image files without classes or captions,
             as it changes the meaning of digits and of "left of".
@@ -54,6 +64,9 @@ class DiffusionData:
         skip_bad: leave out files that cannot be read, saying so once, instead of stopping.
         captions: samples have captions, and the data must.
         classes: the data must have classes; samples have labels wherever there are classes.
+        how: axes, channels, no data, background and captions of image files; None: as they say
+            themselves, over white (with 4 channels: alpha is one of them).
+        ranges: the values of each type that become black and white; None: those that are used.
         seed: of the choice of held-out images, and of the pictures of "shapes".
 
     Attributes:
@@ -78,19 +91,22 @@ class DiffusionData:
         skip_bad: bool = False,
         captions: bool = False,
         classes: bool = False,
+        how: HowToRead | None = None,
+        ranges: Mapping[str, ValueRange] | None = None,
         seed: int = 0,
     ) -> None:
         if size is not None and size < 1:
             raise InputError(f"size {size}: give at least 1 pixel")
-        if channels not in (None, 1, 3):
-            raise InputError(f"channels {channels}: give 1 for grey or 3 for RGB")
         if flips and captions:
             raise InputError("flips make left of what a caption calls right: leave one of them off")
-        self.source = source = open_source(data, captions, size, seed)
+        if how is None:
+            how = HowToRead(background=None) if channels == 4 else HowToRead()
+        self.how = how
+        self.source = source = open_source(data, captions, size, seed, how)
         if captions and not source.captioned:
             raise InputError(
-                f"'{data}' has no captions: give a folder with a metadata.jsonl of lines such as "
-                '{"file_name": "0.png", "text": "a red circle"}'
+                f"'{data}' has no captions: put a .txt beside each image, or a metadata.jsonl of "
+                'lines such as {"file_name": "0.png", "text": "a red circle"} into the folder'
             )
         if classes and not source.classes:
             raise InputError(
@@ -105,6 +121,8 @@ class DiffusionData:
         self._cache: dict[int, Pixels] = {}
         self._infos = self._check_headers()
         self.channels = channels or max(info.channels for info in self._infos.values())
+        self.ranges = dict(ranges or {})
+        self._find_ranges()
         self._alike = size is None and not crops
         self.size = self._choose_size(size)
         self._keeps = self._bytes() <= CACHE_BYTES
@@ -182,7 +200,12 @@ class DiffusionData:
         lines.append(", ".join(kinds))
         if kinds != [used := f"{_colour(self.channels)} uint8"]:
             lines[1] += f", all converted to {used}"
-        lines[1] += ", alpha channel dropped" if any(info.has_alpha for info in infos) else ""
+        for dtype in sorted({info.dtype for info in infos} - {"uint8"}):
+            found = self.ranges.get(dtype, WHOLE[dtype])
+            lines.append(f"values of {dtype}: {found} fill the range of the network")
+        if any(info.has_alpha for info in infos):
+            colour = " ".join(map(str, self.how.background or ()))
+            lines.append(f"transparent pixels are laid over the colour {colour}")
         if self.labels is not None:
             counts = np.bincount(self.labels, minlength=len(self.classes)).tolist()
             shown = [f"{name} ({n:,})" for name, n in zip(self.classes, counts, strict=True)]
@@ -203,7 +226,9 @@ class DiffusionData:
         try:
             pixels = self.source.read(image)
             try:
-                pixels = as_uint8(pixels, self.channels)
+                pixels = as_uint8(
+                    pixels, self.channels, self.ranges.get(pixels.dtype.name), self._nodata(image)
+                )
             except InputError as error:
                 raise InputError(f"'{self.source.names[image]}': {error}") from error
             if self._alike:
@@ -244,6 +269,32 @@ class DiffusionData:
         if not infos:
             raise InputError(f"none of {count:,} images can be read")
         return infos
+
+    def _nodata(self, image: int) -> float | None:
+        info = self._infos.get(image)
+        return self.how.reading.nodata if info is None else info.nodata
+
+    def _find_ranges(self) -> None:
+        """The range of values of each type but uint8, of images spread over the set."""
+        of: dict[str, list[int]] = {}
+        for image, info in self._infos.items():
+            if info.dtype != "uint8" and info.dtype not in self.ranges:
+                of.setdefault(info.dtype, []).append(image)
+        if self.source.kind and self.source.kind.dtype in of:
+            count = len(self.source.names)
+            of[self.source.kind.dtype] = list(range(count))
+        for dtype, images in of.items():
+            finder, left = RangeFinder(dtype), RANGED_PIXELS
+            for image in np.random.default_rng(0).permutation(images).tolist():
+                try:
+                    pixels = self.source.read(image)
+                except InputError:
+                    continue  # which is raised, or left out, where the image is used
+                finder.add(pixels, self.source.names[image], self._nodata(image))
+                left -= pixels.size
+                if left < 0:
+                    break
+            self.ranges[dtype] = finder.found()
 
     def _choose_size(self, size: int | None) -> tuple[int, int]:
         side = size or CROP
@@ -358,4 +409,4 @@ class TrainingSamples:
 
 
 def _colour(channels: int) -> str:
-    return "grey" if channels == 1 else "RGB"
+    return {1: "grey", 3: "RGB"}.get(channels, f"{channels} channels of")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -12,9 +15,11 @@ from PIL import Image
 from torch import Tensor
 
 from unet.errors import InputError
-from unet.files.pages import Array
+from unet.files.pages import Array, missing
 
 Pixels: TypeAlias = NDArray[np.uint8]  # (H, W, C)
+
+RARE = 1e-4  # share of the pixels that may lie beyond a range
 
 
 def to_unit(pixels: Tensor) -> Tensor:
@@ -32,32 +37,172 @@ def to_bytes(x: Tensor) -> NDArray[np.uint8]:
     return rearrange(to_uint8(x), "b c h w -> b h w c").cpu().numpy()
 
 
-def fitted(pixels: Array, size: tuple[int, int], channels: int) -> Tensor:
-    """One image (H, W, C) of any depth as (channels, *size) in [-1, 1], resized and cropped.
+@dataclass(frozen=True)
+class ValueRange:
+    """The values that become black and white; what lies beyond is clipped."""
+
+    low: float
+    high: float
+
+    def to_uint8(self, pixels: Array) -> Pixels:
+        """Pixels of any shape and type to the nearest of 256 levels."""
+        scaled = (pixels.astype(np.float64) - self.low) * (255 / (self.high - self.low))
+        return np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
+
+    def __str__(self) -> str:
+        return f"{self.low:g} to {self.high:g}"
+
+
+# What a type says by itself; `RangeFinder` says it better.
+WHOLE = {"uint8": ValueRange(0, 255), "uint16": ValueRange(0, 65535), "float32": ValueRange(0, 1)}
+
+
+def known_ranges(info: Mapping[str, Any]) -> dict[str, ValueRange]:
+    """The ranges of the training images of each type, as a model's `info` has them.
 
     Raises:
-        InputError: float pixels outside [0, 1].
+        InputError: they are damaged.
     """
-    return as_tensor(resized(as_uint8(pixels, channels), size))
+    found: Any = info.get("ranges", {})
+    try:
+        pairs = {str(kind): (float(low), float(high)) for kind, (low, high) in found.items()}
+        if not all(
+            kind in WHOLE and -math.inf < a < b < math.inf for kind, (a, b) in pairs.items()
+        ):
+            raise ValueError("no range")
+    except (AttributeError, TypeError, ValueError) as error:
+        raise InputError(f"the model's ranges of values are damaged: {found!r:.200}") from error
+    return {kind: ValueRange(*pair) for kind, pair in pairs.items()}
 
 
-def as_uint8(pixels: Array, channels: int) -> Pixels:
-    """An image (H, W, C) of any depth and colour as uint8 with these channels."""
-    if pixels.dtype == np.uint16:
-        pixels = ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
-    elif pixels.dtype != np.uint8:
-        low, high = float(pixels.min()), float(pixels.max())
+class RangeFinder:
+    """The range of values that images of one type use, from as many of them as are shown to it.
+
+    uint8 is 0 to 255. Of larger whole numbers it is 0 to the largest value of so many bits as all
+    but one in 10,000 pixels need, 4095 for a camera of 12 bits; or from the lowest to the highest
+    where they use less than an eighth of that. Of floats it is 0 to 1, -1 to 1 or 0 to 255 where all
+    values are in it and seem meant so, else from the lowest to the highest, without one in 10,000
+    at either end if these lie far out.
+    """
+
+    def __init__(self, dtype: str) -> None:
+        self.dtype = dtype
+        self.counts = np.zeros(65536, np.int64)  # of uint16
+        self.sample: list[Array] = []  # of floats
+        self.lowest, self.highest, self.whole = math.inf, -math.inf, True
+        self.brightest: list[tuple[float, str]] = []  # the largest value of each image
+
+    def add(self, pixels: Array, name: str, nodata: float | None = None) -> None:
+        """Looks at an image (H, W, C), but for pixels that hold no data."""
+        known = pixels[~missing(pixels, nodata)]
+        if not known.size:
+            return
+        self.lowest = min(self.lowest, float(known.min()))
+        self.highest = max(self.highest, float(known.max()))
+        self.brightest.append((float(known.max()), name))
+        if pixels.dtype == np.uint16:
+            self.counts += np.bincount(known.reshape(-1), minlength=65536)
+        else:
+            flat = known.reshape(-1)
+            self.sample.append(flat[:: max(1, flat.size // 20_000)])
+            self.whole &= bool((self.sample[-1] == np.rint(self.sample[-1])).all())
+
+    def found(self) -> ValueRange:
+        """The range of what was shown.
+
+        Raises:
+            InputError: floats, of which some images go to 1 and others far beyond.
+        """
+        if self.dtype == "uint8" or self.lowest > self.highest:
+            return WHOLE[self.dtype]
+        if self.dtype == "uint16":
+            below = np.cumsum(self.counts)
+            first, top = (
+                int(np.searchsorted(below, below[-1] * share, "right"))
+                for share in (RARE, 1 - RARE)
+            )
+            top = min(top, int(self.highest))
+            return _bits(top) if top - first > top / 8 else ValueRange(first, max(top, first + 1))
+        low, high = self.lowest, self.highest
+        if low >= 0 and high <= 1:
+            return WHOLE["float32"]
+        unit = [name for most, name in self.brightest if 0.5 < most <= 1]
+        if unit and low >= 0 and high > 2:
+            raise InputError(
+                f"the values of '{unit[0]}' go up to 1, those of '{max(self.brightest)[1]}' up to "
+                f"{high:g}: scale all images alike"
+            )
+        if low >= -1 and high <= 1:
+            return ValueRange(-1, 1)
+        if low >= 0 and self.whole:
+            return _bits(int(high))
+        inner = np.quantile(np.concatenate(self.sample), [RARE, 1 - RARE])
+        span = float(inner[1] - inner[0])
+        low = low if low > inner[0] - span / 4 else float(inner[0])
+        high = high if high < inner[1] + span / 4 else float(inner[1])
+        return ValueRange(low, high if high > low else low + 1)
+
+
+def _bits(top: int) -> ValueRange:
+    """0 to the largest value of as many bits as this one needs, at least 8."""
+    return ValueRange(0, 2 ** max(8, top.bit_length()) - 1)
+
+
+def fitted(
+    pixels: Array, size: tuple[int, int], channels: int, values: ValueRange | None = None
+) -> Tensor:
+    """One image (H, W, C) of any depth as (channels, *size) in [-1, 1], resized and cropped.
+
+    Args:
+        values: the range of the training images, where these had the same type; None: the type's.
+
+    Raises:
+        InputError: float pixels outside [0, 1] where no range is known; other channels.
+    """
+    return as_tensor(resized(as_uint8(pixels, channels, values), size))
+
+
+def as_uint8(
+    pixels: Array,
+    channels: int,
+    values: ValueRange | None = None,
+    nodata: float | None = None,
+) -> Pixels:
+    """An image (H, W, C) of any depth and colour as uint8 with these channels.
+
+    Pixels where nothing was measured get the mean of the others.
+
+    Raises:
+        InputError: float pixels outside [0, 1] where no range is given; channels that are neither
+            grey nor RGB and others than these.
+    """
+    dtype = pixels.dtype.name
+    if values is None and dtype == "float32":
+        low, high = float(np.nanmin(pixels)), float(np.nanmax(pixels))
         if low < 0 or high > 1:
             raise InputError(
                 f"its values go from {low:g} to {high:g}: save it with 8 or 16 bits, or scale "
                 "floats to 0 ... 1"
             )
-        pixels = np.rint(pixels * 255).astype(np.uint8)
-    if pixels.shape[2] == channels:
+    unknown = missing(pixels, nodata)
+    if unknown.any():
+        mean = pixels[~unknown].mean(axis=0) if not unknown.all() else 0
+        pixels = np.where(unknown[..., None], mean, pixels).astype(pixels.dtype)
+    if dtype != "uint8":
+        pixels = (values or WHOLE[dtype]).to_uint8(pixels)
+    have = pixels.shape[2]
+    if have == channels:
         return pixels
-    if channels == 3:
+    if have == 1 and channels == 3:
         return np.repeat(pixels, 3, axis=2)
-    return np.asarray(Image.fromarray(pixels).convert("L"))[..., None]
+    if have == 3 and channels == 1:
+        return np.asarray(Image.fromarray(pixels).convert("L"))[..., None]
+    if channels == 4 and have in (1, 3):  # colours and alpha: nothing is transparent
+        colours = pixels if have == 3 else np.repeat(pixels, 3, axis=2)
+        return np.dstack([colours, np.full(pixels.shape[:2], 255, np.uint8)])
+    raise InputError(
+        f"its {have} channels are not {channels}: choose as many in all images with --channels"
+    )
 
 
 def resized(pixels: Pixels, size: tuple[int, int]) -> Pixels:
@@ -68,10 +213,16 @@ def resized(pixels: Pixels, size: tuple[int, int]) -> Pixels:
     scale = min(height / size[0], width / size[1])
     top, left = (height - scale * size[0]) / 2, (width - scale * size[1]) / 2
     box = (left, top, width - left, height - top)
-    image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
-    # Huge images are first reduced by whole pixels to three times the size: as good, and faster.
-    found = image.resize(size[::-1], Image.Resampling.LANCZOS, box, reducing_gap=3.0)
-    return np.asarray(found).reshape(*size, -1)
+
+    def smaller(plane: Pixels) -> Pixels:
+        # Huge images are first reduced by whole pixels to three times the size: as good, faster.
+        picture = Image.fromarray(plane)
+        found = picture.resize(size[::-1], Image.Resampling.LANCZOS, box, reducing_gap=3.0)
+        return np.asarray(found)
+
+    if pixels.shape[2] == 3:
+        return smaller(pixels)
+    return np.stack([smaller(pixels[..., c]) for c in range(pixels.shape[2])], axis=-1)
 
 
 def as_tensor(pixels: Pixels) -> Tensor:

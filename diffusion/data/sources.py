@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,14 +13,44 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from diffusion.data.captions import TABLES, has_text_files, read_captions
+from diffusion.data.pixels import WHOLE
 from diffusion.data.shapes import HELD_OUT, SIDE, example, example_caption
 from unet.errors import InputError
-from unet.files.images import SUFFIXES, image_info, natural_key, read_image
-from unet.files.pages import Array, ImageInfo
+from unet.files.images import (
+    SUFFIXES,
+    Colour,
+    image_info,
+    laid_over,
+    natural_key,
+    read_image,
+)
+from unet.files.pages import AS_STORED, Array, ImageInfo, Reading
 
 DRAWN = 20_000  # pictures of shapes
 _ARRAYS = ("images.npy", "labels.npy")  # of an .npz
 ARCHIVE_BYTES = 2**32  # an .npz is unpacked into memory as a whole
+
+
+@dataclass(frozen=True, kw_only=True)
+class HowToRead:
+    """What is said of image files beside what they say themselves.
+
+    Attributes:
+        reading: their axes, the chosen channels, and the value of no data.
+        background: what transparent pixels are laid over; None: alpha is a channel of its own.
+        caption_key: of lines of metadata.jsonl and columns of metadata.csv.
+    """
+
+    reading: Reading = AS_STORED
+    background: Colour | None = (255, 255, 255)
+    caption_key: str | None = None
+
+    def image(self, path: Path, page: int | None = None) -> Array:
+        """(H, W, C) as stored; with alpha as a channel for all images, grey ones as colours."""
+        if self.background is not None:
+            return read_image(path, page, self.reading, background=self.background)
+        return read_image(path, page, self.reading, alpha=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +61,7 @@ class Source:
     read: Callable[[int], Array]
     kind: ImageInfo | None = None  # of all images; None: each is a file with a header of its own
     files: Sequence[str] = ()
+    how: HowToRead = field(default_factory=HowToRead)
     classes: tuple[str, ...] = ()
     labels: NDArray[np.int64] | None = None
     captioned: bool = False
@@ -39,10 +69,18 @@ class Source:
     note: str = ""
 
     def info(self, image: int) -> ImageInfo:
-        return self.kind or image_info(Path(self.files[image]))
+        """What the header says; with alpha among the channels where it is one of them."""
+        if self.kind:
+            return self.kind
+        info = replace(image_info(Path(self.files[image]), self.how.reading), palette=None)
+        if self.how.background is None and info.has_alpha:
+            return replace(info, channels=info.channels + 1, has_alpha=False)
+        return info
 
 
-def open_source(data: str | Path, captions: bool, size: int | None, seed: int) -> Source:
+def open_source(
+    data: str | Path, captions: bool, size: int | None, seed: int, how: HowToRead | None = None
+) -> Source:
     """The source that `data` names, as `DiffusionData` does.
 
     Raises:
@@ -53,7 +91,10 @@ def open_source(data: str | Path, captions: bool, size: int | None, seed: int) -
         return _drawn(size or SIDE, seed)
     if not os.path.exists(path):  # False for an impossible name, too
         raise InputError(f"'{data}': no such file or folder")
-    return _archive(path) if path.suffix.lower() == ".npz" else _in_files(path, captions)
+    how = how or HowToRead()
+    if path.suffix.lower() == ".npz":
+        return _archive(path, how)
+    return _in_files(path, captions, how)
 
 
 def _drawn(side: int, seed: int) -> Source:
@@ -72,7 +113,7 @@ def _draw(seed: int, side: int, image: int) -> Array:
     return example(seed, image, side)[1].picture
 
 
-def _archive(path: Path) -> Source:
+def _archive(path: Path, how: HowToRead) -> Source:
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             members = archive.zip.infolist()
@@ -90,21 +131,26 @@ def _archive(path: Path) -> Source:
     except Exception as error:  # zip, zlib and numpy raise what a wrong byte leads them to
         raise InputError(f"'{path}' cannot be read as an .npz with an array `images`") from error
     images = images[..., None] if images.ndim == 3 else images
-    if images.dtype != np.uint8 or images.shape[3:] not in ((1,), (3,), (4,)) or not images.size:
+    turned = images.shape[1:2] in ((1,), (3,), (4,)) and images.shape[3:] > (4,)
+    if images.dtype.name not in WHOLE or images.ndim != 4 or not images.size or turned:
         raise InputError(
-            f"'{path}' has images {images.dtype} {images.shape}: give uint8 (N, H, W) or "
-            "(N, H, W, C), C = 1 or 3"
+            f"'{path}' has images {images.dtype} {images.shape}: give {', '.join(WHOLE)} (N, H, W) "
+            "or (N, H, W, C), channels last"
         )
     count, height, width, channels = images.shape
-    kind = ImageInfo(
-        height=height,
-        width=width,
-        channels=min(channels, 3),
-        dtype="uint8",
-        has_alpha=channels == 4,
+    alpha = channels == 4 and how.background is not None
+    kind = how.reading.of(
+        ImageInfo(
+            height=height,
+            width=width,
+            channels=channels - alpha,
+            dtype=images.dtype.name,
+            has_alpha=alpha,
+        )
     )
     names = [f"{path} image {i}" for i in range(count)]
-    source = Source(names=names, read=images[..., :3].__getitem__, kind=kind)
+    read = partial(_read_row, images, how.background if alpha else None, how.reading.chosen(kind))
+    source = Source(names=names, read=read, kind=kind)
     if labels is None:
         return source
     if labels.shape != (count,) or labels.dtype.kind not in "biuU":
@@ -115,6 +161,13 @@ def _archive(path: Path) -> Source:
     return _classified(source, labels.tolist())
 
 
+def _read_row(
+    images: Array, background: Colour | None, chosen: Sequence[int] | None, image: int
+) -> Array:
+    found = images[image] if background is None else laid_over(images[image], background)
+    return found if chosen is None else found[..., chosen]
+
+
 def _classified(source: Source, labels: list[Any]) -> Source:
     """The source with classes from labels of any kind, in natural order."""
     names = sorted(set(labels), key=lambda label: natural_key(str(label)))
@@ -123,7 +176,7 @@ def _classified(source: Source, labels: list[Any]) -> Source:
     return replace(source, classes=tuple(map(str, names)), labels=numbers)
 
 
-def _in_files(path: Path, captions: bool) -> Source:
+def _in_files(path: Path, captions: bool, how: HowToRead) -> Source:
     """An image or stack, or all of a folder with its subfolders, in natural order.
 
     Of a million files no more is kept than their names, as strings.
@@ -133,7 +186,7 @@ def _in_files(path: Path, captions: bool) -> Source:
     for file in files:
         if file.lower().endswith((".tif", ".tiff", ".npy")):
             with suppress(InputError):  # which is raised again where the image is read
-                if (count := image_info(Path(file)).pages) > 1:
+                if (count := image_info(Path(file), how.reading).pages) > 1:
                     stacks[file] = count
     names, pages = files, None
     if stacks:
@@ -149,28 +202,27 @@ def _in_files(path: Path, captions: bool) -> Source:
         ]
     source = Source(
         names=names,
-        read=partial(_read_page, files, pages),
+        read=partial(_read_page, files, pages, how),
         files=files,
-        captioned=bool(tables),
+        how=how,
+        captioned=bool(tables) or has_text_files(files),
     )
-    if captions and tables:
-        table = _read_captions(tables)
-        missing = next((file for file in files if file not in table), None)
-        if missing:
-            raise InputError(f"'{missing}' has no line in metadata.jsonl: add its caption")
-        source = replace(source, caption=[table[file] for file in files].__getitem__)
+    if captions and source.captioned:
+        source = replace(source, caption=read_captions(files, tables, how.caption_key).__getitem__)
     if "" in folders or len(set(folders)) < 2:
         return source
     return _classified(source, folders)
 
 
-def _read_page(files: Sequence[str], pages: Sequence[int | None] | None, image: int) -> Array:
-    return read_image(Path(files[image]), pages[image] if pages else None)
+def _read_page(
+    files: Sequence[str], pages: Sequence[int | None] | None, how: HowToRead, image: int
+) -> Array:
+    return how.image(Path(files[image]), pages[image] if pages else None)
 
 
 def _walk(root: Path) -> tuple[list[str], list[str], list[Path]]:
     """Images in natural order, in a folder and below, without hidden ones; the subfolder of each,
-    "" for none; and every metadata.jsonl.
+    "" for none; and every table of captions.
     """
     images: list[tuple[Any, str, str]] = []
     tables = []
@@ -180,7 +232,7 @@ def _walk(root: Path) -> tuple[list[str], list[str], list[Path]]:
         inside = [natural_key(part) for part in parts]
         top, start = parts[0] if parts else "", "" if folder == "." else folder
         for name in names:
-            if name == "metadata.jsonl":
+            if name in TABLES:
                 tables.append(Path(folder, name))
             elif name.lower().endswith(SUFFIXES) and not name.startswith("."):
                 images.append(([*inside, natural_key(name)], os.path.join(start, name), top))
@@ -188,28 +240,3 @@ def _walk(root: Path) -> tuple[list[str], list[str], list[Path]]:
         raise InputError(f"'{root}': no image in this folder ({', '.join(SUFFIXES)})")
     images.sort()
     return [path for _, path, _ in images], [top for _, _, top in images], tables
-
-
-def _read_captions(tables: Iterable[Path]) -> dict[str, str]:
-    """The captions of the files that each metadata.jsonl names, relative to its folder."""
-    captions = {}
-    for table in tables:
-        try:
-            lines = table.read_text(encoding="utf-8").split("\n")  # not at U+2028
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"'{table}' cannot be read as UTF-8 text") from error
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                entry = json.loads(line)
-                name, text = entry["file_name"], entry["text"]
-                if not isinstance(name, str) or not isinstance(text, str):
-                    raise TypeError("no text")
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                raise InputError(
-                    f"line {number} of '{table}' is none such as "
-                    '{"file_name": "0.png", "text": "a red circle"}'
-                ) from error
-            captions[str(table.parent / name)] = text
-    return captions

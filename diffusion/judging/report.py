@@ -14,14 +14,14 @@ import torch
 from diffusion.judging.copies import nearest_neighbours
 from diffusion.model import DiffusionUNet
 from diffusion.options import SamplingOptions
-from diffusion.pictures import Images, enlarged, grid, rgb, strip, write_gif
+from diffusion.pictures import Images, enlarged, grid, strip, write_gif
 from diffusion.process.denoiser import Denoiser
 from diffusion.process.noise import NoiseSource
 from diffusion.process.schedule import NoiseSchedule
 from diffusion.sampling import ImageSampler
 from diffusion.stable.autoencoder import Autoencoder
 from diffusion.stable.latents import Data, autoencoder_of
-from unet.files.pictures import panel
+from unet.files.pictures import composite, panel
 from unet.files.writing import replacing, write_text
 from unet.training.run import read_log
 
@@ -139,7 +139,7 @@ def nearest_panel(samples: Images, data: Data, count: int = 4) -> Any:
     _, nearest = nearest_neighbours(samples, training, min(count, len(training)))
     return panel(
         [
-            [enlarged(rgb(image), 96) for image in (sample, *training[found])]
+            [enlarged(composite(image), 96) for image in (sample, *training[found])]
             for sample, found in zip(samples, nearest, strict=True)
         ]
     )

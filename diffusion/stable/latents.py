@@ -57,7 +57,8 @@ class LatentData:
         if source.channels != autoencoder.image_channels:
             raise InputError(
                 f"the images have {source.channels} channels, but the autoencoder in "
-                f"'{autoencoder.folder}' takes {autoencoder.image_channels}: leave out --channels"
+                f"'{autoencoder.folder}' takes {autoencoder.image_channels}: leave out "
+                "--colour and --channels"
             )
         self.source, self.autoencoder, self.folder = source, autoencoder, folder
         self.image_size = source.size

@@ -141,8 +141,6 @@ def broken(kind: str, folder: Path) -> None:
     model: FolderModel
     if kind == "latents":
         diffusion_model(folder, autoencoder="vae")
-    elif kind == "four channels":
-        diffusion_model(folder, config={"in_channels": 4})
     elif kind == "clip":
         diffusion_model(folder, text_encoder="clip", config=text)
     elif kind == "conv":
@@ -157,7 +155,6 @@ def broken(kind: str, folder: Path) -> None:
     ("kind", "train", "told"),
     [
         ("latents", run_seg, "works on latents of 1 channels"),
-        ("four channels", run_seg, "works on latents of 4 channels"),
         ("clip", run_seg, "cannot start a segmentation: a network that reads text"),
         ("conv", run_ddpm, "takes no timestep"),
         ("no scaling", run_seg, "normalisation is damaged"),

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import imagecodecs
 import numpy as np
@@ -41,6 +41,8 @@ from unet.files.writing import replacing
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".npy")
 WIDEST = 32  # channels of an NPY array whose last axis is taken for them, if the others are longer
+
+Colour: TypeAlias = tuple[int, int, int]
 
 _ORIENTATION = 274  # the tag of EXIF
 
@@ -103,7 +105,12 @@ def image_info(path: Path, reading: Reading = AS_STORED) -> ImageInfo:
 
 
 def read_image(
-    path: Path, page: int | None = None, reading: Reading = AS_STORED, *, alpha: bool = False
+    path: Path,
+    page: int | None = None,
+    reading: Reading = AS_STORED,
+    *,
+    alpha: bool = False,
+    background: Colour | None = None,
 ) -> Array:
     """Pixels of an image file: palette looked up, turned upright, white as viewers show it.
 
@@ -115,6 +122,8 @@ def read_image(
         page: 0-based slice of a stack; None for a file that holds one image.
         reading: what is said of the file beside what it says itself.
         alpha: read the alpha channel, too, as the last one, where there is one.
+        background: red, green and blue from 0 to 255 of what transparent pixels are laid over;
+            None: alpha is dropped, and they keep the colour that is stored.
 
     Returns:
         (H, W, C): uint8 or uint16 as stored, 1-bit as uint8 0 and 255, any other integer or float
@@ -125,7 +134,10 @@ def read_image(
             where no data are not declared to be NaN; infinite.
     """
     with _read(path, page, reading) as found:
-        array = found.read(alpha=alpha)
+        over = background is not None and found.info.has_alpha
+        array = found.read(alpha=alpha or over)
+        if over and background is not None:
+            array = laid_over(array, background)
         if (chosen := reading.chosen(found.info)) is not None:
             array = np.ascontiguousarray(array[..., chosen])
         with np.errstate(over="ignore"):
@@ -141,6 +153,18 @@ def read_image(
                     "for no data, say so with nodata NaN"
                 )
         return array
+
+
+def laid_over(image: Array, background: Colour) -> Array:
+    """An image whose last channel is alpha (H, W, C + 1), over a colour: (H, W, C)."""
+    colours, alpha = image[..., :-1].astype(np.float64), image[..., -1:]
+    largest = white(image.dtype.name)
+    ground = np.array(background, np.float64) * (largest / 255)
+    if colours.shape[2] != 3:
+        ground = np.array([ground.mean()])
+    found = ground + (colours - ground) * (alpha / largest)
+    whole = image.dtype.kind in "iu"
+    return (np.rint(found) if whole else found).astype(image.dtype)
 
 
 def map_image(path: Path, page: int | None = None, reading: Reading = AS_STORED) -> Array | None:
@@ -208,7 +232,9 @@ def read_mask(
 
 
 def write_image(path: Path, array: Array, palette: bytes | None = None) -> None:
-    """Writes (H, W), (H, W, 1) or (H, W, 3) as PNG (uint8, uint16) or TIFF (these and float32).
+    """Writes (H, W) or (H, W, C) as PNG (uint8, uint16; C = 1, 3 or 4) or TIFF (and float32).
+
+    The fourth channel of a PNG is alpha; in a TIFF all but three channels are as good as any other.
 
     The suffix of the path decides. The file appears whole or not at all.
 
@@ -223,7 +249,7 @@ def write_image(path: Path, array: Array, palette: bytes | None = None) -> None:
     png, tiff = suffix == ".png", suffix in (".tif", ".tiff")
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
-    shaped = array.ndim == 2 or array.shape[2:] == (3,)
+    shaped = array.ndim == 2 or (array.ndim == 3 and (tiff or array.shape[2] in (3, 4)))
     typed = array.dtype.name in ("uint8", "uint16") or (tiff and array.dtype == np.float32)
     if not ((png or tiff) and shaped and typed and array.size):
         raise InputError(
@@ -239,8 +265,9 @@ def write_image(path: Path, array: Array, palette: bytes | None = None) -> None:
         elif png:
             temporary.write_bytes(imagecodecs.png_encode(array))
         else:
-            kind = ("minisblack", "rgb")[array.ndim - 2]
-            tifffile.imwrite(temporary, array, **tiff_colours(palette, array.dtype, kind))
+            kind = "rgb" if array.shape[2:] == (3,) else "minisblack"
+            layout: dict[str, Any] = {"planarconfig": "contig"} if array.ndim == 3 else {}
+            tifffile.imwrite(temporary, array, **tiff_colours(palette, array.dtype, kind), **layout)
 
 
 def tiff_colours(palette: bytes | None, dtype: np.dtype[Any], kind: str) -> dict[str, Any]:

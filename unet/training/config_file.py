@@ -78,6 +78,9 @@ def load_config(cls: type, path: Path | str) -> dict[str, Any]:
             today = RENAMED.get(name)
             hint = f"; it is {today} now" if today in hints else nearest(name, list(hints))
             raise InputError(f"'{path}' sets the unknown option '{name}'{hint}")
+        if name == "channels" and "colour" in hints and not isinstance(value, list):
+            # of an earlier version, in which it was the number of channels
+            name, value = "colour", {1: "grey", 3: "rgb"}.get(value)
         try:
             values[name] = _decode(value, hints[name])
         except ValueError:

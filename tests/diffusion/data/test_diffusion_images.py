@@ -14,10 +14,12 @@ from PIL import Image
 
 from diffusion.data import images as module
 from diffusion.data.images import DiffusionData
-from diffusion.data.pixels import fitted, to_uint8, to_unit
+from diffusion.data.pixels import RangeFinder, fitted, to_uint8, to_unit
 from diffusion.data.shapes import example, example_caption, held_out, parse
+from diffusion.data.sources import HowToRead
 from unet.errors import InputError
-from unet.files.images import write_image
+from unet.files.images import laid_over, write_image
+from unet.files.pages import Reading
 from unet.training.batches import BatchKeys, make_batches
 
 RNG = np.random.default_rng(0)
@@ -109,7 +111,7 @@ def test_deep_images_are_scaled_by_the_range_of_their_type(dtype: str, values: l
 def test_floats_beyond_their_range_are_refused(tmp_path: Path) -> None:
     image = np.linspace(0, 400, 64, dtype=np.float32).reshape(8, 8)
     save(tmp_path, 3, "{}.tif", [image / 400, image, image / 400])
-    with pytest.raises(InputError, match=r"1\.tif': its values go from 0 to 400: save it"):
+    with pytest.raises(InputError, match=r"up to 1, those of '.*1\.tif' up to 400"):
         DiffusionData(tmp_path)
 
 
@@ -234,7 +236,8 @@ def test_depth_and_alpha_are_told(tmp_path: Path) -> None:
     rgba = np.concatenate([COLOUR[0], COLOUR[0][..., :1]], axis=2)
     Image.fromarray(rgba, "RGBA").save(tmp_path / "alpha.png")
     text = DiffusionData(tmp_path).describe()
-    assert "RGB uint8, grey uint16, all converted to RGB uint8, alpha channel dropped" in text
+    assert "RGB uint8, grey uint16, all converted to RGB uint8\n" in text
+    assert "transparent pixels are laid over the colour 255 255 255" in text
 
 
 def test_a_damaged_file_is_named_or_left_out_once(
@@ -330,9 +333,11 @@ def test_archives_are_read(tmp_path: Path, shape: tuple[int, ...]) -> None:
     images = RNG.integers(0, 256, (30, *shape), np.uint8)
     data = DiffusionData(archive(tmp_path, images=images))
     found = data.images(range(30))
-    expected = images[..., None] if images.ndim == 3 else images[..., :3]
+    expected = images[..., None] if images.ndim == 3 else images
+    if shape[2:] == (4,):
+        expected = np.stack([laid_over(image, (255, 255, 255)) for image in images])
     np.testing.assert_array_equal(found, expected)
-    assert ("alpha channel dropped" in data.describe()) == (shape[2:] == (4,))
+    assert ("transparent" in data.describe()) == (shape[2:] == (4,))
     assert not data.flips
 
 
@@ -358,9 +363,12 @@ def test_labels_become_classes(tmp_path: Path, labels: Any, names: tuple[str, ..
     ("arrays", "message"),
     [
         ({"other": COLOUR}, "cannot be read as an .npz with an array `images`"),
-        ({"images": COLOUR.astype(np.float32)}, "has images float32"),
+        ({"images": COLOUR.astype(np.float64)}, "has images float64"),
         ({"images": COLOUR[0, 0]}, r"has images uint8 \(16, 3\): give uint8"),
-        ({"images": rearrange(COLOUR, "b h w c -> b c h w")}, r"\(40, 3, 12, 16\): give uint8"),
+        (
+            {"images": rearrange(COLOUR, "b h w c -> b c h w")},
+            r"\(40, 3, 12, 16\): give uint8, uint16, float32 .* channels last",
+        ),
         ({"images": COLOUR[:0]}, r"has images uint8 \(0, 12"),
         ({"images": COLOUR, "labels": np.zeros(39, int)}, r"labels int64 \(39,\) for 40 images"),
         ({"images": COLOUR, "labels": np.zeros(40)}, "labels float64"),
@@ -588,7 +596,7 @@ def test_flips_can_be_asked_for(
     ("arguments", "message"),
     [
         ({"size": 0}, "size 0"),
-        ({"channels": 2}, "channels 2"),
+        ({"channels": 2}, "its 3 channels are not 2"),
         ({"classes": True}, "has no classes"),
         ({"captions": True}, "has no captions"),
         ({"captions": True, "flips": True}, "flips make left"),
@@ -631,3 +639,146 @@ def test_micrographs(isbi2012: Path) -> None:
     data = DiffusionData(isbi2012 / "image", crops=True)
     assert (data.size, data.channels, data.flips) == ((64, 64), 1, True)
     assert (len(data.train), len(data.val)) == (29 * 64, 64)
+
+
+# -- values, alpha and channels
+
+
+@pytest.mark.parametrize(
+    ("highest", "white"), [(255, 255), (1000, 1023), (4095, 4095), (4096, 8191), (65535, 65535)]
+)
+def test_the_bits_that_are_used_fill_the_range(tmp_path: Path, highest: int, white: int) -> None:
+    images = (COLOUR[:8, ..., 0].astype(np.uint32) * highest // 255).astype(np.uint16)
+    images[0, 0, :2] = 0, highest
+    save(tmp_path, 8, "{}.tif", images)
+    data = DiffusionData(tmp_path)
+    assert f"values of uint16: 0 to {white} fill the range" in data.describe()
+    wanted = np.rint(images * (255 / white)).astype(np.uint8)
+    found = data.images([index_of(data, i) for i in range(8)])
+    np.testing.assert_array_equal(found[..., 0], wanted)
+
+
+def index_of(data: DiffusionData, number: int) -> int:
+    count = len(data.train) + len(data.val)
+    return next(i for i in range(count) if Path(data.name(i)).stem == str(number))
+
+
+@pytest.mark.parametrize(
+    ("values", "low", "high"),
+    [
+        ((0.2, 0.9), 0, 1),
+        ((-0.5, 1.0), -1, 1),
+        ((0.0, 200.0), 0, 255),
+        ((-1024.0, 3071.0), -1024, 3071),
+        ((0.1, 7.25), 0.1, 7.25),
+    ],
+)
+def test_floats_of_any_range_fill_it(
+    tmp_path: Path, values: tuple[float, float], low: float, high: float
+) -> None:
+    image = np.linspace(*values, 192, dtype=np.float32).reshape(12, 16)
+    image = np.rint(image) if values[1] > 100 else image
+    save(tmp_path, 5, "{}.tif", [image] * 5)
+    found = DiffusionData(tmp_path).ranges["float32"]
+    assert (found.low, found.high) == (pytest.approx(low, rel=0.01), pytest.approx(high))
+
+
+def test_a_few_hot_pixels_do_not_darken_the_rest() -> None:
+    finder = RangeFinder("uint16")
+    image = np.linspace(0, 900, 160_000).astype(np.uint16).reshape(400, 400, 1)
+    image[0, 0] = 65535
+    finder.add(image, "a")
+    assert finder.found().high == 1023
+
+
+def test_no_data_is_in_no_range_and_is_filled(tmp_path: Path) -> None:
+    image = np.linspace(0, 1, 192, dtype=np.float32).reshape(12, 16)
+    image[:3] = -9999
+    declared = [(42113, "s", 0, "-9999", True)]
+    for i in range(4):
+        tifffile.imwrite(tmp_path / f"{i}.tif", image, extratags=declared)
+    data = DiffusionData(tmp_path)
+    assert data.ranges["float32"].high == 1
+    pixels = data.images([0])[0, ..., 0]
+    assert abs(int(pixels[0, 0]) - pixels[3:].mean()) < 1
+    np.testing.assert_array_equal(pixels[3:], np.rint(image[3:] * 255))
+
+
+@pytest.mark.parametrize("background", [(255, 255, 255), (0, 0, 0), (10, 20, 30)])
+def test_transparent_pixels_show_the_background(
+    tmp_path: Path, background: tuple[int, int, int]
+) -> None:
+    rgba = np.dstack([COLOUR[0], np.zeros((12, 16), np.uint8)])
+    rgba[:6, :, 3] = 255
+    for i in range(4):
+        Image.fromarray(rgba, "RGBA").save(tmp_path / f"{i}.png")
+    found = DiffusionData(tmp_path, how=HowToRead(background=background)).images([0])[0]
+    np.testing.assert_array_equal(found[:6], COLOUR[0][:6])
+    assert (found[6:] == background).all()
+    whole = DiffusionData(tmp_path, channels=4)
+    np.testing.assert_array_equal(whole.images([0])[0], rgba)
+
+
+def test_channels_of_any_number_are_learnt_and_chosen(tmp_path: Path) -> None:
+    stains = RNG.integers(0, 256, (5, 12, 16), np.uint8)
+    for i in range(4):
+        tifffile.imwrite(tmp_path / f"{i}.tif", stains, imagej=True, metadata={"axes": "CYX"})
+    data = DiffusionData(tmp_path)
+    assert data.channels == 5
+    np.testing.assert_array_equal(data.images([0])[0], np.moveaxis(stains, 0, -1))
+    two = DiffusionData(tmp_path, how=HowToRead(reading=Reading(channels=("3", "0"))))
+    np.testing.assert_array_equal(two.images([0])[0], np.moveaxis(stains[[3, 0]], 0, -1))
+
+
+# -- captions as people keep them
+
+
+def test_captions_lie_in_text_files_beside_images(tmp_path: Path) -> None:
+    save(tmp_path, 4, "{}.png", COLOUR)
+    for i in range(4):
+        (tmp_path / f"{i}.txt").write_bytes(b"\xef\xbb\xbfa blob\r\n number " + str(i).encode())
+    data = DiffusionData(tmp_path, captions=True)
+    assert data.caption(index_of(data, 2)) == "a blob number 2"
+    (tmp_path / "3.txt").unlink()
+    with pytest.raises(InputError, match=r"3\.png' has no caption file: add its caption"):
+        DiffusionData(tmp_path, captions=True)
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        ("metadata.csv", '\ufefffile_name,text\r\nsub/0.png,"a, b"\r\nsub/1.png,c\r\n'),
+        (
+            "metadata.csv",
+            'image,prompt\nsub\\\\0.png,"a, b"\nsub\\\\1.png,c\n'.replace("\\\\", "\\"),
+        ),
+        (
+            "metadata.jsonl",
+            '{"file_name": "train/sub/0.png", "caption": "a, b"}\n'
+            '{"file_name": "train/sub/1.png", "caption": "c"}\n',
+        ),
+        (
+            "sub/metadata.jsonl",
+            '\ufeff{"file_name": "sub/0.png", "text": "a, b"}\n'
+            '{"file_name": "1.png", "text": "c"}\n',
+        ),
+    ],
+)
+def test_tables_of_captions_are_read_as_they_are_meant(
+    tmp_path: Path, table: tuple[str, str]
+) -> None:
+    (tmp_path / "sub").mkdir()
+    save(tmp_path / "sub", 2, "{}.png", COLOUR)
+    (tmp_path / table[0]).write_text(table[1], encoding="utf-8")
+    data = DiffusionData(tmp_path, captions=True)
+    assert {data.caption(i) for i in range(2)} == {"a, b", "c"}
+
+
+def test_another_key_of_the_captions_is_named(tmp_path: Path) -> None:
+    save(tmp_path, 2, "{}.png", COLOUR)
+    lines = [json.dumps({"file_name": f"{i}.png", "de": "eins"}) for i in range(2)]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    with pytest.raises(InputError, match="has no text or caption or prompt, but file_name, de"):
+        DiffusionData(tmp_path, captions=True)
+    data = DiffusionData(tmp_path, captions=True, how=HowToRead(caption_key="de"))
+    assert data.caption(0) == "eins"

@@ -414,7 +414,7 @@ def test_the_mask_that_clip_is_given_is_its_tokenizer_s(pipeline: Path) -> None:
         (("--latents", "{}", "--size", 20), "a multiple of 8, such as 16"),
         (("--latents", "{}", "--crops"), "leave out --crops and --flips"),
         (("--latents", "{}", "--flips", "True"), "leave out --crops and --flips"),
-        (("--latents", "{}", "--channels", 1), "takes 3: leave out --channels"),
+        (("--latents", "{}", "--colour", "grey"), "takes 3: leave out --colour"),
         (("--text-encoder", "{}"), "--text-encoder .* has nothing to read: give --captions"),
         (("--latents", "{}", "--captions", "--text-encoder", "{}/vae"), "has no tokenizer/"),
         (("--latents", "{}", "--trained", "attention"), "give one with --init"),

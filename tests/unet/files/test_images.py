@@ -219,7 +219,7 @@ def test_a_stack_is_read_page_by_page(tmp_path: Path, data: bytes, wanted: Array
 @given(
     hnp.arrays(
         st.sampled_from([np.uint8, np.uint16, np.float32]),
-        st.sampled_from([(1, 1), (3, 4), (4, 3), (2, 5, 1), (4, 4, 3), (3, 1, 3)]),
+        st.sampled_from([(1, 1), (3, 4), (4, 3), (2, 5, 1), (4, 4, 3), (3, 1, 3), (4, 5, 4)]),
         elements={"allow_nan": False, "allow_infinity": False},
     )
 )
@@ -230,7 +230,7 @@ def test_written_images_are_read_back(array: Array) -> None:
             path = Path(folder) / f"ä b\n{suffix}"
             write_image(path, array)
             wanted = array.reshape(*array.shape[:2], -1)
-            np.testing.assert_array_equal(read_image(path), wanted, strict=True)
+            np.testing.assert_array_equal(read_image(path, alpha=True), wanted, strict=True)
         assert len(os.listdir(folder)) == 2
 
 
@@ -241,7 +241,6 @@ def test_written_images_are_read_back(array: Array) -> None:
         ("x.jpg", GREY),
         ("x", GREY),
         ("x.png", GREY.astype(np.int32)),
-        ("x.png", noise(7, 5, 4)),
         ("x.png", noise(7, 5, 2)),
         ("x.tif", STACK[None]),
         ("x.tif", GREY[0]),

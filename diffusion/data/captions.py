@@ -1,0 +1,123 @@
+"""Captions of image files, in the ways that people keep them.
+
+`metadata.jsonl` (a JSON object a line) and `metadata.csv` name files relative to their folder, as
+Hugging Face's imagefolder does; or a `.txt` lies beside each image. A byte-order mark and Windows'
+backslashes are understood.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from unet.errors import InputError
+
+TABLES = ("metadata.jsonl", "metadata.csv")
+_FILE_KEYS = ("file_name", "file", "image", "filename")
+_TEXT_KEYS = ("text", "caption", "prompt")
+_TEXT_BYTES = 2**16  # of one caption file
+
+
+def has_text_files(files: Sequence[str]) -> bool:
+    """Whether the first image has a caption file beside it."""
+    return bool(files) and os.path.isfile(_beside(files[0]))
+
+
+def read_captions(files: Sequence[str], tables: Sequence[Path], key: str | None) -> list[str]:
+    """The caption of each file: of a table, or else of the text file beside it.
+
+    Args:
+        key: of the captions in the tables; None: the first of text, caption and prompt that is
+            there.
+
+    Raises:
+        InputError: a file without a caption, a table or text that cannot be read.
+    """
+    known: dict[str, str] = {}
+    for table in tables:
+        for number, entry in _rows(table):
+            name, caption = _entry(entry, key, f"line {number} of '{table}'")
+            known[_placed(table.parent, name)] = caption
+    found: list[str] = []
+    for file in files:
+        text = known.get(os.path.normpath(file))
+        found.append(_text_of(file, tables) if text is None else text)
+    return found
+
+
+def _rows(table: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    try:
+        content = table.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"'{table}' cannot be read as UTF-8 text") from error
+    if table.suffix == ".csv":
+        try:
+            yield from enumerate(csv.DictReader(content.splitlines()), start=2)
+        except csv.Error as error:
+            raise InputError(f"'{table}' cannot be read as CSV: {error}") from error
+        return
+    for number, line in enumerate(content.split("\n"), start=1):  # not at U+2028
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            if not isinstance(entry, dict):
+                raise TypeError("no object")
+        except (ValueError, TypeError, RecursionError) as error:
+            raise InputError(
+                f"line {number} of '{table}' is none such as "
+                '{"file_name": "0.png", "text": "a red circle"}'
+            ) from error
+        yield number, entry
+
+
+def _entry(entry: Mapping[str, Any], key: str | None, where: str) -> tuple[str, str]:
+    """File name and caption of a row."""
+    name = next((entry[k] for k in _FILE_KEYS if k in entry), None)
+    chosen = (key,) if key else _TEXT_KEYS
+    text = next((entry[k] for k in chosen if k in entry), None)
+    if not isinstance(name, str) or not isinstance(text, str):
+        keys = ", ".join(map(str, entry))
+        lacking = _FILE_KEYS[0] if not isinstance(name, str) else " or ".join(chosen)
+        raise InputError(
+            f"{where} is none such as " + '{"file_name": "0.png", "text": "a red circle"}'
+            f": it has no {lacking}, but {keys or 'nothing'}; --caption-key names the captions'"
+        )
+    return name, text
+
+
+def _placed(folder: Path, name: str) -> str:
+    """The path that a table means: backslashes are folders, and a path from above is cut."""
+    parts = PureWindowsPath(name).parts if "\\" in name else PurePosixPath(name).parts
+    direct = os.path.normpath(os.path.join(folder, *parts))
+    if os.path.lexists(direct):
+        return direct
+    # A path from above, such as train/0.png in train/metadata.jsonl.
+    for cut in range(1, len(parts)):
+        candidate = os.path.normpath(os.path.join(folder, *parts[cut:]))
+        if os.path.lexists(candidate):
+            return candidate
+    return direct
+
+
+def _text_of(file: str, tables: Sequence[Path]) -> str:
+    path = _beside(file)
+    try:
+        if not os.path.isfile(path):
+            where = f"no line in {tables[0].name}" if tables else "no caption file"
+            raise InputError(f"'{file}' has {where}: add its caption, or {path!r} with it")
+        with open(path, "rb") as stream:
+            data = stream.read(_TEXT_BYTES + 1)
+        if len(data) > _TEXT_BYTES:
+            raise InputError(f"{path!r} has more than {_TEXT_BYTES:,} bytes: no caption")
+        return " ".join(data.decode("utf-8-sig").split())
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path!r} cannot be read as UTF-8 text") from error
+
+
+def _beside(file: str) -> str:
+    return f"{os.path.splitext(file)[0]}.txt"
