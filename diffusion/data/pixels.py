@@ -80,9 +80,9 @@ class RangeFinder:
 
     uint8 is 0 to 255. Of larger whole numbers it is 0 to the largest value of so many bits as all
     but one in 10,000 pixels need, 4095 for a camera of 12 bits; or from the lowest to the highest
-    where they use less than an eighth of that. Of floats it is 0 to 1, -1 to 1 or 0 to 255 where all
-    values are in it and seem meant so, else from the lowest to the highest, without one in 10,000
-    at either end if these lie far out.
+    where they use less than an eighth of that. Of floats it is 0 to 1, -1 to 1 or 0 to 255 where
+    all values are in it and seem meant so, else from the lowest to the highest, without one in
+    10,000 at either end if these lie far out.
     """
 
     def __init__(self, dtype: str) -> None:

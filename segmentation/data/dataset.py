@@ -137,7 +137,7 @@ class SegmentationData:
             return self._instance_table()
         survey.check()
         if self.ignore_value is None and is_void(
-            survey, lambda: (p.read_mask() for p in self.pairs if p.palette or len(self.pairs) < 99)
+            survey, (pair.read_mask() for pair in self.pairs[:JUDGED])
         ):
             self.ignore_value = VOID
             self.notes.append(

@@ -7,7 +7,7 @@ values in how many pixels. What a person has to say then is one option.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -162,30 +162,32 @@ class Survey:
             )
 
 
-def is_void(survey: Survey, masks: Callable[[], Iterable[Array]]) -> bool:
+def is_void(survey: Survey, masks: Iterable[Array]) -> bool:
     """Whether 255 marks the edges of objects, as in Pascal VOC, which have no label.
 
-    That is where the other values are 0, 1, 2 ..., 255 meets two of them in a mask, and three
-    quarters of its pixels are within VOID_WIDTH of another value.
+    That is where the other values are 0, 1, 2 ..., and of the pixels of 255 three quarters are
+    within VOID_WIDTH of another value, and as many in a part that touches two other values.
 
     Args:
-        masks: gives the masks (H, W) again.
+        masks: some of them, (H, W).
     """
     others = sorted(v for v in survey.pixels if isinstance(v, int) and v != VOID)
     if VOID not in survey.pixels or len(others) != len(survey.pixels) - 1:
         return False
     if len(others) < 2 or others[0] > 1 or others[-1] >= VOID // 2:
         return False
-    near = count = 0
-    meets = False
-    for mask in masks():
+    near = between = count = 0
+    for mask in masks:
         void = mask == VOID
-        if not void.any() or mask.ndim == 3:
-            continue
-        meets |= len(np.unique(mask)) > 2
-        depth = ndimage.distance_transform_edt(void)[void]
-        near, count = near + int((depth <= VOID_WIDTH).sum()), count + depth.size
-    return meets and near >= 0.75 * count > 0
+        near += int((ndimage.distance_transform_edt(void)[void] <= VOID_WIDTH).sum())
+        count += int(void.sum())
+        parts = ndimage.label(void, np.ones((3, 3)))[0]
+        for number, box in enumerate(ndimage.find_objects(parts), 1):
+            around = tuple(slice(max(side.start - 1, 0), side.stop + 1) for side in box)
+            part = parts[around] == number
+            rim = ndimage.binary_dilation(part, np.ones((3, 3))) & ~part
+            between += int(part.sum()) if len(np.unique(mask[around][rim])) > 1 else 0
+    return min(near, between) >= 0.75 * count > 0
 
 
 def are_instances(masks: Iterable[Array], *, expected: bool = False) -> bool:

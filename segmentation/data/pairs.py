@@ -61,10 +61,6 @@ class Pair:
             image = read_image(self.image, self.page, self.reading)
         elif isinstance(self.image, tuple):
             image = np.concatenate([read_image(file, self.page) for file in self.image], axis=2)
-            if (
-                chosen := self.reading.chosen(replace(self.info, channels=image.shape[2]))
-            ) is not None:
-                image = np.ascontiguousarray(image[..., chosen])
         else:
             image = self.image if self.image.ndim == 3 else self.image[:, :, None]
         return image if self.window is None else image[self.window]
@@ -156,9 +152,14 @@ def find_pairs(
                 f"{str(match.mask[0])!r}{hint}"
             )
         nodata = of_mask.nodata
+        files = match.image
+        if len(files) > 1:
+            whole = replace(info, channels=len(files), names=layout.channels)
+            chosen = reading.chosen(whole)
+            files = files if chosen is None else tuple(files[i] for i in chosen)
         common = Pair(
             name=match.name,
-            image=match.image[0] if len(match.image) == 1 else match.image,
+            image=match.image[0] if len(match.image) == 1 else files,
             mask=match.mask[0] if not _of_objects(layout.instances, match) else match.mask,
             info=info,
             part=match.part,
