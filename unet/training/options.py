@@ -24,9 +24,7 @@ class FitOptions:
     """Run folder to make: config.yaml, metrics.jsonl, samples/, model/, state/."""
 
     resume: bool = False
-    """Go on with the run in --out from its last saved state, with its own settings. How it trains
-    may be changed (budget, --lr, --device ...), and is said; its data, network, loss, --batch-size,
-    --optimizer, --ema and --seed may not."""
+    """Go on with the run in --out: data, network and seed stay; budget, --lr ... may change."""
 
     steps: int | None = None
     """Budget: optimizer steps. Give one of --steps, --epochs, --max-minutes; none: 10 minutes."""
