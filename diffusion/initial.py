@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from diffusion.data.pixels import WHOLE, ValueRange
 from diffusion.model import DiffusionUNet
 from diffusion.stable.folder import read_unet, read_unet_config
+from diffusion.stable.kinds import check_parts
 from unet.attention import SpatialTransformer
 from unet.errors import InputError
 from unet.files.writing import read_json
@@ -22,7 +23,12 @@ from unet.weights.start import take_over as start_with
 
 
 def their_unet(path: str) -> Path | None:
-    """The folder of the diffusers U-Net that --init names; None: it is one of ours."""
+    """The folder of the diffusers U-Net that --init names; None: it is one of ours.
+
+    Raises:
+        InputError: it is of another kind, such as a LoRA.
+    """
+    check_parts(Path(path))
     inside, file = Path(path, "unet"), Path(path, "config.json")
     if inside.is_dir():
         return inside

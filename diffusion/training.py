@@ -35,6 +35,7 @@ from unet.files.pictures import composite
 from unet.training.batches import Key, sample_rng
 from unet.training.config_file import keep_config
 from unet.training.fit import fit
+from unet.training.resuming import resumed
 from unet.training.run import RunFolder, is_main_process, run_folder
 from unet.training.task import Batch, Processes, Task
 
@@ -49,6 +50,7 @@ def train(options: DiffusionOptions) -> dict[str, float]:
     Raises:
         InputError: a mistake in the options or the data, before anything is trained.
     """
+    options = resumed(options)
     data = load_data(options)
     plan = decide(options, data)
     model = make_model(plan)

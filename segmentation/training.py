@@ -31,7 +31,8 @@ from unet.device import pick_device
 from unet.files.pictures import panel
 from unet.training.fit import fit
 from unet.training.plan import FitPlan
-from unet.training.run import is_main_process, run_folder
+from unet.training.resuming import resumed
+from unet.training.run import RunFolder, is_main_process, run_folder
 from unet.training.task import Batch, Processes, Task
 from unet.weights.start import Start, take_over
 
@@ -48,6 +49,7 @@ def train(options: SegmentationOptions, start: Start | None = None) -> dict[str,
     Raises:
         InputError: a mistake in the options or the data, before anything is trained.
     """
+    options = resumed(options)
     data = load_data(options, start)
     plan = decide(options, data, start)
     model = make_model(plan)
@@ -148,7 +150,7 @@ def make_model(plan: SegmentationPlan) -> SegmentationUNet:
     """The network of a plan, with random weights or those that it starts from."""
     torch.manual_seed(plan.fit.seed)
     model = SegmentationUNet(plan.network, plan.outputs, plan.info)
-    if plan.start:
+    if plan.start and not (plan.fit.resume and RunFolder(plan.fit.out).state.exists()):
         found = take_over(model, plan.start)
         if is_main_process():
             print(f"started with {found}")

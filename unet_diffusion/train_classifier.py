@@ -58,7 +58,9 @@ def main(options: ClassifierOptions) -> None:
     from diffusion.judging.classifier import (
         train,  # torch takes seconds to import: not before parsing
     )
+    from unet.training.resuming import resumed
 
+    options = resumed(options)
     data = DiffusionData(
         options.data,
         size=options.size,

@@ -68,7 +68,8 @@ class Txt2ImgOptions:
     """With --inpaint: a picture that is white where the image is to be made anew."""
 
     checkpoint: str | None = None
-    """Take the U-Net from this single file (.safetensors or .ckpt), the rest from --model."""
+    """Take the U-Net from this single file (.safetensors or .ckpt) or index of shards
+    (.index.json), the rest from --model."""
 
     precision: Literal["auto", "fp32", "bf16", "fp16"] | None = None
     """Numbers that the U-Net and the text model compute with; none given: auto, which is fp16 on

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion.stable.parts import build_text_model, check_part, check_tokenizer
+from diffusion.stable.parts import TEXT_STEMS, build_text_model, check_part, check_tokenizer
+from diffusion.stable.weight_files import variant_of
 from diffusion.text import TextContext
 from unet.errors import InputError
 
@@ -56,7 +57,10 @@ class ClipText:
         try:
             tokenizer = CLIPTokenizer.from_pretrained(parts[0], local_files_only=True)
             loaded: Any = CLIPTextModel.from_pretrained(
-                parts[1], local_files_only=True, output_loading_info=True
+                parts[1],
+                local_files_only=True,
+                variant=variant_of(parts[1], *TEXT_STEMS),
+                output_loading_info=True,
             )
         except Exception as error:  # whatever a damaged file leads its many readers to
             reason = " ".join(str(error).split())

@@ -16,7 +16,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from diffusion.model import DiffusionUNet
+from diffusion.stable.kinds import XL, check_keys, check_parts
 from diffusion.stable.parts import (
+    TEXT_STEMS,
     Build,
     build_autoencoder,
     build_text_model,
@@ -24,14 +26,16 @@ from diffusion.stable.parts import (
     check_tokenizer,
 )
 from diffusion.stable.schedule import PipelineSchedule
+from diffusion.stable.weight_files import shards, variant_of, weight_files
 from unet import PRESETS, UNetConfig
 from unet.errors import InputError, said
 from unet.files.writing import read_json
-from unet.weights.convert import COMPVIS_PREFIX, detect_layout, from_layout
+from unet.weights.convert import detect_layout, from_layout
 from unet.weights.diffusers_config import config_from_diffusers
 from unet.weights.folder import load_strictly
 from unet.weights.layouts import Layout
 from unet.weights.pickles import load_pickle
+from unet.weights.wrappings import all_keys, has_network, unwrapped
 
 CONFIGS = {
     "unet": "config.json",
@@ -40,17 +44,13 @@ CONFIGS = {
     "tokenizer": "",
     "scheduler": "scheduler_config.json",
 }
-_UNET_FILES = (
-    "diffusion_pytorch_model.safetensors",
-    "diffusion_pytorch_model.fp16.safetensors",
-    "diffusion_pytorch_model.bin",
-)
+_STEM = "diffusion_pytorch_model"  # of the names of weights that diffusers writes
 # Fields of a config that the shapes of the weights show.
 _SHOWN = (
     *("in_channels", "channels", "multipliers", "blocks", "attention_levels"),
     *("context_channels", "transformer_depth", "linear_projections"),
 )
-_OTHER_PARTS = ("first_stage_model.", "cond_stage_model.")  # autoencoder, text model
+_XL_SIZES = (2816, 2560)  # numbers that XL, and its refiner, take beside the timestep
 
 
 def check_folder(folder: Path, *, with_unet: bool = True) -> None:
@@ -60,6 +60,7 @@ def check_folder(folder: Path, *, with_unet: bool = True) -> None:
             f"{folder} is no folder: give a diffusers pipeline folder, which holds "
             f"{', '.join(f'{part}/' for part in CONFIGS)}"
         )
+    check_parts(folder)
     for part, config in CONFIGS.items():
         if part == "unet" and not with_unet:
             continue
@@ -91,14 +92,18 @@ def read_unet(where: Path) -> DiffusionUNet:
         InputError: a config that we cannot express, no weights, weights that do not fit it.
     """
     config, out_channels = read_unet_config(where)
-    file = next((f for name in _UNET_FILES if (f := where / name).is_file()), None)
-    if file is None:
-        raise InputError(f"{where} lacks its weights: {' or '.join(_UNET_FILES)}")
+    found = weight_files(where, _STEM)
+    if not found:
+        raise InputError(
+            f"{where} lacks its weights: {_STEM}.safetensors or .bin, a variant of it such as "
+            f"{_STEM}.fp16.safetensors, or {_STEM}.safetensors.index.json and its shards"
+        )
+    file = found[0].file
     return _built(read_weights(file), config, out_channels, "diffusers", file)
 
 
 def read_checkpoint(file: Path, folder: Path) -> DiffusionUNet:
-    """The U-Net of a single file, in the names of CompVis or of diffusers.
+    """The U-Net of a single file or of shards, in the names of CompVis or of diffusers.
 
     Where the pipeline folder has a `unet/config.json` of the same shapes, that is its config; else
     it is found from the shapes of the weights.
@@ -106,6 +111,10 @@ def read_checkpoint(file: Path, folder: Path) -> DiffusionUNet:
     Raises:
         InputError: no such file; a pickle with code in it; no Stable Diffusion U-Net.
     """
+    if re.search(r"-\d{5}-of-\d{5}\.", file.name):
+        raise InputError(
+            f"{file} is one of several shards: give their index, which ends in .index.json"
+        )
     state = read_weights(file)
     where = folder / "unet"
     given = read_unet_config(where) if (where / "config.json").is_file() else None
@@ -117,7 +126,6 @@ def read_checkpoint(file: Path, folder: Path) -> DiffusionUNet:
         if given is None:
             raise InputError(f"{file} has diffusers' names, so {folder} needs a unet/config.json")
         return _built(state, *given, layout, file)
-    state = {key.removeprefix(COMPVIS_PREFIX): value for key, value in state.items()}
     try:
         config, out_channels = config_from_compvis(state)
     except InputError as error:
@@ -146,6 +154,8 @@ def config_from_compvis(state: Mapping[str, Tensor]) -> tuple[UNetConfig, int]:
         blocks = count // levels - 1
         firsts = [1 + i * (blocks + 1) for i in range(levels)]
         widths = [shapes[f"input_blocks.{n}.0.out_layers.3.weight"][0] for n in firsts]
+        if shapes.get("label_emb.0.0.weight", (0,))[-1] in _XL_SIZES:
+            raise InputError(f"the U-Net is {XL.what}: {XL.cure}")
         middle = "middle_block.1.transformer_blocks"
         linear = len(shapes["middle_block.1.proj_in.weight"]) == 2
         config = replace(
@@ -175,7 +185,10 @@ def read_unet_config(where: Path) -> tuple[UNetConfig, int]:
     """The config and the output channels of a pipeline's `unet/`."""
     file = where / "config.json"
     try:
-        return config_from_diffusers(read_json(file))
+        values = read_json(file)
+        if values.get("addition_embed_type") == "text_time":
+            raise InputError(f"the U-Net is {XL.what}: {XL.cure}")
+        return config_from_diffusers(values)
     except InputError as error:
         raise InputError(f"{file}: {error}") from error
 
@@ -198,18 +211,22 @@ def _built(
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:
-    """The tensors of a `.safetensors`, or of a `.ckpt`, `.pt`, `.pth` or `.bin`, by name; of a
-    whole CompVis checkpoint, those of the U-Net.
+    """The tensors of a `.safetensors`, a `.ckpt`, `.pt`, `.pth` or `.bin`, or of the shards of an
+    index, by name; of whatever holds a U-Net among other things, those of the U-Net.
 
     Raises:
-        InputError: no such file, an unreadable one, or a pickle with code in it.
+        InputError: no such file, an unreadable one, a pickle with code in it, or the weights of
+            another kind, such as a LoRA.
     """
     if not file.is_file():
         raise InputError(f"there is no checkpoint {file}")
+    if file.suffix == ".json":
+        return {k: v for shard in shards(file) for k, v in read_weights(shard).items()}
     if file.suffix == ".safetensors":
         try:
             with safe_open(file, framework="pt") as weights:
-                return {key: weights.get_tensor(key) for key in _unet_keys(weights.keys())}
+                keys = _unet({key: key for key in weights.keys()}, file)  # noqa: SIM118
+                return {name: weights.get_tensor(key) for name, key in keys.items()}
         except (OSError, SafetensorError, TypeError) as error:
             raise InputError(
                 f"{file} cannot be read as safetensors weights: {said(error)}"
@@ -220,20 +237,23 @@ def read_weights(file: Path) -> dict[str, Tensor]:
         state = load_pickle(file, "a checkpoint", mapped=True)
     except InputError as error:
         raise InputError(f"{error}: give its weights as .safetensors") from error.__cause__
-    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]
     if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
         raise InputError(f"{file} holds a {type(state).__name__} instead of weights by name")
-    found = {key: state[key] for key in _unet_keys(state)}
+    found = _unet(state, file)
     for key, value in found.items():  # a view can be larger than the file
         if isinstance(value, Tensor) and value.nbytes > value.untyped_storage().nbytes():
             raise InputError(f"{file} holds less of {key} than its shape {tuple(value.shape)} says")
     return found
 
 
-def _unet_keys(keys: Any) -> list[str]:
-    every = list(keys)
-    return [key for key in every if key.startswith(COMPVIS_PREFIX)] or every
+def _unet(content: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    """What belongs to the U-Net, by its own names; all of it where none is found."""
+    check_keys(all_keys(content), file)
+    layouts: list[Layout] = [n for n in ("diffusers", "compvis") if has_network(content, n)]
+    try:
+        return unwrapped(content, layouts[0]) if len(layouts) == 1 else dict(content)
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from error
 
 
 # ----------------------------------------------------------------------------------------------
@@ -246,7 +266,8 @@ def read_autoencoder(where: Path) -> Any:
         from diffusers import AutoencoderKL
     except ImportError as error:
         raise _missing("diffusers") from error
-    return _by_library(AutoencoderKL, build_autoencoder, where, "_class_name", "AutoencoderKL")
+    described = ("_class_name", "AutoencoderKL")
+    return _by_library(AutoencoderKL, build_autoencoder, where, described, _STEM)
 
 
 def read_text_model(folder: Path) -> tuple[Any, Any]:
@@ -256,7 +277,8 @@ def read_text_model(folder: Path) -> tuple[Any, Any]:
     except ImportError as error:
         raise _missing("transformers") from error
     where = folder / "text_encoder"
-    model = _by_library(CLIPTextModel, build_text_model, where, "model_type", "clip_text_model")
+    described = ("model_type", "clip_text_model")
+    model = _by_library(CLIPTextModel, build_text_model, where, described, *TEXT_STEMS)
     where = folder / "tokenizer"
     check_tokenizer(where)
     try:
@@ -265,8 +287,16 @@ def read_text_model(folder: Path) -> tuple[Any, Any]:
         raise InputError(f"{where} cannot be read as a CLIP tokenizer: {said(error)}") from error
 
 
-def _by_library(kind: Any, build: Build, where: Path, field: str, wanted: str) -> Any:
-    """A model by its library's from_pretrained; weights that are missing are an error."""
+def _by_library(
+    kind: Any, build: Build, where: Path, described: tuple[str, str], *stems: str
+) -> Any:
+    """A model by its library's from_pretrained; weights that are missing are an error.
+
+    Args:
+        described: a field of its config, and what it must be.
+        stems: of the names of its weights.
+    """
+    field, wanted = described
     if (found := read_json(where / "config.json").get(field)) != wanted:
         raise InputError(
             f"{where / 'config.json'} has {field} {found!r}, but Stable Diffusion's is {wanted!r}"
@@ -274,7 +304,11 @@ def _by_library(kind: Any, build: Build, where: Path, field: str, wanted: str) -
     check_part(where, build)
     try:
         model, report = kind.from_pretrained(
-            where, local_files_only=True, torch_dtype=torch.float32, output_loading_info=True
+            where,
+            local_files_only=True,
+            variant=variant_of(where, *stems),
+            torch_dtype=torch.float32,
+            output_loading_info=True,
         )
     except Exception as error:  # whatever a damaged file leads their many readers to
         raise InputError(f"{where} cannot be read: {said(error)}") from error

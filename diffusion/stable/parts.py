@@ -7,16 +7,18 @@ weights wherever an index says. A folder that somebody else has made is checked 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
+from diffusion.stable.weight_files import check_names
 from unet.config import MOST_BLOCKS, MOST_CHANNELS
 from unet.errors import InputError, said
 from unet.files.writing import read_json
 
+TEXT_STEMS = ("model", "pytorch_model")  # of the names of a text model's weights
 Build: TypeAlias = Callable[[dict[str, Any]], nn.Module]
 
 # What makes transformers or diffusers import or fetch code, and what does not.
@@ -43,9 +45,9 @@ def check_part(where: Path, build: Build) -> None:
     described = _checked_config(where / "config.json")
     if (where / "adapter_config.json").exists():
         raise InputError(f"{where} has an adapter_config.json: give a model without an adapter")
-    for index in where.glob("*.index.json"):
+    for index in where.glob("*.index*.json"):
         names = read_json(index).get("weight_map")
-        _check_names(index, names.values() if isinstance(names, dict) else [names])
+        check_names(index, names.values() if isinstance(names, dict) else [names])
     try:
         with torch.device("meta"):
             declared = sum(value.numel() for value in build(described).parameters())
@@ -64,7 +66,7 @@ def check_tokenizer(where: Path) -> None:
     file = where / "tokenizer_config.json"
     if file.exists():
         names = read_json(file).get("fast_tokenizer_files")
-        _check_names(file, names if isinstance(names, list) else [])
+        check_names(file, names if isinstance(names, list) else [])
 
 
 def build_autoencoder(values: dict[str, Any]) -> nn.Module:
@@ -101,10 +103,3 @@ def _checked_config(file: Path) -> dict[str, Any]:
         if type(blocks) is int and blocks > MOST_BLOCKS:
             raise InputError(f"{file} declares {blocks} blocks, more than {MOST_BLOCKS}")
     return described
-
-
-def _check_names(file: Path, names: Any) -> None:
-    for name in names:
-        plain = isinstance(name, str) and name not in ("", ".", "..") and "\0" not in name
-        if not plain or any(kind(name).name != name for kind in (PurePosixPath, PureWindowsPath)):
-            raise InputError(f"{file} names {name!r:.200}, which is no file of its folder")

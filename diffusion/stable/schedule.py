@@ -25,6 +25,36 @@ _SPACINGS: dict[Any, Spacing | None] = {
     "trailing": "trailing",
     "linspace": "linspace",
 }
+_HIGHER = (0.00085, 0.012)
+# The schedulers whose noise is ours, with their default beta_start and beta_end.
+_SCHEDULERS: dict[Any, tuple[float, float]] = {
+    **dict.fromkeys(
+        (
+            "DDIMScheduler",
+            "DDIMParallelScheduler",
+            "DDPMScheduler",
+            "DDPMParallelScheduler",
+            "DEISMultistepScheduler",
+            "DPMSolverMultistepScheduler",
+            "DPMSolverSinglestepScheduler",
+            "EulerAncestralDiscreteScheduler",
+            "EulerDiscreteScheduler",
+            "LMSDiscreteScheduler",
+            "PNDMScheduler",
+            "UniPCMultistepScheduler",
+        ),
+        (0.0001, 0.02),
+    ),
+    "DPMSolverSDEScheduler": _HIGHER,
+    "HeunDiscreteScheduler": _HIGHER,
+    "KDPM2AncestralDiscreteScheduler": _HIGHER,
+    "KDPM2DiscreteScheduler": _HIGHER,
+}
+# Fields that must be off: other noise, or other timesteps.
+_OFF = (
+    *("trained_betas", "thresholding"),
+    *("use_flow_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas"),
+)
 _LARGEST = 10**9  # of a scheduler's numbers
 _ENDS: dict[Any, float] = {"zero": CLEAN, "sigma_min": 0}
 
@@ -33,8 +63,9 @@ _ENDS: dict[Any, float] = {"zero": CLEAN, "sigma_min": 0}
 class PipelineSchedule:
     """What a pipeline's scheduler says of the model: its noise, its prediction, its timesteps.
 
-    The scheduler's class is not asked for: any of our samplers can be used with any pipeline, as
-    the `from_config` of diffusers' schedulers lets one do.
+    Of the scheduler's class it is asked that it adds noise as DDPM does, which is what a model was
+    trained for: then any of our samplers can be used, as the `from_config` of diffusers' schedulers
+    lets one do. Flow matching, EDM and distilled models (LCM, TCD) are something else.
     """
 
     noise: NoiseSchedule
@@ -54,18 +85,26 @@ class PipelineSchedule:
         not read.
 
         Raises:
-            InputError: a value that our schedule cannot express.
+            InputError: a scheduler or a value that our schedule cannot express.
         """
+        name = values.get("_class_name")
+        if not isinstance(name, str) or name not in _SCHEDULERS:
+            raise InputError(
+                f"a model of the scheduler {name!r:.200} cannot be used here, as its noise or its "
+                f"sampling is another: _class_name must be one of {', '.join(_SCHEDULERS)}"
+            )
         steps = _number(values, "num_train_timesteps", 1000, whole=True)
-        for name in ("trained_betas", "thresholding"):
+        for name in _OFF:
             if values.get(name):
                 raise InputError(f"{name} of the scheduler cannot be used here: it must be off")
+        _choice(values, "timestep_type", "discrete", {"discrete": None})
+        start, end = _SCHEDULERS[values["_class_name"]]
         scale = steps / 1000  # our betas are those of T = 1000, diffusers' those of its own T
         schedule = NoiseSchedule(
             kind=_choice(values, "beta_schedule", "linear", _KINDS),
             steps=int(steps),
-            beta_start=scale * _number(values, "beta_start", 0.0001),
-            beta_end=scale * _number(values, "beta_end", 0.02),
+            beta_start=scale * _number(values, "beta_start", start),
+            beta_end=scale * _number(values, "beta_end", end),
             zero_snr=_flag(values, "rescale_betas_zero_snr", False),
         )
         prediction = _choice(values, "prediction_type", "epsilon", _PREDICTIONS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -209,9 +210,62 @@ def test_a_run_can_be_given_more_steps(trained, tmp_path) -> None:
 def test_a_run_goes_on_with_its_own_network_whatever_the_budget(trained, tmp_path) -> None:
     data = ("--data", trained / "discs.npz", "--batch-size", 4, "--evaluations", 1)
     assert run_train(*data, "--out", tmp_path / "run", "--steps", 1) == 0
-    longer = ("--resume", "--steps", "None", "--max-minutes", 0.01)
+    longer = ("--resume", "--max-minutes", 0.01)
     assert run_train("--out", tmp_path / "run", *longer) == 0
     assert load_config(DiffusionOptions, tmp_path / "run/config.yaml")["width"] == 32
+
+
+OTHERS = {
+    "--data": "other.npz",
+    "--seed": 1,
+    "--batch-size": 2,
+    "--network": "shared",
+    "--width": 16,
+    "--optimizer": "sgd",
+    "--ema": 0.5,
+    "--val": 3.0,
+    "--size": 8,
+    "--noise": "linear",
+    "--prediction": "eps",
+    "--shift": 2.0,
+    "--flips": "False",
+    "--init": "model",
+}
+
+
+@pytest.mark.parametrize("option", OTHERS)
+def test_a_run_is_not_made_another_one_when_it_goes_on(trained, tmp_path, capsys, option) -> None:
+    run = shutil.copytree(trained / "run", tmp_path / "run")
+    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+    saved = load_config(DiffusionOptions, run / "config.yaml")[option[2:].replace("-", "_")]
+    assert run_train("--out", run, "--resume", option, OTHERS[option], "--steps", 9) == 2
+    told, error = capsys.readouterr()
+    was = f"no {option}" if saved is None else f"{option} {saved}"
+    assert f"run was started with {was}, not {option} {OTHERS[option]}: leave that out" in error
+    assert not told
+    assert {file: file.read_bytes() for file in before} == before
+
+
+def test_how_a_run_trains_may_change_and_is_said(trained, tmp_path, capsys) -> None:
+    run = shutil.copytree(trained / "run", tmp_path / "run")
+    step = load_config(DiffusionOptions, run / "config.yaml")["steps"] + 1
+    more = ("--lr", 0.5, "--device", "cpu", "--save-every", 7, "--steps", step)
+    assert run_train("--out", run, "--resume", *more) == 0
+    told = capsys.readouterr().out
+    assert f"going on with --steps {step}, --lr 0.5, --device cpu, --save-every 7, until" in told
+    found = load_config(DiffusionOptions, run / "config.yaml")
+    assert (found["lr"], found["steps"], found["save_every"]) == (0.5, step, 7)
+
+
+def test_a_run_in_the_default_folder_goes_on_with_its_own_settings(
+    trained, tmp_path, monkeypatch
+) -> None:
+    shutil.copytree(trained / "run", tmp_path / "runs/ddpm")
+    monkeypatch.chdir(tmp_path)
+    saved = load_config(DiffusionOptions, trained / "run/config.yaml")
+    assert run_train("--resume", "--steps", saved["steps"] + 1) == 0
+    found = load_config(DiffusionOptions, tmp_path / "runs/ddpm/config.yaml")
+    assert (found["data"], found["width"]) == (saved["data"], saved["width"])
 
 
 def test_five_images_are_enough(tmp_path) -> None:

@@ -119,6 +119,22 @@ def test_grey_and_colour_cross(data: Path, tmp_path: Path, capsys) -> None:
     assert "its first weights summed to grey" in capsys.readouterr().out
     assert SegmentationUNet.from_pretrained(tmp_path / "run/model").config.in_channels == 1
 
+    diffusion_model(tmp_path / "grey")
+    images = ("--data", data / "image", "--size", 16)
+    for init, channels, done in (("grey", 3, "shared out to colour"), ("colour", 1, "summed to")):
+        given = (
+            "--init",
+            tmp_path / init,
+            "--channels",
+            channels,
+            "--out",
+            tmp_path / init / "run",
+        )
+        assert run_ddpm(*images, *given, *SHORT) == 0
+        assert f"{tmp_path / init}, its first weights {done}" in capsys.readouterr().out
+        found = DiffusionUNet.from_pretrained(tmp_path / init / "run/model")
+        assert found.config.in_channels == channels
+
 
 def test_describe_says_what_a_folder_can_start(tmp_path: Path, capsys) -> None:
     diffusion_model(tmp_path / "model")

@@ -110,7 +110,12 @@ NAMES = [f"{i}.png" for i in range(4)] + [f"x.{kind}" for kind in IMAGES]
 CAPTIONS = "".join(json.dumps({"file_name": name, "text": "ä"}) + "\n" for name in NAMES)
 LOG = "".join(json.dumps({"step": i, "loss": 1 / (i + 1)}) + "\n" for i in range(9))
 LOG += json.dumps({"step": 9, "val_loss": math.nan, "kept": True}) + "\n"
-SCHEDULER = {"num_train_timesteps": 100, "beta_schedule": "scaled_linear", "beta_end": 0.012}
+SCHEDULER = {
+    "_class_name": "DDIMScheduler",
+    "num_train_timesteps": 100,
+    "beta_schedule": "scaled_linear",
+    "beta_end": 0.012,
+}
 
 
 def segmentation_model() -> SegmentationUNet:
@@ -161,6 +166,16 @@ def write_unet(folder: Path) -> None:
     state = to_layout(model.state_dict(), model.config, "diffusers")
     save_file(state, folder / "unet" / "diffusion_pytorch_model.safetensors")
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
+
+
+def write_shard(folder: Path) -> None:
+    """The same with its weights in the one shard of an index."""
+    write_unet(folder)
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    names = dict.fromkeys(load_file(weights), "a.safetensors")
+    weights.rename(weights.with_name("a.safetensors"))
+    index = weights.with_name(f"{weights.name}.index.json")
+    index.write_text(json.dumps({"metadata": {}, "weight_map": names}))
 
 
 def write_checkpoint(folder: Path) -> None:
@@ -336,6 +351,7 @@ def _readers() -> Iterator[tuple[str, Reader]]:
         yield f"safetensors: {kind}", Reader("model.safetensors", read, prepare)
     weights = "unet/diffusion_pytorch_model.safetensors"
     yield "json: diffusers", Reader("unet/config.json", _stable, write_unet)
+    yield "json: shards", Reader(f"{weights}.index.json", _stable, write_shard)
     yield "json: scheduler", Reader("scheduler/scheduler_config.json", _schedule, write_unet)
     yield "safetensors: diffusers", Reader(weights, _stable, write_unet)
     yield "pickle: diffusers", Reader(weights[:-11] + "bin", _stable, write_checkpoint)

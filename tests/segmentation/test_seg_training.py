@@ -148,6 +148,68 @@ def test_a_run_resumes_with_its_own_settings(folder, tmp_path):
     assert not config["resume"]
 
 
+OTHERS = {
+    "--data": "elsewhere",
+    "--seed": 1,
+    "--batch-size": 4,
+    "--network": "classic",
+    "--width": 8,
+    "--val": 0.5,
+    "--loss": "dice",
+    "--crop": 16,
+    "--rotation": 90.0,
+    "--best-by": "dice",
+    "--init": "model",
+}
+
+
+def test_a_run_is_not_made_another_one_when_it_goes_on(folder, tmp_path, capsys):
+    run = tmp_path / "a"
+    assert run_train("--data", folder, "--out", run, *SMALL) == 0
+    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+    saved = load_config(SegmentationOptions, run / "config.yaml")
+    for option, value in OTHERS.items():
+        capsys.readouterr()
+        was = saved[option[2:].replace("-", "_")]
+        model = tmp_path / "a/model" if option == "--init" else value  # which is read first
+        assert run_train("--out", run, "--resume", "--steps", 9, option, model) == 2
+        told = f"no {option}" if was is None else f"{option} {was}"
+        error = capsys.readouterr().err
+        assert f"a was started with {told}, not {option} {model}: leave that out to" in error
+        assert ("have moved" in error) == (option == "--data")
+    assert run_train("--out", run, "--resume", "--no-flips", "--recipe", "paper") == 2
+    error = capsys.readouterr().err
+    assert "--network segmentation" in error
+    assert "--network paper" in error
+    assert "--no-flips" in error
+    assert {file: file.read_bytes() for file in before} == before
+
+
+def test_how_a_run_trains_may_change_and_is_said(folder, tmp_path, capsys):
+    run, weights = tmp_path / "a", tmp_path / "b"
+    assert run_train("--data", folder, "--out", weights, *SMALL, "--steps", 1) == 0
+    assert run_train("--data", folder, "--out", run, *SMALL, "--init", weights / "model") == 0
+    capsys.readouterr()
+    assert run_train("--out", run, "--resume", "--max-minutes", 0.01, "--workers", 1) == 0
+    told = capsys.readouterr().out
+    assert "going on with --max-minutes 0.01, --workers 1, until now --steps 2\n" in told
+    assert "started with" not in told  # the weights are those of the state
+    found = load_config(SegmentationOptions, run / "config.yaml")
+    assert (found["steps"], found["max_minutes"], found["workers"]) == (None, 0.01, 1)
+
+
+def test_from_python_what_is_not_given_is_the_runs_own(folder, tmp_path, capsys):
+    run = tmp_path / "a"
+    assert run_train("--data", folder, "--out", run, *SMALL, "--lr", 0.01) == 0
+    again = {"out": run, "data": str(folder), "resume": True}
+    train(SegmentationOptions(**again, evaluations=1))
+    assert "going on with" not in capsys.readouterr().out
+    found = load_config(SegmentationOptions, run / "config.yaml")
+    assert (found["lr"], found["steps"], found["width"]) == (0.01, 2, 4)
+    with pytest.raises(InputError, match=r"--data .*, not --data phantom"):
+        train(SegmentationOptions(out=run, resume=True))
+
+
 def test_a_stopped_and_resumed_training_is_that_of_one_sitting(folder, tmp_path):
     """With whole samples: shuffled, turned, deformed, averaged."""
     options = ("--data", folder, *SMALL, "--schedule", "constant", "--warmup", "0")

@@ -40,6 +40,7 @@ from unet.errors import InputError, Interrupted, RunError
 from unet.files.writing import DISK_FULL
 from unet.memory import keep_freed_memory, ran_out_of_memory
 from unet.training.config_file import expected, field_types, load_config, nearest
+from unet.training.options import BUDGETS
 
 T = TypeVar("T")
 
@@ -63,7 +64,8 @@ def parse(
     """The options on the command line `argv` (default ``sys.argv[1:]``) as a `cls`.
 
     ``--config FILE.yaml`` is a base that the other flags override; so is ``--recipe NAME``, a file
-    of the folder `recipes`; so is the config.yaml of the run in ``--out`` with ``--resume``.
+    of the folder `recipes`; so, below these two, is the config.yaml of the run in ``--out`` with
+    ``--resume``. A budget takes the place of one in another unit.
 
     ``--help`` prints the options; ``--tyro-print-completion SHELL`` prints, and
     ``--tyro-write-completion SHELL FILE`` writes, what a shell completes them by. Each raises
@@ -290,14 +292,23 @@ def _base(cls: type, argv: list[str], recipes: Path | None) -> tuple[list[str], 
             if recipe not in names:
                 raise InputError(f"there is no recipe '{recipe}': choose from {', '.join(names)}")
             values = load_config(cls, recipes / f"{recipe}.yaml")
-    if config is None and "--resume" in argv:
-        # A run goes on with its own settings.
-        out = _take(argv, "--out")[1]
-        if out is not None and (Path(out) / "config.yaml").is_file():
-            config = str(Path(out) / "config.yaml")
     if config is not None:
-        values |= load_config(cls, config)
+        values = _over(values, load_config(cls, config))
+    if "--resume" in argv:
+        # A run goes on with its own settings, whatever else is chosen over them.
+        out = _take(argv, "--out")[1] or values.get("out") or getattr(cls, "out", None)
+        if out is not None and (Path(out) / "config.yaml").is_file():
+            values = _over(load_config(cls, Path(out) / "config.yaml"), values)
+    if any(_values(argv, f"--{name.replace('_', '-')}") for name in BUDGETS):
+        values = {name: value for name, value in values.items() if name not in BUDGETS}
     return argv, values
+
+
+def _over(values: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with what was chosen over them; a budget takes the place of another one."""
+    if any(chosen.get(name) is not None for name in BUDGETS):
+        values = {name: value for name, value in values.items() if name not in BUDGETS}
+    return {**values, **chosen}
 
 
 def _check_names(cls: type, argv: Iterable[str]) -> None:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from unet.files.pages import Reading
 
 OptimizerName = Literal["adamw", "muon", "sgd", "rmsprop"]
+BUDGETS = ("steps", "epochs", "max_minutes")  # options of which one is given
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,7 @@ class FitOptions:
     """Run folder to make: config.yaml, metrics.jsonl, samples/, model/, state/."""
 
     resume: bool = False
-    """Go on with the run in --out from its last saved state, with its own settings."""
+    """Go on with the run in --out: data, network and seed stay; budget, --lr ... may change."""
 
     steps: int | None = None
     """Budget: optimizer steps. Give one of --steps, --epochs, --max-minutes; none: 10 minutes."""
@@ -137,17 +138,13 @@ class FitOptions:
     """Write TensorBoard events to the run folder as well."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "epochs", "max_minutes"):
+        for name in BUDGETS:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise InputError(f"--{name.replace('_', '-')} {value} must be a number above 0")
-        given = [n for n in ("steps", "epochs", "max_minutes") if getattr(self, n) is not None]
+        given = [f"--{n.replace('_', '-')}" for n in BUDGETS if getattr(self, n) is not None]
         if len(given) > 1:
-            flags = " and ".join(f"--{n.replace('_', '-')}" for n in given)
-            raise InputError(
-                f"{flags} are both budgets: give one of them (--{given[-1].replace('_', '-')} None "
-                "takes back that of a config file)"
-            )
+            raise InputError(f"{' and '.join(given)} are both budgets: give one of them")
         for name in ("batch_size", "accumulate", "save_every", "log_every"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -22,8 +22,7 @@ from unet.errors import InputError
 from unet.model import UNet
 from unet.weights.folder import check_fit
 from unet.weights.layouts import Layout, check_layout, module_names
-
-COMPVIS_PREFIX = "model.diffusion_model."  # of the U-Net's keys in a full CompVis checkpoint
+from unet.weights.wrappings import has_network, unwrapped
 
 # Names that UNet2DModel's attention has in older checkpoints: read, but not written.
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -39,7 +38,7 @@ def to_layout(
         config: the config of that model.
         layout: "classic" is the common reimplementation (`inc.double_conv.0.weight` ...),
             "diffusers" its UNet2DModel or UNet2DConditionModel, "compvis" Stable Diffusion's own.
-        prefix: put before every key, such as `COMPVIS_PREFIX`.
+        prefix: put before every key, such as `layouts.COMPVIS_PREFIX`.
 
     Raises:
         InputError: an unknown layout; a config that it has no names for; a state that does not fit
@@ -51,20 +50,19 @@ def to_layout(
     return {prefix + key: value for key, value in _write(state, config, layout).items()}
 
 
-def from_layout(
-    state: Mapping[str, Tensor], config: UNetConfig, layout: Layout
-) -> dict[str, Tensor]:
+def from_layout(state: Mapping[str, Any], config: UNetConfig, layout: Layout) -> dict[str, Tensor]:
     """Another project's state dict under our names: the inverse of `to_layout`.
 
-    With `COMPVIS_PREFIX` on any key, as in a full checkpoint, all keys without it are left out.
-    Older names of diffusers' attention, and a classic checkpoint without `num_batches_tracked`
-    (PyTorch before 0.4.1) or with the `mask_values` of its data, are read too.
+    It may be as people save it, inside a wrapper, with prefixes or beside other parts: see
+    `unet.weights.wrappings.unwrapped`. Older names of diffusers' attention, and a classic
+    checkpoint without `num_batches_tracked` (PyTorch before 0.4.1) or with the `mask_values` of its
+    data, are read too.
 
     Raises:
         InputError: as `to_layout`.
     """
     check_layout(config, layout)
-    state = _current(state, layout)
+    state = _current(unwrapped(state, layout), layout)
     _check_tensors(state)
     table = module_names(config, layout)
     out_bias = state.get(f"{table['head.conv']}.bias")
@@ -75,18 +73,12 @@ def from_layout(
 
 
 def detect_layout(state: Mapping[str, Any]) -> Layout:
-    """The layout of a state dict, by its keys.
+    """The layout of a state dict, by its keys; it may be as people save it, as for `from_layout`.
 
     Raises:
         InputError: the keys are those of none or of several layouts.
     """
-    found: list[Layout] = []
-    if "inc.double_conv.0.weight" in state:
-        found.append("classic")
-    if "conv_in.weight" in state and "time_embedding.linear_1.weight" in state:
-        found.append("diffusers")
-    if any(f"{prefix}input_blocks.0.0.weight" in state for prefix in ("", COMPVIS_PREFIX)):
-        found.append("compvis")
+    found: list[Layout] = [layout for layout in get_args(Layout) if has_network(state, layout)]
     if len(found) != 1:
         what = " and ".join(found) or "none"
         raise InputError(
@@ -122,8 +114,7 @@ def _meta_state(config: UNetConfig, layout: Layout, out_bias: Tensor | None) -> 
 def _current(state: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
     """A checkpoint with today's names, and nothing but the U-Net."""
     if layout == "compvis":
-        inside = {k: v for k, v in state.items() if k.startswith(COMPVIS_PREFIX)}
-        return {k.removeprefix(COMPVIS_PREFIX): v for k, v in (inside or state).items()}
+        return dict(state)
     if layout == "diffusers":
         old = re.compile(r"(?<=\.)(query|key|value|proj_attn)(?=\.(weight|bias)$)")
         return {old.sub(lambda m: _OLD_ATTENTION[m[1]], k): v for k, v in state.items()}

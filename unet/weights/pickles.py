@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 import zipfile
+from collections import OrderedDict
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from pickle import UnpicklingError
@@ -12,6 +14,30 @@ from typing import Any
 import torch
 
 from unet.errors import InputError, said
+
+
+class _Unread:
+    """Stands for what Lightning saves beside the weights: takes everything, and holds nothing."""
+
+    def __init__(self, *_: object) -> None: ...
+
+    def __setstate__(self, _: object) -> None: ...
+
+
+# By these names PyTorch makes what stands on the left: none of theirs is imported or run.
+_HARMLESS: list[Any] = [
+    (OrderedDict, "lightning_fabric.utilities.data.AttributeDict"),
+    (OrderedDict, "lightning.fabric.utilities.data.AttributeDict"),
+    (OrderedDict, "pytorch_lightning.utilities.parsing.AttributeDict"),
+    (_Unread, "argparse.Namespace"),
+    (_Unread, "pathlib.PosixPath"),
+    (_Unread, "pathlib._local.PosixPath"),
+    *(
+        (_Unread, f"{library}.callbacks.{name}")
+        for library in ("pytorch_lightning", "lightning.pytorch")
+        for name in ("early_stopping.EarlyStopping", "model_checkpoint.ModelCheckpoint")
+    ),
+]
 
 
 def load_pickle(file: Path, what: str, *, mapped: bool = False) -> Any:
@@ -33,11 +59,16 @@ def load_pickle(file: Path, what: str, *, mapped: bool = False) -> Any:
                 _check_calls(whole)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a file is read whole or refused
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped and archive)
+            with torch.serialization.safe_globals(_HARMLESS):
+                return torch.load(
+                    file, map_location="cpu", weights_only=True, mmap=mapped and archive
+                )
     except UnpicklingError as error:
+        called = re.search(r"GLOBAL ([\w.]+) was not", str(error))
+        code = f"code in it ({called[1]:.200})" if called else "code in it, or damaged"
         raise InputError(
-            f"{file} cannot be read as {what}: it is a pickle with code in it, or damaged, and is "
-            "not opened, since the code would run"
+            f"{file} cannot be read as {what}: it is a pickle with {code}, and is not opened, "
+            "since the code would run"
         ) from error
     except Exception as error:  # unpickling raises what a wrong byte leads it to, from any class
         raise InputError(f"{file} cannot be read as {what}: {said(error)}") from error

@@ -31,7 +31,8 @@ from diffusion.stable.schedule import PipelineSchedule
 from tests.diffusion.stable.tiny_pipeline import SCHEDULER, SIDE, TOKENS, write_pipeline
 from unet import PRESETS
 from unet.errors import InputError, RunError
-from unet.weights.convert import COMPVIS_PREFIX, to_layout
+from unet.weights.convert import to_layout
+from unet.weights.layouts import COMPVIS_PREFIX
 
 THEIRS = {
     "ddim": DDIMScheduler,
@@ -174,7 +175,8 @@ def test_inpainting_is_that_of_diffusers(
 def test_every_field_of_the_scheduler_counts(folder, sampler: str, scheduler: Any) -> None:
     path = folder("v2")
     theirs = their_pipeline(StableDiffusionPipeline, path, sampler, **scheduler)
-    config = SCHEDULER | {"prediction_type": "v_prediction", "timestep_spacing": "leading"}
+    named = {"_class_name": THEIRS[sampler].__name__}
+    config = named | SCHEDULER | {"prediction_type": "v_prediction", "timestep_spacing": "leading"}
     model = StableDiffusion.from_pretrained(path)
     model.schedule = PipelineSchedule.from_dict(config | scheduler)
     assert_same_as_theirs(model, model.sample(settings(sampler), SEEDS), theirs)

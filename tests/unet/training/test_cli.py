@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from unet.errors import InputError, RunError
 from unet.training.cli import parse, run_script
 from unet.training.config_file import load_config, save_config
+from unet.training.options import FitOptions
 
 ROOT = Path(__file__).parents[3]
 
@@ -137,6 +138,19 @@ def test_the_check_sees_the_flags_not_the_file_alone(tmp_path: Path) -> None:
     assert parse(Options, ["--config", str(file), "--lr", "2"]).lr == 2
     with pytest.raises(InputError, match=r"^lr=-1.0 must be positive; try 1e-3, or read 'the  pap"):
         parse(Options, ["--config", str(file)])
+
+
+def test_a_budget_takes_the_place_of_one_in_another_unit(tmp_path: Path) -> None:
+    run, other = tmp_path / "config.yaml", tmp_path / "other.yaml"
+    save_config(FitOptions(out=tmp_path, steps=5, lr=0.1, seed=3), run)
+    other.write_text("max-minutes: 2\n")
+    for base in (["--config", str(run)], ["--out", str(tmp_path), "--resume"]):
+        found = parse(FitOptions, [*base, "--epochs", "2"])
+        assert (found.steps, found.epochs, found.seed) == (None, 2.0, 3)
+    found = parse(FitOptions, [*base, "--config", str(other), "--lr", "1"])
+    assert (found.steps, found.max_minutes, found.seed, found.lr) == (None, 2.0, 3, 1.0)
+    with pytest.raises(InputError, match="--steps and --epochs are both budgets: give one"):
+        parse(FitOptions, [*base, "--epochs", "2", "--steps", "3"])
 
 
 def test_a_plain_dataclass_with_a_positional(tmp_path: Path) -> None:

@@ -17,9 +17,10 @@ from segmentation.model import SegmentationUNet
 from unet.config import UNetConfig
 from unet.errors import InputError
 from unet.presets import PRESETS
-from unet.weights.convert import COMPVIS_PREFIX, detect_layout, from_layout, to_layout
+from unet.weights.convert import detect_layout, from_layout, to_layout
 from unet.weights.diffusers_config import config_to_diffusers
 from unet.weights.folder import FolderModel, load_strictly
+from unet.weights.layouts import COMPVIS_PREFIX
 
 
 def small(preset: str, **changes: Any) -> UNetConfig:

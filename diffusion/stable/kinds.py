@@ -1,0 +1,54 @@
+"""Weights and folders of other kinds than Stable Diffusion 1 and 2, told by what is in them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from unet.errors import InputError
+
+
+class Kind(NamedTuple):
+    """What something is, and what to do about it."""
+
+    what: str
+    cure: str
+
+
+XL = Kind("of Stable Diffusion XL", "only versions 1 and 2 are read, so give a model of these")
+_LORA = Kind(
+    "a LoRA, which changes a model and is none",
+    "add it to its model with diffusers (load_lora_weights, fuse_lora, save_pretrained), and give "
+    "the folder that this writes",
+)
+_TRANSFORMER = Kind("of a diffusion transformer, not of a U-Net", "give a model with unet/")
+_KEYS = {
+    r"^lora_(unet|te\d?)_|[._]lora[._](A|B|up|down|mid|embedding|magnitude)|\.(hada|lokr)_w": _LORA,
+    r"^conditioner\.embedders\.|(^|\.)add_embedding\.linear_1\.": XL,
+}
+_FILES = {
+    "pytorch_lora_weights.safetensors": _LORA,
+    "pytorch_lora_weights.bin": _LORA,
+    "adapter_config.json": _LORA,
+    "transformer": _TRANSFORMER,  # before the next, as these have more text encoders too
+    "text_encoder_2": XL,
+}
+
+
+def check_keys(keys: Iterable[str], where: Path) -> None:
+    """Raises an InputError for the weights of another kind, with the key that tells it."""
+    for key in keys:
+        for mark, kind in _KEYS.items():
+            if re.search(mark, key):
+                raise InputError(
+                    f"{where} is {kind.what}, as {key!r:.200} in it shows: {kind.cure}"
+                )
+
+
+def check_parts(folder: Path) -> None:
+    """Raises an InputError for the folder of another kind, with the file that tells it."""
+    for name, kind in _FILES.items():
+        if (folder / name).exists():
+            raise InputError(f"{folder} is {kind.what}, as {name} in it shows: {kind.cure}")
