@@ -23,6 +23,7 @@ from unet.device import pick_device
 from unet.errors import InputError, as_keywords
 from unet.files.images import Array, image_info
 from unet.files.rasters import open_raster
+from unet.words import counted
 
 Image: TypeAlias = "Array | Tensor | str | Path"  # or a batch of them
 
@@ -183,9 +184,8 @@ class Segmenter:
         return self.table.names == INSTANCE_NAMES
 
     def __repr__(self) -> str:
-        count = len(self.predict.models)
         return (
-            f"Segmenter({count} model{'s' * (count > 1)}, channels={self.channels}, "
+            f"Segmenter({counted(len(self.predict.models), 'model')}, channels={self.channels}, "
             f"dtype={self.dtype!r}, classes={self.classes})"
         )
 
@@ -264,8 +264,8 @@ class Segmenter:
         info = image_info(path)
         if (info.channels, info.dtype) != (self.channels, self.dtype):
             raise InputError(
-                f"{str(path)!r} has {info.channels} channels of {info.dtype}, where the training "
-                f"images have {self.channels} of {self.dtype}: convert it"
+                f"{str(path)!r} has {counted(info.channels, 'channel')} of {info.dtype}, where the "
+                f"training images have {self.channels} of {self.dtype}: convert it"
             )
         pages = [None] if info.pages == 1 else range(info.pages)
         return (open_raster(path, page, info) for page in pages), info.pages > 1

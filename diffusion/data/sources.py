@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from diffusion.data.shapes import HELD_OUT, SIDE, example, example_caption
 from unet.errors import InputError
 from unet.files.images import SUFFIXES, Array, ImageInfo, image_info, natural_key, read_image
+from unet.words import counted
 
 DRAWN = 20_000  # pictures of shapes
 _ARRAYS = ("images.npy", "labels.npy")  # of an .npz
@@ -108,8 +109,8 @@ def _archive(path: Path) -> Source:
         return source
     if labels.shape != (count,) or labels.dtype.kind not in "biuU":
         raise InputError(
-            f"'{path}' has labels {labels.dtype} {labels.shape} for {count} images: give a whole "
-            "number or a name for each"
+            f"'{path}' has labels {labels.dtype} {labels.shape} for {counted(count, 'image')}: "
+            "give a whole number or a name for each"
         )
     return _classified(source, labels.tolist())
 

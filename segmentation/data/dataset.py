@@ -12,9 +12,8 @@ from segmentation.data.classes import IGNORE, ClassTable, Value, some
 from segmentation.data.instances import INSTANCE_NAMES, instance_classes
 from segmentation.data.normalisation import Normalisation
 from segmentation.data.pairs import Pair, kind
-from unet.files.images import (
-    Array,
-)
+from unet.files.images import Array
+from unet.words import counted
 
 CACHE_BYTES = 2**30
 
@@ -91,19 +90,15 @@ class SegmentationData:
         infos = [pair.info for pair in self.pairs]
         sizes = sorted({(info.height, info.width) for info in infos})
         size = " to ".join(f"{h} x {w}" for h, w in dict.fromkeys((sizes[0], sizes[-1])))
-        lines = [f"{_images(len(infos))} of {size}, {kind(infos[0])}", *self.table.lines()]
+        lines = [f"{counted(len(infos), 'image')} of {size}, {kind(infos[0])}", *self.table.lines()]
         if alphas := sum(info.has_alpha for info in infos):
-            lines.append(f"alpha channel dropped in {_images(alphas)}")
+            lines.append(f"alpha channel dropped in {counted(alphas, 'image')}")
         if self.left_out:
-            lines.append(f"{_images(self.left_out)} without any label left out")
+            lines.append(f"{counted(self.left_out, 'image')} without any label left out")
         for part, indices in (("training", self.train), ("validation", self.val)):
             if indices:
                 shown = f" ({some(self.pairs[i].name for i in indices)})" if names else ""
-                lines.append(f"{part}: {_images(len(indices))}{shown}")
+                lines.append(f"{part}: {counted(len(indices), 'image')}{shown}")
         if self.train and not self.val:
             lines.append("validation: nothing is held out, so no figure tells of other images")
         return "\n".join(lines)
-
-
-def _images(count: int) -> str:
-    return f"{count} image{'s' * (count != 1)}"

@@ -21,6 +21,7 @@ from unet.files.images import (
     read_image,
     read_mask,
 )
+from unet.words import counted
 
 _IMAGE_FOLDERS = ("image", "images", "img", "imgs", "imagestr")
 _MASK_FOLDERS = ("label", "labels", "mask", "masks", "labelstr")
@@ -166,8 +167,9 @@ def _match(images: list[Path], masks: list[Path]) -> list[tuple[Path, Path]]:
         if without:
             names = some([path.name for path in without])
             raise InputError(
-                f"{str(without[0].parent)!r}: {len(without)} {what}s without {other}: {names}; "
-                f"a mask is named as its image, or with {', '.join(_MASK_SUFFIXES)} at the end"
+                f"{str(without[0].parent)!r}: {counted(len(without), what)} without {other}: "
+                f"{names}; a mask is named as its image, or with {', '.join(_MASK_SUFFIXES)} at "
+                "the end"
             )
     return files
 

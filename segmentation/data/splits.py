@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from segmentation.data.classes import Value
 from segmentation.data.pairs import Pair
 from unet.errors import InputError
+from unet.words import counted
 
 THINNEST = 16  # pixels of a strip
 
@@ -56,7 +57,8 @@ def split_pairs(
         chosen = {i for i, pair in enumerate(pairs) if pair.name in held_out}
         if not 0 < len(chosen) < count:
             raise InputError(
-                f"{len(chosen)} of {count} images for validation; leave some on each side"
+                f"{len(chosen)} of {counted(count, 'image')} for validation; leave "
+                "some on each side"
             )
     elif fold is not None:
         match = re.fullmatch("([0-9]{1,9})/([0-9]{1,9})", fold)
