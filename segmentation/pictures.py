@@ -152,8 +152,8 @@ def neighbour_colours(numbers: NDArray[np.integer]) -> NDArray[np.intp]:
 
 
 def errors(image: RGB, prediction: NDArray[np.integer], target: NDArray[np.integer]) -> RGB:
-    """The image, paled, with wrong pixels coloured: orange for a class too high, blue too low."""
-    out = 128 + image // 2
+    """The image, pale and grey, with wrong pixels: orange for a class too high, blue too low."""
+    out = 128 + np.asarray(Image.fromarray(image).convert("L").convert("RGB")) // 2
     valid = target != IGNORE
     out[valid & (prediction > target)] = TOO_HIGH
     out[valid & (prediction < target)] = TOO_LOW

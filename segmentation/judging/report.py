@@ -147,13 +147,8 @@ def picture_row(
         _reduced(grey, largest),
         _reduced(class_colours(mask, count), largest),
         _reduced(class_colours(found, count), largest),
-        _reduced(errors(_colourless(grey), found, mask), largest),
+        _reduced(errors(grey, found, mask), largest),
     )
-
-
-def _colourless(picture: RGB) -> RGB:
-    """The picture in grey, on which the colours of errors stand out."""
-    return np.asarray(Image.fromarray(picture).convert("L").convert("RGB"))
 
 
 def _reduced(picture: RGB, largest: int | None) -> RGB:

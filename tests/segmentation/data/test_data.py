@@ -127,7 +127,7 @@ def cut(path: str) -> Callable[[Path], None]:
             remove("image/cell 9.png", "image/cell 10.png"),
             r"2 masks without .*cell 9\.tif, cell 10",
         ),
-        (replace("label/cell 8_mask.tif", MASKS[0]), r"1 masks without image: cell 8_mask\.tif"),
+        (replace("label/cell 8_mask.tif", MASKS[0]), r"1 mask without image: cell 8_mask\.tif"),
         (replace("image/cell 8.tif", IMAGES[0]), r"1 image without mask: cell 8\.tif"),
         (
             replace("label/cell 9.tif", MASKS[0, 1:]),
