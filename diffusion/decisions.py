@@ -39,6 +39,7 @@ from unet.training.plan import (
 )
 from unet.weights.crossing import timed
 from unet.weights.start import Start
+from unet.words import counted
 
 PREDICTION: PredictionName = "v"  # where neither the user nor a pipeline says another
 TEXT_CHANNELS = 128  # of a token of our own text encoder
@@ -105,7 +106,7 @@ def decide(options: DiffusionOptions, data: Data) -> DiffusionPlan:
         *chosen_part(options, model),
         *text,
         *noise,
-        Decision("batch", f"{fit.batch_size} images", batch),
+        Decision("batch", counted(fit.batch_size, "image"), batch),
         optimizer,
         told_budget(options),
     )
@@ -250,7 +251,7 @@ def chosen_text(
     captions = (data.caption(i) for i in (*data.train, *data.val))
     words = WordEncoder.from_captions(captions, width=network.context_channels)
     info["text"] = words.to_dict()
-    found = f"{len(words.vocabulary)} words, {words.longest - 1} in the longest caption"
+    found = f"{counted(len(words.vocabulary), 'word')}, {words.longest - 1} in the longest caption"
     return [Decision("text", found, "its encoder is trained along")]
 
 

@@ -17,6 +17,7 @@ from unet.errors import InputError
 from unet.layers import make_activation, make_norm, unpatch, zero_init
 from unet.weights.card import Usage
 from unet.weights.folder import FolderModel
+from unet.words import counted
 
 LARGEST = 2**16  # pixels a side
 
@@ -104,7 +105,7 @@ class DiffusionUNet(FolderModel):
         with suppress(InputError):  # which loading it will say
             facts["Images"] = "{} x {} pixels, uint8".format(*self.size)
             if "autoencoder" not in self.info:
-                facts["Images"] += f", {self.config.in_channels} channels"
+                facts["Images"] += f", {counted(self.config.in_channels, 'channel')}"
             if classes := self.classes:
                 facts["Classes"] = ", ".join(classes)
         facts["Prediction"] = str(self.info.get("prediction"))

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from unet import PRESETS, UNetConfig
 from unet.training.plan import DEFAULT_MINUTES
+from unet.words import counted
 
 _COARSEST = 8  # side of the coarsest map, at most: self-attention is cheap there
 _ACCELERATOR = 30  # minutes of this kind of processor that a minute of a GPU is worth, roughly
@@ -45,10 +46,10 @@ def automatic_config(
     budget = minutes * (_ACCELERATOR if accelerator else 1) * _PLACES / places
     budget *= _TEXT if text else 1
     width = next((w for w, most in _WIDTHS if budget <= most), _WIDEST)
-    reasons = [f"{minutes:g} minutes of a {'GPU' if accelerator else 'CPU'}"]
+    reasons = [f"{counted(minutes, 'minute')} of a {'GPU' if accelerator else 'CPU'}"]
     if count < _FEW and width > 64:
         width = 64
-        reasons.append(f"only {count} images")
+        reasons.append(f"only {counted(count, 'image')}")
     multipliers = (1, *[2] * (levels - 1))
     config = replace(
         PRESETS["diffusion"].config,

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
-from unet.files.pictures import RGB, composite, panel
+from unet.files.pictures import LETTERS, RGB, composite, font, panel
 from unet.files.writing import replacing
 
 Images = NDArray[np.uint8]  # (N, H, W, C)
@@ -76,11 +76,7 @@ def cell(picture: RGB) -> RGB:
 
 def lettered(text: str, width: int, height: int) -> RGB:
     """Lines of text in the middle of a white tile."""
-    import matplotlib
-
-    font = Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")  # with most alphabets
     tile = Image.new("RGB", (width, height), "white")
     draw, middle = ImageDraw.Draw(tile), (width / 2, height / 2)
-    letters = ImageFont.truetype(font, LINE * 2 // 3)
-    draw.text(middle, text, "black", letters, anchor="mm", align="center")
+    draw.text(middle, text, "black", font(LETTERS), anchor="mm", align="center")
     return np.asarray(tile)

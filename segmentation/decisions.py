@@ -33,6 +33,7 @@ from unet.training.plan import (
 )
 from unet.weights.crossing import plain
 from unet.weights.start import Start, read_start
+from unet.words import counted
 
 NETWORK = "segmentation"  # where none is named
 BATCH = 4  # crops a step
@@ -95,7 +96,8 @@ def decide(
         Decision("network", f"{parameters / 1e6:.2f} M parameters", why),
         Decision("crops", f"{crop[0]} x {crop[1]}, {fit.batch_size} a step", whole),
         normalisation(
-            data.normalisation, "as of the start" if start else f"of {len(data.train)} images"
+            data.normalisation,
+            "as of the start" if start else f"of {counted(len(data.train), 'image')}",
         ),
         optimizer,
         told_budget(options),

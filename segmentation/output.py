@@ -11,14 +11,16 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from segmentation.data.classes import ClassTable
-from segmentation.pictures import grey_or_rgb, overlay
+from segmentation.pictures import grey_or_rgb, instance_overlay, overlay, overlay_legend
 from segmentation.predict import Predictor, Probability
 from segmentation.segmenter import RasterSource, Segmenter
 from unet.errors import InputError
 from unet.files.images import image_info, list_images, write_image
 from unet.files.pages import AS_STORED, ImageInfo, Reading
+from unet.files.pictures import key
 from unet.files.rasters import open_raster, writing_bands
 from unet.training.task import Processes
+from unet.words import counted
 
 AT_ONCE = 2**24  # pixels of an image that is predicted and written as a whole
 PREVIEW = 2048  # pixels a side of the overlay of a larger one, at most
@@ -39,8 +41,10 @@ class FilePredictor:
 
     For an image NAME, or NAME_PAGE of a stack: NAME_mask.png with the values of the training masks,
     NAME_probability.png (of the second of two classes, or of the chosen class of more; 16-bit,
-    65535 is 1), NAME_overlay.png, and NAME_labels.tif on request. Of an image with more than
-    AT_ONCE pixels, mask and probability are TIFFs, written in bands, and the overlay is small.
+    65535 is 1), NAME_overlay.png, and NAME_labels.tif on request. The overlay has the image's size
+    and shows instances, numbered, where the model or `labels` makes them, else classes. Of an image
+    with more than AT_ONCE pixels, mask and probability are TIFFs, written in bands, and the overlay
+    is small and shows classes.
 
     Args:
         min_size: connected parts of fewer pixels become the class that surrounds them.
@@ -68,6 +72,7 @@ class FilePredictor:
                 f"{len(table.values)}: leave out --labels"
             )
         self.labels = labels
+        self.numbers = labels or self.segmenter.instances
 
     def files(self, image: Slice, out: Path) -> list[Path]:
         """The files that `run` writes."""
@@ -90,9 +95,13 @@ class FilePredictor:
         table = self.segmenter.table
         write_image(mask, table.decode(decided), palette=table.palette)
         write_image(probability, as_16_bit(found))
-        write_image(picture, overlay(grey_or_rgb(source.pixels), decided, len(table.values)))
+        shown = grey_or_rgb(source.pixels)
+        if not self.numbers:
+            write_image(picture, overlay(shown, decided, table))
+            return
+        numbers = self.segmenter.numbered(decided)
+        write_image(picture, instance_overlay(shown, numbers))
         for file in labels:
-            numbers = self.segmenter.numbered(decided)
             if (count := int(numbers.max())) > 65535:
                 raise InputError(f"{image.name} has {count} parts, more than a 16-bit label holds")
             write_image(file, numbers.astype(np.uint16))
@@ -121,7 +130,7 @@ class FilePredictor:
                 probabilities.write(top, as_16_bit(band))
                 small.append(decided[-top % step :: step, ::step])
         preview = grey_or_rgb(np.asarray(source.pixels[::step, ::step]))
-        write_image(picture, overlay(preview, np.concatenate(small), len(table.values)))
+        write_image(picture, overlay(preview, np.concatenate(small), table))
 
 
 def as_16_bit(probability: Probability) -> NDArray[np.uint16]:
@@ -137,7 +146,7 @@ def predict_files(
     overwrite: bool = False,
     processes: Processes | None = None,
 ) -> list[str]:
-    """Predicts a file or all images of a folder.
+    """Predicts a file or all images of a folder; what the overlays' colours mean is in legend.png.
 
     Args:
         processes: share the images.
@@ -175,7 +184,10 @@ def predict_files(
         return failed
     for message in failed:
         print(f"error: {message}", file=sys.stderr)
-    print(f"{count - len(failed)} of {count} images predicted, in {out}")
+    legend = out / "legend.png"
+    if len(failed) < count and not predictor.numbers and (overwrite or not legend.exists()):
+        write_image(legend, np.asarray(key(overlay_legend(predictor.segmenter.table), 480)))
+    print(f"{count - len(failed)} of {counted(count, 'image')} predicted, in {out}")
     return failed
 
 

@@ -1,4 +1,4 @@
-"""Pictures to judge a segmentation by: overlays, error maps."""
+"""Pictures to judge a segmentation by: masks in colours, overlays, error maps, legends."""
 
 from __future__ import annotations
 
@@ -6,26 +6,35 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageDraw
+from scipy import ndimage
+from skimage.color import rgb2lab
+from skimage.segmentation import expand_labels
 
-from segmentation.data.classes import IGNORE
+from segmentation.data.classes import IGNORE, ClassTable, class_names
 from segmentation.data.samples import CropSamples
-from unet.files.pictures import RGB, panel
+from unet.files.pictures import RGB, Colour, Legend, font, panel, shortened
 
 SAMPLES = 16  # in the picture of augmented crops
 
-# Okabe and Ito's colours, which readers with any colour vision can tell apart.
-_COLOURS = np.array(
-    [
-        [0, 114, 178],
-        [230, 159, 0],
-        [0, 158, 115],
-        [204, 121, 167],
-        [86, 180, 233],
-        [213, 94, 0],
-        [240, 228, 66],
-    ]
-)
+# As far from each other as colours can be, from black and from mid grey, by CIEDE2000: 16 and more,
+# the first twenty 18, and the first eight 17 to readers of any colour vision (protanopia,
+# deuteranopia and tritanopia after Machado et al., 2009). The first stands out on grey images and
+# on stained tissue.
+_CODES = """
+00dce6 fff000 d20069 3c87ff 699600 5a0ff0 ff9687 784b00 005a4b c387d2 a5ffb4
+78000f 69005a c3965a 004b87 4b9687 a55a4b 785a96 f05a00 000f78 c3d2ff 4b5a00
+fff0c3 ffd2f0 007896 d200e1 a5b487 00b4f0 00d20f f06996 ff003c
+"""
+COLOURS: RGB = np.array([list(bytes.fromhex(code)) for code in _CODES.split()], np.uint8)
+GREY = 128  # ignored pixels
+TOO_HIGH: Colour = (213, 94, 0)
+TOO_LOW: Colour = (0, 114, 178)
+
+TINT = 0.35  # share of the colour inside of a part
+PALETTE = 8  # colours for instances, before others are needed
+NEAR = 4  # pixels by which instances grow to meet their neighbours
+SMALLEST, LARGEST = 9, 16  # pixels of an instance's number
 
 
 def grey_or_rgb(image: NDArray[Any]) -> RGB:
@@ -42,36 +51,112 @@ def grey_or_rgb(image: NDArray[Any]) -> RGB:
 def class_colours(classes: NDArray[np.integer], count: int) -> RGB:
     """Class indices (H, W) as (H, W, 3): black to white where there are two, else colours."""
     table = np.zeros((256, 3), np.uint8)
-    if count == 2:
-        table[1] = 255
-    else:
-        table[1:count] = [_COLOURS[(i - 1) % len(_COLOURS)] for i in range(1, count)]
-    table[IGNORE] = 128
+    table[1:count] = 255 if count == 2 else COLOURS[: count - 1]
+    table[IGNORE] = GREY
     return table[classes]
 
 
-def overlay(image: RGB, classes: NDArray[np.integer], count: int, alpha: float = 0.5) -> RGB:
-    """The image with its segmentation over it.
+def class_legend(table: ClassTable) -> Legend:
+    """What the colours of `class_colours` stand for."""
+    names = _names(table)
+    shown = [*range(len(names)), *[IGNORE] * (table.ignore_value is not None)]
+    colours = class_colours(np.array([shown]), len(names))[0]
+    return list(zip([*names, "ignored"], map(_colour, colours), strict=False))
 
-    Of two classes the one with fewer pixels is tinted, otherwise every class but the first.
+
+def error_legend(table: ClassTable) -> Legend:
+    """What the colours of `errors` stand for."""
+    names, texts = _names(table), ("above the true class", "below the true class")
+    if len(names) == 2:
+        low, high = (shortened(name, 20) for name in names)
+        texts = (f"{high} instead of {low}", f"{low} instead of {high}")
+    return [(f"error: {t}", c) for t, c in zip(texts, (TOO_HIGH, TOO_LOW), strict=True)]
+
+
+def overlay(image: RGB, classes: NDArray[np.integer], table: ClassTable) -> RGB:
+    """The image with its classes (H, W) over it, tinted and outlined.
+
+    Of two classes the one that was the rarer in training is marked, otherwise all but the first.
     """
-    tint = np.zeros_like(image)
-    if count == 2:
-        shown = classes == int(np.mean(classes == 1) < 0.5)
-        tint[:] = _COLOURS[5]
-    else:
-        shown = (classes > 0) & (classes != IGNORE)
-        tint = class_colours(classes, count)
-    mixed = (1 - alpha) * image + alpha * tint
-    return np.where(shown[..., None], mixed, image).astype(np.uint8)
+    if len(table.values) == 2:
+        return _marked(image, (classes == _rarer(table)).astype(np.uint8), COLOURS)
+    return _marked(image, np.where(classes == IGNORE, 0, classes), COLOURS)
+
+
+def overlay_legend(table: ClassTable) -> Legend:
+    """What the colours of `overlay` stand for."""
+    names = _names(table)
+    marked = [names[_rarer(table)]] if len(names) == 2 else names[1:]
+    return list(zip(marked, map(_colour, COLOURS), strict=False))
+
+
+def instance_overlay(image: RGB, numbers: NDArray[np.integer]) -> RGB:
+    """The image with its instances over it: tinted, outlined, numbered where there is room.
+
+    Neighbours, such as two cells with a membrane between them, differ in colour.
+
+    Args:
+        numbers: (H, W), from 1, without gaps; 0 elsewhere.
+    """
+    picture = Image.fromarray(_marked(image, numbers, COLOURS[neighbour_colours(numbers)]))
+    draw = ImageDraw.Draw(picture)
+    inside = np.pad((numbers > 0) & ~_edges(numbers), 1)  # a number stays within the image
+    room = ndimage.distance_transform_edt(inside)[1:-1, 1:-1]
+    every = range(1, int(numbers.max(initial=0)) + 1)
+    for number, (y, x) in zip(every, ndimage.maximum_position(room, numbers, every), strict=True):
+        digits = len(str(number))
+        # Digits of this font are 0.64 of its size wide and 0.73 high.
+        size = int(min(LARGEST, 2 * room[y, x] / np.hypot(0.64 * digits, 0.73)))
+        if size >= SMALLEST:
+            draw.text(
+                (x, y),
+                str(number),
+                "white",
+                font(size),
+                anchor="mm",
+                stroke_width=1,
+                stroke_fill="black",
+            )
+    return np.asarray(picture)
+
+
+def neighbour_colours(numbers: NDArray[np.integer]) -> NDArray[np.intp]:
+    """Of each instance the row of its colour in COLOURS: another than those of its neighbours.
+
+    Each takes the first that none before it has, of eight in turn, so that few are needed and all
+    are seen.
+
+    Args:
+        numbers: (H, W), from 1, without gaps; 0 elsewhere.
+    """
+    grown, pairs = expand_labels(numbers, NEAR), []
+    for a, b in (
+        (grown[1:], grown[:-1]),
+        (grown[:, 1:], grown[:, :-1]),
+        (grown[1:, 1:], grown[:-1, :-1]),
+        (grown[1:, :-1], grown[:-1, 1:]),
+    ):
+        meet = (a != b) & (a > 0) & (b > 0)
+        pairs.append(np.stack([np.maximum(a[meet], b[meet]), np.minimum(a[meet], b[meet])], 1))
+    before: dict[int, list[int]] = {}
+    for later, earlier in np.unique(np.concatenate(pairs), axis=0).tolist():
+        before.setdefault(later, []).append(earlier)
+    count = int(numbers.max(initial=0))
+    found = np.zeros(count + 1, np.intp)  # that of instance i at i
+    for i in range(1, count + 1):
+        taken = set(found[before.get(i, [])].tolist())
+        first = [(i + k) % PALETTE for k in range(PALETTE)]
+        free = (c for c in [*first, *range(PALETTE, len(COLOURS))] if c not in taken)
+        found[i] = next(free, i % len(COLOURS))
+    return found[1:]
 
 
 def errors(image: RGB, prediction: NDArray[np.integer], target: NDArray[np.integer]) -> RGB:
-    """The image, paled, with wrong pixels coloured: orange for a class too high, blue too low."""
-    out = 128 + image // 2
+    """The image, pale and grey, with wrong pixels: orange for a class too high, blue too low."""
+    out = 128 + np.asarray(Image.fromarray(image).convert("L").convert("RGB")) // 2
     valid = target != IGNORE
-    out[valid & (prediction > target)] = _COLOURS[5]
-    out[valid & (prediction < target)] = _COLOURS[0]
+    out[valid & (prediction > target)] = TOO_HIGH
+    out[valid & (prediction < target)] = TOO_LOW
     return out
 
 
@@ -84,4 +169,45 @@ def augmented(samples: CropSamples) -> Image.Image:
         rows.append([class_colours(c["mask"].numpy(), count) for c in crops])
         if samples.border is not None:
             rows.append([grey_or_rgb(c["weight"][..., None].numpy()) for c in crops])
-    return panel(rows, largest=192)
+    return panel(rows, largest=192, legend=class_legend(samples.data.table))
+
+
+def _marked(image: RGB, parts: NDArray[np.integer], colours: RGB) -> RGB:
+    """Tints and outlines the parts (H, W) of an image; part i has the colour i - 1, 0 is none.
+
+    The outline is a pixel of the part's colour and, outside of all parts, one of black, or of white
+    around dark colours: whatever the colour of the image, one of the two stands out.
+    """
+    out, shown, edges = image.copy(), parts > 0, _edges(parts)
+    inside, inner, outer = shown & ~edges, shown & edges, ~shown & edges
+    tint = colours[parts[inside] - 1]
+    out[inside] = ((1 - TINT) * image[inside] + TINT * tint).astype(np.uint8)
+    out[inner] = colours[parts[inner] - 1]
+    nearby = ndimage.maximum_filter(parts, 3)[outer]
+    out[outer] = outline_colours(colours)[nearby - 1]
+    return out
+
+
+def outline_colours(colours: RGB) -> RGB:
+    """Black around light colours (N, 3), white around dark ones."""
+    dark = rgb2lab(colours)[:, :1] < 55
+    return np.where(dark, 255, 0).repeat(3, axis=1).astype(np.uint8)
+
+
+def _edges(parts: NDArray[np.integer]) -> NDArray[np.bool_]:
+    """Pixels with one of another part among their eight neighbours."""
+    return np.asarray(ndimage.maximum_filter(parts, 3) != ndimage.minimum_filter(parts, 3))
+
+
+def _names(table: ClassTable) -> list[str]:
+    return [shortened(name, 30) for name in class_names(table)]
+
+
+def _rarer(table: ClassTable) -> int:
+    """The rarer of two classes."""
+    return int(table.shares[1] <= table.shares[0])
+
+
+def _colour(row: NDArray[np.integer]) -> Colour:
+    r, g, b = row.tolist()
+    return r, g, b

@@ -24,6 +24,7 @@ from unet.errors import InputError, as_keywords
 from unet.files.images import image_info
 from unet.files.pages import Array, ImageInfo, Reading, missing
 from unet.files.rasters import open_raster
+from unet.words import counted
 
 Image: TypeAlias = "Array | Tensor | str | Path"  # or a batch of them
 
@@ -194,9 +195,8 @@ class Segmenter:
         return self.table.names == INSTANCE_NAMES
 
     def __repr__(self) -> str:
-        count = len(self.predict.models)
         return (
-            f"Segmenter({count} model{'s' * (count > 1)}, channels={self.channels}, "
+            f"Segmenter({counted(len(self.predict.models), 'model')}, channels={self.channels}, "
             f"dtype={self.dtype!r}, classes={self.classes})"
         )
 

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from segmentation.data.classes import class_names
 from segmentation.data.dataset import SegmentationData
 from segmentation.data.download import isbi2012_folder
 from segmentation.data.normalisation import Normalisation
@@ -25,7 +26,14 @@ from segmentation.judging.report import write_report
 from segmentation.losses import deeply_supervised
 from segmentation.model import SegmentationUNet
 from segmentation.options import SegmentationOptions
-from segmentation.pictures import augmented, class_colours, errors, grey_or_rgb
+from segmentation.pictures import (
+    augmented,
+    class_colours,
+    class_legend,
+    error_legend,
+    errors,
+    grey_or_rgb,
+)
 from segmentation.predict import Predictor, TensorSource, classes
 from unet.device import pick_device
 from unet.files.pictures import panel
@@ -205,4 +213,8 @@ class SegmentationTask:
             grey = grey_or_rgb(self.data.pairs[i].read_image())
             shown = grey_or_rgb((probability[-1] * 255).astype(np.uint8)[..., None])
             rows.append([grey, class_colours(mask, self.count), shown, errors(grey, found, mask)])
-        return {"held-out" if self.data.val else "training": panel(rows)}
+        table = self.data.table
+        titles = ("image", "mask", f"probability of {class_names(table)[-1]}", "errors")
+        legend = [*class_legend(table), *error_legend(table)]
+        picture = panel(rows, titles=titles, legend=legend)
+        return {"held-out" if self.data.val else "training": picture}

@@ -170,7 +170,7 @@ class UNet(nn.Module):
         for name, value in (("t", t), ("classes", classes)):
             if value is not None and value.shape != (batch,):
                 raise InputError(
-                    f"{name} has shape {tuple(value.shape)}, but a batch of {batch} images needs "
+                    f"{name} has shape {tuple(value.shape)}, but a batch of {batch} needs "
                     f"({batch},): one value an image"
                 )
         width = config.context_channels
@@ -179,7 +179,7 @@ class UNet(nn.Module):
         ):
             raise InputError(
                 f"the context has shape {tuple(context.shape)}, but this network and a batch of "
-                f"{batch} images need ({batch}, L, {width})"
+                f"{batch} need ({batch}, L, {width})"
             )
         if mask is not None:
             if context is None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -113,7 +113,7 @@ def meet(options: DemoOptions, model: Path, run: Path) -> None:
     from segmentation.data.pairs import pairs_from_arrays
     from segmentation.judging.evaluation import evaluate
     from segmentation.judging.labelled import labelled_data
-    from segmentation.pictures import class_colours
+    from segmentation.pictures import class_colours, class_legend
     from segmentation.predict import Predictor
     from segmentation.segmenter import load_models
     from segmentation.training import train
@@ -154,7 +154,9 @@ def meet(options: DemoOptions, model: Path, run: Path) -> None:
         found = evaluate(Predictor(models), data, data.val)
         scores[name] = found.scores()["dice"]
         pictures.append(class_colours(found.images[0].prediction, 1 + len(SHAPES)))
-    panel([pictures]).save(run / "meeting.png")
+    titles = ("unseen", "true shapes", "from random weights", "from the trunk that draws")
+    legend = class_legend(replace(table, names=("ground", *SHAPES), ignore_value=None))
+    panel([pictures], titles=titles, legend=legend).save(run / "meeting.png")
     print(
         f"\nMean Dice on unseen pictures: from random weights {scores['random']:.3f}, "
         f"from the trunk that draws {scores['drawing']:.3f}\n  {run / 'meeting.png'}: pictures, "

@@ -12,6 +12,7 @@ from segmentation.options import LabelOptions, SegmentationOptions
 from unet.errors import InputError
 from unet.training.cli import run_script, say_next
 from unet.training.config_file import load_config
+from unet.words import counted
 
 if TYPE_CHECKING:
     from segmentation.data.pairs import Pair
@@ -132,7 +133,7 @@ def chosen_pairs(options: EvalOptions) -> tuple[SegmentationOptions, list[Pair]]
         chosen = held_out(pairs, runs)
     elif own:
         print("note: the model was trained on most of these images", file=sys.stderr)
-    print(f"scoring {len(chosen)} of {len(pairs)} images", file=sys.stderr)
+    print(f"scoring {len(chosen)} of {counted(len(pairs), 'image')}", file=sys.stderr)
     return own[0] if own else source, chosen
 
 

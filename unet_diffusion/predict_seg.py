@@ -22,7 +22,7 @@ class PredictOptions(ReadingOptions):
     """An image, or a folder of images. Stacks are predicted slice by slice."""
 
     out: Path
-    """Folder for NAME_mask.png, NAME_probability.png and NAME_overlay.png."""
+    """Folder for NAME_mask.png, NAME_probability.png, NAME_overlay.png, and legend.png."""
 
     threshold: float | None = None
     """Probability above which a pixel is of the second of two classes; none given: the model's."""
@@ -34,7 +34,8 @@ class PredictOptions(ReadingOptions):
     """Connected parts of fewer pixels become what surrounds them."""
 
     labels: bool = False
-    """Also number the connected parts of the second of two classes, in NAME_labels.tif."""
+    """Also number the connected parts of the second of two classes, in NAME_labels.tif and the
+    overlay."""
 
     tile: int = 1024
     """Larger images are predicted in tiles of at most that many pixels a side."""

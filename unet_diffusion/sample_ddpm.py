@@ -15,6 +15,7 @@ from diffusion.options import DiffusionOptions, SamplingOptions
 from unet.errors import InputError
 from unet.training.cli import run_script, say_next
 from unet.training.config_file import load_config
+from unet.words import counted
 
 SHOWN = 16  # images in the GIF and of whose attention there are pictures, at most
 
@@ -215,8 +216,9 @@ def made(
     before = f", after {plan.once} for the two" if plan.once else ""
     shared = f", shared by {processes.count} processes" if processes.count > 1 else ""
     said = (
-        f"{options.count} images of {sampler.height} x {sampler.width} by {options.sampler}: "
-        f"{plan.evaluations} evaluations of the network an image{doubled}{before}{shared}"
+        f"{counted(options.count, 'image')} of {sampler.height} x {sampler.width} by "
+        f"{options.sampler}: {counted(plan.evaluations, 'evaluation')} of the network an image"
+        f"{doubled}{before}{shared}"
     )
     if processes.main:
         print(said)

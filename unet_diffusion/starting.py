@@ -18,6 +18,7 @@ from unet.errors import InputError
 from unet.weights.crossing import only_token, plain, without_conditioning
 from unet.weights.folder import load_strictly
 from unet.weights.start import Start, read_start
+from unet.words import counted
 
 TIMESTEP = 0.05  # of all, at which a diffusion model looks at images: docs/experiments.md
 
@@ -52,8 +53,8 @@ def segmentation_start(path: str | None, timestep: float = TIMESTEP) -> Start | 
     channels = start.config.in_channels
     if "autoencoder" in start.info or (unet and channels == 4):
         raise InputError(
-            f"--init {path} works on latents of {channels} channels, not on pixels: start from a "
-            "diffusion model of images"
+            f"--init {path} works on latents of {counted(channels, 'channel')}, not on pixels: "
+            "start from a diffusion model of images"
         )
     t = round(timestep * (schedule.steps - 1))
     context = _empty_text(start)

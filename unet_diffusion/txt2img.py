@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from diffusion.stable.recipe import Recipe, TextSampler, merged, write_picture
 from unet.errors import InputError
 from unet.training.cli import run_script, say_next
+from unet.words import counted
 
 if TYPE_CHECKING:
     import torch
@@ -127,7 +128,8 @@ def main(options: Txt2ImgOptions) -> None:
         for text, cut in model.cut_prompts(recipe).items():
             print(f"the {text} is longer than the text model takes: its end {cut!r} is left out")
         shared = f", shared by {processes.count} processes" if processes.count > 1 else ""
-        said = f"{count} pictures of {width}x{height} by {recipe.sampler}, {steps} steps each"
+        said = f"{counted(count, 'picture')} of {width}x{height} by {recipe.sampler}, "
+        said += f"{counted(steps, 'step')} each"
         print(said + shared)
 
     seeds, batch = range(recipe.seed, last + 1), 1 if options.low_memory else options.batch_size

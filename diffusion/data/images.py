@@ -30,6 +30,7 @@ from diffusion.data.sources import HowToRead, open_source
 from unet.errors import InputError
 from unet.files.pages import ImageInfo
 from unet.training.batches import Key, sample_rng
+from unet.words import counted
 
 CACHE_BYTES = 2**31  # images that together take no more are kept in memory, in each process
 CHECKED = 20_000  # files whose headers are read before training; of more, as many spread evenly
@@ -196,7 +197,7 @@ class DiffusionData:
         elif sizes != [self.size]:
             size = f"{size}, resized to {self.size[0]} x {self.size[1]} and cropped at the centre"
         kinds = sorted({f"{_colour(info.channels)} {info.dtype}" for info in infos})
-        lines = [f"{len(self.source.names) - len(self._bad):,} images of {size}"]
+        lines = [f"{counted(len(self.source.names) - len(self._bad), 'image')} of {size}"]
         lines.append(", ".join(kinds))
         if kinds != [used := f"{_colour(self.channels)} uint8"]:
             lines[1] += f", all converted to {used}"
@@ -210,14 +211,14 @@ class DiffusionData:
             counts = np.bincount(self.labels, minlength=len(self.classes)).tolist()
             shown = [f"{name} ({n:,})" for name, n in zip(self.classes, counts, strict=True)]
             shown = shown if len(shown) <= 12 else [*shown[:10], "...", shown[-1]]
-            lines.append(f"{len(counts)} classes: {', '.join(shown)}")
+            lines.append(f"{counted(len(counts), 'class')}: {', '.join(shown)}")
         if self.source.captioned:
             like = f"such as {self.caption(self.train[0])!r}" if self.captioned else "not used"
             lines.append(f"captions, {like}{self.source.note}")
-        unit = "crops" if self.crops else "images"
+        unit = "crop" if self.crops else "image"
         mirrored = "mirrored at random" if self.flips else "not mirrored"
-        lines.append(f"{len(self.train):,} {unit} to train on, {mirrored}")
-        return "\n".join([*lines, f"{len(self.val):,} {unit} held out"])
+        lines.append(f"{counted(len(self.train), unit)} to train on, {mirrored}")
+        return "\n".join([*lines, f"{counted(len(self.val), unit)} held out"])
 
     def _try(self, image: int) -> Pixels | None:
         """A whole image, in 8 bits and resized; None: it cannot be read and is left out."""
@@ -346,7 +347,8 @@ class DiffusionData:
         held_out = int(val) if val >= 1 else min(max(round(val * count), least), MOST_VAL)
         if held_out >= count:
             raise InputError(
-                f"{held_out} of {count} images held out leave none to train on: give more images"
+                f"{held_out} of {counted(count, 'image')} held out leave none to train "
+                "on: give more images"
             )
         if self.crops:
             last = self._places[:, 0] >= images[-held_out]
@@ -361,8 +363,9 @@ class DiffusionData:
         held_out = max(1, round(len(rows) * (val if val < 1 else val / len(tops))))
         if held_out >= len(rows):
             raise InputError(
-                f"a single image with {len(rows)} rows of crops of which {held_out} are held out "
-                "leaves none to train on: give more or larger images, or a smaller size"
+                f"a single image with {counted(len(rows), 'row')} of crops of which {held_out} "
+                "are held out leaves none to train on: give more or larger images, or a smaller "
+                "size"
             )
         self._end = int(rows[-held_out])
         last = tops >= self._end

@@ -17,15 +17,9 @@ from diffusion.data.captions import TABLES, has_text_files, read_captions
 from diffusion.data.pixels import WHOLE
 from diffusion.data.shapes import HELD_OUT, SIDE, example, example_caption
 from unet.errors import InputError
-from unet.files.images import (
-    SUFFIXES,
-    Colour,
-    image_info,
-    laid_over,
-    natural_key,
-    read_image,
-)
+from unet.files.images import SUFFIXES, Colour, image_info, laid_over, natural_key, read_image
 from unet.files.pages import AS_STORED, Array, ImageInfo, Reading
+from unet.words import counted
 
 DRAWN = 20_000  # pictures of shapes
 _ARRAYS = ("images.npy", "labels.npy")  # of an .npz
@@ -155,8 +149,8 @@ def _archive(path: Path, how: HowToRead) -> Source:
         return source
     if labels.shape != (count,) or labels.dtype.kind not in "biuU":
         raise InputError(
-            f"'{path}' has labels {labels.dtype} {labels.shape} for {count} images: give a whole "
-            "number or a name for each"
+            f"'{path}' has labels {labels.dtype} {labels.shape} for {counted(count, 'image')}: "
+            "give a whole number or a name for each"
         )
     return _classified(source, labels.tolist())
 

@@ -28,6 +28,7 @@ from unet.training.run import is_main_process, run_folder
 from unet.training.task import Batch, Processes, Task
 from unet.weights.card import Usage
 from unet.weights.folder import FolderModel
+from unet.words import counted
 
 PATCH = 2  # of the stem: three times as fast as whole pixels
 COARSEST = 4  # pixels a side of the coarsest map, about
@@ -97,7 +98,7 @@ class ClassifierUNet(FolderModel):
                 f"unet-eval-ddpm --classifier {shlex.quote(where)} --model RUN/model --data images",
             ),
             facts={
-                "Images": f"{self.config.in_channels} channels",
+                "Images": counted(self.config.in_channels, "channel"),
                 "Classes": str(self.info.get("classes")),
             },
         )
@@ -167,7 +168,8 @@ def train(
         )
     if is_main_process() and figures:
         accuracy, model_folder = figures["accuracy"], plan.out / "model"
-        print(f"{accuracy:.2%} of {len(data.val):,} held-out images recognised: {model_folder}")
+        held_out = counted(len(data.val), "held-out image")
+        print(f"{accuracy:.2%} of {held_out} recognised: {model_folder}")
     return figures
 
 
@@ -177,8 +179,9 @@ class ClassifierTask:
     def __init__(self, data: DiffusionData, shift: int, seed: int) -> None:
         if not data.classes or len(data.classes) < 2:
             raise InputError(
-                f"the images are of {len(data.classes or ())} classes, but a classifier tells two "
-                "or more apart: give an .npz with labels, or a folder with a subfolder for each"
+                f"the images are of {counted(len(data.classes or ()), 'class')}, but a classifier "
+                "tells two or more apart: give an .npz with labels, or a folder with a subfolder "
+                "for each"
             )
         self.data, self.shift, self.seed = data, shift, seed
         self.samples = data.samples(seed)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from diffusion.judging.metrics import FloatArray, blocks, squared_distances
 from unet.errors import InputError
+from unet.words import counted
 
 Images: TypeAlias = NDArray[np.uint8]  # (N, H, W) or (N, H, W, C)
 
@@ -111,8 +112,8 @@ def memorisation(samples: Images, held_out: Images, training: Images) -> Memoris
     warning = ""
     if len(unseen) < few:
         warning = (
-            f"the share of likely copies is rough: it rests on {len(unseen)} held-out images, "
-            f"fewer than {few}"
+            "the share of likely copies is rough: it rests on "
+            f"{counted(len(unseen), 'held-out image')}, fewer than {few}"
         )
     return Memorisation(distances / usual, copies, found, warning)
 

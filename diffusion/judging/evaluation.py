@@ -34,6 +34,7 @@ from diffusion.process.noise import SEEDS, NoiseSource
 from diffusion.process.schedule import CLEAN, NoiseSchedule
 from diffusion.sampling import Images, ImageSampler
 from unet.errors import InputError
+from unet.words import counted
 
 MOST_REAL = 10_000  # images that features are taken of
 PART = 500  # of them at a time, or fewer, of MOST_BYTES in all
@@ -79,7 +80,7 @@ class Judge:
         self.held_out = data.images(spread(data.val, most))
         self.notes = []
         if len(chosen) < len(data.train):
-            what = f"{len(chosen):,} of the {len(data.train):,} training images"
+            what = f"{len(chosen):,} of the {counted(len(data.train), 'training image')}"
             self.notes.append(f"copies are looked for among {what}")
         if data.crops:
             self.notes.append("copies are looked for among crops at fixed places, not at all")
@@ -104,7 +105,7 @@ class Judge:
             precision, recall = precision_recall(self.features[:equal], features[:equal])
             found |= {"precision": precision, "recall": recall}
             if len(features) != len(self.features):
-                notes.append(f"precision and recall compare {equal:,} images of each")
+                notes.append(f"precision and recall compare {counted(equal, 'image')} of each")
             notes += sample_warnings(equal, features.shape[1])
         if isinstance(self.extractor, ClassifierFeatures) and self.names:
             found |= self._accuracy(self.extractor, samples, np.array(wanted))

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from scipy import linalg
 
 from unet.errors import InputError
+from unet.words import counted
 
 FloatArray: TypeAlias = NDArray[np.float64]
 Features: TypeAlias = NDArray[np.floating[Any]]  # (N, D)
@@ -199,8 +200,8 @@ def sample_warnings(images: int, dimensions: int) -> list[str]:
     if images > dimensions:
         return []
     return [
-        f"{images:,} images for {dimensions:,} features: the covariance is singular and the "
-        "Fréchet distance too large; compare it only for this number of images"
+        f"{counted(images, 'image')} for {dimensions:,} features: the covariance is singular and "
+        "the Fréchet distance too large; compare it only for this number of images"
     ]
 
 

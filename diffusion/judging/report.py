@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,7 @@ from diffusion.process.schedule import NoiseSchedule
 from diffusion.sampling import ImageSampler
 from diffusion.stable.autoencoder import Autoencoder
 from diffusion.stable.latents import Data, autoencoder_of
-from unet.files.pictures import composite, panel
+from unet.files.pictures import composite, fit_axis, panel
 from unet.files.writing import replacing, write_text
 from unet.training.run import read_log
 
@@ -146,33 +145,43 @@ def nearest_panel(samples: Images, data: Data, count: int = 4) -> Any:
 
 
 def _curves(axes: Axes, log: Sequence[dict[str, Any]]) -> None:
-    training = [(e["step"], e["loss"]) for e in log if "loss" in e]
-    if training:
-        steps, losses = zip(*training, strict=True)
-        axes.plot(steps, losses, color=TRAINING, alpha=0.3, label="training, as it went")
-    low, high = math.inf, -math.inf
-    for key, name, colour in (
-        ("val_seen", "training images", TRAINING),
-        ("val_loss", "held out", HELD_OUT),
+    """The losses, seen from the first evaluation on: those before would take most of the axis."""
+    first = min((e["step"] for e in log if "val_loss" in e), default=0)
+    seen: list[float] = []
+    for key, name, style in (
+        ("loss", "training, as it went", {"color": TRAINING, "alpha": 0.3}),
+        ("val_seen", "training images, averaged weights", {"color": TRAINING, "marker": "o"}),
+        ("val_loss", "held out, averaged weights", {"color": HELD_OUT, "marker": "o"}),
     ):
-        points = [(e["step"], e[key]) for e in log if key in e]
+        points = [(e["step"], float(e[key])) for e in log if key in e]
         if points:
             steps, losses = zip(*points, strict=True)
-            axes.plot(steps, losses, "o-", color=colour, label=f"{name}, averaged weights")
-            low, high = min(low, *losses), max(high, losses[-1])
-    if low < high < math.inf:
-        axes.set_ylim(0.8 * low, max(3 * low, 1.2 * high))
-    axes.set_xlabel("step")
-    axes.set_title("loss")
-    axes.legend()
+            axes.plot(steps, losses, label=name, **style)
+            seen += [loss for step, loss in points if step >= first]
+    _finish(axes, seen, "loss", "step")
 
 
 def _levels(axes: Axes, errors: dict[str, list[float]]) -> None:
-    axes.semilogy(errors["t"], errors["training"], "o-", color=TRAINING, label="training images")
-    axes.semilogy(errors["t"], errors["held_out"], "o-", color=HELD_OUT, label="held out")
-    axes.set_xlabel("noise level t")
-    axes.set_title("mean squared error of the predicted noise")
-    axes.legend()
+    for key, name, colour in (
+        ("training", "training images", TRAINING),
+        ("held_out", "held out", HELD_OUT),
+    ):
+        axes.plot(errors["t"], errors[key], "o-", color=colour, label=name)
+    _finish(
+        axes,
+        [*errors["training"], *errors["held_out"]],
+        "mean squared error of the predicted noise",
+        "noise level t",
+    )
+
+
+def _finish(axes: Axes, seen: Sequence[float], title: str, below: str) -> None:
+    axes.set_title(title)
+    axes.set_xlabel(below)
+    axes.grid(alpha=0.25)
+    if seen:
+        axes.legend()
+        fit_axis(axes, np.array(seen))
 
 
 def _picture(axes: Axes, picture: Any, title: str) -> None:

@@ -19,6 +19,7 @@ from diffusion.process.prediction import (
 )
 from diffusion.process.schedule import NoiseSchedule
 from unet.errors import InputError
+from unet.words import counted
 
 Clip = Literal["static", "dynamic"]
 
@@ -70,8 +71,8 @@ def for_batch(conditioning: dict[str, Any], batch: int) -> dict[str, Any]:
     for name, value in conditioning.items():
         if value is not None and len(value) not in (1, batch):
             raise InputError(
-                f"{name} has {len(value)} rows for {batch} images: give one row an image, or one "
-                "for all"
+                f"{name} has {counted(len(value), 'row')} for {counted(batch, 'image')}: give one "
+                "row an image, or one for all"
             )
         rows[name] = None if value is None else value.expand(batch, *value.shape[1:])
     return rows

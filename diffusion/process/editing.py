@@ -17,6 +17,7 @@ from diffusion.process.prediction import DenoiserLike
 from diffusion.process.samplers import SamplerName, Step, finish, sample
 from diffusion.process.schedule import CLEAN
 from unet.errors import InputError
+from unet.words import counted
 
 Encoding = Literal["ddim", "noise"]
 
@@ -58,8 +59,8 @@ def sdedit_timesteps(timesteps: Sequence[float], strength: float) -> Sequence[fl
     if count == 0:
         least = math.ceil(1000 / len(timesteps)) / 1000
         raise InputError(
-            f"strength {strength} of {len(timesteps)} steps is not a single one: choose a strength "
-            f"of {least:g} or more, or more steps"
+            f"strength {strength} of {counted(len(timesteps), 'step')} is not a single one: "
+            f"choose a strength of {least:g} or more, or more steps"
         )
     return timesteps[len(timesteps) - count :]
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from unet.errors import InputError
+from unet.words import counted
 
 SEEDS = 2**32  # that differ
 
@@ -45,4 +46,5 @@ class NoiseSource:
     def check(self, x: Tensor) -> None:
         """Raises an InputError unless there is one seed for each of the images x (B, C, H, W)."""
         if len(x) != len(self.generators):
-            raise InputError(f"{len(self.generators)} seeds for {len(x)} images: give one an image")
+            seeds, images = counted(len(self.generators), "seed"), counted(len(x), "image")
+            raise InputError(f"{seeds} for {images}: give one an image")

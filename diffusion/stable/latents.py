@@ -30,6 +30,7 @@ from unet.errors import InputError, Interrupted, RunError
 from unet.files.writing import write_text
 from unet.training.batches import sample_rng
 from unet.training.run import is_main_process, signals_caught
+from unet.words import counted
 
 PART = 4  # images that are encoded at a time
 SAVED = 20.0  # seconds of encoding that a kill loses, at most
@@ -56,7 +57,7 @@ class LatentData:
             raise InputError("latents are of whole images: leave out --crops and --flips")
         if source.channels != autoencoder.image_channels:
             raise InputError(
-                f"the images have {source.channels} channels, but the autoencoder in "
+                f"the images have {counted(source.channels, 'channel')}, but the autoencoder in "
                 f"'{autoencoder.folder}' takes {autoencoder.image_channels}: leave out "
                 "--colour and --channels"
             )
@@ -115,7 +116,7 @@ class LatentData:
             progress = {"of": self._fingerprint, "done": done}
             write_text(self.folder / "encoded.json", json.dumps(progress, indent=2) + "\n")
 
-        print(f"encoding {self.count - done:,} of {self.count:,} images, once", flush=True)
+        print(f"encoding {self.count - done:,} of {counted(self.count, 'image')}, once", flush=True)
         saved = time.monotonic()
         bar = tqdm(total=self.count, initial=done, unit="image", disable=None, dynamic_ncols=True)
         with signals_caught() as caught, bar:
@@ -131,7 +132,9 @@ class LatentData:
             finally:
                 save()
         if done < self.count:
-            print(f"stopped after {done:,} of {self.count:,} images, whose latents are kept")
+            print(
+                f"stopped after {done:,} of {counted(self.count, 'image')}, whose latents are kept"
+            )
             raise Interrupted(128 + max(caught))
 
     def _posteriors(self, indices: Sequence[int]) -> tuple[list[int], Tensor]:

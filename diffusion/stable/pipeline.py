@@ -35,6 +35,7 @@ from diffusion.stable.recipe import LARGEST, PictureSettings
 from diffusion.stable.schedule import PipelineSchedule
 from unet.errors import InputError, RunError
 from unet.files.writing import read_json
+from unet.words import counted
 
 STRENGTH = 0.8  # of image to image, where none is asked for
 _LATENT_SIZE = 64  # of a U-Net whose config names none
@@ -200,8 +201,8 @@ class StableDiffusion:
             count = int(strength * len(times))
             if count == 0:
                 raise InputError(
-                    f"strength {strength} of {len(times)} steps is not a single one: choose a "
-                    "larger strength or more steps"
+                    f"strength {strength} of {counted(len(times), 'step')} is not a single one: "
+                    "choose a larger strength or more steps"
                 )
             times = times[len(times) - count :]
         if times[-1] == end:  # a step that would change nothing

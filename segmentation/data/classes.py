@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from unet.errors import InputError
 from unet.files.pages import Array
+from unet.words import counted
 
 Value: TypeAlias = "int | tuple[int, ...]"  # of a mask pixel: a number or an RGB colour
 
@@ -145,8 +146,8 @@ class ClassTable:
         if unknown.any():
             found = code_values(np.unique(codes[unknown]), mask.ndim == 3)
             raise InputError(
-                f"{name}: unexpected values {some(found)} in {np.count_nonzero(unknown)} pixels; "
-                f"the classes are {listed(self.values)}"
+                f"{name}: unexpected values {some(found)} in "
+                f"{counted(int(unknown.sum()), 'pixel')}; the classes are {listed(self.values)}"
             )
         return indices
 
@@ -210,6 +211,13 @@ class ClassTable:
         except (KeyError, OverflowError, TypeError, ValueError) as error:
             raise InputError(f"the model's class table is damaged: {error}") from error
         return table
+
+
+def class_names(table: ClassTable) -> list[str]:
+    """Short names of the classes, else the mask values: 255, or 255,0,0 for a colour."""
+    if table.names:
+        return list(table.names)
+    return [",".join(map(str, v)) if isinstance(v, tuple) else str(v) for v in table.values]
 
 
 def value_codes(mask: Array) -> NDArray[np.int64]:

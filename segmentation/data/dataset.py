@@ -25,6 +25,7 @@ from segmentation.data.normalisation import Normalisation
 from segmentation.data.pairs import Pair, kind
 from unet.errors import InputError
 from unet.files.pages import Array, missing
+from unet.words import counted
 
 CACHE_BYTES = 2**30
 JUDGED = 20  # masks that decide whether they number objects, or have void edges
@@ -270,20 +271,20 @@ class SegmentationData:
         infos = [pair.info for pair in self.pairs]
         sizes = sorted({(info.height, info.width) for info in infos})
         size = " to ".join(f"{h} x {w}" for h, w in dict.fromkeys((sizes[0], sizes[-1])))
-        lines = [f"{_images(len(infos))} of {size}, {kind(infos[0])}", *self.table.lines()]
+        lines = [f"{counted(len(infos), 'image')} of {size}, {kind(infos[0])}", *self.table.lines()]
         if alphas := sum(info.has_alpha for info in infos):
-            lines.append(f"alpha channel dropped in {_images(alphas)}")
+            lines.append(f"alpha channel dropped in {counted(alphas, 'image')}")
         scaling = self.normalisation
         if scaling.low is not None and scaling.high is not None:
             line = f"values from {scaling.low:g} to {scaling.high:g}"
             lines.append(line + _no_data(scaling.nodata))
         lines += self.notes
         if self.left_out:
-            lines.append(f"{_images(self.left_out)} without any label left out")
+            lines.append(f"{counted(self.left_out, 'image')} without any label left out")
         for part, indices in (("training", self.train), ("validation", self.val)):
             if indices:
                 shown = f" ({some(self.pairs[i].name for i in indices)})" if names else ""
-                lines.append(f"{part}: {_images(len(indices))}{shown}")
+                lines.append(f"{part}: {counted(len(indices), 'image')}{shown}")
         if self.train and not self.val:
             lines.append("validation: nothing is held out, so no figure tells of other images")
         return "\n".join(lines)
@@ -291,7 +292,3 @@ class SegmentationData:
 
 def _no_data(value: float | None) -> str:
     return "" if value is None else f", {value:g} where nothing was measured, which is ignored"
-
-
-def _images(count: int) -> str:
-    return f"{count} image{'s' * (count != 1)}"

@@ -17,6 +17,7 @@ from segmentation.data.classes import some
 from unet.errors import InputError
 from unet.files.images import SUFFIXES, list_images, natural_key
 from unet.files.writing import read_json
+from unet.words import counted
 
 IMAGE_FOLDERS = ("image", "images", "img", "imgs", "imagestr", "jpegimages", "leftimg8bit", "raw")
 MASK_FOLDERS = (
@@ -360,7 +361,7 @@ def _check_alone(images: Sequence[Path], masks: Sequence[Path], rule: str) -> No
         if without:
             names = some([path.name for path in without])
             raise InputError(
-                f"{str(without[0].parent)!r}: {len(without)} {what}s without {other}: {names}; "
+                f"{str(without[0].parent)!r}: {counted(len(without), what)} without {other}: {names}; "
                 f"{rule}"
             )
 

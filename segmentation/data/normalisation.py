@@ -15,6 +15,7 @@ from segmentation.data.classes import DTYPES
 from unet.errors import InputError
 from unet.files.images import white
 from unet.files.pages import Array, missing
+from unet.words import counted
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,8 @@ class Normalisation:
         """
         if image.shape[2] != len(self.mean) or image.dtype != self.dtype:
             raise InputError(
-                f"an image with {image.shape[2]} channels of {image.dtype}, where the training "
-                f"images have {len(self.mean)} of {self.dtype}; convert it"
+                f"an image with {counted(image.shape[2], 'channel')} of {image.dtype}, where the "
+                f"training images have {len(self.mean)} of {self.dtype}; convert it"
             )
         mean, std = np.array(self.mean, np.float32), np.array(self.std, np.float32)
         scaled = (image.astype(np.float32) - mean) / std

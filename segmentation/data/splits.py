@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from segmentation.data.classes import Value
 from segmentation.data.pairs import Pair
 from unet.errors import InputError
+from unet.words import counted
 
 THINNEST = 16  # pixels of a strip
 
@@ -59,7 +60,8 @@ def split_pairs(
         chosen = {i for i, pair in enumerate(pairs) if pair.name in held_out}
         if not 0 < len(chosen) < count:
             raise InputError(
-                f"{len(chosen)} of {count} images for validation; leave some on each side"
+                f"{len(chosen)} of {counted(count, 'image')} for validation; leave "
+                "some on each side"
             )
     elif fold is None and any(pair.part == "val" for pair in pairs):
         chosen = {i for i, pair in enumerate(pairs) if pair.part == "val"}

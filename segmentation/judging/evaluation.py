@@ -17,13 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from segmentation.data.classes import IGNORE, ClassTable
+from segmentation.data.classes import IGNORE, ClassTable, class_names
 from segmentation.data.dataset import SegmentationData
 from segmentation.judging.isbi import THRESHOLDS, IsbiMetrics
 from segmentation.judging.metrics import ConfusionMatrix
 from segmentation.predict import Predictor, Probability, classes
 from segmentation.segmenter import RasterSource
 from unet.errors import InputError
+from unet.words import counted
 
 Mask = NDArray[np.uint8]  # class indices (H, W)
 
@@ -198,7 +199,7 @@ class Evaluation:
         row = f"{{:>{width}}}" + "{:>11}" * 5
         count, pixels = len(self.images), self.confusion.counts.sum()
         lines = [
-            f"{count} image{'s' * (count != 1)}, {pixels:,} pixels"
+            f"{counted(count, 'image')}, {counted(int(pixels), 'pixel')}"
             + (f", threshold {self.threshold:g}" if self.isbi else ""),
             "",
             row.format("class", "Dice", "IoU", "precision", "recall", "share"),
@@ -256,13 +257,6 @@ def evaluate(
         probability = predict(RasterSource(data.pairs[i].read_image(), data.pairs[i].info.nodata))
         found.add(i, data.pairs[i].name, probability, data.load(i)[1])
     return found
-
-
-def class_names(table: ClassTable) -> list[str]:
-    """Short names of the classes, else the mask values: 255, or 255,0,0 for a colour."""
-    if table.names:
-        return list(table.names)
-    return [",".join(map(str, v)) if isinstance(v, tuple) else str(v) for v in table.values]
 
 
 def _counts_above(probability: NDArray[np.floating[Any]], mask: Mask) -> NDArray[np.int64]:

@@ -13,6 +13,7 @@ from segmentation.data.splits import split_pairs
 from segmentation.model import SegmentationUNet
 from segmentation.options import SegmentationOptions
 from unet.errors import InputError
+from unet.words import counted
 
 
 def labelled_data(
@@ -36,8 +37,8 @@ def labelled_data(
         channels, dtype = len(normalisation.mean), normalisation.dtype
         if (info.channels, info.dtype) != (channels, dtype):
             raise InputError(
-                f"image {pairs[0].name} has {info.channels} channels of {info.dtype}, but the "
-                f"model was trained on {channels} of {dtype}: convert the images"
+                f"image {pairs[0].name} has {counted(info.channels, 'channel')} of {info.dtype}, "
+                f"but the model was trained on {channels} of {dtype}: convert the images"
             )
     if ignore_value is not None and table.names != INSTANCE_NAMES:
         table = table.ignoring(ignore_value)

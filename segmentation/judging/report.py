@@ -15,13 +15,20 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from segmentation.data.classes import IGNORE
+from segmentation.data.classes import class_names
 from segmentation.data.dataset import SegmentationData
-from segmentation.judging.evaluation import Evaluation, ImageScores, class_names
-from segmentation.pictures import class_colours, errors, grey_or_rgb
-from unet.files.pictures import RGB, panel
+from segmentation.judging.evaluation import Evaluation, ImageScores
+from segmentation.pictures import (
+    class_colours,
+    class_legend,
+    error_legend,
+    errors,
+    grey_or_rgb,
+)
+from unet.files.pictures import RGB, Legend, fit_axis, panel, shortened
 from unet.files.writing import replacing, write_text
 from unet.training.run import read_log
+from unet.words import counted
 
 if TYPE_CHECKING:  # it takes half a second to import
     from matplotlib.axes import Axes
@@ -31,6 +38,7 @@ WIDTH = 13.0  # inches
 DPI = 110
 SIDE = 640  # pixels of a picture, at most
 TRAINING, HELD_OUT = "#0072b2", "#d55e00"
+TITLES = ("image", "mask", "prediction", "errors")
 SHOWN = {
     "dice": "Dice",
     "iou": "IoU",
@@ -70,10 +78,12 @@ def report_figure(
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    names = class_names(evaluation.table)
+    names = [shortened(name, 20) for name in class_names(evaluation.table)]
     shown = _best_median_worst(evaluation, "held-out" if data.val else "training")
-    columns = max(1, 150 // (max(map(len, names)) + 8))  # of the legend
-    heights = [5.0, *(_height(image) for _, image in shown), 0.55 + 0.25 * (len(names) // columns)]
+    legend = class_legend(evaluation.table)
+    columns = max(1, 150 // (max(len(name) for name, _ in legend) + 8))
+    lines = math.ceil(len(legend) / columns)
+    heights = [5.0, *(_height(image) for _, image in shown), 0.5 + 0.18 * lines]
     layout = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06)
     figure = Figure(figsize=(WIDTH, sum(heights)), dpi=DPI, layout=layout)
     FigureCanvasAgg(figure)
@@ -86,7 +96,7 @@ def report_figure(
     _confusion(right.subplots(), evaluation, names)
     for row, (rank, image) in zip(rows, shown, strict=True):
         _pictures(row, rank, image, data)
-    _legend(bottom, names, evaluation.table.ignore_value is not None, columns)
+    _legend(bottom, legend, error_legend(evaluation.table), columns)
     return figure
 
 
@@ -112,9 +122,11 @@ def write_scores(
     write_text(folder / "scores.csv", text.getvalue())
     for old in (folder / "pictures").glob("[0-9][0-9][0-9]*_*.png"):  # of an earlier evaluation
         old.unlink()
+    legend = [*class_legend(evaluation.table), *error_legend(evaluation.table)]
     for rank, image in enumerate(images[:pictures], 1):
         with replacing(folder / "pictures" / f"{rank:03d}_{image.name}.png") as temporary:
-            panel([picture_row(data, image)]).save(temporary, format="png")
+            picture = panel([picture_row(data, image)], titles=TITLES, legend=legend)
+            picture.save(temporary, format="png")
     # Last, so that where it is all of it is.
     content = {**facts, **evaluation.to_dict()}
     write_text(folder / "scores.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
@@ -135,13 +147,8 @@ def picture_row(
         _reduced(grey, largest),
         _reduced(class_colours(mask, count), largest),
         _reduced(class_colours(found, count), largest),
-        _reduced(errors(_colourless(grey), found, mask), largest),
+        _reduced(errors(grey, found, mask), largest),
     )
-
-
-def _colourless(picture: RGB) -> RGB:
-    """The picture in grey, on which the colours of errors stand out."""
-    return np.asarray(Image.fromarray(picture).convert("L").convert("RGB"))
 
 
 def _reduced(picture: RGB, largest: int | None) -> RGB:
@@ -172,11 +179,10 @@ def _height(image: ImageScores) -> float:
 def _title(figure: SubFigure, name: str, evaluation: Evaluation, kind: str) -> None:
     found = evaluation.scores()
     figures = [f"{text} {found[key]:.4f}" for key, text in SHOWN.items() if key in found]
-    count = len(evaluation.images)
-    facts = [f"{count} {kind} image{'s' * (count != 1)}", *figures]
+    facts = [counted(len(evaluation.images), f"{kind} image"), *figures]
     if evaluation.isbi:
         facts.append(f"threshold {evaluation.threshold:g}")
-    text = f"{_short(name, 80)}\n{'   '.join(facts)}"
+    text = f"{shortened(name, 80)}\n{'   '.join(facts)}"
     figure.suptitle(text, fontsize=12, fontweight="bold", parse_math=False)
 
 
@@ -208,11 +214,7 @@ def _curves(loss: Axes, rate: Axes, log: Sequence[dict[str, Any]]) -> None:
     else:
         loss.legend(frameon=False, fontsize=10)
         loss.margins(x=0.02)
-        if known.min() > 0 and known.max() > 8 * known.min():
-            loss.set_yscale("log")
-            ticks = [t for t in _round_numbers() if known.min() / 1.3 < t < known.max() * 1.3]
-            loss.set_yticks(ticks, [f"{t:g}" for t in ticks])
-            loss.minorticks_off()
+        fit_axis(loss, known)
     loss.set_title("loss", fontsize=12)
     loss.grid(alpha=0.25)
     steps, values = _column(log, "lr")
@@ -223,10 +225,6 @@ def _curves(loss: Axes, rate: Axes, log: Sequence[dict[str, Any]]) -> None:
     rate.set_ylabel("learning rate")
     rate.set_xlabel("step")
     rate.grid(alpha=0.25)
-
-
-def _round_numbers() -> list[float]:
-    return [m * 10.0**e for e in range(-9, 10) for m in (1, 2, 5)]
 
 
 def _column(log: Sequence[dict[str, Any]], key: str) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -248,8 +246,8 @@ def _confusion(axes: Axes, evaluation: Evaluation, names: Sequence[str]) -> None
                 text = f"{shares[i, j]:.1f} %" if n <= 4 else f"{shares[i, j]:.0f}"
                 color = "white" if shares[i, j] > 60 else "#222222"
                 axes.text(j, i, text, ha="center", va="center", color=color, fontsize=size)
-    long = max(map(len, names)) > 3 and n > 5
-    label_size = float(np.clip(72 / n, 7, 11))
+    long = n * max(map(len, names)) > 30  # letters beside each other
+    label_size = float(np.clip(72 / n, 7 if n <= 20 else 5, 11))
     axes.set_xticks(range(n), names, rotation=90 if long else 0, fontsize=label_size)
     axes.set_yticks(range(n), names, fontsize=label_size)
     axes.set_xlabel("predicted class")
@@ -259,40 +257,23 @@ def _confusion(axes: Axes, evaluation: Evaluation, names: Sequence[str]) -> None
 
 def _pictures(figure: SubFigure, rank: str, image: ImageScores, data: SegmentationData) -> None:
     figures = [f"{text} {image.scores[k]:.4f}" for k, text in SHOWN.items() if k in image.scores]
-    title = f"{rank}: {_short(image.name, 40)}     {'   '.join(figures)}"
+    title = f"{rank}: {shortened(image.name, 40)}     {'   '.join(figures)}"
     figure.suptitle(title, fontsize=11, x=0.012, ha="left", parse_math=False)
-    titles = ("image", "mask", "prediction", "errors")
     axes = figure.subplots(1, 4)
-    for plot, title, picture in zip(axes, titles, picture_row(data, image, SIDE), strict=True):
+    for plot, title, picture in zip(axes, TITLES, picture_row(data, image, SIDE), strict=True):
         plot.imshow(picture)
         plot.set_title(title, fontsize=10)
         plot.set_xticks([])
         plot.set_yticks([])
 
 
-def _legend(figure: SubFigure, names: Sequence[str], ignored: bool, columns: int) -> None:
+def _legend(figure: SubFigure, classes: Legend, wrong: Legend, columns: int) -> None:
     """What the colours of masks and error maps mean."""
     from matplotlib.patches import Patch
 
-    def patch(colour: RGB, label: str) -> Patch:
-        return Patch(fc=colour[0, 0] / 255, ec="#888888", label=label)
+    def patches(legend: Legend) -> list[Patch]:
+        return [Patch(fc=np.array(c) / 255, ec="#888888", label=name) for name, c in legend]
 
-    count, black = len(names), np.zeros((1, 1, 3), np.uint8)
-    masks = [patch(class_colours(np.array([[k]]), count), label) for k, label in enumerate(names)]
-    if ignored:
-        masks.append(patch(class_colours(np.array([[IGNORE]]), count), "ignored"))
-    texts = ("above the true class", "below the true class")
-    if count == 2:
-        texts = (f"{names[1]} instead of {names[0]}", f"{names[0]} instead of {names[1]}")
-    found = zip((1, 0), texts, strict=True)
-    wrong = [
-        patch(errors(black, np.array([[p]]), np.array([[1 - p]])), f"error: {t}") for p, t in found
-    ]
     style: dict[str, Any] = {"frameon": False, "fontsize": 9, "handlelength": 1.2}
-    figure.legend(handles=wrong, loc="upper right", ncols=2, **style)
-    figure.legend(handles=masks, loc="lower right", ncols=columns, **style)
-
-
-def _short(name: str, longest: int) -> str:
-    half = longest // 2 - 1
-    return name if len(name) <= longest else f"{name[:half]}…{name[-half:]}"
+    figure.legend(handles=patches(wrong), loc="upper right", ncols=2, **style)
+    figure.legend(handles=patches(classes), loc="lower right", ncols=columns, **style)

@@ -181,7 +181,7 @@ def spoil(kind: str, data: Path) -> None:
     [
         ("other values", (), "unexpected values 128"),
         ("colour", (), "3 channels of uint8"),
-        ("16 bits", (), "1 channels of uint16"),
+        ("16 bits", (), "1 channel of uint16"),
         ("another size", (), "39 x 56"),
         ("", ("--data", "no/such/folder"), "no/such/folder"),
         ("", ("--model", "no/such/model"), "no/such/model is no folder"),

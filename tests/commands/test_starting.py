@@ -170,7 +170,7 @@ def broken(kind: str, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "train", "told"),
     [
-        ("latents", run_seg, "works on latents of 1 channels"),
+        ("latents", run_seg, "works on latents of 1 channel"),
         ("clip", run_seg, "cannot start a segmentation: a network that reads text"),
         ("conv", run_ddpm, "takes no timestep"),
         ("no scaling", run_seg, "normalisation is damaged"),

@@ -15,9 +15,12 @@ from hypothesis.extra.numpy import arrays
 from scipy import ndimage
 
 from segmentation import output
+from segmentation.data.classes import ClassTable
+from segmentation.data.instances import INSTANCE_NAMES
 from segmentation.data.phantom import phantom_stack
 from segmentation.model import SegmentationUNet
 from segmentation.output import FilePredictor, Slice, predict_files
+from segmentation.pictures import instance_overlay, overlay_legend
 from segmentation.predict import Predictor
 from segmentation.segmenter import load_models, without_specks
 from unet import InputError, UNetConfig
@@ -71,6 +74,35 @@ def test_labels_number_the_parts_of_the_mask(folder, tmp_path):
     mask = read_image(tmp_path / "out/x_mask.png")[..., 0]
     assert np.array_equal(labels > 0, mask == 255)
     assert labels.max() == ndimage.label(mask == 255)[1]
+
+
+def test_a_legend_lies_beside_the_overlays(folder, tmp_path):
+    for name in "ab":
+        write_image(tmp_path / f"in/{name}.png", phantom_stack(1, (48, 40))[0][0])
+    models, table, threshold = load_models([folder])
+    predictor = FilePredictor(Predictor(models), table, threshold)
+    out, legend = tmp_path / "out", tmp_path / "out/legend.png"
+    write_image(legend, np.zeros((5, 6, 3), np.uint8))
+    assert predict_files(predictor, tmp_path / "in", out) == []
+    assert image_info(legend).width == 6  # nothing is written over unless asked for
+    assert predict_files(predictor, tmp_path / "in", out, overwrite=True) == []
+    colours = set(map(tuple, read_image(legend).reshape(-1, 3).tolist()))
+    assert overlay_legend(table)[0][1] in colours
+    assert read_image(out / "a_overlay.png").shape == (48, 40, 3)
+
+
+def test_overlays_show_instances_where_there_are_some(folder, tmp_path):
+    image = phantom_stack(1, (48, 40))[0][0]
+    write_image(tmp_path / "x.png", image)
+    models, table, threshold = load_models([folder])
+    predictor = FilePredictor(Predictor(models), table, threshold, labels=True)
+    assert predict_files(predictor, tmp_path / "x.png", tmp_path / "out") == []
+    labels = read_image(tmp_path / "out/x_labels.tif")[..., 0]
+    shown = instance_overlay(np.repeat(image.reshape(48, 40, 1), 3, 2), labels)
+    assert np.array_equal(read_image(tmp_path / "out/x_overlay.png"), shown)
+    assert not (tmp_path / "out/legend.png").exists()  # the colours tell apart, and nothing else
+    instances = ClassTable(values=(0, 1, 2), shares=(0.5, 0.3, 0.2), names=INSTANCE_NAMES)
+    assert FilePredictor(Predictor(models), instances, 0.5).numbers
 
 
 def test_an_image_in_bands_is_that_at_once(folder, tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ from unet.config import UNetConfig
 from unet.device import pick_device
 from unet.training.options import FitOptions, OptimizerName
 from unet.weights.start import Start
+from unet.words import counted
 
 DEFAULT_MINUTES = 10.0  # of a run without a budget
 AS_ASKED = "as asked for"  # the reason of what was given
@@ -160,7 +161,9 @@ def told_budget(options: FitOptions) -> Decision:
     """The budget as a decision."""
     amount, unit = given_budget(options)
     given = any((options.steps, options.epochs, options.max_minutes))
-    return Decision("budget", f"{amount:g} {unit}", AS_ASKED if given else "the default")
+    return Decision(
+        "budget", counted(amount, unit.removesuffix("s")), AS_ASKED if given else "the default"
+    )
 
 
 def told(decisions: Iterable[Decision]) -> list[str]:

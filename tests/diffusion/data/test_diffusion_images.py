@@ -465,7 +465,7 @@ def test_a_single_micrograph_is_trained_on_above_what_is_held_out(
 
 def test_a_micrograph_too_small_to_hold_out_a_part_is_refused(tmp_path: Path) -> None:
     write_image(tmp_path / "one.png", np.zeros((20, 70), np.uint8))
-    with pytest.raises(InputError, match="a single image with 1 rows of crops of which 1"):
+    with pytest.raises(InputError, match="a single image with 1 row of crops of which 1"):
         DiffusionData(tmp_path, size=16, crops=True)
 
 
@@ -620,7 +620,7 @@ def test_missing_and_empty_places_are_named(tmp_path: Path) -> None:
 def test_a_single_image_is_too_few(tmp_path: Path) -> None:
     write_image(tmp_path / "a.png", COLOUR[0])
     for path in (tmp_path, tmp_path / "a.png"):
-        with pytest.raises(InputError, match="1 of 1 images held out leave none"):
+        with pytest.raises(InputError, match="1 of 1 image held out leave none"):
             DiffusionData(path)
 
 

@@ -638,7 +638,7 @@ def test_steps_need_no_gradient_and_change_nothing() -> None:
         ({"timesteps": [500, -1]}, "timestep -1"),
         ({"timesteps": []}, "needs timesteps"),
         ({"end": -0.5}, "timestep -0.5"),
-        ({"noise": NoiseSource([1])}, "1 seeds for 2 images"),
+        ({"noise": NoiseSource([1])}, "1 seed for 2 images"),
         ({"timesteps": [9, 5], "end": 5}, "above its end 5"),
     ],
 )

@@ -259,7 +259,7 @@ def test_noise_of_an_image_depends_on_its_seed_alone() -> None:
 def test_noise_for_images_is_of_their_kind_and_number() -> None:
     x = torch.zeros(2, 3, 4, 4, dtype=torch.float64)
     assert_close(NoiseSource([1, 2]).like(x), NoiseSource([1, 2]).draw((3, 4, 4)).double())
-    with pytest.raises(InputError, match="1 seeds for 2 images"):
+    with pytest.raises(InputError, match="1 seed for 2 images"):
         NoiseSource([1]).like(x)
 
 

@@ -122,12 +122,12 @@ def cut(path: str) -> Callable[[Path], None]:
         (rename("image", "pictures"), r"needs one folder of images"),
         (lambda f: [shutil.rmtree(f / x) for x in ("image", "label")], r"no image in this folder"),
         (remove(*[f"image/cell {i}.png" for i in range(8, 13)]), r"image'.*no image"),
-        (remove("label/cell 9.tif"), r"1 images without mask: cell 9\.png; a mask is named"),
+        (remove("label/cell 9.tif"), r"1 image without mask: cell 9\.png; a mask is named"),
         (
             remove("image/cell 9.png", "image/cell 10.png"),
             r"2 masks without .*cell 9\.tif, cell 10",
         ),
-        (replace("label/cell 8_mask.tif", MASKS[0]), r"1 masks without image: cell 8_mask\.tif"),
+        (replace("label/cell 8_mask.tif", MASKS[0]), r"1 mask without image: cell 8_mask\.tif"),
         (replace("image/cell 8.tif", IMAGES[0]), r"2 images of .* are named 'cell 8'"),
         (
             replace("label/cell 9.tif", MASKS[0, 1:]),
@@ -389,7 +389,7 @@ def test_the_ignored_value_must_occur() -> None:
     [
         ([0, 255], [0, 1, 255, 9, 9], "m.png: unexpected values 1, 9 in 3 pixels; .* 0, 255"),
         ([0, 255], [256, -1], "unexpected values -1, 256"),
-        ([0, 255], [[0, 0, 255]], r"unexpected values \(0, 0, 255\) in 1 pixels"),
+        ([0, 255], [[0, 0, 255]], r"unexpected values \(0, 0, 255\) in 1 pixel;"),
         ([[0, 0, 0], [9, 9, 9]], [0, 9, 5], r"unexpected values \(5, 5, 5\)"),
     ],
 )

@@ -20,8 +20,9 @@ from segmentation.data.weights import border_weights
 from segmentation.losses import cross_entropy
 from segmentation.model import SegmentationUNet
 from segmentation.options import SegmentationOptions
-from segmentation.pictures import SAMPLES, augmented
+from segmentation.pictures import SAMPLES, augmented, class_legend
 from unet import PRESETS
+from unet.files.pictures import key
 
 FLIPS = Augmentation()
 
@@ -75,7 +76,8 @@ def test_the_picture_shows_samples_with_masks(data, border):
     samples = CropSamples(data, FLIPS, (32, 32), (32, 32), border=border)
     picture = augmented(samples)
     rows = SAMPLES // 8 * (2 if border is None else 3)
-    assert picture.size == (8 * 36 + 4, rows * 36 + 4)
+    legend = key(class_legend(data.table), 8 * 36 + 4)
+    assert picture.size == (legend.width, rows * 36 + 4 + legend.height)
 
 
 @pytest.mark.slow

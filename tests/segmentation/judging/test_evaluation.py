@@ -321,7 +321,7 @@ def other_values(pairs: list[Pair]) -> list[Pair]:
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (grey_16, "1 channels of uint16.*trained on 1 of uint8"),
+        (grey_16, "1 channel of uint16.*trained on 1 of uint8"),
         (colour, "3 channels of uint8.*trained on 1 of uint8"),
         (other_values, "unexpected values 40.*classes are 0, 20"),
     ],

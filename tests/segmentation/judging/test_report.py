@@ -6,6 +6,7 @@ import csv
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -110,6 +111,17 @@ def check_layout(figure: Figure) -> None:
 )
 def test_nothing_overlaps(evaluation, log):
     check_layout(report_figure("runs $a$", log, *evaluation_of(**evaluation)))
+
+
+@pytest.mark.parametrize("count", [2, 3, 12, 32])
+def test_long_names_overlap_nothing(count):
+    evaluation, data = evaluation_of(count, 2, size=(40, 50))
+    names = tuple(f"class {i} with a name that is much longer than a label" for i in range(count))
+    evaluation.table = data.table = replace(data.table, names=names)
+    figure = report_figure("run", log_of(90), evaluation, data)
+    check_layout(figure)
+    legends = [t for t in texts_of(figure) if t.get_text().startswith("class 1 ")]
+    assert len(legends) >= 3  # on two axes, and beside the colour
 
 
 def test_a_text_on_another_would_be_found():

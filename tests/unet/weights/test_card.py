@@ -68,7 +68,7 @@ def test_the_cards_of_diffusion_models_and_classifiers() -> None:
     assert 'load("someone/pets")\nimages = sampler(16, seed=0)' in card.text
     assert "unet-sample-ddpm --model someone/pets --out samples\n" in card.text
     assert "| Classes | cat, dog |" in card.text
-    assert "8 x 12 pixels, uint8, 1 channels" in card.text
+    assert "8 x 12 pixels, uint8, 1 channel" in card.text
     assert "was not saved with it" in parts(card.text)["Training"]
     text = WordEncoder(["cat"], 3, width=32, depth=1).to_dict()
     config = UNetConfig(
