@@ -73,6 +73,7 @@ def test_from_a_folder_of_images_to_masks_of_new_ones(folder, tmp_path, capsys):
         "b_mask.png",
         "b_overlay.png",
         "b_probability.png",
+        "legend.png",
     ]
     mask, probability = read_image(out / "b_mask.png"), read_image(out / "b_probability.png")
     assert mask.shape == probability.shape == (33, 47, 1)
@@ -519,7 +520,7 @@ def test_two_processes_share_the_images_to_predict(model_folder, tmp_path):
     assert done.stdout.count("3 of 4 images predicted") == 1, done.stderr
     one, two = ({p.name: p for p in (tmp_path / n).iterdir()} for n in ("one", "two"))
     assert one.keys() == two.keys()
-    assert len(one) == 9
+    assert len(one) == 10
     for name in one:
         first, second = (read_image(files[name]).astype(int) for files in (one, two))
         # Of 65535 and of 255: other threads may round otherwise.
