@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,7 +83,6 @@ class FilePredictor:
 
     def run(self, image: Slice, out: Path) -> None:
         """Predicts one image."""
-        self.segmenter.check(image.info, repr(str(image.path)))
         pixels = open_raster(image.path, image.page, image.info, self.reading)
         source = RasterSource(pixels, image.info.nodata)
         mask, probability, picture, *labels = self.files(image, out)
@@ -158,7 +158,7 @@ def predict_files(
         InputError: no image, or files in the way, before anything is predicted.
     """
     processes = processes or Processes()
-    slices, failed = find_slices(source, predictor.reading)
+    slices, failed = find_slices(source, predictor.reading, predictor.segmenter.check)
     count = len(slices) + len(failed)
     made: dict[Path, Path] = {}  # from which image each file comes
     for image in slices:
@@ -191,8 +191,16 @@ def predict_files(
     return failed
 
 
-def find_slices(source: Path, reading: Reading = AS_STORED) -> tuple[list[Slice], list[str]]:
+def find_slices(
+    source: Path,
+    reading: Reading = AS_STORED,
+    check: Callable[[ImageInfo, str], None] | None = None,
+) -> tuple[list[Slice], list[str]]:
     """The images of a file or folder, a stack page by page, and what is wrong with the others.
+
+    Args:
+        reading: what is said of the files beside what they say themselves.
+        check: raises InputError for what is none of the images that can be predicted.
 
     Raises:
         InputError: no such file or folder, nothing in it, or a single file that is no image.
@@ -204,17 +212,20 @@ def find_slices(source: Path, reading: Reading = AS_STORED) -> tuple[list[Slice]
     for path in list_images(source) if source.is_dir() else [source]:
         try:
             info = image_info(path, reading)
+            if check:
+                check(info, repr(str(path)))
         except InputError as error:
             if source.is_file():
                 raise
             failed.append(str(error))
             continue
+        name = path.stem.removesuffix(".ome")
         if info.pages == 1:
-            slices.append(Slice(name=path.stem, path=path, info=info))
+            slices.append(Slice(name=name, path=path, info=info))
             continue
         digits = len(str(info.pages - 1))
         slices += [
-            Slice(name=f"{path.stem}_{page:0{digits}d}", path=path, info=info, page=page)
+            Slice(name=f"{name}_{page:0{digits}d}", path=path, info=info, page=page)
             for page in range(info.pages)
         ]
     return slices, failed

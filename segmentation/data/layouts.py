@@ -361,8 +361,8 @@ def _check_alone(images: Sequence[Path], masks: Sequence[Path], rule: str) -> No
         if without:
             names = some([path.name for path in without])
             raise InputError(
-                f"{str(without[0].parent)!r}: {counted(len(without), what)} without {other}: {names}; "
-                f"{rule}"
+                f"{str(without[0].parent)!r}: {counted(len(without), what)} without {other}: "
+                f"{names}; {rule}"
             )
 
 

@@ -125,7 +125,7 @@ def test_grey_and_colour_cross(data: Path, tmp_path: Path, capsys) -> None:
         given = (
             "--init",
             tmp_path / init,
-            "--channels",
+            "--colour",
             channels,
             "--out",
             tmp_path / init / "run",
