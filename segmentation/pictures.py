@@ -66,12 +66,15 @@ def overlay(image: RGB, classes: NDArray[np.integer], count: int, alpha: float =
     return np.where(shown[..., None], mixed, image).astype(np.uint8)
 
 
-def errors(image: RGB, prediction: NDArray[np.integer], target: NDArray[np.integer]) -> RGB:
-    """The image, paled, with wrong pixels coloured: orange for a class too high, blue too low."""
+def errors(
+    image: RGB, prediction: NDArray[np.integer], target: NDArray[np.integer], count: int
+) -> RGB:
+    """The image, paled, with wrong pixels orange; of two classes blue where class 1 is missed."""
     out = 128 + image // 2
     valid = target != IGNORE
-    out[valid & (prediction > target)] = _COLOURS[5]
-    out[valid & (prediction < target)] = _COLOURS[0]
+    out[valid & (prediction != target)] = _COLOURS[5]
+    if count == 2:
+        out[valid & (prediction < target)] = _COLOURS[0]
     return out
 
 

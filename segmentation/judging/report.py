@@ -37,7 +37,7 @@ SHOWN = {
     "accuracy": "accuracy",
     "v_rand": "V_Rand",
     "v_info": "V_Info",
-    "pixel_error": "pixel error",
+    "pixel_error": "pixel error (1 − F)",
 }
 
 
@@ -135,7 +135,7 @@ def picture_row(
         _reduced(grey, largest),
         _reduced(class_colours(mask, count), largest),
         _reduced(class_colours(found, count), largest),
-        _reduced(errors(_colourless(grey), found, mask), largest),
+        _reduced(errors(_colourless(grey), found, mask, count), largest),
     )
 
 
@@ -174,7 +174,7 @@ def _title(figure: SubFigure, name: str, evaluation: Evaluation, kind: str) -> N
     figures = [f"{text} {found[key]:.4f}" for key, text in SHOWN.items() if key in found]
     count = len(evaluation.images)
     facts = [f"{count} {kind} image{'s' * (count != 1)}", *figures]
-    if evaluation.isbi:
+    if evaluation.has_threshold:
         facts.append(f"threshold {evaluation.threshold:g}")
     text = f"{_short(name, 80)}\n{'   '.join(facts)}"
     figure.suptitle(text, fontsize=12, fontweight="bold", parse_math=False)
@@ -281,12 +281,12 @@ def _legend(figure: SubFigure, names: Sequence[str], ignored: bool, columns: int
     masks = [patch(class_colours(np.array([[k]]), count), label) for k, label in enumerate(names)]
     if ignored:
         masks.append(patch(class_colours(np.array([[IGNORE]]), count), "ignored"))
-    texts = ("above the true class", "below the true class")
+    texts = {1: "another class"}
     if count == 2:
-        texts = (f"{names[1]} instead of {names[0]}", f"{names[0]} instead of {names[1]}")
-    found = zip((1, 0), texts, strict=True)
+        texts = {p: f"{names[p]} instead of {names[1 - p]}" for p in (1, 0)}
     wrong = [
-        patch(errors(black, np.array([[p]]), np.array([[1 - p]])), f"error: {t}") for p, t in found
+        patch(errors(black, np.array([[p]]), np.array([[1 - p]]), count), f"error: {text}")
+        for p, text in texts.items()
     ]
     style: dict[str, Any] = {"frameon": False, "fontsize": 9, "handlelength": 1.2}
     figure.legend(handles=wrong, loc="upper right", ncols=2, **style)

@@ -101,6 +101,8 @@ class Task:
     """(model, batch) to the mean loss over the batch."""
     evaluate: Callable[[Any, Processes], Mapping[str, float]] | None = None
     """Figures over the whole held-out set, the same on every process; None: nothing held out."""
+    held_out: str = "held out"
+    """What the figures are of, for people."""
     finish: Callable[[Batch], Batch] | None = None
     """What is made of a whole batch, in the process that prepares it, to which it is pickled."""
     score: str = "loss"
