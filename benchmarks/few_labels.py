@@ -172,7 +172,7 @@ def segmented(
     )
     models, classes, _ = load_models([str(run / "model")])
     data = labelled_data(models, scored, classes)
-    found = evaluate(Predictor(models), data, data.val)
+    found = evaluate(Predictor(models), data, data.val, cells=1)
     figures = found.scores() | found.challenge()
     return {k: round(float(figures[k]), 4) for k in FIGURES}
 

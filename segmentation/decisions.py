@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from segmentation.data.augment import Augmentation
-from segmentation.data.classes import IGNORE
 from segmentation.data.dataset import SegmentationData
 from segmentation.data.normalisation import Normalisation
 from segmentation.data.samples import image_shape
-from segmentation.data.weights import are_parted_by_membranes
+from segmentation.data.weights import find_cells
 from segmentation.losses import Loss, make_loss
 from segmentation.model import SegmentationUNet
 from segmentation.options import BestBy, SegmentationOptions
@@ -38,7 +39,8 @@ from unet.words import counted
 NETWORK = "segmentation"  # where none is named
 BATCH = 4  # crops a step
 CROP = 256  # usual side of a training crop
-JUDGED = 10  # training masks that decide whether membranes part the cells
+JUDGED = 6  # training masks that decide which class are cells, and whether membranes part them
+SCORED = 2**19  # pixels of the held-out images at an evaluation, for each minute of the budget
 MEMBRANE_WEIGHT = 10.0  # w0 of 2015
 
 
@@ -50,7 +52,9 @@ class SegmentationPlan(RunPlan):
         options: the command line with each choice filled in, which repeats the run.
         crop, target: height and width of a training crop, and of its part that is labelled.
         border: w0 and sigma of the border weights (arXiv 1505.04597, eq. 2); None: no weights.
+        cells: the class of the cells between which these are.
         best_by: the figure that the kept weights are best for.
+        scored: the held-out images that are scored during training.
     """
 
     options: SegmentationOptions
@@ -58,8 +62,10 @@ class SegmentationPlan(RunPlan):
     target: tuple[int, int]
     augmentation: Augmentation
     border: tuple[float, float] | None
+    cells: int
     loss: Loss
     best_by: BestBy
+    scored: tuple[int, ...]
 
 
 def decide(
@@ -91,7 +97,12 @@ def decide(
         parameters = sum(p.numel() for p in SegmentationUNet(network, outputs, info).parameters())
     fit, optimizer = chosen_fit(options, start)
     crop, whole = chosen_crop(options, data, network, fit)
-    border, best_by, judged = chosen_judgement(options, data)
+    judgement = chosen_judgement(options, data)
+    best_by, border = judgement.best_by, judgement.border
+    if count == 2:
+        info["cells"] = judgement.cells if judgement.isbi else None
+    scored, part = chosen_part(data, fit)
+    loss, balance = chosen_loss(options, data, outputs)
     decisions = (
         Decision("network", f"{parameters / 1e6:.2f} M parameters", why),
         Decision("crops", f"{crop[0]} x {crop[1]}, {fit.batch_size} a step", whole),
@@ -101,7 +112,9 @@ def decide(
         ),
         optimizer,
         told_budget(options),
-        *judged,
+        *judgement.decisions,
+        *part,
+        *balance,
     )
     found = data.describe(names=False).splitlines()
     info["training"] = {"data": found, "run": told(decisions)}
@@ -124,8 +137,10 @@ def decide(
             **{name: getattr(options, name) for name in Augmentation.__dataclass_fields__}
         ),
         border=border,
-        loss=chosen_loss(options, data, outputs),
+        cells=judgement.cells,
+        loss=loss,
         best_by=best_by,
+        scored=scored,
         start=start.for_channels(data.channels) if start else None,
     )
 
@@ -217,51 +232,122 @@ def chosen_crop(
     return size, why
 
 
-def chosen_judgement(
-    options: SegmentationOptions, data: SegmentationData
-) -> tuple[tuple[float, float] | None, BestBy, list[Decision]]:
+class Judgement(NamedTuple):
+    """What the masks say about the weights of pixels and the figures."""
+
+    border: tuple[float, float] | None  # w0 and sigma
+    best_by: BestBy
+    cells: int  # the class of the cells
+    isbi: bool  # whether the scores of cells that membranes part say something
+    decisions: list[Decision]
+
+
+def chosen_judgement(options: SegmentationOptions, data: SegmentationData) -> Judgement:
     """Border weights and the figure that weights are kept by, where the masks have to say."""
-    count = len(data.table.values)
-    if data.val and not any((data.load(i)[1] != IGNORE).any() for i in data.val):
-        raise InputError(
-            "every pixel of the held-out masks is ignored: hold out other images, with --val, "
-            "--fold or --val-names"
-        )
+    count, missing = len(data.table.values), missing_classes(data)
     if options.best_by == "v_rand" and count != 2:
         raise InputError(
             f"--best-by v_rand compares cells that membranes part, two classes, but the masks "
             f"have {count}: take loss or dice"
         )
-    asked = options.border_weight is not None and options.best_by is not None
-    membranes = not asked and (
-        count == 2 and are_parted_by_membranes(data.load(i)[1] for i in list(data.train)[:JUDGED])
-    )
-    masks = f"{'' if membranes else 'no '}thin membranes part the cells of class 1"
-    w0 = MEMBRANE_WEIGHT if membranes else 0.0
+    cells, parted, masks = 1, False, f"the masks have {count} classes"
+    if count == 2:
+        spread = _spread(data.train, JUDGED)
+        cells, parted = find_cells(data.load(i)[1] for i in spread)
+        masks = f"{'' if parted else 'no '}thin membranes part the cells"
+        masks += f" of class {cells}" if parted else ""
+    if options.best_by == "v_rand" and cells in missing:
+        raise InputError(
+            f"--best-by v_rand compares cells, but the held-out masks have none, of class {cells}: "
+            "hold out other images, with --val, --fold or --val-names"
+        )
+    w0 = MEMBRANE_WEIGHT if parted else 0.0
     w0 = w0 if options.border_weight is None else options.border_weight
-    best_by: BestBy = options.best_by or ("v_rand" if membranes else "loss")
+    by_shape: BestBy = "v_rand" if parted and cells not in missing else "loss"
+    best_by = options.best_by or by_shape
     kept = Decision("kept weights", f"best by {best_by}", AS_ASKED if options.best_by else masks)
     if not data.val:
         kept = Decision("kept weights", "the last ones", "nothing is held out")
-    judged = [
+    decisions = [
         kept,
         Decision("border weight", f"{w0:g}", masks if options.border_weight is None else AS_ASKED),
     ]
-    return (w0, options.border_sigma) if w0 else None, best_by, judged
+    if missing:
+        names = ", ".join(_class_name(data, k) for k in missing)
+        why = "no held-out mask has it: it is left out of the mean Dice and IoU"
+        decisions.append(Decision("not scored", names, why))
+    border = (w0, options.border_sigma) if w0 else None
+    return Judgement(border, best_by, cells, parted or best_by == "v_rand", decisions)
 
 
-def chosen_loss(options: SegmentationOptions, data: SegmentationData, outputs: int) -> Loss:
-    """The loss that the options name, with its weights of the classes."""
-    weights = options.class_weights or None
+def missing_classes(data: SegmentationData) -> list[int]:
+    """The classes that no held-out mask has.
+
+    Raises:
+        InputError: the held-out masks have none at all.
+    """
+    missing = set(range(len(data.table.values)))
+    for i in data.val:
+        if not missing:
+            break
+        missing -= set(np.unique(data.load(i)[1]).tolist())
+    if data.val and len(missing) == len(data.table.values):
+        raise InputError(
+            "every pixel of the held-out masks is ignored: hold out other images, with --val, "
+            "--fold or --val-names"
+        )
+    return sorted(missing) if data.val else []
+
+
+def chosen_part(data: SegmentationData, fit: FitPlan) -> tuple[tuple[int, ...], list[Decision]]:
+    """The held-out images that are scored during training, said where these are not all.
+
+    A short run would else have one or two points of a curve, or spend its minutes on them.
+    """
+    amount, unit = fit.budget
+    count, pixels = len(data.val), sum(math.prod(image_shape(data, i)) for i in data.val)
+    if unit != "minutes" or not count:
+        return tuple(data.val), []
+    part = int(SCORED * max(amount, 1) * count / pixels)
+    if part >= count:
+        return tuple(data.val), []
+    scored = tuple(_spread(data.val, max(part, 1)))
+    value = f"{len(scored)} of {count} held-out images"
+    why = "as the time allows; at the end all of them, by the kept weights"
+    return scored, [Decision("scored", value, why)]
+
+
+def chosen_loss(
+    options: SegmentationOptions, data: SegmentationData, outputs: int
+) -> tuple[Loss, list[Decision]]:
+    """The loss that the options name, with its weights of the classes, said where they follow."""
+    weights, balance = options.class_weights or None, []
     if options.balance:
-        weights = tuple(1 / (len(data.table.shares) * share) for share in data.table.shares)
-    return make_loss(
+        shares = data.table.shares
+        present = sum(share > 0 for share in shares)
+        weights = tuple(1 / (present * share) if share else 0.0 for share in shares)
+        empty = [_class_name(data, k) for k, share in enumerate(shares) if not share]
+        why = "the inverse of the shares"
+        why += f"; no pixel is {' or '.join(empty)}, which gets no weight" if empty else ""
+        balance = [Decision("class weights", ", ".join(f"{w:.3g}" for w in weights), why)]
+    loss = make_loss(
         options.loss,
         outputs,
         class_weights=weights,
         label_smoothing=options.label_smoothing,
         gamma=options.focal_gamma,
     )
+    return loss, balance
+
+
+def _class_name(data: SegmentationData, k: int) -> str:
+    return data.table.names[k] if data.table.names else f"class {k}"
+
+
+def _spread(indices: Sequence[int], count: int) -> list[int]:
+    """That many of the indices at most, evenly spread."""
+    count = min(count, len(indices))
+    return [indices[(2 * k + 1) * len(indices) // (2 * count)] for k in range(count)]
 
 
 def normalisation(found: Normalisation, why: str) -> Decision:

@@ -120,8 +120,9 @@ class SegmentationOptions(LabelOptions, FitOptions):
 
     best_by: BestBy | None = None
     """What the kept weights are best for on the held-out images: the cross-entropy, the mean Dice,
-    or V_Rand, which wants closed membranes (the threshold between two classes is best for V_Rand,
-    else for the mean Dice); none given: v_rand where thin membranes part the cells, else loss."""
+    or V_Rand, which wants closed membranes; none given: v_rand where thin membranes part the cells,
+    else loss. With two classes the threshold between them is saved with the weights: the best for
+    V_Rand, else for the mean Dice. All figures are at this threshold."""
 
     label_smoothing: float = 0.0
     """With ce and dice-ce: share of the target that is spread over all classes."""
@@ -133,11 +134,11 @@ class SegmentationOptions(LabelOptions, FitOptions):
     """Weight of each class in the loss, in the order of their values; none given: 1."""
 
     balance: bool = False
-    """Weight each class by the inverse of its share of the pixels."""
+    """Weight each class by the inverse of its share of the pixels; one without pixels gets none."""
 
     border_weight: float | None = None
-    """Weight w0 of the narrow gaps between cells (2015: 10), which are all pixels of class 1; none
-    given: 10 where thin membranes part the cells, else 0."""
+    """Weight w0 of the narrow gaps between cells (2015: 10): of two classes the cells are the one
+    in more pieces, of more class 1; none given: 10 where thin membranes part the cells, else 0."""
 
     border_sigma: float = 5.0
     """Width in pixels of that weight (2015: 5)."""

@@ -76,11 +76,14 @@ def class_legend(table: ClassTable) -> Legend:
 
 def error_legend(table: ClassTable) -> Legend:
     """What the colours of `errors` stand for."""
-    names, texts = _names(table), ("above the true class", "below the true class")
-    if len(names) == 2:
-        low, high = (shortened(name, 20) for name in names)
-        texts = (f"{high} instead of {low}", f"{low} instead of {high}")
-    return [(f"error: {t}", c) for t, c in zip(texts, (TOO_HIGH, TOO_LOW), strict=True)]
+    names = _names(table)
+    if len(names) != 2:
+        return [("error: another class", TOO_HIGH)]
+    low, high = (shortened(name, 20) for name in names)
+    return [
+        (f"error: {high} instead of {low}", TOO_HIGH),
+        (f"error: {low} instead of {high}", TOO_LOW),
+    ]
 
 
 def overlay(image: RGB, classes: NDArray[np.integer], table: ClassTable) -> RGB:
@@ -161,12 +164,17 @@ def neighbour_colours(numbers: NDArray[np.integer]) -> NDArray[np.intp]:
     return found[1:]
 
 
-def errors(image: RGB, prediction: NDArray[np.integer], target: NDArray[np.integer]) -> RGB:
-    """The image, pale and grey, with wrong pixels: orange for a class too high, blue too low."""
+def errors(
+    image: RGB, prediction: NDArray[np.integer], target: NDArray[np.integer], count: int
+) -> RGB:
+    """The image, pale and grey, with wrong pixels orange; of two classes blue where class 1 is
+    missed.
+    """
     out = 128 + np.asarray(Image.fromarray(image).convert("L").convert("RGB")) // 2
     valid = target != IGNORE
-    out[valid & (prediction > target)] = TOO_HIGH
-    out[valid & (prediction < target)] = TOO_LOW
+    out[valid & (prediction != target)] = TOO_HIGH
+    if count == 2:
+        out[valid & (prediction < target)] = TOO_LOW
     return out
 
 

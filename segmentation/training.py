@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -38,13 +39,13 @@ from segmentation.predict import Predictor, TensorSource, classes
 from unet.device import pick_device
 from unet.files.pictures import panel
 from unet.training.fit import fit
-from unet.training.plan import FitPlan
 from unet.training.resuming import resumed
 from unet.training.run import RunFolder, is_main_process, run_folder
 from unet.training.task import Batch, Processes, Task
 from unet.weights.start import Start, take_over
 
 PHANTOM_SLICES, PHANTOM_SIZE = 30, (256, 256)
+FIGURES = ("loss", "accuracy", "dice", "iou", "v_rand", "v_info")  # of an evaluation
 PICTURED = 4  # held-out images in the pictures of a run
 
 
@@ -68,7 +69,13 @@ def train(options: SegmentationOptions, start: Start | None = None) -> dict[str,
         ]
         print("\n".join([*(parts if cut else []), data.describe(), *plan.lines()]), flush=True)
     samples = CropSamples(
-        data, plan.augmentation, plan.crop, plan.target, border=plan.border, seed=plan.fit.seed
+        data,
+        plan.augmentation,
+        plan.crop,
+        plan.target,
+        border=plan.border,
+        cells=plan.cells,
+        seed=plan.fit.seed,
     )
     task = SegmentationTask(plan, data)
     with run_folder(plan.fit):
@@ -81,26 +88,44 @@ def train(options: SegmentationOptions, start: Start | None = None) -> dict[str,
                 loss=task.loss,
                 evaluate=task.evaluate if data.val else None,
                 score=task.score,
+                held_out=task.held_out,
                 first_pictures=lambda: {"augmented": augmented(samples)},
                 pictures=task.pictures,
             ),
             plan.fit,
         )
         if is_main_process():
-            _finish(plan.fit, data, figures)
+            figures = _finish(plan, data, figures)
     return figures
 
 
-def _finish(plan: FitPlan, data: SegmentationData, figures: Mapping[str, float]) -> None:
-    """Saves the best threshold on the held-out images with the weights, and draws report.png."""
-    model = SegmentationUNet.from_pretrained(plan.out / "model").to(pick_device(plan.device))
-    threshold = figures.get("threshold", 0.5)
-    if model.info["threshold"] != threshold:
-        model.info["threshold"] = threshold
-        model.save_pretrained(plan.out / "model")
-    scored = data.val or data.train
-    found = evaluate(Predictor([model]), data, scored, threshold=threshold, thresholds=())
-    print(f"report: {write_report(plan.out, found, data)}")
+def _finish(
+    plan: SegmentationPlan, data: SegmentationData, figures: Mapping[str, float]
+) -> dict[str, float]:
+    """Draws report.png, and saves the figures of the kept weights on all held-out images with them.
+
+    These are at the threshold of the evaluation that the weights were kept for.
+    """
+    folder = plan.fit.out / "model"
+    model = SegmentationUNet.from_pretrained(folder).to(pick_device(plan.fit.device))
+    model.info["threshold"] = figures.get("threshold", 0.5)
+    found = evaluate(
+        Predictor([model]),
+        data,
+        data.val or data.train,
+        threshold=model.info["threshold"],
+        thresholds=(),
+        cells=plan.info.get("cells"),
+    )
+    figures = {**figures, **{k: v for k, v in found.scores().items() if k in figures}}
+    if len(plan.scored) < len(data.val):
+        shown = "  ".join(f"{k} {v:.4f}" for k, v in figures.items())
+        print(f"kept weights: held out, all {len(data.val)} images: {shown}")
+    about = model.info.setdefault("training", {})
+    about["figures"] = {k: v for k, v in figures.items() if math.isfinite(v)}
+    model.save_pretrained(folder)
+    print(f"report: {write_report(plan.fit.out, found, data)}")
+    return figures
 
 
 def load_data(options: SegmentationOptions, start: Start | None = None) -> SegmentationData:
@@ -170,6 +195,10 @@ class SegmentationTask:
 
     def __init__(self, plan: SegmentationPlan, data: SegmentationData) -> None:
         self.data, self.loss_function, self.best_by = data, plan.loss, plan.best_by
+        self.scored, self.cells = plan.scored, plan.info.get("cells")
+        self.held_out = "held out"
+        if len(plan.scored) < len(data.val):
+            self.held_out = f"held out, {len(plan.scored)} of {len(data.val)} images"
         self.count, self.deep = len(data.table.values), bool(plan.info.get("deep_supervision"))
         self.score = "loss" if self.best_by == "loss" else f"-{self.best_by}"
 
@@ -180,28 +209,34 @@ class SegmentationTask:
         return self.loss_function(model(batch["image"]), *targets)
 
     def evaluate(self, model: SegmentationUNet, processes: Processes) -> Mapping[str, float]:
-        """Figures over all held-out pixels: cross-entropy, accuracy, mean Dice and IoU.
+        """Figures over the pixels of held-out images: cross-entropy, accuracy, mean Dice and IoU.
 
-        With --best-by v_rand also V_Rand and V_Info, each at its best threshold. Of two classes
-        also the threshold to use: the best one for V_Rand, else for the mean Dice.
+        Of two classes they are at the threshold that is saved with the weights, which is given with
+        them: the best one for the mean Dice, with --best-by v_rand for V_Rand; then V_Rand and
+        V_Info at that threshold are among the figures. Scored as it will be predicted, in float32.
         """
         isbi = self.best_by == "v_rand"
         part, whole = (
-            Evaluation(self.data.table, thresholds=COARSE if isbi else (), isbi=isbi) for _ in "12"
+            Evaluation(
+                self.data.table,
+                thresholds=COARSE if isbi else (),
+                cells=self.cells if isbi else None,
+            )
+            for _ in "12"
         )
         predict = Predictor([model])
-        for i in processes.share(self.data.val):
-            image, mask = self.data.load(i)
-            probability = predict(TensorSource(torch.tensor(image)))
-            part.add(i, self.data.pairs[i].name, probability, mask)
+        with torch.autocast(next(model.parameters()).device.type, enabled=False):
+            for i in processes.share(self.scored):
+                image, mask = self.data.load(i)
+                probability = predict(TensorSource(torch.tensor(image)))
+                part.add(i, self.data.pairs[i].name, probability, mask)
         for other in processes.gather(part):
             whole.merge(other)
-        scores, best = whole.scores(), whole.challenge()
-        figures = {k: scores[k] for k in ("loss", "accuracy", "dice", "iou")}
-        figures |= {k: best[k] for k in ("v_rand", "v_info") if k in best}
-        if self.count == 2:
-            figures["threshold"] = whole.best_threshold("v_rand" if isbi else "dice")
-        return figures
+        threshold = whole.best_threshold("v_rand" if isbi else "dice")
+        model.info["threshold"] = threshold
+        scores = whole.scores(threshold)
+        figures = {k: scores[k] for k in FIGURES if k in scores}
+        return figures | ({"threshold": threshold} if whole.has_threshold else {})
 
     def pictures(self, model: SegmentationUNet) -> Mapping[str, Image.Image]:
         """Held-out or else training images: image, mask, probability of the last class, errors."""
@@ -209,10 +244,17 @@ class SegmentationTask:
         for i in (self.data.val or self.data.train)[:PICTURED]:
             image, mask = self.data.load(i)
             probability = predict(TensorSource(torch.tensor(image)))
-            found = classes(probability)
+            found = classes(probability, model.info["threshold"])
             grey = grey_or_rgb(self.data.pairs[i].read_image())
             shown = grey_or_rgb((probability[-1] * 255).astype(np.uint8)[..., None])
-            rows.append([grey, class_colours(mask, self.count), shown, errors(grey, found, mask)])
+            rows.append(
+                [
+                    grey,
+                    class_colours(mask, self.count),
+                    shown,
+                    errors(grey, found, mask, self.count),
+                ]
+            )
         table = self.data.table
         titles = ("image", "mask", f"probability of {class_names(table)[-1]}", "errors")
         legend = [*class_legend(table), *error_legend(table)]

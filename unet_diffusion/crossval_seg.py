@@ -99,6 +99,7 @@ def begin(options: CrossvalOptions) -> None:
 def score(run: SegmentationOptions) -> None:
     """Scores a fold's model on the images that it did not see."""
     from segmentation.judging.evaluation import evaluate
+    from segmentation.judging.labelled import known_cells
     from segmentation.judging.report import write_scores
     from segmentation.predict import Predictor
     from segmentation.segmenter import load_models
@@ -106,7 +107,8 @@ def score(run: SegmentationOptions) -> None:
 
     models, _, threshold = load_models([str(run.out / "model")], run.device)
     data = load_data(run)
-    found = evaluate(Predictor(models), data, data.val, threshold=threshold)
+    cells = known_cells(models, data)
+    found = evaluate(Predictor(models), data, data.val, threshold=threshold, cells=cells)
     write_scores(run.out, found, data, pictures=0, fold=run.fold)
 
 
@@ -123,9 +125,9 @@ def summary(folds: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def spread(scores: Iterable[dict[str, float | None]]) -> dict[str, dict[str, float]]:
-    """Mean and standard deviation (of a sample) of each score over the folds."""
+    """Mean and standard deviation (of a sample) of each score over the folds that have it."""
     found, rows = {}, list(scores)
-    for key in rows[0]:
+    for key in dict.fromkeys(key for row in rows for key in row):
         values = [value for row in rows if (value := row.get(key)) is not None]
         if values:
             deviation = statistics.stdev(values) if len(values) > 1 else 0.0
@@ -135,14 +137,16 @@ def spread(scores: Iterable[dict[str, float | None]]) -> dict[str, dict[str, flo
 
 def table(found: dict[str, Any]) -> list[str]:
     lines = []
-    titles = {"scores": "at each model's threshold", "challenge": "at each fold's best threshold"}
+    titles = {"scores": "at each model's threshold", "challenge": "each at its best threshold"}
+    if "threshold" not in found["folds"][0]:  # of more than two classes
+        titles = {"scores": ""}
     for kind, title in titles.items():
         if keys := [key for key in COLUMNS if key in found[kind]]:
             rows = {fold["fold"]: fold[kind] for fold in found["folds"]}
             rows |= {w: {k: found[kind][k][w] for k in keys} for w in ("mean", "std")}
-            lines.append("fold  " + "".join(f"{key:>12}" for key in keys) + f"  {title}")
+            lines.append(f"fold  {''.join(f'{key:>12}' for key in keys)}  {title}".rstrip())
             for name, row in rows.items():
-                figures = ("-" if row[k] is None else f"{row[k]:.4f}" for k in keys)
+                figures = ("-" if row.get(k) is None else f"{row[k]:.4f}" for k in keys)
                 lines.append(f"{name:6}" + "".join(f"{f:>12}" for f in figures))
     return lines
 

@@ -39,13 +39,15 @@ class EvalOptions(LabelOptions):
     """Only these images instead: names, or ranges of their numbers such as 24-29."""
 
     threshold: float | None = None
-    """Probability above which a pixel is of the second of two classes; none given: the model's."""
+    """Probability above which a pixel is of the second of two classes; none given: the model's, at
+    which its training gave its figures."""
 
     tta: bool = False
     """Average over the eight symmetries of the image: better, for eight times the time."""
 
     warping: bool = False
-    """Also count the warping error of ISBI 2012, which takes minutes for some images."""
+    """Also count the warping error of ISBI 2012, which takes minutes for some images; of cells that
+    thin membranes part."""
 
     pictures: int = 50
     """Pictures of that many of the worst images: image, mask, prediction, error map."""
@@ -73,7 +75,7 @@ class EvalOptions(LabelOptions):
 
 def main(options: EvalOptions) -> None:
     from segmentation.judging.evaluation import evaluate
-    from segmentation.judging.labelled import labelled_data
+    from segmentation.judging.labelled import known_cells, labelled_data
     from segmentation.judging.report import write_scores
     from segmentation.predict import Predictor
     from segmentation.segmenter import load_models
@@ -84,11 +86,23 @@ def main(options: EvalOptions) -> None:
     models, table, threshold = load_models(options.model, options.device)
     source, pairs = chosen_pairs(options)
     data = labelled_data(models, pairs, table, source.ignore_value)
+    if options.threshold is not None and len(table.values) != 2:
+        raise InputError(
+            f"--threshold parts two classes, but the model knows {len(table.values)}, of which the "
+            "most probable one is taken: leave it out"
+        )
+    cells = known_cells(models, data)
+    if options.warping and cells is None:
+        raise InputError(
+            "--warping counts splits and mergers of cells that thin membranes part, and the model "
+            "was not trained on such masks: leave it out"
+        )
     found = evaluate(
         Predictor(models, symmetries=options.tta),
         data,
         data.val,
         threshold=threshold if options.threshold is None else options.threshold,
+        cells=cells,
         warping=options.warping,
     )
     facts = {"models": list(options.model), "tta": options.tta}

@@ -25,6 +25,7 @@ class CropSamples:
         size: height and width of a crop.
         target_size: of the part in its centre that is labelled (valid convolutions).
         border: w0 and sigma of the border weights (arXiv 1505.04597, eq. 2); None: no weights.
+        cells: the class of the cells between which these are.
     """
 
     def __init__(
@@ -35,10 +36,12 @@ class CropSamples:
         target_size: tuple[int, int],
         *,
         border: tuple[float, float] | None = None,
+        cells: int = 1,
         seed: int = 0,
     ) -> None:
         self.data, self.augmentation, self.seed = data, augmentation, seed
         self.size, self.target_size, self.border = size, target_size, border
+        self.cells = cells
         self.images: list[int] = []
         self.partly: set[int] = set()  # the images with pixels that are ignored
         for i in data.train:
@@ -76,9 +79,9 @@ class CropSamples:
         if i not in self._weights:
             assert self.border is not None
             mask = self.data.load(i)[1]
-            cells = np.where(mask == IGNORE, 0, mask == 1).astype(np.uint8)
             w0, sigma = self.border
-            self._weights[i] = torch.from_numpy(border_weights(cells, w0=w0, sigma=sigma))
+            found = border_weights(mask == self.cells, w0=w0, sigma=sigma)
+            self._weights[i] = torch.from_numpy(found)
         return self._weights[i]
 
 

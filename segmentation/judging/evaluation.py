@@ -1,8 +1,9 @@
 """Scores of a model on labelled images: of the whole set, of each image, and the threshold to use.
 
-Every number of classes has Dice, IoU and accuracy. Two classes also have the scores of the ISBI
-2012 challenge, with class 1 as the cells: at the threshold in use, and each at its own best
-threshold, as the challenge reports them.
+Every number of classes has Dice, IoU and accuracy; of two classes they are at the threshold in use.
+Where one of these are cells that thin membranes part there are the scores of the ISBI 2012
+challenge as well, of the cells: at the threshold in use, and each at its own best one, as the
+challenge reports them.
 """
 
 from __future__ import annotations
@@ -60,10 +61,10 @@ class Evaluation:
 
     Args:
         threshold: above which a pixel is of the second of two classes.
-        thresholds: at which the ISBI scores are tried for `challenge`, half a second for 512 x 512
-            pixels; none: not tried.
+        thresholds: at which the ISBI scores are tried for `challenge`, beside the threshold in use:
+            half a second for 512 x 512 pixels; none: not tried.
+        cells: which of two classes are cells that membranes part; None: there are no ISBI scores.
         warping: also count the warping error, which takes seconds for each image and threshold.
-        isbi: False leaves the ISBI scores out.
     """
 
     def __init__(
@@ -72,18 +73,23 @@ class Evaluation:
         threshold: float = 0.5,
         *,
         thresholds: Sequence[float] = THRESHOLDS,
+        cells: int | None = None,
         warping: bool = False,
-        isbi: bool = True,
     ) -> None:
-        two = len(table.values) == 2 and isbi
         self.table, self.threshold = table, threshold
         self.confusion = ConfusionMatrix(len(table.values))
-        self.isbi = IsbiMetrics((threshold,), warping) if two else None
-        self.tried = IsbiMetrics(thresholds, warping) if two and thresholds else None
+        self.isbi: IsbiMetrics | None = None
+        if self.has_threshold and cells is not None:
+            self.isbi = IsbiMetrics(sorted({threshold, *thresholds}), warping, cells=cells)
         # Pixels of class 0 and 1 above the first k thresholds of the grid, and not the next.
         self.above = np.zeros((2, len(_GRID) + 1), np.int64)
         self.entropy = 0.0  # sum over the pixels
         self.images: list[ImageScores] = []  # in the order of their indices
+
+    @property
+    def has_threshold(self) -> bool:
+        """Whether a threshold parts the classes: of more than two the most probable is taken."""
+        return len(self.table.values) == 2
 
     def add(self, index: int, name: str, probability: Probability, mask: Mask) -> None:
         """Scores one image: probabilities (K, H, W), as a `Predictor` gives them, and its mask."""
@@ -93,21 +99,18 @@ class Evaluation:
         self.confusion.merge(confusion)
         entropy = _entropy(probability, mask)
         self.entropy += entropy
-        if len(self.table.values) == 2:
+        if self.has_threshold:
             self.above += _counts_above(probability[-1], mask)
         scores = {**_figures(confusion), "loss": entropy / max(int(confusion.counts.sum()), 1)}
         scores |= {
-            f"dice {name}": float(v)
-            for name, v in zip(class_names(self.table), confusion.dice, strict=True)
+            f"dice {kind}": float(v)
+            for kind, v in zip(class_names(self.table), _of_true(confusion, "dice"), strict=True)
         }
         if self.isbi:
-            cells = _as_isbi(probability, mask)
-            one = IsbiMetrics(self.isbi.thresholds, self.isbi.warping)
-            one.add(*cells, name)
-            scores |= {key: float(v[0]) for key, v in one.curves().items()}
+            one = IsbiMetrics(self.isbi.thresholds, self.isbi.warping, cells=self.isbi.cells)
+            one.add(*_as_isbi(probability, mask, self.isbi.cells), name)
+            scores |= one.at(self.threshold)
             self.isbi.merge(one)
-            if self.tried:
-                self.tried.add(*cells, name)
         packed = zlib.compress(found.tobytes(), 1)
         self.images.append(ImageScores(index, name, scores, mask.shape, packed))
 
@@ -118,58 +121,81 @@ class Evaluation:
         self.confusion.merge(other.confusion)
         self.entropy += other.entropy
         self.above += other.above
-        for mine, theirs in ((self.isbi, other.isbi), (self.tried, other.tried)):
-            if mine and theirs:
-                mine.merge(theirs)
+        if self.isbi and other.isbi:
+            self.isbi.merge(other.isbi)
         self.images = sorted(self.images + other.images, key=lambda image: image.index)
 
-    def scores(self) -> dict[str, float]:
-        """Cross-entropy ("loss"), accuracy, mean Dice and IoU; of two classes the ISBI scores."""
-        pixels = int(self.confusion.counts.sum())
-        found = {"loss": self.entropy / max(pixels, 1), **_figures(self.confusion)}
+    def scores(self, threshold: float | None = None) -> dict[str, float]:
+        """Cross-entropy ("loss"), accuracy, mean Dice and IoU; of cells the ISBI scores.
+
+        Args:
+            threshold: instead of that in use: 0.01, 0.02, ..., 0.99, and where there are ISBI
+                scores one of those tried. The cross-entropy has none.
+        """
+        pixels, confusion = int(self.confusion.counts.sum()), self.confusion
+        if threshold is None or not self.has_threshold:
+            threshold = self.threshold
+        elif threshold != self.threshold:
+            confusion = self._confusion_at(_GRID.index(threshold))
+        found = {"loss": self.entropy / max(pixels, 1), **_figures(confusion)}
         if self.isbi and self.isbi.slices:
-            found |= {key: float(v[0]) for key, v in self.isbi.curves().items()}
+            found |= self.isbi.at(threshold)
         return found
 
+    def _confusion_at(self, k: int) -> ConfusionMatrix:
+        """Of all pixels together, at the k-th threshold of the grid."""
+        confusion = ConfusionMatrix(2)
+        below, above = self.above[:, : k + 1].sum(1), self.above[:, k + 1 :].sum(1)
+        confusion.counts = np.stack([below, above], axis=1)
+        return confusion
+
     def challenge(self) -> dict[str, float]:
-        """The ISBI scores, each at its own best threshold on these very images."""
-        return self.tried.result() if self.tried and self.tried.slices else {}
+        """The ISBI scores, each at its own best threshold on these very images.
+
+        The threshold in use is among those that were tried: no score is better than its best.
+        """
+        tried = self.isbi and self.isbi.slices and len(self.isbi.thresholds) > 1
+        return self.isbi.result() if self.isbi and tried else {}
 
     def best_threshold(self, score: Literal["dice", "v_rand"] = "dice") -> float:
         """The threshold with the highest mean Dice, of all pixels together, or mean V_Rand.
 
         Of equal ones that next to 0.5. It belongs in the model's `info["threshold"]`, where these
-        are images that the model did not see. With more than two classes the most probable one is
-        taken and no threshold is used: 0.5.
+        are images that the model did not see. 0.5 where nothing can be chosen: the masks have one
+        of the two classes only, or there are more, of which the most probable one is taken.
 
         Args:
             score: dice chooses among 0.01, 0.02, ..., 0.99; v_rand among the `thresholds`.
         """
-        if len(self.table.values) != 2:
+        if not self.has_threshold or not self.confusion.occurs.all():
             return 0.5
         if score == "v_rand":
-            if not self.tried:
-                raise ValueError("V_Rand chooses among thresholds: evaluate with some")
-            return _nearest_best(self.tried.thresholds, self.tried.curves()["v_rand"])
-        dice = []
-        for k in range(1, len(_GRID) + 1):
-            confusion = ConfusionMatrix(2)
-            below, above = self.above[:, :k].sum(1), self.above[:, k:].sum(1)
-            confusion.counts = np.stack([below, above], axis=1)
-            dice.append(confusion.mean_dice)
+            if not self.isbi:
+                raise ValueError("V_Rand is of cells: evaluate with cells")
+            return _nearest_best(self.isbi.thresholds, self.isbi.curves()["v_rand"])
+        dice = [self._confusion_at(k).mean_dice for k in range(len(_GRID))]
         return _nearest_best(_GRID, np.array(dice))
+
+    def missing(self) -> list[str]:
+        """The names of the classes that no mask has; none before an image is added."""
+        occurs = self.confusion.occurs
+        names = zip(class_names(self.table), occurs, strict=True)
+        return [name for name, there in names if not there] if occurs.any() else []
 
     def worst_first(self) -> list[ImageScores]:
         """The images by rising mean Dice; one without a pixel to score comes last."""
         return sorted(self.images, key=lambda image: (_known(image.scores["dice"]), image.index))
 
     def per_class(self) -> list[dict[str, Any]]:
-        """Of each class: its name, Dice, IoU, precision, recall, and share of the true pixels."""
+        """Of each class: its name, Dice, IoU, precision, recall, and share of the true pixels.
+
+        Dice, IoU and recall are NaN of a class that no mask has.
+        """
         counts, right = self.confusion.counts, self.confusion.counts.diagonal()
         with np.errstate(invalid="ignore"):
             columns = {
-                "dice": self.confusion.dice,
-                "iou": self.confusion.iou,
+                "dice": _of_true(self.confusion, "dice"),
+                "iou": _of_true(self.confusion, "iou"),
                 "precision": right / counts.sum(0),
                 "recall": right / counts.sum(1),
                 "share": counts.sum(1) / counts.sum(),
@@ -183,7 +209,7 @@ class Evaluation:
         """All of it as JSON values, the worst image first; undefined scores are None."""
         found = {
             "images": len(self.images),
-            "threshold": self.threshold,
+            **({"threshold": self.threshold} if self.has_threshold else {}),
             "scores": self.scores(),
             "challenge": self.challenge(),
             "classes": self.per_class(),
@@ -200,15 +226,17 @@ class Evaluation:
         count, pixels = len(self.images), self.confusion.counts.sum()
         lines = [
             f"{counted(count, 'image')}, {counted(int(pixels), 'pixel')}"
-            + (f", threshold {self.threshold:g}" if self.isbi else ""),
+            + (f", threshold {self.threshold:g}" if self.has_threshold else ""),
             "",
             row.format("class", "Dice", "IoU", "precision", "recall", "share"),
         ]
         for one in self.per_class():
             keys = ("dice", "iou", "precision", "recall", "share")
-            lines.append(row.format(one["class"], *(f"{one[key]:.4f}" for key in keys)))
+            lines.append(row.format(one["class"], *(_shown(one[key]) for key in keys)))
         lines.append(row.format("mean", f"{found['dice']:.4f}", f"{found['iou']:.4f}", "", "", ""))
         lines.append(f"accuracy {found['accuracy']:.4f}, cross-entropy {found['loss']:.4f}")
+        if missing := self.missing():
+            lines.append(f"no mask has {', '.join(missing)}: left out of the means")
         if self.isbi:
             header = ("ISBI 2012", "score", "precision", "recall")
             lines += ["", "{:13}{:>11}{:>11}{:>11}".format(*header) + ("  best" if best else "")]
@@ -219,10 +247,22 @@ class Evaluation:
                 if best:
                     line += f"  {best[key]:.5f} at {best[f'{key}_threshold']:g}"
                 lines.append(f"{name:13}{line}")
+        if self.isbi:
+            lines += [
+                f"of the cells, {class_names(self.table)[self.isbi.cells]}. V_Rand, V_Info: "
+                "F-scores once borders are thinned, mean of the images.",
+                "Rand error: 1 - F of pairs of pixels in one cell; pixel error: 1 - F of the "
+                "pixels of cells, no share of wrong pixels.",
+            ]
+            if best:
+                count = len(self.isbi.thresholds)
+                lines.append(
+                    f"best: each at the best for it of {count} thresholds, on these images"
+                )
         shown = [key for key in ("dice", "iou", "accuracy", "v_rand", "v_info") if key in found]
         lines += ["", "".join(f"{key:>10}" for key in shown) + "  worst images"]
         for image in self.worst_first()[:worst]:
-            figures = "".join(f"{image.scores[key]:10.4f}" for key in shown)
+            figures = "".join(f"{_shown(image.scores[key]):>10}" for key in shown)
             lines.append(f"{figures}  {image.name}")
         return lines
 
@@ -234,6 +274,7 @@ def evaluate(
     *,
     threshold: float = 0.5,
     thresholds: Sequence[float] = THRESHOLDS,
+    cells: int | None = None,
     warping: bool = False,
 ) -> Evaluation:
     """Predicts images of the data and scores them against their masks.
@@ -245,14 +286,14 @@ def evaluate(
     Args:
         indices: of the images, such as `data.val`; of several processes, each gives its share and
             merges what the others found.
-        threshold, thresholds, warping: as for `Evaluation`.
+        threshold, thresholds, cells, warping: as for `Evaluation`.
 
     Raises:
         InputError: no image.
     """
     if not indices:
         raise InputError("there is no image to score")
-    found = Evaluation(data.table, threshold, thresholds=thresholds, warping=warping)
+    found = Evaluation(data.table, threshold, thresholds=thresholds, cells=cells, warping=warping)
     for i in tqdm(indices, unit="image", desc="scoring", leave=False, disable=None):
         probability = predict(RasterSource(data.pairs[i].read_image(), data.pairs[i].info.nodata))
         found.add(i, data.pairs[i].name, probability, data.load(i)[1])
@@ -290,11 +331,21 @@ def _figures(confusion: ConfusionMatrix) -> dict[str, float]:
     }
 
 
-def _as_isbi(probability: Probability, mask: Mask) -> tuple[Probability, Mask]:
-    """Probability and label of cell (H, W), as the challenge has them."""
+def _as_isbi(probability: Probability, mask: Mask, cells: int) -> tuple[Probability, Mask]:
+    """Probability and label of class 1 (H, W); ignored pixels are membrane in both."""
+    ignored = mask == IGNORE
     # The weights of overlapping tiles add up to 1 but for rounding.
-    cell = np.where(mask == IGNORE, 0, np.clip(probability[-1], 0, 1))
-    return cell, (mask == 1).astype(np.uint8)
+    found = np.where(ignored, 1 - cells, np.clip(probability[-1], 0, 1))
+    return found.astype(probability.dtype), np.where(ignored, 1 - cells, mask)
+
+
+def _of_true(confusion: ConfusionMatrix, score: Literal["dice", "iou"]) -> NDArray[np.float64]:
+    """The score of each class (K,); NaN of those that the truth does not have."""
+    return np.where(confusion.occurs, getattr(confusion, score), np.nan)
+
+
+def _shown(score: float) -> str:
+    return "-" if math.isnan(score) else f"{score:.4f}"
 
 
 def _known(score: float) -> float:

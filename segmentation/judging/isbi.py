@@ -185,30 +185,38 @@ class SliceScores(NamedTuple):
 
 
 class IsbiMetrics:
-    """The ISBI 2012 scores over slices and thresholds; a pixel is cell where probability > t.
+    """The ISBI 2012 scores of the cells, over slices and thresholds.
 
-    V_Rand and V_Info (after border thinning, with their precisions and recalls) are means over
-    slices. The errors pool the counts of all slices: `rand_error` is 1 - F of pixel pairs in equal
-    segments without thinning, `pixel_error` 1 - F of cell pixels, and `warping_error` the share of
-    pixels that stay splits or mergers. Warping takes seconds a slice and is kept for history, so it
-    is counted only with `warping=True`, and never at t = 1, where a prediction without any cell
-    would win.
+    A pixel is of class 1 where its probability is > t; class 1 are the cells, as in the challenge,
+    or the membranes. V_Rand and V_Info (after border thinning, with their precisions and recalls)
+    are means over slices. The errors pool the counts of all slices: `rand_error` is 1 - F of pixel
+    pairs in equal segments without thinning, `pixel_error` 1 - F of cell pixels (no share of wrong
+    pixels), and `warping_error` the share of pixels that stay splits or mergers. Warping takes
+    seconds a slice and is kept for history, so it is counted only with `warping=True`, and never at
+    the last threshold, 1 or 0, where a prediction without any cell would win.
+
+    Args:
+        cells: the class of the cells, 1 or 0.
     """
 
-    def __init__(self, thresholds: Sequence[float] = THRESHOLDS, warping: bool = False) -> None:
+    def __init__(
+        self, thresholds: Sequence[float] = THRESHOLDS, warping: bool = False, *, cells: int = 1
+    ) -> None:
         if len(thresholds) == 0 or not all(0 <= t <= 1 for t in thresholds):
             raise InputError(f"thresholds must lie in 0 to 1, not {list(thresholds)}")
         self.thresholds = tuple(float(t) for t in thresholds)
-        self.warping = warping
+        self.warping, self.cells = warping, cells
         self.slices: list[SliceScores] = []
 
     def add(self, probability: ArrayLike, label: ArrayLike, name: str = "") -> None:
-        """Score one slice: probability of cell (H, W), floats in 0 ... 1; label (H, W), cell > 0.
+        """Score one slice: probability of class 1 (H, W), floats in 0 ... 1; label (H, W), 1 or 0.
+
+        Any label above 0 is class 1.
 
         A probability is compared in its own precision, so that k / 255 gives the same mask in
         float32 and in float64. Raises InputError for other shapes, types and values.
         """
-        p, truth = np.asarray(probability), np.asarray(label) > 0
+        p, truth = np.asarray(probability), (np.asarray(label) > 0) == bool(self.cells)
         where = f"slice {name or len(self.slices)}"
         if p.ndim != 2 or p.shape != truth.shape or not p.size:
             raise InputError(
@@ -223,13 +231,13 @@ class IsbiMetrics:
         segments = components(truth)
 
         def score(threshold: float) -> tuple[FloatArray, NDArray[np.int64], float]:
-            mask = p > p.dtype.type(threshold)
+            mask = (p > p.dtype.type(threshold)) == bool(self.cells)
             thinned = overlap(segments, thin_borders(mask))
             scores = np.array((rand_score(thinned), info_score(thinned)))
             pixels = (int((mask & truth).sum()), int(truth.sum()), int(mask.sum()))
             counts = np.array((rand_pairs(overlap(segments, components(mask))), pixels))
             errors = math.nan
-            if self.warping and threshold < 1:
+            if self.warping and threshold != self.cells:
                 confidence = abs(p.astype(np.float64) - threshold)
                 errors = splits_and_mergers(warp(truth, mask, confidence), mask)
             return scores, counts, errors
@@ -241,8 +249,9 @@ class IsbiMetrics:
 
     def merge(self, other: IsbiMetrics) -> None:
         """Append the slices of another accumulator: as if they had been added here."""
-        if (other.thresholds, other.warping) != (self.thresholds, self.warping):
-            raise InputError("cannot merge ISBI scores of different thresholds or warping settings")
+        mine, theirs = ((m.thresholds, m.warping, m.cells) for m in (self, other))
+        if mine != theirs:
+            raise InputError("cannot merge ISBI scores of different thresholds, warping or cells")
         self.slices += other.slices
 
     def curves(self) -> dict[str, FloatArray]:
@@ -254,13 +263,21 @@ class IsbiMetrics:
             raise InputError("there are no slices to score; add at least one")
         return _curves(self.slices)
 
+    def at(self, threshold: float) -> dict[str, float]:
+        """Every score at one of the thresholds."""
+        i = self._index(threshold)
+        return {key: float(values[i]) for key, values in self.curves().items()}
+
     def per_slice(self, threshold: float) -> list[dict[str, Any]]:
         """Name and scores of each slice at one of the thresholds, in the order of adding."""
-        if threshold not in self.thresholds:
-            raise InputError(f"threshold {threshold} is not one of {list(self.thresholds)}")
-        i = self.thresholds.index(threshold)
+        i = self._index(threshold)
         rows = ((s.name, _curves([s])) for s in self.slices)
         return [{"name": name, **{k: float(v[i]) for k, v in c.items()}} for name, c in rows]
+
+    def _index(self, threshold: float) -> int:
+        if threshold not in self.thresholds:
+            raise InputError(f"threshold {threshold} is not one of {list(self.thresholds)}")
+        return self.thresholds.index(threshold)
 
     def result(self) -> dict[str, float]:
         """The challenge's figures: each score at its own best threshold, which is given with it.

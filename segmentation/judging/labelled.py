@@ -10,6 +10,7 @@ from segmentation.data.instances import INSTANCE_NAMES
 from segmentation.data.normalisation import Normalisation
 from segmentation.data.pairs import Pair
 from segmentation.data.splits import split_pairs
+from segmentation.data.weights import find_cells
 from segmentation.model import SegmentationUNet
 from segmentation.options import SegmentationOptions
 from unet.errors import InputError
@@ -45,6 +46,29 @@ def labelled_data(
     return SegmentationData(
         (), pairs, table=table, normalisation=normalisation, ignore_value=ignore_value
     )
+
+
+def known_cells(models: Sequence[SegmentationUNet], data: SegmentationData) -> int | None:
+    """Which of two classes are cells that membranes part, as the models know it; None: neither.
+
+    A model of earlier versions does not know it: the masks to score say it.
+
+    Raises:
+        InputError: a damaged model.
+    """
+    if len(data.table.values) != 2:
+        return None
+    for model in models:
+        if (known := model.info.get("cells")) not in (None, 0, 1):
+            raise InputError(
+                f"a model has the cells {known!r} in its config.json, which must be 0, 1 or null"
+            )
+        if known is not None:
+            return int(known)
+    if all("cells" in model.info for model in models):
+        return None
+    found = find_cells(data.load(i)[1] for i in data.val)
+    return found.label if found.parted else None
 
 
 def held_out(pairs: Sequence[Pair], runs: Sequence[SegmentationOptions]) -> list[Pair]:

@@ -19,27 +19,25 @@ FloatArray = NDArray[np.float64]
 
 
 def ratio(part: ArrayLike, whole: ArrayLike, empty: float) -> FloatArray:
-    """Dice, IoU and accuracy of a segmentation with any number of classes, over a whole set.
-
-    Matrices can be merged, so that several processes score their share and one of them reports.
-    """
+    """part / whole, elementwise; `empty` where the whole is 0."""
     part, whole = np.asarray(part, np.float64), np.asarray(whole, np.float64)
     return np.divide(part, whole, out=np.full(whole.shape, float(empty)), where=whole != 0)
 
 
 def mean_known(values: Iterable[float]) -> float:
-    """Dice, IoU and accuracy of a segmentation with any number of classes, over a whole set.
-
-    Matrices can be merged, so that several processes score their share and one of them reports.
-    """
+    """The mean of the values that are not NaN; NaN if there are none."""
     known = [float(v) for v in values if not math.isnan(v)]
     return math.fsum(known) / len(known) if known else math.nan
 
 
 class ConfusionMatrix:
-    """Dice, IoU and accuracy of a segmentation with any number of classes, over a whole set.
+    """Pixels by true and predicted class, and the scores that follow from them.
 
-    Matrices can be merged, so that several processes score their share and one of them reports.
+    The mean scores are over the classes that the truth has: of a class without a true pixel there
+    is nothing to find, and its pixels that were predicted count against the classes they lie in.
+
+    Attributes:
+        counts: (K, K) pixels of true class i that were predicted as class j.
     """
 
     def __init__(self, classes: int) -> None:
@@ -49,9 +47,13 @@ class ConfusionMatrix:
         self.counts: NDArray[np.int64] = np.zeros((classes, classes), np.int64)
 
     def add(self, prediction: ArrayLike, target: ArrayLike, ignore: int | None = None) -> None:
-        """Dice, IoU and accuracy of a segmentation with any number of classes, over a whole set.
+        """Counts the pixels of predicted and true class indices of equal shape.
 
-        Matrices can be merged, so that several processes score their share and one of them reports.
+        Args:
+            ignore: index in the target of pixels that do not count.
+
+        Raises:
+            InputError: other shapes, or what are no class indices.
         """
         true, predicted = np.asarray(target), np.asarray(prediction)
         if true.shape != predicted.shape:
@@ -73,10 +75,7 @@ class ConfusionMatrix:
         self.counts += pairs.reshape(self.classes, self.classes)
 
     def merge(self, other: ConfusionMatrix) -> None:
-        """Dice, IoU and accuracy of a segmentation with any number of classes, over a whole set.
-
-        Matrices can be merged, so that several processes score their share and one of them reports.
-        """
+        """Adds the counts of another matrix: as if they had been added here."""
         if other.classes != self.classes:
             raise InputError(
                 f"cannot merge confusion matrices of {self.classes} and {other.classes} classes"
@@ -84,43 +83,33 @@ class ConfusionMatrix:
         self.counts += other.counts
 
     @property
-    def dice(self) -> FloatArray:
-        """Dice, IoU and accuracy of a segmentation with any number of classes, over a whole set.
+    def occurs(self) -> NDArray[np.bool_]:
+        """(K,) whether the truth has a pixel of the class."""
+        return np.asarray(self.counts.sum(1) > 0)
 
-        Matrices can be merged, so that several processes score their share and one of them reports.
-        """
+    @property
+    def dice(self) -> FloatArray:
+        """(K,) 2 |A and B| / (|A| + |B|); NaN of a class that is in neither."""
         sizes = self.counts.sum(0) + self.counts.sum(1)
         return ratio(2 * self.counts.diagonal(), sizes, math.nan)
 
     @property
     def iou(self) -> FloatArray:
-        """Dice, IoU and accuracy of a segmentation with any number of classes, over a whole set.
-
-        Matrices can be merged, so that several processes score their share and one of them reports.
-        """
+        """(K,) |A and B| / |A or B|; NaN of a class that is in neither."""
         both = self.counts.diagonal()
         return ratio(both, self.counts.sum(0) + self.counts.sum(1) - both, math.nan)
 
     @property
     def mean_dice(self) -> float:
-        """Dice, IoU and accuracy of a segmentation with any number of classes, over a whole set.
-
-        Matrices can be merged, so that several processes score their share and one of them reports.
-        """
-        return mean_known(self.dice)
+        """Mean Dice of the classes that the truth has; NaN if it has none."""
+        return mean_known(self.dice[self.occurs])
 
     @property
     def mean_iou(self) -> float:
-        """Dice, IoU and accuracy of a segmentation with any number of classes, over a whole set.
-
-        Matrices can be merged, so that several processes score their share and one of them reports.
-        """
-        return mean_known(self.iou)
+        """Mean IoU of the classes that the truth has; NaN if it has none."""
+        return mean_known(self.iou[self.occurs])
 
     @property
     def accuracy(self) -> float:
-        """Dice, IoU and accuracy of a segmentation with any number of classes, over a whole set.
-
-        Matrices can be merged, so that several processes score their share and one of them reports.
-        """
+        """Share of the pixels whose class was found; NaN of none."""
         return float(ratio(self.counts.trace(), self.counts.sum(), math.nan))

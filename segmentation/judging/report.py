@@ -45,7 +45,7 @@ SHOWN = {
     "accuracy": "accuracy",
     "v_rand": "V_Rand",
     "v_info": "V_Info",
-    "pixel_error": "pixel error",
+    "pixel_error": "pixel error (1 − F)",
 }
 
 
@@ -147,7 +147,7 @@ def picture_row(
         _reduced(grey, largest),
         _reduced(class_colours(mask, count), largest),
         _reduced(class_colours(found, count), largest),
-        _reduced(errors(grey, found, mask), largest),
+        _reduced(errors(grey, found, mask, count), largest),
     )
 
 
@@ -180,7 +180,7 @@ def _title(figure: SubFigure, name: str, evaluation: Evaluation, kind: str) -> N
     found = evaluation.scores()
     figures = [f"{text} {found[key]:.4f}" for key, text in SHOWN.items() if key in found]
     facts = [counted(len(evaluation.images), f"{kind} image"), *figures]
-    if evaluation.isbi:
+    if evaluation.has_threshold:
         facts.append(f"threshold {evaluation.threshold:g}")
     text = f"{shortened(name, 80)}\n{'   '.join(facts)}"
     figure.suptitle(text, fontsize=12, fontweight="bold", parse_math=False)

@@ -16,12 +16,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from segmentation.data.classes import ClassTable
+from segmentation.data.pairs import pairs_from_arrays
 from segmentation.data.phantom import phantom_stack
+from segmentation.judging import report
 from segmentation.judging.evaluation import evaluate
+from segmentation.judging.labelled import known_cells, labelled_data
+from segmentation.model import SegmentationUNet
 from segmentation.options import RECIPES, SegmentationOptions
 from segmentation.predict import Predictor
 from segmentation.segmenter import load_models
 from segmentation.training import load_data, train
+from unet import UNetConfig
+from unet.errors import InputError
 from unet.files.images import read_image, write_image
 from unet.training.cli import run_script
 from unet.training.fit import Trainer
@@ -29,6 +36,7 @@ from unet.training.run import read_log
 from unet_diffusion import crossval_seg, eval_seg
 
 NETWORK: dict[str, Any] = {"width": 4, "crop": 32, "batch_size": 2, "evaluations": 1}
+NETWORK["best_by"] = "v_rand"  # of images too small to show by themselves that membranes part them
 FLAGS = [f"--{k.replace('_', '-')}={v}" for k, v in NETWORK.items()]
 
 
@@ -86,7 +94,7 @@ def test_a_model_is_scored_on_what_its_run_held_out(trained, tmp_path, capsys):
 
     models, _, threshold = load_models([str(trained / "run/model")])
     data = load_data(SegmentationOptions(out=out, data=str(trained / "data"), val=0.5))
-    expected = evaluate(Predictor(models), data, data.val, threshold=threshold)
+    expected = evaluate(Predictor(models), data, data.val, threshold=threshold, cells=1)
     assert facts["scores"] == pytest.approx(expected.scores())
     assert facts["challenge"] == pytest.approx(expected.challenge())
     assert facts["models"] == [str(trained / "run/model")]
@@ -99,6 +107,94 @@ def test_a_model_is_scored_on_what_its_run_held_out(trained, tmp_path, capsys):
     with Image.open(out / "pictures" / pictures[0]) as picture:
         assert picture.width > 4 * 56  # image, mask, prediction, errors
         assert picture.height > 40
+
+
+# Figures of one name and the same weights and images, as each place shows them.
+def shown_figures(run: Path, printed: str) -> list[dict[str, float]]:
+    model = SegmentationUNet.from_pretrained(run / "model")
+    (line,) = re.findall(r"(?m)^step \d+: held out: (.*)$", printed)
+    step = {name: float(value) for name, value in re.findall(r"(\w+) ([\d.]+)", line)}
+    logged = [e for e in read_log(run / "metrics.jsonl") if e.get("kept")][-1]
+    report = (run / "title.txt").read_text()
+    titles = {"dice": "Dice", "iou": "IoU", "v_rand": "V_Rand", "threshold": "threshold"}
+    found = {k: re.findall(rf"{text} ([\d.]+)", report) for k, text in titles.items()}
+    return [
+        step,
+        {k.removeprefix("val_"): v for k, v in logged.items() if k.startswith("val_")},
+        model.info["training"]["figures"],
+        {k: float(v[0]) for k, v in found.items() if v},
+        {"threshold": model.info["threshold"]},
+    ]
+
+
+@pytest.mark.parametrize("by", ["loss", "dice", "v_rand"])
+@pytest.mark.parametrize("membrane", [0, 255])
+def test_one_figure_is_the_same_wherever_it_is_shown(tmp_path, capsys, monkeypatch, by, membrane):
+    """Step line, log, model card, report and eval-seg, whichever mask value is the membrane."""
+    data, run = tmp_path / "data", tmp_path / "run"
+    for i, (image, label) in enumerate(zip(*phantom_stack(4, (96, 128), seed=3), strict=True)):
+        write_image(data / "image" / f"{i}.png", image)
+        write_image(data / "label" / f"{i}.png", 255 - label if membrane else label)
+
+    def titled(figure: Any, name: str, evaluation: Any, kind: str) -> None:
+        title(figure, name, evaluation, kind)
+        (run / "title.txt").write_text(figure.get_suptitle())
+
+    title = report._title
+    monkeypatch.setattr(report, "_title", titled)
+    small = {**NETWORK, "width": 8, "lr": 0.02, "best_by": by}
+    figures = train(SegmentationOptions(out=run, data=str(data), val=0.5, steps=6, **small))
+    printed = capsys.readouterr().out
+    assert run_eval("--model", run / "model", "--out", tmp_path / "out") == 0
+    facts = scores_of(tmp_path / "out")
+    scores = {**facts["scores"], "threshold": facts["threshold"]}
+    assert "v_rand" in scores  # the membranes were found, and that is saved with the model
+    for place in (figures, *shown_figures(run, printed)):
+        assert place["threshold"] == scores["threshold"]
+        for name, value in place.items():
+            assert value == pytest.approx(scores[name], abs=6e-5), name
+    assert ("v_rand" in figures) == (by == "v_rand")
+    assert f"{scores['dice']:.4f}" in capsys.readouterr().out
+    for name in ("v_rand", "v_info"):
+        assert facts["challenge"][name] >= scores[name]
+
+
+def test_a_part_of_many_held_out_images_is_scored_in_training_and_all_at_the_end(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("segmentation.decisions.SCORED", 4 * 40 * 56)
+    data, run = write_data(tmp_path / "data", 16), tmp_path / "run"
+    options = SegmentationOptions(out=run, data=str(data), val=0.75, max_minutes=0.02, **NETWORK)
+    figures = train(options)
+    printed = capsys.readouterr().out
+    assert re.search(r"scored +4 of 12 held-out images", printed)
+    assert re.search(r"(?m)^step \d+: held out, 4 of 12 images: loss", printed)
+    assert f"kept weights: held out, all 12 images: loss {figures['loss']:.4f}" in printed
+    assert run_eval("--model", run / "model", "--out", tmp_path / "out") == 0
+    scores = scores_of(tmp_path / "out")["scores"]
+    assert {k: scores[k] for k in figures if k != "threshold"} == pytest.approx(
+        {k: v for k, v in figures.items() if k != "threshold"}
+    )
+    saved = SegmentationUNet.from_pretrained(run / "model").info
+    assert saved["training"]["figures"] == figures
+    assert saved["threshold"] == figures["threshold"]
+
+
+def test_a_model_of_an_earlier_version_is_asked_by_its_masks_for_cells(tmp_path, trained):
+    """It does not know whether membranes part cells, and which class they are."""
+    model = SegmentationUNet.from_pretrained(trained / "run/model")
+    del model.info["cells"]
+    for name, inverted in (("plain", False), ("inverted", True)):
+        images, labels = phantom_stack(3, (96, 128), seed=3)
+        pairs = pairs_from_arrays(images, 255 - labels if inverted else labels)
+        table = ClassTable.from_dict(model.info["classes"])
+        data = labelled_data([model], pairs, table)
+        assert known_cells([model], data) == (0 if inverted else 1), name
+    model.info["cells"] = None
+    assert known_cells([model], data) is None
+    model.info["cells"] = "all"
+    with pytest.raises(InputError, match="'all'"):
+        known_cells([model], data)
 
 
 def test_the_images_to_score_can_be_chosen(trained, tmp_path, capsys):
@@ -148,7 +244,7 @@ def test_an_ensemble_with_symmetries_at_another_threshold(trained, tmp_path, cap
     data = load_data(SegmentationOptions(out=tmp_path, data=str(trained / "data")))
     predict = Predictor(loaded, symmetries=True)
     # the folders are no run's --data, so all images are scored
-    expected = evaluate(predict, data, range(6), threshold=0.3, warping=True)
+    expected = evaluate(predict, data, range(6), threshold=0.3, cells=1, warping=True)
     assert facts["scores"] == pytest.approx(expected.scores())
 
 
@@ -209,6 +305,30 @@ def test_a_mistake_is_one_sentence_and_writes_nothing(
     assert not (tmp_path / "out").exists()
 
 
+def test_of_three_classes_no_threshold_is_taken(tmp_path, capsys):
+    data, values = write_data(tmp_path / "data", 2), (0, 128, 255)
+    for file in (data / "label").iterdir():
+        mask = read_image(file)[..., 0].copy()
+        mask[:, :20][mask[:, :20] > 0] = 128
+        write_image(file, mask)
+    info = {
+        "classes": ClassTable(values=values, shares=(0.2, 0.4, 0.4)).to_dict(),
+        "normalisation": {"mean": [128.0], "std": [40.0], "dtype": "uint8"},
+        "threshold": 0.5,
+    }
+    model = SegmentationUNet(UNetConfig(channels=2, multipliers=(1, 2)), 3, info)
+    model.save_pretrained(tmp_path / "model")
+    arguments = ("--model", tmp_path / "model", "--data", data, "--out", tmp_path / "out")
+    assert run_eval(*arguments, "--threshold", "0.4") == 2
+    assert "the model knows 3" in capsys.readouterr().err
+    assert run_eval(*arguments, "--warping") == 2
+    assert "cells that thin membranes part" in capsys.readouterr().err
+    assert run_eval(*arguments) == 0
+    printed = capsys.readouterr().out
+    assert not any(word in printed for word in ("threshold", "V_Rand", "pixel error"))
+    assert "threshold" not in scores_of(tmp_path / "out")
+
+
 def test_files_in_the_way_are_kept(trained, tmp_path, capsys):
     (tmp_path / "a.txt").write_text("a")
     for out in (tmp_path, tmp_path / "a.txt"):
@@ -250,7 +370,7 @@ def test_every_image_is_scored_by_the_model_that_did_not_see_it(crossval):
         models, _, threshold = load_models([str(crossval / f"whole/fold-{k}/model")])
         options = SegmentationOptions(out=crossval, data=str(crossval / "data"), fold=f"{k}/3")
         data = load_data(options)
-        expected = evaluate(Predictor(models), data, data.val, threshold=threshold)
+        expected = evaluate(Predictor(models), data, data.val, threshold=threshold, cells=1)
         assert fold["scores"] == pytest.approx(expected.scores())
     for kind in ("scores", "challenge"):
         for key, found in facts[kind].items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
+from segmentation.data.dataset import SegmentationData
+from segmentation.data.pairs import pairs_from_arrays
 from segmentation.data.phantom import phantom_stack
-from segmentation.decisions import chosen_fit, decide
+from segmentation.decisions import chosen_fit, chosen_part, decide
 from segmentation.judging.evaluation import COARSE, evaluate
 from segmentation.model import SegmentationUNet
 from segmentation.options import RECIPES, SegmentationOptions
@@ -355,8 +358,83 @@ def test_the_threshold_is_best_for_the_kept_weights(folder, tmp_path):
         figures = train(options)
         data = load_data(options)
         model = SegmentationUNet.from_pretrained(tmp_path / by / "model")
-        found = evaluate(Predictor([model]), data, data.val, thresholds=COARSE)
+        found = evaluate(Predictor([model]), data, data.val, thresholds=COARSE, cells=1)
         assert figures["threshold"] == model.info["threshold"] == found.best_threshold(by)
+
+
+def test_swapping_the_mask_values_changes_no_decision(tmp_path):
+    """Border weights, kept weights and cells, and the loss of inverted logits."""
+    images, labels = phantom_stack(4, (96, 128), seed=3)
+    plans = []
+    for name, masks in (("plain", labels), ("swapped", 255 - labels)):
+        for i, (image, mask) in enumerate(zip(images, masks, strict=True)):
+            write_image(tmp_path / name / "image" / f"{i}.png", image)
+            write_image(tmp_path / name / "label" / f"{i}.png", mask)
+        options = SegmentationOptions(out=tmp_path / "run", data=str(tmp_path / name), balance=True)
+        plans.append(decide(options, load_data(options)))
+    plain, swapped = plans
+    assert (plain.border, plain.best_by) == (swapped.border, swapped.best_by) == ((10, 5), "v_rand")
+    assert (plain.cells, swapped.cells) == (plain.info["cells"], swapped.info["cells"]) == (1, 0)
+    logits = torch.randn(1, 1, 96, 128)
+    target = torch.from_numpy(labels[:1] // 255)
+    found = swapped.loss(-logits, 1 - target)
+    assert torch.allclose(plain.loss(logits, target), found)
+
+
+def test_a_class_without_pixels_gets_no_weight_and_that_is_said(tmp_path):
+    """Of instances that never touch: no pixel is border."""
+    numbers = np.zeros((40, 40), np.uint8)
+    numbers[4:12, 4:12], numbers[20:30, 20:30] = 1, 2
+    for i, image in enumerate(phantom_stack(4, (40, 40))[0]):
+        write_image(tmp_path / "image" / f"{i}.png", image)
+        write_image(tmp_path / "label" / f"{i}.png", numbers)
+    given = {"data": str(tmp_path), "instances": True, "balance": True}
+    options = SegmentationOptions(out=tmp_path / "run", **given)
+    plan = decide(options, load_data(options))
+    said = "\n".join(plan.lines())
+    assert re.search(r"class weights +0.557, 4.88, 0 .*no pixel is border", said)
+    assert re.search(r"not scored +border .*no held-out mask has it", said)
+    target = torch.zeros(1, 4, 4, dtype=torch.long)
+    assert torch.isfinite(plan.loss(torch.randn(1, 3, 4, 4), target))
+
+
+def test_cells_that_are_not_held_out_keep_no_weights(tmp_path):
+    images, labels = phantom_stack(4, (96, 128), seed=3)
+    labels[3] = 0
+    for i, (image, mask) in enumerate(zip(images, labels, strict=True)):
+        write_image(tmp_path / "image" / f"{i}.png", image)
+        write_image(tmp_path / "label" / f"{i}.png", mask)
+    options = SegmentationOptions(out=tmp_path / "run", data=str(tmp_path))
+    plan = decide(options, load_data(options))
+    assert (plan.best_by, plan.border) == ("loss", (10, 5))
+    assert re.search("not scored +class 1", "\n".join(plan.lines()))
+    asked = replace(options, best_by="v_rand")
+    with pytest.raises(InputError, match="the held-out masks have none, of class 1"):
+        decide(asked, load_data(asked))
+
+
+@pytest.mark.parametrize(
+    ("budget", "count"),
+    [
+        ({"max_minutes": 0.1}, 2),
+        ({"max_minutes": 1}, 2),
+        ({"max_minutes": 3}, 6),
+        ({"max_minutes": 5}, 9),
+        ({}, 9),
+        ({"steps": 3}, 9),
+        ({"epochs": 3}, 9),
+    ],
+)
+def test_the_part_that_is_scored_follows_the_minutes(tmp_path, monkeypatch, budget, count):
+    monkeypatch.setattr("segmentation.decisions.SCORED", 2 * 32 * 32)
+    pairs = pairs_from_arrays(*phantom_stack(12, (32, 32)))
+    data = SegmentationData(pairs[:3], pairs[3:])
+    fit = chosen_fit(SegmentationOptions(out=tmp_path, **budget))[0]
+    scored, told = chosen_part(data, fit)
+    assert len(set(scored)) == len(scored) == count
+    assert set(scored) <= set(data.val)
+    assert np.ptp(np.diff(scored)) <= 1
+    assert bool(told) == (count < 9)
 
 
 def test_the_default_recipe_is_what_training_does_anyway():

@@ -227,7 +227,7 @@ class Trainer:
             self._board(figures, "val")
             if figures:
                 shown = "  ".join(f"{k} {v:.4f}" for k, v in figures.items())
-                self._say(f"step {progress.step}: held out: {shown}")
+                self._say(f"step {progress.step}: {task.held_out}: {shown}")
 
     def _finish(self) -> None:
         self.going_on = False

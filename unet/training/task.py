@@ -100,7 +100,9 @@ class Task:
     loss: Callable[[nn.Module, Batch], Tensor]
     """(model, batch) to the mean loss over the batch."""
     evaluate: Callable[[Any, Processes], Mapping[str, float]] | None = None
-    """Figures over the whole held-out set, the same on every process; None: nothing held out."""
+    """Figures over held-out data, the same on every process; None: nothing is held out."""
+    held_out: str = "held out"
+    """What the figures are of, for people."""
     finish: Callable[[Batch], Batch] | None = None
     """What is made of a whole batch, in the process that prepares it, to which it is pickled."""
     score: str = "loss"

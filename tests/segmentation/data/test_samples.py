@@ -62,6 +62,16 @@ def test_weights_move_with_the_mask(data):
     assert sample["weight"].max() > 1
 
 
+def test_weights_are_between_the_cells_whichever_class_they_are(data):
+    swapped = [255 - pair.read_mask() for pair in data.pairs]
+    images = np.stack([pair.read_image()[..., 0] for pair in data.pairs])
+    other = SegmentationData(pairs_from_arrays(images, np.stack(swapped)))
+    plain = CropSamples(data, FLIPS, (48, 48), (48, 48), border=(10.0, 5.0))
+    found = CropSamples(other, FLIPS, (48, 48), (48, 48), border=(10.0, 5.0), cells=0)
+    for i in range(2):
+        assert torch.equal(plain.weights(i), found.weights(i))
+
+
 def test_training_arrays_are_never_changed(data):
     before = [a.copy() for a in data.load(0)]
     noisy = Augmentation(brightness=1, contrast=1, gamma=1, blur=1, noise=1)

@@ -17,7 +17,7 @@ from scipy import ndimage
 
 from segmentation.data.classes import IGNORE
 from segmentation.data.phantom import phantom_stack
-from segmentation.data.weights import are_parted_by_membranes, border_weights
+from segmentation.data.weights import border_weights, find_cells
 from unet.errors import InputError
 from unet.files.images import read_mask
 
@@ -144,31 +144,124 @@ def test_wrong_arguments_are_refused(labels: Any, options: Any, says: str) -> No
         border_weights(labels, **options)
 
 
-def membranes() -> list[NDArray[np.uint8]]:
-    return list(phantom_stack(3, (128, 128), seed=4)[1] // 255)
+# -- which class are cells, and whether membranes part them ---------------------------------------
 
 
-def test_cells_that_membranes_part_are_recognised(isbi2012: Path) -> None:
+def membranes(size: int = 128) -> list[NDArray[np.uint8]]:
+    return list(phantom_stack(3, (size, size), seed=4)[1] // 255)
+
+
+def swapped(masks: list[NDArray[np.uint8]]) -> list[NDArray[np.uint8]]:
+    """The same with the two classes swapped."""
+    return [np.where(mask == IGNORE, mask, 1 - mask).astype(np.uint8) for mask in masks]
+
+
+@pytest.mark.parametrize("size", [128, 256])
+@pytest.mark.parametrize("zoom", ["half", "as drawn", "double"])
+def test_membranes_are_found_at_any_resolution_and_whichever_class_they_are(
+    size: int, zoom: str
+) -> None:
+    masks = membranes(size)
+    if zoom == "half":
+        masks = [mask[::2, ::2] for mask in masks]
+    elif zoom == "double":
+        masks = [mask.repeat(2, 0).repeat(2, 1) for mask in masks]
+    assert find_cells(masks) == (1, True)
+    assert find_cells(swapped(masks)) == (0, True)
+
+
+def test_membranes_of_real_slices_are_found(isbi2012: Path) -> None:
     real = [read_mask(isbi2012 / f"label/{i}.png") // 255 for i in range(0, 30, 7)]
-    assert are_parted_by_membranes(membranes())
-    assert are_parted_by_membranes(real)
+    assert find_cells(real) == (1, True)
+    assert find_cells(swapped(real)) == (0, True)
 
 
-@pytest.mark.parametrize("kind", ["blobs", "vessels", "two halves", "wide gaps", "nothing"])
-def test_other_masks_are_none_of_these(kind: str) -> None:
+def test_membranes_with_thick_places_are_found() -> None:
+    """A tenth of their pixels is a thick patch, such as tissue that is no cell."""
+    masks = membranes(256)
+    for mask in masks:
+        thick = int(0.1 * (mask == 0).sum())
+        mask[: int(thick**0.5), : int(thick**0.5)] = 0
+    assert find_cells(masks) == (1, True)
+
+
+def vessels(seed: int, size: int = 256) -> NDArray[np.uint8]:
+    """Trees of vessels three pixels wide, which grow in from the sides and branch: 1, else 0."""
+    rng = np.random.default_rng(seed)
+    found = np.zeros((size, size), np.uint8)
+    for _ in range(4):
+        todo = [(np.array([rng.uniform(0, size), 0.0]), rng.normal(0, 0.3), rng.integers(100, 250))]
+        while todo:
+            place, angle, steps = todo.pop()
+            for left in range(steps, 0, -1):
+                angle += rng.normal(0, 0.06)
+                place = place + np.array([np.sin(angle), np.cos(angle)])
+                if not ((place >= 0) & (place < size)).all():
+                    break
+                found[tuple(place.astype(int))] = 1
+                if rng.random() < 0.01:
+                    todo.append((place, angle + rng.choice([-0.7, 0.7]), left // 2))
+        found = np.rot90(found)
+    return ndimage.binary_dilation(found).astype(np.uint8)
+
+
+def strokes(seed: int, size: int = 128) -> NDArray[np.uint8]:
+    """Rings and strokes in rows, as letters are: 1, else 0."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:16, :12]
+    ring = abs(np.hypot(y - 8, x - 6) - 4) < 1
+    letters = [ring, ring | (x == 2), abs(x - 6) < 1, (abs(x - 6) < 1) | (y == 3)]
+    rows = [np.hstack([letters[i] for i in rng.integers(0, 4, size // 12)]) for _ in range(8)]
+    return np.vstack(rows).astype(np.uint8)
+
+
+def others(kind: str) -> NDArray[np.uint8]:
     y, x = np.mgrid[:128, :128]
     mask = {
-        "blobs": (y % 32 - 16) ** 2 + (x % 32 - 16) ** 2 < 100,  # less than half of the image
-        "vessels": membranes()[0] == 0,
+        "blobs": (y % 32 - 16) ** 2 + (x % 32 - 16) ** 2 < 100,
+        "dense blobs": (y % 24 - 12) ** 2 + (x % 24 - 12) ** 2 < 100,
+        "half planes": y + x > 120,
         "two halves": abs(x - 64) > 2,
         "wide gaps": (y % 64 < 48) & (x % 128 < 90),
         "nothing": np.zeros((128, 128), bool),
-    }[kind]
-    assert not are_parted_by_membranes([mask.astype(np.uint8)] * 2)
+    }
+    if kind in mask:
+        return mask[kind].astype(np.uint8)
+    return vessels(1) if kind == "vessels" else strokes(1)
+
+
+KINDS = "blobs", "dense blobs", "half planes", "two halves", "wide gaps", "nothing"
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "vessels", "strokes"])
+def test_other_masks_are_none_of_these(kind: str) -> None:
+    masks = [others(kind)] * 2
+    assert not find_cells(masks).parted
+    assert not find_cells(swapped(masks)).parted
+
+
+def test_vessels_are_none_whatever_way_they_grow() -> None:
+    for seed in range(12):
+        masks = [vessels(4 * seed + i) for i in range(4)]
+        assert not find_cells(masks).parted, seed
+        assert not find_cells(swapped(masks)).parted, seed
+
+
+@pytest.mark.parametrize("kind", ["blobs", "dense blobs", "wide gaps"])
+def test_cells_are_the_class_in_more_pieces_and_specks_do_not_count(kind: str) -> None:
+    mask = others(kind)
+    mask[(mask == 1) & (np.random.default_rng(0).random(mask.shape) < 0.002)] = 0
+    assert find_cells([mask]).label == 1
+    assert find_cells(swapped([mask])).label == 0
 
 
 def test_ignored_pixels_part_nothing() -> None:
-    masks = membranes()
+    masks = membranes(256)
     for mask in masks:
-        mask[:, 40:100] = IGNORE
-    assert are_parted_by_membranes(masks)
+        mask[:, 80:160] = IGNORE
+    assert find_cells(masks) == (1, True)
+    halves = others("half planes")
+    halves[:, ::9] = IGNORE
+    halves[::9] = IGNORE
+    assert not find_cells([halves]).parted
+    assert not find_cells([np.full((8, 8), IGNORE, np.uint8)]).parted

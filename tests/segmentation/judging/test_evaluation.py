@@ -16,7 +16,7 @@ from segmentation.data.normalisation import Normalisation
 from segmentation.data.pairs import Pair, pairs_from_arrays
 from segmentation.data.phantom import phantom_stack
 from segmentation.judging.evaluation import COARSE, Evaluation, evaluate
-from segmentation.judging.isbi import IsbiMetrics
+from segmentation.judging.isbi import THRESHOLDS, IsbiMetrics
 from segmentation.judging.labelled import held_out, labelled_data
 from segmentation.judging.metrics import ConfusionMatrix
 from segmentation.model import SegmentationUNet
@@ -56,7 +56,7 @@ def test_the_loss_is_the_mean_cross_entropy_of_all_pixels_that_count() -> None:
     p = rng.uniform(0.01, 0.99, (3, 1, 40, 56)).astype(np.float32)
     masks = rng.integers(0, 2, (3, 40, 56)).astype(np.uint8)
     masks[0, 0, :4] = IGNORE
-    parts, whole = [Evaluation(data.table, isbi=False) for _ in "12"], Evaluation(data.table)
+    parts, whole = [Evaluation(data.table) for _ in "12"], Evaluation(data.table, cells=1)
     for i in range(3):
         parts[i % 2].add(i, str(i), p[i], masks[i])
         whole.add(i, str(i), p[i], masks[i])
@@ -83,7 +83,7 @@ def noisy(data: SegmentationData, index: int, seed: int = 0) -> NDArray[np.float
 
 
 def scored(data: SegmentationData, indices: list[int] | None = None) -> Evaluation:
-    found = Evaluation(data.table, 0.45)
+    found = Evaluation(data.table, 0.45, cells=1)
     for i in range(len(data.pairs)) if indices is None else indices:
         found.add(i, data.pairs[i].name, noisy(data, i), data.load(i)[1])
     return found
@@ -96,8 +96,9 @@ def scored(data: SegmentationData, indices: list[int] | None = None) -> Evaluati
 def test_scores_are_those_that_the_metrics_give(count):
     data = data_of(count)
     model = model_of(data)
-    found = evaluate(Predictor([model]), data, data.val, threshold=0.45)
-    confusion, isbi, best = ConfusionMatrix(count), IsbiMetrics((0.45,)), IsbiMetrics()
+    found = evaluate(Predictor([model]), data, data.val, threshold=0.45, cells=1)
+    confusion, isbi = ConfusionMatrix(count), IsbiMetrics((0.45,))
+    best = IsbiMetrics(sorted([*THRESHOLDS, 0.45]))
     for i in data.val:
         image, mask = data.load(i)
         probability = Predictor([model])(TensorSource(torch.tensor(image)))
@@ -150,14 +151,14 @@ def test_each_model_of_an_ensemble_normalises_as_it_was_trained():
     assert np.array_equal(found.images[0].prediction[sure], classes(mean)[sure])
 
 
-@pytest.mark.parametrize("count", [2, 3])
-def test_ignored_pixels_change_nothing(count):
+@pytest.mark.parametrize(("count", "cells"), [(2, 1), (2, 0), (2, None), (3, None)])
+def test_ignored_pixels_change_nothing(count, cells):
     data = data_of(count, 1, ignore_value=200)
     mask, probability = data.load(0)[1], noisy(data, 0)
     assert (mask == IGNORE).any()
     other = probability.copy()
     other[:, mask == IGNORE] = np.eye(count, dtype=np.float32)[-1][-len(other) :, None]
-    found = [Evaluation(data.table), Evaluation(data.table)]
+    found = [Evaluation(data.table, cells=cells), Evaluation(data.table, cells=cells)]
     for one, p in zip(found, (probability, other), strict=True):
         one.add(0, "x", p, mask)
     assert found[0].to_dict() == found[1].to_dict()
@@ -166,7 +167,7 @@ def test_ignored_pixels_change_nothing(count):
 
 def test_probabilities_of_blended_tiles_may_exceed_one_by_rounding():
     data = data_of(2, 1)
-    found = Evaluation(data.table)
+    found = Evaluation(data.table, cells=1)
     mask = data.load(0)[1]
     found.add(0, "x", mask[None] * np.float32(1.0000001), mask)
     assert found.scores()["v_rand"] == found.scores()["dice"] == 1
@@ -174,11 +175,102 @@ def test_probabilities_of_blended_tiles_may_exceed_one_by_rounding():
 
 def test_the_warping_error_is_counted_on_request():
     data = data_of(2, 1)
-    found = Evaluation(data.table, thresholds=(), warping=True)
+    found = Evaluation(data.table, thresholds=(), cells=1, warping=True)
     found.add(0, "x", noisy(data, 0), data.load(0)[1])
     assert 0 <= found.scores()["warping_error"] < 1
     assert any(line.startswith("warping error") for line in found.lines())
     assert "warping_error" not in scored(data).scores()
+
+
+@pytest.mark.parametrize("cells", [1, 0])
+def test_no_score_is_better_than_its_best(cells):
+    """The threshold in use is among those that are tried, whatever it is."""
+    data = data_of(2)
+    found = Evaluation(data.table, 0.43, cells=cells)
+    for i in range(4):
+        found.add(i, str(i), noisy(data, i), data.load(i)[1])
+    scores, best = found.scores(), found.challenge()
+    for key in ("v_rand", "v_info"):
+        assert scores[key] <= best[key]
+    for key in ("rand_error", "pixel_error"):
+        assert scores[key] >= best[key]
+    alone = Evaluation(data.table, 0.43, cells=cells, thresholds=())
+    for i in range(4):
+        alone.add(i, str(i), noisy(data, i), data.load(i)[1])
+    assert alone.scores() == scores
+    assert alone.challenge() == {}
+
+
+def test_scores_at_another_threshold_are_those_of_an_evaluation_there():
+    data = data_of(2)
+    found, there = (Evaluation(data.table, t, thresholds=COARSE, cells=1) for t in (0.5, 0.35))
+    for i in range(4):
+        for one in (found, there):
+            one.add(i, str(i), noisy(data, i), data.load(i)[1])
+    assert found.scores(0.35) == there.scores()
+    assert found.scores() == there.scores(0.5) != there.scores()
+
+
+def test_swapping_the_classes_changes_no_score():
+    """The mask values swapped and the probabilities inverted: the cells stay the cells."""
+    data = data_of(2)
+    plain = Evaluation(data.table, 0.45, thresholds=COARSE, cells=1)
+    other = Evaluation(data.table, 0.55, thresholds=COARSE, cells=0)
+    for i in range(4):
+        probability, mask = noisy(data, i), data.load(i)[1]
+        plain.add(i, str(i), probability, mask)
+        other.add(i, str(i), 1 - probability, 1 - mask)
+    for key, score in plain.scores().items():
+        assert other.scores()[key] == pytest.approx(score, abs=1e-6), key
+    for key, score in plain.challenge().items():
+        if not key.endswith("_threshold"):
+            assert other.challenge()[key] == pytest.approx(score, abs=1e-6), key
+    for by in ("dice", "v_rand"):
+        assert other.best_threshold(by) == pytest.approx(1 - plain.best_threshold(by))
+
+
+def test_the_scores_of_cells_are_there_only_where_there_are_cells():
+    data = data_of(2, 1)
+    found = Evaluation(data.table)
+    found.add(0, "x", noisy(data, 0), data.load(0)[1])
+    text = "\n".join(found.lines())
+    assert "V_Rand" not in text
+    assert "pixel error" not in text
+    assert "threshold 0.5" in text
+    assert found.challenge() == {}
+    with pytest.raises(ValueError, match="evaluate with cells"):
+        found.best_threshold("v_rand")
+    assert "1 - F of the pixels of cells" in "\n".join(scored(data_of(2)).lines())
+
+
+def test_of_more_classes_there_is_no_talk_of_a_threshold():
+    found = scored(data_of(3))
+    assert not found.has_threshold
+    assert "threshold" not in "\n".join(found.lines())
+    assert "threshold" not in found.to_dict()
+
+
+def test_a_class_that_no_mask_has_is_said_and_left_out():
+    data = data_of(3, 2)
+    without, two = Evaluation(data.table), []
+    for i in range(2):
+        probability, mask = noisy(data, i), np.minimum(data.load(i)[1], 1)
+        without.add(i, str(i), probability, mask)
+        assert (without.images[i].prediction == 2).any()
+        two.append(without.per_class()[:2])
+    assert without.missing() == ["40"]
+    assert "no mask has 40: left out of the means" in without.lines()
+    assert np.isnan(without.per_class()[2]["dice"])
+    assert without.to_dict()["classes"][2]["dice"] is None
+    assert without.scores()["dice"] == pytest.approx(np.mean([c["dice"] for c in two[-1]]))
+    assert scored(data).missing() == Evaluation(data.table).missing() == []
+
+
+def test_of_one_class_no_threshold_is_chosen():
+    data = data_of(2, 1)
+    found = Evaluation(data.table)
+    found.add(0, "x", noisy(data, 0), np.zeros((40, 56), np.uint8))
+    assert found.best_threshold() == 0.5
 
 
 # -- order, parts, JSON ---------------------------------------------------------------------------
@@ -197,7 +289,7 @@ def test_the_worst_image_comes_first():
 @pytest.mark.parametrize("parts", [([0, 2], [1, 3]), ([3], [0, 1, 2]), ([2, 1], [], [0, 3])])
 def test_parts_in_any_order_are_the_whole(count, parts):
     data = data_of(count)
-    merged = Evaluation(data.table, 0.45)
+    merged = Evaluation(data.table, 0.45, cells=1)
     for part in parts:
         merged.merge(scored(data, part))
     whole = scored(data)
@@ -278,9 +370,9 @@ def test_v_rand_chooses_another_threshold():
     edge = (mask == 0) & (np.arange(56) % 8 == 0)
     p = np.where(edge, 0.7, mask * 0.93 + 0.02)[None].astype(np.float32)
     predict = Fixed({0: p})
-    chosen = evaluate(predict, data, range(1), thresholds=COARSE).best_threshold("v_rand")
+    chosen = evaluate(predict, data, range(1), thresholds=COARSE, cells=1).best_threshold("v_rand")
     found = {
-        t: evaluate(predict, data, range(1), threshold=t, thresholds=()).scores()["v_rand"]
+        t: evaluate(predict, data, range(1), threshold=t, thresholds=(), cells=1).scores()["v_rand"]
         for t in (0.05, 0.5, chosen, 0.9)
     }
     assert 0.7 <= chosen < 0.95

@@ -89,14 +89,16 @@ def test_dice_and_iou_equal_their_set_definitions() -> None:
     assert np.allclose(matrix.dice, 2 * matrix.iou / (1 + matrix.iou), rtol=1e-14)
 
 
-def test_absent_class_is_nan_and_left_out_of_the_mean() -> None:
+def test_a_class_that_the_truth_lacks_is_left_out_of_the_mean() -> None:
+    """Whether it is predicted or not: that costs the classes whose pixels were taken for it."""
     matrix = ConfusionMatrix(4)
     matrix.add([[0, 1], [1, 3]], [[0, 1], [0, 1]])
+    assert matrix.occurs.tolist() == [True, True, False, False]
     assert math.isnan(matrix.dice[2])
     assert math.isnan(matrix.iou[2])
-    assert matrix.dice[3] == 0  # predicted, though it is nowhere: an error, not undefined
-    assert matrix.mean_dice == pytest.approx((2 / 3 + 1 / 2 + 0) / 3)
-    assert matrix.mean_iou == pytest.approx((1 / 2 + 1 / 3 + 0) / 3)
+    assert matrix.dice[3] == 0  # predicted, though it is nowhere
+    assert matrix.mean_dice == pytest.approx((2 / 3 + 1 / 2) / 2)
+    assert matrix.mean_iou == pytest.approx((1 / 2 + 1 / 3) / 2)
 
 
 def test_empty_confusion_matrix_is_nan_without_a_warning() -> None:
@@ -490,6 +492,21 @@ def test_result_is_the_mean_over_slices_and_then_the_best_threshold() -> None:
     rows = metrics.per_slice(0.5)
     assert [row["name"] for row in rows] == ["0.png", "1.png", "2.png", "3.png"]
     assert [row["v_rand"] for row in rows] == pytest.approx(table[:, 5].tolist(), abs=1e-12)
+
+
+def test_cells_of_class_0_are_scored_as_those_of_class_1() -> None:
+    """With the classes swapped, and so the probabilities and the thresholds."""
+    plain = filled(warping=True, thresholds=(0.25, 0.5, 0.625))
+    swapped = IsbiMetrics(thresholds=(0.375, 0.5, 0.75), warping=True, cells=0)
+    for seed in range(4):
+        membrane = blobs(seed) + 0.2 * blobs(seed + 50) <= 0.6
+        swapped.add(1 - blobs(seed), membrane, f"{seed}.png")
+    there = swapped.curves()
+    for key, values in plain.curves().items():
+        assert there[key][::-1] == pytest.approx(values, abs=1e-12), key
+    assert swapped.at(0.375) == pytest.approx(plain.at(0.625))
+    with pytest.raises(InputError, match="cells"):
+        plain.merge(IsbiMetrics((0.25, 0.5, 0.625), warping=True, cells=0))
 
 
 def test_rand_and_pixel_error_pool_the_slices() -> None:

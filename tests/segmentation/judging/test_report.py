@@ -196,6 +196,10 @@ def test_pictures_mark_what_is_wrong():
     assert np.array_equal(prediction, class_colours(image.prediction, 3))
     coloured = errors.max(2) != errors.min(2)
     assert np.array_equal(coloured, image.prediction != target)
+    assert len(np.unique(errors[coloured], axis=0)) == 1  # three classes have no order
+    shown = [t.get_text() for t in texts_of(report_figure("", [], evaluation, data))]
+    assert "error: another class" in shown
+    assert not any(word in text for text in shown for word in ("above", "below", "threshold"))
     assert [p.shape for p in picture_row(data, image, 16)] == [(12, 16, 3)] * 4
 
 
