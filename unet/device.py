@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
-from unet.errors import InputError
+from unet.errors import InputError, RunError
 
 
 def pick_device(name: str) -> torch.device:
@@ -41,6 +43,30 @@ def pick_precision(name: str, device: torch.device) -> str:
         )
         return "bf16" if found.get("avx512_bf16") or found.get("amx_bf16") else "no"
     return "no" if name == "fp32" else name
+
+
+@contextmanager
+def repeatable() -> Iterator[None]:
+    """Lets PyTorch take only algorithms that give the same bits each time.
+
+    Raises:
+        RunError: an operation has none on its device, and is named.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which NVIDIA asks for
+    before = torch.get_deterministic_debug_mode()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    except RuntimeError as error:
+        operation, found, _ = str(error).partition(" does not have a deterministic")
+        if not found:
+            raise
+        raise RunError(
+            f"--deterministic: {operation} gives the same bits each time on no such device: leave "
+            "it out, or choose another --loss or --network"
+        ) from error
+    finally:
+        torch.set_deterministic_debug_mode(before)
 
 
 def training_format(device: torch.device) -> torch.memory_format:

@@ -60,6 +60,7 @@ class FitPlan:
     checkpointing: bool
     shard: bool
     compile: bool
+    deterministic: bool
     nonfinite: Literal["stop", "skip"]
     seed: int
     workers: int
