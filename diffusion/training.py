@@ -146,7 +146,7 @@ class NoisedSamples:
         self.seed = plan.fit.seed
         self.samples = data.samples(self.seed)
         self.null, self.dropout = (model.config.classes or 0) - 1, plan.label_dropout
-        self.text = model.text
+        self.tokenizer = model.text and model.text.tokenizer
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -161,9 +161,10 @@ class NoisedSamples:
         dropped = rng.random() < self.dropout
         if self.null >= 0:
             sample["label"] = torch.tensor(self.null) if dropped else label
-        if self.text is not None:
-            tokens = self.text.tokenize(["" if dropped else caption])[0]
-            sample["tokens"] = F.pad(tokens, (0, self.text.longest - len(tokens)), value=PADDING)
+        if self.tokenizer is not None:
+            tokens = self.tokenizer.tokenize(["" if dropped else caption])[0]
+            missing = self.tokenizer.longest - len(tokens)
+            sample["tokens"] = F.pad(tokens, (0, missing), value=PADDING)
         return sample
 
     def name(self, index: int) -> str:

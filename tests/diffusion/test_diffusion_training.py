@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.testing import assert_close
 from torch.utils.data import default_collate
 
 from diffusion.data.images import DiffusionData
@@ -27,6 +28,7 @@ from diffusion.training import (
     make_model,
     stratified_timesteps,
 )
+from tests.forks import as_spawned
 from unet.errors import InputError
 from unet.training.batches import BatchKeys
 from unet.training.task import Processes
@@ -163,6 +165,19 @@ def test_captions_are_dropped_as_often_as_asked_for_and_padded_to_one_length() -
         assert torch.equal(words, whole) or torch.equal(words, empty)
         dropped += len(words) == 1
     assert dropped / 300 == pytest.approx(0.3, abs=0.08)
+
+
+@pytest.mark.parametrize("condition", ["captions", "classes", None])
+def test_samples_can_be_handed_to_a_process_that_is_spawned(
+    archive: Path, condition: str | None
+) -> None:
+    source = "shapes" if condition == "captions" else archive
+    given: dict[str, Any] = {condition: True} if condition else {}
+    data = DiffusionData(source, **given)
+    plan = decide(options(Path(source), **given), data)
+    samples = NoisedSamples(data, plan, make_model(plan))
+    assert_close(as_spawned(samples)[2, 5], samples[2, 5], rtol=0, atol=0)
+    assert as_spawned(Timesteps.of(plan)) == Timesteps.of(plan)
 
 
 def test_a_loss_teaches_the_words_that_its_captions_have() -> None:
