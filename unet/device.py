@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 
@@ -45,7 +45,7 @@ def pick_precision(name: str, device: torch.device) -> str:
     return "no" if name == "fp32" else name
 
 
-@contextmanager
+@contextlib.contextmanager
 def repeatable() -> Iterator[None]:
     """Lets PyTorch take only algorithms that give the same bits each time.
 
@@ -67,6 +67,25 @@ def repeatable() -> Iterator[None]:
         ) from error
     finally:
         torch.set_deterministic_debug_mode(before)
+
+
+def trained_precision(name: str, device: torch.device) -> torch.dtype | None:
+    """What a trained network computes in, by autocast; None: in its weights' float32.
+
+    auto: bfloat16 on a GPU of NVIDIA's that computes in it, as training does there; else float32,
+    so that a CPU gives the same numbers as any other.
+    """
+    if name == "auto" and device.type != "cuda":
+        return None
+    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    return kinds.get(pick_precision(name, device))
+
+
+def computing_in(
+    dtype: torch.dtype | None, device: torch.device
+) -> contextlib.AbstractContextManager[object]:
+    """Autocast to that type; None: as it is around."""
+    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
 def training_format(device: torch.device) -> torch.memory_format:

@@ -61,6 +61,9 @@ class EvalOptions:
     json: bool = False
     """Print scores.json instead of a table."""
 
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Arithmetic of the network; auto: bf16 on a GPU of NVIDIA's that computes in it, else fp32."""
+
     device: str = "auto"
     """auto, or a torch device such as cpu, cuda or mps."""
 
@@ -92,7 +95,7 @@ def main(options: EvalOptions) -> None:
     source, pairs = chosen_pairs(options)
     data = labelled_data(models, pairs, table, source.ignore_value)
     found = evaluate(
-        Predictor(models, symmetries=options.tta),
+        Predictor(models, symmetries=options.tta, precision=options.precision),
         data,
         data.val,
         threshold=threshold if options.threshold is None else options.threshold,

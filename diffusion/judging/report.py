@@ -63,9 +63,14 @@ def write_report(run: Path, model: DiffusionUNet, data: Data, seed: int) -> Path
 def few_steps(
     model: DiffusionUNet, seed: int, steps: int = 20, autoencoder: Autoencoder | None = None
 ) -> ImageSampler:
-    """The sampler of the pictures: `steps` of them, or as many as the model has noise levels."""
+    """The sampler of the pictures: `steps` of them, or as many as the model has noise levels.
+
+    Where it is called, in a training, autocast says what the network computes in.
+    """
     most = NoiseSchedule.from_dict(model.info["schedule"]).steps
-    options = SamplingOptions(seed=seed, batch_size=SHOWN, steps=min(steps, most))
+    options = SamplingOptions(
+        seed=seed, batch_size=SHOWN, steps=min(steps, most), precision="fp32"
+    )
     return ImageSampler(model, options, autoencoder)
 
 
