@@ -38,7 +38,6 @@ from unet.training.task import Batch, Processes, Task
 
 SHOWN_LEVELS = 8  # of the pictures
 LEAST_JUDGED, MOST_JUDGED = 128, 500  # held-out images, and as many training images
-PART = 125  # of them at a time
 
 
 def train(options: DiffusionOptions) -> dict[str, float]:
@@ -84,7 +83,7 @@ def _finish(plan: DiffusionPlan, data: Data, model: DiffusionUNet) -> None:
     best = DiffusionUNet.from_pretrained(run / "model").to(pick_device(plan.fit.device))
     if plan.clip:
         best.text = model.text  # as saved models do not hold it
-    print(f"report: {write_report(run, best, data, plan.fit.seed)}")
+    print(f"report: {write_report(run, best, data, plan.fit.seed, plan.fit.together())}")
     folder, autoencoder = clip_folder(plan.options), autoencoder_of(data)
     if folder and autoencoder and not obstacle(best, autoencoder):
         write_pipeline(run / "pipeline", best, autoencoder, folder)
@@ -263,23 +262,32 @@ class DiffusionTask:
             order = np.random.default_rng(0).permutation(len(indices))
             t = torch.from_numpy(((order + 0.5) / len(order) * self.schedule.steps).astype(int))
             part = processes.share(range(len(indices)))
-            total = self._total(model, part, [indices[i] for i in part], t[list(part)])
+            size = self.plan.fit.together(processes.count)
+            total = self._total(model, part, [indices[i] for i in part], t[list(part)], size)
             figures[name] = sum(processes.gather(total)) / len(indices)
         return figures
 
     def _total(
-        self, model: DiffusionUNet, seeds: Sequence[int], indices: Sequence[int], t: Tensor
+        self,
+        model: DiffusionUNet,
+        seeds: Sequence[int],
+        indices: Sequence[int],
+        t: Tensor,
+        size: int,
     ) -> float:
-        device, total = next(model.parameters()).device, 0.0
-        for start in range(0, len(indices), PART):
-            x0, _ = self.data.batch(indices[start : start + PART])
-            noise = NoiseSource(seeds[start : start + PART]).draw(x0.shape[1:])
-            given = model.conditioning(self.data.conditions(indices[start : start + PART]))
+        """The sum of the losses, `size` images at a time; read at the end alone."""
+        device = next(model.parameters()).device
+        total = torch.zeros((), device=device)
+        for start in range(0, len(indices), size):
+            part = slice(start, start + size)
+            x0, _ = self.data.batch(indices[part])
+            noise = NoiseSource(seeds[part]).draw(x0.shape[1:])
+            given = model.conditioning(self.data.conditions(indices[part]))
             losses = self._loss(
-                model, x0.to(device), t[start : start + PART].to(device), noise.to(device), **given
+                model, x0.to(device), t[part].to(device), noise.to(device), **given
             )
-            total += float(losses.sum())
-        return total
+            total += losses.sum()
+        return float(total)
 
     def forward_pictures(self) -> Mapping[str, Image.Image]:
         """The forward process: one training image at rising noise levels (DDPM, eq. 4)."""
@@ -301,7 +309,8 @@ class DiffusionTask:
         return {"samples": grid(self._samples(model)), "noise": self._noise_table(model)}
 
     def _samples(self, model: DiffusionUNet) -> Any:
-        sampler = few_steps(model, self.plan.fit.seed, autoencoder=self.autoencoder)
+        size = self.plan.fit.together()
+        sampler = few_steps(model, self.plan.fit.seed, size, autoencoder=self.autoencoder)
         return sampler(SHOWN, shown_conditions(self.data, SHOWN))
 
     def _shown(self, x: Tensor) -> Any:

@@ -17,6 +17,7 @@ from torch.utils.data import default_collate
 
 from diffusion.data.images import DiffusionData
 from diffusion.decisions import chosen_fit, decide
+from diffusion.judging.report import level_errors
 from diffusion.model import DiffusionUNet
 from diffusion.networks import automatic_config
 from diffusion.options import DiffusionOptions
@@ -219,8 +220,15 @@ def test_held_out_figures_are_the_same_each_time_and_in_any_number_of_parts(arch
         assert whole == task.evaluate(model, Processes())
         parts = [task.evaluate(model, Alone(rank, 2)) for rank in (0, 1)]
     assert whole.keys() == {"loss", "seen"}
+    small = DiffusionTask(replace(plan, fit=replace(plan.fit, batch_size=5)), data)
+    with torch.no_grad():  # five at a time, where memory holds no more
+        few = small.evaluate(model, Processes())
     for name, value in whole.items():
         assert sum(part[name] for part in parts) == pytest.approx(value, rel=1e-5)
+        assert few[name] == pytest.approx(value, rel=1e-5)
+    of_all, of_few = (level_errors(model, data, size) for size in (64, 5))
+    for name in ("held_out", "training"):
+        assert of_few[name] == pytest.approx(of_all[name], rel=1e-5)
 
 
 def test_the_loss_falls_on_the_noise_of_a_network_that_learns(archive: Path) -> None:
