@@ -438,6 +438,20 @@ def test_batch_norm_over_a_few_samples_at_a_time_is_remarked_on(tmp_path, capsys
         assert said == few, name
 
 
+@pytest.mark.parametrize(("processes", "precision"), [(1, "bf16"), (2, "fp32")])
+def test_a_compiled_network_takes_the_same_steps(tmp_path, processes, precision):
+    """As it is trained: with autocast, averaged, scored, and in the wrapper of two processes."""
+    options = ("--steps", 4, "--log-every", 1, "--evaluations", 2, "--precision", precision)
+    for run, own in (("eager", ()), ("compiled", ("--compile",))):
+        done = toy("--out", tmp_path / run, *options, *own, processes=processes)
+        assert done.returncode == 0, done.stderr
+    eager, compiled = (without_times(tmp_path / run) for run in ("eager", "compiled"))
+    assert len(eager) == 6
+    assert [e.keys() for e in eager] == [e.keys() for e in compiled]
+    for ours, theirs in zip(compiled, eager, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+
+
 def test_workers_do_not_change_a_run(uninterrupted, tmp_path):
     options = ("--steps", 40, "--dropout", 0.3, "--norm", "batch", "--log-every", 7)
     assert toy("--out", tmp_path / "run", *options, "--workers", 2).returncode == 0
