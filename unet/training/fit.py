@@ -92,7 +92,8 @@ class Trainer:
         self.model = self.accelerator.prepare_model(model, evaluation_mode=plan.shard)
         if plan.shard:
             averaged = [self.ema.model] if self.ema else []
-            shard([model, *averaged], self.processes.count, self.device)
+            half = torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else None
+            shard([model, *averaged], self.processes.count, self.device, half)
         self.optimizer = self.accelerator.prepare(make_optimizer(model, plan))
         if plan.compile:
             model.compile()

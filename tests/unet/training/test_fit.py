@@ -361,6 +361,16 @@ def test_split_among_two_processes_the_losses_are_those_of_one(tmp_path):
         assert all(torch.allclose(v, models[1][k], atol=1e-4) for k, v in models[0].items())
 
 
+def test_weights_that_are_split_are_gathered_in_the_precision_of_the_network(tmp_path):
+    options = ("--steps", 12, "--log-every", 1, "--evaluations", 2, "--precision", "bf16")
+    for run, own in (("whole", ()), ("split", ("--shard",))):
+        assert toy("--out", tmp_path / run, *options, *own, processes=2).returncode == 0
+    whole, split = (losses(tmp_path / run) for run in ("whole", "split"))
+    assert [v for _, v in split] == pytest.approx([v for _, v in whole], rel=0.02)
+    model = load_file(tmp_path / "split/model/model.safetensors")
+    assert {v.dtype for v in model.values() if v.is_floating_point()} == {torch.float32}
+
+
 @pytest.mark.parametrize(
     ("options", "said"), [((), "but there is one"), (("--compile",), "does not go with --compile")]
 )
