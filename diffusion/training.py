@@ -283,9 +283,7 @@ class DiffusionTask:
             x0, _ = self.data.batch(indices[part])
             noise = NoiseSource(seeds[part]).draw(x0.shape[1:])
             given = model.conditioning(self.data.conditions(indices[part]))
-            losses = self._loss(
-                model, x0.to(device), t[part].to(device), noise.to(device), **given
-            )
+            losses = self._loss(model, x0.to(device), t[part].to(device), noise.to(device), **given)
             total += losses.sum()
         return float(total)
 

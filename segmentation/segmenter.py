@@ -64,9 +64,7 @@ def load(
             raise InputError(f"{name}={value} must be at least {least}")
     with as_keywords("device"):
         loaded, table, found = load_models(models, device)
-    predict = Predictor(
-        loaded, tile=tile, overlap=overlap, symmetries=tta, precision=precision
-    )
+    predict = Predictor(loaded, tile=tile, overlap=overlap, symmetries=tta, precision=precision)
     return Segmenter(predict, table, found if threshold is None else threshold, min_size=min_size)
 
 

@@ -172,7 +172,8 @@ def test_tiles_are_read_ahead_and_come_in_their_order():
 
     predict = Predictor([network(SAME)], tile=64, overlap=8)
     places = [(slice(0, 64), slice(left, left + 64)) for left in (0, 64, 128)]
-    for place, _ in zip(places, predict._tiles(Recorded(torch.randn(1, 64, 192)), places)):
+    tiles = predict._tiles(Recorded(torch.randn(1, 64, 192)), places)
+    for place, _ in zip(places, tiles, strict=True):
         order.append(("blended", place[1].start))
     first, *rest = [name for name, _ in order]
     assert (first, rest) == ("read", ["read", "blended", "read", "blended", "blended"])

@@ -41,7 +41,8 @@ class EMA:
         ours, theirs = zip(*((local(a), local(b)) for a, b in self.averaged), strict=True)
         torch._foreach_lerp_(ours, theirs, 1 - decay)
         if self.copied:
-            torch._foreach_copy_(*zip(*self.copied, strict=True))
+            counters, counted = zip(*self.copied, strict=True)
+            torch._foreach_copy_(counters, counted)
 
 
 def _tensors(model: nn.Module) -> list[Tensor]:

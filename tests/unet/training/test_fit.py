@@ -436,12 +436,12 @@ def test_random_numbers_of_any_device_are_saved_and_go_on(monkeypatch, kind):
 
 def test_batch_norm_over_a_few_samples_at_a_time_is_remarked_on(tmp_path, capsys):
     values = {"steps": 1, "batch_size": 6}
-    for name, few, given in (
+    for name, few, own in (
         ("parts", True, {"accumulate": 2, "norm": "batch"}),
         ("whole", False, {"norm": "batch"}),
         ("group", False, {"accumulate": 2}),
     ):
-        options = ToyOptions(out=tmp_path / name, **values, **given)
+        options = ToyOptions(out=tmp_path / name, **values, **own)
         with run_folder(plan_fit(options)):
             fit(toy_task(options), plan_fit(options))
         said = "batch norm takes its statistics over the 3 samples" in capsys.readouterr().out
