@@ -107,7 +107,7 @@ class ImageGenerator:
             sampler: ddpm, ddim, euler, heun, dpmpp-2m or dpmpp-2m-sde.
             batch_size: images at a time.
             settings: the other fields of `SamplingOptions`: spacing, eta, variance, clip,
-                guidance_rescale, guidance_interval.
+                guidance_rescale, guidance_interval, precision.
 
         Returns:
             uint8 (N, H, W, C).

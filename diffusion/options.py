@@ -200,6 +200,9 @@ class SamplingOptions:
     batch_size: int = 64
     """Images at a time."""
 
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Arithmetic of the network; auto: bf16 on a GPU of NVIDIA's that computes in it, else fp32."""
+
     device: str = "auto"
     """auto, or a torch device such as cpu, cuda or mps."""
 

@@ -25,7 +25,7 @@ from diffusion.process.schedule import NoiseSchedule
 from diffusion.stable.autoencoder import Autoencoder
 from diffusion.stable.clip import ClipText
 from diffusion.text import TextEncoder
-from unet.device import pick_device
+from unet.device import computing_in, pick_device, trained_precision
 from unet.errors import InputError
 from unet.training.task import Processes
 
@@ -126,7 +126,14 @@ class ImageSampler:
                 f"--negative {options.negative!r} needs a model that was trained with captions, "
                 "and this one was not: leave it out"
             )
-        denoiser: DenoiserLike = Denoiser(model, self.schedule, _known(model, "prediction"))
+        dtype = trained_precision(options.precision, self.device)
+
+        def network(x: Tensor, t: Tensor, **given: Any) -> Tensor:
+            with computing_in(dtype, x.device):
+                found: Tensor = model(x, t, **given)
+            return found
+
+        denoiser: DenoiserLike = Denoiser(network, self.schedule, _known(model, "prediction"))
         if options.guidance != 1:
             with torch.no_grad():
                 null = model.conditioning([options.negative or None])

@@ -29,8 +29,23 @@ class TextContext(NamedTuple):
     mask: Tensor | None  # (B, L) bool, True where a token counts; None: all do
 
 
+class Tokenizer(Protocol):
+    """Texts to numbers, without the weights that make sense of them: processes that prepare batches
+    are handed it."""
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest text that it reads."""
+
+    def tokenize(self, texts: Sequence[str]) -> Tensor:
+        """Tokens (B, L) int64 on the CPU, padded to the longest of these texts."""
+
+
 class TextEncoder(Protocol):
     """Texts to tokens for cross-attention."""
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
 
     @property
     def channels(self) -> int:
@@ -64,6 +79,36 @@ def split_words(text: str) -> list[str]:
     return re.findall(r"\w+|[^\w\s]", unicodedata.normalize("NFC", text).lower())
 
 
+class WordTokenizer:
+    """Texts to the tokens of a `WordEncoder`."""
+
+    def __init__(self, vocabulary: Sequence[str], longest: int) -> None:
+        self.longest = longest
+        self._tokens = {word: BEGIN + 1 + i for i, word in enumerate(vocabulary)}
+
+    def tokenize(self, texts: Sequence[str]) -> Tensor:
+        """Tokens (B, L) int64 on the CPU, padded to the longest text of these.
+
+        Raises:
+            InputError: a text that is too long, with the words that do not fit.
+        """
+        rows = []
+        for text in texts:
+            words = split_words(text)
+            if rest := words[self.longest - 1 :]:
+                raise InputError(
+                    f"{text!r} has {len(words)} words and signs, but this model reads "
+                    f"{self.longest - 1}, as many as the longest caption that it was trained on: "
+                    f"leave out as many as in {' '.join(rest)!r}"
+                )
+            rows.append(torch.tensor([BEGIN, *(self._tokens.get(w, UNKNOWN) for w in words)]))
+        return pad_sequence(rows, batch_first=True, padding_value=PADDING)
+
+    def unknown(self, text: str) -> list[str]:
+        """The words of a text that are not in the vocabulary, once each."""
+        return [w for w in dict.fromkeys(split_words(text)) if w not in self._tokens]
+
+
 class WordEncoder(nn.Module):
     """A small transformer over the words of a caption, to be trained along with a U-Net.
 
@@ -88,7 +133,7 @@ class WordEncoder(nn.Module):
         _check(vocabulary, longest, width, depth)
         self.vocabulary, self.longest = tuple(vocabulary), longest
         self.channels, self.depth = width, depth
-        self._tokens = {word: BEGIN + 1 + i for i, word in enumerate(self.vocabulary)}
+        self.tokenizer = WordTokenizer(self.vocabulary, longest)
         self.embedding = nn.Embedding(BEGIN + 1 + len(vocabulary), width, padding_idx=PADDING)
         self.positions = nn.Embedding(longest, width)
         self.layers = nn.ModuleList(_Layer(width) for _ in range(depth))
@@ -138,22 +183,7 @@ class WordEncoder(nn.Module):
         return cls(**values)
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
-        """Tokens (B, L) int64 on the CPU, padded to the longest text of these.
-
-        Raises:
-            InputError: a text that is too long, with the words that do not fit.
-        """
-        rows = []
-        for text in texts:
-            words = split_words(text)
-            if rest := words[self.longest - 1 :]:
-                raise InputError(
-                    f"{text!r} has {len(words)} words and signs, but this model reads "
-                    f"{self.longest - 1}, as many as the longest caption that it was trained on: "
-                    f"leave out as many as in {' '.join(rest)!r}"
-                )
-            rows.append(torch.tensor([BEGIN, *(self._tokens.get(w, UNKNOWN) for w in words)]))
-        return pad_sequence(rows, batch_first=True, padding_value=PADDING)
+        return self.tokenizer.tokenize(texts)
 
     def forward(self, tokens: Tensor) -> TextContext:
         """Tokens (B, L) of `tokenize` to a context (B, L, C) and its mask."""
@@ -172,7 +202,7 @@ class WordEncoder(nn.Module):
 
     def unknown(self, text: str) -> list[str]:
         """The words of a text that are not in the vocabulary, once each."""
-        return [w for w in dict.fromkeys(split_words(text)) if w not in self._tokens]
+        return self.tokenizer.unknown(text)
 
     def remarks(self, text: str) -> list[str]:
         unknown = ", ".join(map(repr, self.unknown(text)))

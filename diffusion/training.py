@@ -41,7 +41,6 @@ from unet.training.task import Batch, Processes, Task
 
 SHOWN_LEVELS = 8  # of the pictures
 LEAST_JUDGED, MOST_JUDGED = 128, 500  # held-out images, and as many training images
-PART = 125  # of them at a time
 
 
 def train(options: DiffusionOptions) -> dict[str, float]:
@@ -88,7 +87,7 @@ def _finish(plan: DiffusionPlan, data: Data, model: DiffusionUNet) -> None:
     best = DiffusionUNet.from_pretrained(run / "model").to(pick_device(plan.fit.device))
     if plan.clip:
         best.text = model.text  # as saved models do not hold it
-    print(f"report: {write_report(run, best, data, plan.fit.seed)}")
+    print(f"report: {write_report(run, best, data, plan.fit.seed, plan.fit.together())}")
     folder, autoencoder = clip_folder(plan.options), autoencoder_of(data)
     if folder and autoencoder and not obstacle(best, autoencoder):
         write_pipeline(run / "pipeline", best, autoencoder, folder)
@@ -162,7 +161,7 @@ class NoisedSamples:
         self.seed = plan.fit.seed
         self.samples = data.samples(self.seed)
         self.null, self.dropout = (model.config.classes or 0) - 1, plan.label_dropout
-        self.text = model.text
+        self.tokenizer = model.text and model.text.tokenizer
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -177,9 +176,10 @@ class NoisedSamples:
         dropped = rng.random() < self.dropout
         if self.null >= 0:
             sample["label"] = torch.tensor(self.null) if dropped else label
-        if self.text is not None:
-            tokens = self.text.tokenize(["" if dropped else caption])[0]
-            sample["tokens"] = F.pad(tokens, (0, self.text.longest - len(tokens)), value=PADDING)
+        if self.tokenizer is not None:
+            tokens = self.tokenizer.tokenize(["" if dropped else caption])[0]
+            missing = self.tokenizer.longest - len(tokens)
+            sample["tokens"] = F.pad(tokens, (0, missing), value=PADDING)
         return sample
 
     def name(self, index: int) -> str:
@@ -278,23 +278,30 @@ class DiffusionTask:
             order = np.random.default_rng(0).permutation(len(indices))
             t = torch.from_numpy(((order + 0.5) / len(order) * self.schedule.steps).astype(int))
             part = processes.share(range(len(indices)))
-            total = self._total(model, part, [indices[i] for i in part], t[list(part)])
+            size = self.plan.fit.together(processes.count)
+            total = self._total(model, part, [indices[i] for i in part], t[list(part)], size)
             figures[name] = sum(processes.gather(total)) / len(indices)
         return figures
 
     def _total(
-        self, model: DiffusionUNet, seeds: Sequence[int], indices: Sequence[int], t: Tensor
+        self,
+        model: DiffusionUNet,
+        seeds: Sequence[int],
+        indices: Sequence[int],
+        t: Tensor,
+        size: int,
     ) -> float:
-        device, total = next(model.parameters()).device, 0.0
-        for start in range(0, len(indices), PART):
-            x0, _ = self.data.batch(indices[start : start + PART])
-            noise = NoiseSource(seeds[start : start + PART]).draw(x0.shape[1:])
-            given = model.conditioning(self.data.conditions(indices[start : start + PART]))
-            losses = self._loss(
-                model, x0.to(device), t[start : start + PART].to(device), noise.to(device), **given
-            )
-            total += float(losses.sum())
-        return total
+        """The sum of the losses, `size` images at a time; read at the end alone."""
+        device = next(model.parameters()).device
+        total = torch.zeros((), device=device)
+        for start in range(0, len(indices), size):
+            part = slice(start, start + size)
+            x0, _ = self.data.batch(indices[part])
+            noise = NoiseSource(seeds[part]).draw(x0.shape[1:])
+            given = model.conditioning(self.data.conditions(indices[part]))
+            losses = self._loss(model, x0.to(device), t[part].to(device), noise.to(device), **given)
+            total += losses.sum()
+        return float(total)
 
     def forward_pictures(self) -> Mapping[str, Image.Image]:
         """The forward process: one training image at rising noise levels (DDPM, eq. 4)."""
@@ -316,7 +323,8 @@ class DiffusionTask:
         return {"samples": grid(self._samples(model)), "noise": self._noise_table(model)}
 
     def _samples(self, model: DiffusionUNet) -> Any:
-        sampler = few_steps(model, self.plan.fit.seed, autoencoder=self.autoencoder)
+        size = self.plan.fit.together()
+        sampler = few_steps(model, self.plan.fit.seed, size, autoencoder=self.autoencoder)
         return sampler(SHOWN, shown_conditions(self.data, SHOWN))
 
     def _shown(self, x: Tensor) -> Any:

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import math
+import os
 import sys
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +30,7 @@ from unet.training.task import Processes
 from unet.words import counted
 
 AT_ONCE = 2**24  # pixels of an image that is predicted and written as a whole
+WRITERS = 8  # threads that compress and write, at most
 PREVIEW = 2048  # pixels a side of the overlay of a larger one, at most
 
 
@@ -82,15 +89,24 @@ class FilePredictor:
         return [out / f"{image.name}_{n}" for n in [*names, *["labels.tif"] * self.labels]]
 
     def run(self, image: Slice, out: Path) -> None:
-        """Predicts one image."""
-        pixels = open_raster(image.path, image.page, image.info, self.reading)
-        source = RasterSource(pixels, image.info.nodata)
+        """Predicts one image and writes what was found."""
+        self.predict(image, out)()
+
+    def predict(self, image: Slice, out: Path) -> Callable[[], None]:
+        """Predicts one image, and gives what writes it, to be called once, in any thread.
+
+        A large image is written as it is predicted.
+        """
+        source = RasterSource(
+            open_raster(image.path, image.page, image.info, self.reading), image.info.nodata
+        )
+        if math.prod(source.shape) > AT_ONCE:
+            self._run_in_bands(source, *self.files(image, out)[:3])
+            return lambda: None
+        return functools.partial(self._write, image, out, source, self.segmenter.predict(source))
+
+    def _write(self, image: Slice, out: Path, source: RasterSource, found: Probability) -> None:
         mask, probability, picture, *labels = self.files(image, out)
-        h, w = source.shape
-        if h * w > AT_ONCE:
-            self._run_in_bands(source, mask, probability, picture)
-            return
-        found = self.segmenter.predict(source)
         decided = self.segmenter.decided(found, source)
         table = self.segmenter.table
         write_image(mask, table.decode(decided), palette=table.palette)
@@ -171,14 +187,7 @@ def predict_files(
             if file.exists() and not overwrite:
                 raise InputError(f"{file} exists already: give --overwrite or another --out")
     processes.wait()  # lest one finds what another has written already
-    mine = []
-    quiet = None if processes.main else True
-    for image in tqdm(processes.share(slices), unit="image", disable=quiet):
-        try:
-            predictor.run(image, out)
-        except InputError as error:
-            named = str(image.path) in str(error)
-            mine.append(str(error) if named else f"{str(image.path)!r}: {error}")
+    mine = _predict_each(predictor, processes.share(slices), out, quiet=not processes.main)
     failed += [message for part in processes.gather(mine) for message in part]
     if not processes.main:
         return failed
@@ -189,6 +198,39 @@ def predict_files(
         write_image(legend, np.asarray(key(overlay_legend(predictor.segmenter.table), 480)))
     print(f"{count - len(failed)} of {counted(count, 'image')} predicted, in {out}")
     return failed
+
+
+def _predict_each(
+    predictor: FilePredictor, images: Sequence[Slice], out: Path, *, quiet: bool
+) -> list[str]:
+    """Predicts images one by one, while threads compress and write those before: of a small one
+    that takes longer than a GPU does. Returns what went wrong, in the order of the images."""
+    wrong: dict[int, str] = {}
+
+    @contextlib.contextmanager
+    def noted(i: int) -> Iterator[None]:
+        try:
+            yield
+        except InputError as error:
+            path = str(images[i].path)
+            wrong[i] = str(error) if path in str(error) else f"{path!r}: {error}"
+
+    waiting: deque[tuple[int, Future[None]]] = deque()
+
+    def crowded() -> bool:
+        infos = [images[i].info for i, _ in waiting]  # together no more than one image may have
+        return sum(info.height * info.width for info in infos) > AT_ONCE
+
+    with ThreadPoolExecutor(min(WRITERS, os.cpu_count() or 1)) as threads:
+        for i, image in enumerate(tqdm(images, unit="image", disable=True if quiet else None)):
+            with noted(i):
+                waiting.append((i, threads.submit(predictor.predict(image, out))))
+            last = i + 1 == len(images)
+            while waiting and (last or crowded() or waiting[0][1].done()):
+                first, writing = waiting.popleft()
+                with noted(first):
+                    writing.result()
+    return [wrong[i] for i in sorted(wrong)]
 
 
 def find_slices(

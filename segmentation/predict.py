@@ -10,7 +10,7 @@ import copy
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -20,12 +20,14 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from segmentation.data.augment import mirror
 from segmentation.model import SegmentationUNet
+from unet.device import computing_in, trained_precision
 from unet.errors import InputError
 from unet.geometry import input_size, output_size, receptive_radius
 from unet.layers import ConvBlock
-from unet.memory import ran_out_of_memory
+from unet.memory import give_back, ran_out_of_memory
 
 Probability = NDArray[np.float32]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 
 class Source(Protocol):
@@ -88,6 +90,8 @@ class Predictor:
         overlap: pixels that neighbouring tiles share. Where it is at least twice the receptive
             radius, tiles give what the whole image gives; below, they are blended linearly.
         symmetries: average over the eight symmetries of a square (test-time augmentation).
+        precision: of the models' arithmetic; auto: see `unet.device.trained_precision`; fp32: that
+            of the weights, or of an autocast around.
 
     Raises:
         InputError: models that differ in channels or classes; an overlap of more than half a tile.
@@ -100,6 +104,7 @@ class Predictor:
         tile: int = 1024,
         overlap: int = 128,
         symmetries: bool = False,
+        precision: Precision = "fp32",
     ) -> None:
         first = (models[0].config.in_channels, models[0].out_channels)
         for model in models:
@@ -110,6 +115,8 @@ class Predictor:
                     f"with one with {first[0]} and {first[1]}"
                 )
         self.models, self.symmetries = [folded(model) for model in models], symmetries
+        self.device = next(models[0].parameters()).device
+        self.dtype = trained_precision(precision, self.device)
         # Tiles start at multiples of the stride, so that pooling meets the same pixels as in the
         # whole image.
         self.stride = stride = max(m.config.stride for m in models)
@@ -134,13 +141,13 @@ class Predictor:
         """Finished bands from top to bottom: their first row, and probabilities (K, rows, W)."""
         height, width = source.shape
         rows, columns = self._spans(height), self._spans(width)
+        tiles = self._tiles(source, [(slice(*r), slice(*c)) for r in rows for c in columns])
         carried: Probability | None = None
         for i, (top, bottom) in enumerate(rows):
             band = np.zeros((self.models[0].out_channels, bottom - top, width), np.float32)
             vertical = self._weights(rows, i)[:, None]
             for j, (left, right) in enumerate(columns):
-                tile = self._tile(source, slice(top, bottom), slice(left, right))
-                band[:, :, left:right] += tile * vertical * self._weights(columns, j)
+                band[:, :, left:right] += next(tiles) * vertical * self._weights(columns, j)
             if carried is not None:
                 band[:, : carried.shape[1]] += carried
             end = rows[i + 1][0] if i + 1 < len(rows) else bottom
@@ -171,31 +178,57 @@ class Predictor:
         x = (np.arange(self.overlap) + 0.5 - margin) / (self.overlap - 2 * margin)
         return np.clip(x, 0, 1).astype(np.float32)
 
-    def _tile(self, source: Source, rows: slice, columns: slice) -> Probability:
-        """Mean probabilities (K, h, w) of a rectangle, in smaller tiles where memory runs out."""
+    def _tiles(
+        self, source: Source, rectangles: Sequence[tuple[slice, slice]]
+    ) -> Iterator[Probability]:
+        """Mean probabilities (K, h, w) of each rectangle in turn.
+
+        A GPU computes one while the next is read and the one before is blended.
+        """
+        waiting: Tensor | None = None
+        for rows, columns in rectangles:
+            images = [_with_context(model, source, rows, columns) for model in self.models]
+            ready = None if waiting is None else waiting.cpu()
+            waiting = self._tile(source, rows, columns, images)
+            if ready is not None:
+                yield ready.numpy()
+        if waiting is not None:
+            yield waiting.cpu().numpy()
+
+    def _tile(
+        self, source: Source, rows: slice, columns: slice, images: Sequence[Tensor]
+    ) -> Tensor:
+        """Probabilities of a rectangle, in smaller tiles where memory runs out."""
         if self._smaller is None:
             try:
-                return self._whole(source, rows, columns)
+                return self._whole(images, rows.stop - rows.start, columns.stop - columns.start)
             except Exception as error:
                 size = self.tile // 2 // self.stride * self.stride
                 if not ran_out_of_memory(error) or size < 2 * self.stride:
                     raise
             print(f"memory ran out: tiles of {size} pixels instead of {self.tile}", file=sys.stderr)
+            give_back(self.device)
             self._smaller = copy.copy(self)
             self._smaller.tile = size
             self._smaller.overlap = min(self.overlap, size // 2 // self.stride * self.stride)
-        return self._smaller(_Part(source, rows, columns))
+        return torch.from_numpy(self._smaller(_Part(source, rows, columns)))
 
     @torch.inference_mode()
-    def _whole(self, source: Source, rows: slice, columns: slice) -> Probability:
-        h, w = rows.stop - rows.start, columns.stop - columns.start
-        found = []
-        for model in self.models:
-            image = _with_context(model, source, rows, columns).to(next(model.parameters()).device)
-            for turn in range(8 if self.symmetries else 1):
-                batch = _turned(image, turn)[None].contiguous(memory_format=torch.channels_last)
-                found.append(_turned_back(probabilities(model(batch)[0].float()), turn)[:, :h, :w])
-        return torch.stack(found).mean(0).cpu().numpy()
+    def _whole(self, images: Sequence[Tensor], h: int, w: int) -> Tensor:
+        """Mean over the models and the symmetries, as many at a time as fit into a tile."""
+        total = torch.zeros(self.models[0].out_channels, h, w, device=self.device)
+        count = 8 if self.symmetries else 1
+        for model, image in zip(self.models, images, strict=True):
+            moved = image.to(self.device)
+            at_once = max(1, self.tile**2 // moved[0].numel())
+            for turns in _alike(count, moved, at_once):
+                batch = torch.stack([_turned(moved, turn) for turn in turns])
+                batch = batch.contiguous(memory_format=torch.channels_last)
+                with computing_in(self.dtype, self.device):
+                    logits = model(batch)
+                for turn, one in zip(turns, probabilities(logits.float()), strict=True):
+                    total += _turned_back(one, turn)[:, :h, :w]
+        return total / (count * len(self.models))
 
 
 def folded(model: SegmentationUNet) -> SegmentationUNet:
@@ -232,6 +265,14 @@ def classes(probability: NDArray[np.floating], threshold: float = 0.5) -> NDArra
 def _turned(image: Tensor, turn: int) -> Tensor:
     """One of the eight symmetries of a square: quarter turns, mirrored from the fifth on."""
     return torch.rot90(image.flip(-1) if turn >= 4 else image, turn % 4, (-2, -1))
+
+
+def _alike(turns: int, image: Tensor, at_once: int) -> Iterator[Sequence[int]]:
+    """The first symmetries, in batches whose images have one shape."""
+    lying = image.shape[-2] != image.shape[-1]
+    for chosen in (range(0, turns, 2), range(1, turns, 2)) if lying else (range(turns),):
+        for start in range(0, len(chosen), at_once):
+            yield chosen[start : start + at_once]
 
 
 def _turned_back(image: Tensor, turn: int) -> Tensor:

@@ -18,7 +18,7 @@ from segmentation.data.classes import IGNORE, ClassTable, Value
 from segmentation.data.instances import INSTANCE_NAMES, instances_from_classes
 from segmentation.data.normalisation import Normalisation
 from segmentation.model import SegmentationUNet
-from segmentation.predict import Predictor, Probability, Source, classes
+from segmentation.predict import Precision, Predictor, Probability, Source, classes
 from unet.device import pick_device
 from unet.errors import InputError, as_keywords
 from unet.files.images import image_info
@@ -37,6 +37,7 @@ def load(
     min_size: int = 0,
     tile: int = 1024,
     overlap: int = 128,
+    precision: Precision = "auto",
 ) -> Segmenter:
     """A trained model to call; of several models, their mean.
 
@@ -52,6 +53,8 @@ def load(
         min_size: connected parts of fewer pixels become what surrounds them.
         tile: larger images are predicted in tiles of at most that many pixels a side.
         overlap: pixels that neighbouring tiles share.
+        precision: arithmetic of the network: fp32, bf16, fp16, or auto, which is bf16 on a GPU of
+            NVIDIA's that computes in it, else fp32.
 
     Raises:
         InputError: no usable model; models for other images or classes; a setting out of range.
@@ -63,7 +66,7 @@ def load(
             raise InputError(f"{name}={value} must be at least {least}")
     with as_keywords("device"):
         loaded, table, found = load_models(models, device)
-    predict = Predictor(loaded, tile=tile, overlap=overlap, symmetries=tta)
+    predict = Predictor(loaded, tile=tile, overlap=overlap, symmetries=tta, precision=precision)
     return Segmenter(predict, table, found if threshold is None else threshold, min_size=min_size)
 
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 import os
+import pickle
 import runpy
 import socket
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
+
+from torch import nn
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 _FORKS = multiprocessing.get_context("forkserver")
@@ -54,6 +59,21 @@ def run_forked(
         assert None not in statuses, f"{script} hangs: {err}"
     status = next((s for s in statuses if s), 0)
     return subprocess.CompletedProcess(command, status, out, err)
+
+
+class _WithoutNetworks(pickle.Pickler):
+    def reducer_override(self, part: Any) -> Any:
+        assert not isinstance(part, (nn.Module, nn.Parameter)), f"{type(part)} goes along"
+        return NotImplemented
+
+
+def as_spawned(samples: Any) -> Any:
+    """Samples as a process gets them that is spawned to prepare batches (macOS; forkserver, Linux
+    from Python 3.14): pickled, and without a network, whose weights may be on a GPU."""
+    file = io.BytesIO()
+    _WithoutNetworks(file).dump(samples)
+    file.seek(0)
+    return pickle.load(file)
 
 
 def _run(command: list[str], environ: dict[str, str], out: Path, err: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 
 import torch
 
-from unet.errors import InputError
+from unet.errors import InputError, RunError
 
 
 def pick_device(name: str) -> torch.device:
@@ -41,6 +43,49 @@ def pick_precision(name: str, device: torch.device) -> str:
         )
         return "bf16" if found.get("avx512_bf16") or found.get("amx_bf16") else "no"
     return "no" if name == "fp32" else name
+
+
+@contextlib.contextmanager
+def repeatable() -> Iterator[None]:
+    """Lets PyTorch take only algorithms that give the same bits each time.
+
+    Raises:
+        RunError: an operation has none on its device, and is named.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which NVIDIA asks for
+    before = torch.get_deterministic_debug_mode()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    except RuntimeError as error:
+        operation, found, _ = str(error).partition(" does not have a deterministic")
+        if not found:
+            raise
+        raise RunError(
+            f"--deterministic: {operation} gives the same bits each time on no such device: leave "
+            "it out, or choose another --loss or --network"
+        ) from error
+    finally:
+        torch.set_deterministic_debug_mode(before)
+
+
+def trained_precision(name: str, device: torch.device) -> torch.dtype | None:
+    """What a trained network computes in, by autocast; None: in its weights' float32.
+
+    auto: bfloat16 on a GPU of NVIDIA's that computes in it, as training does there; else float32,
+    so that a CPU gives the same numbers as any other.
+    """
+    if name == "auto" and device.type != "cuda":
+        return None
+    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    return kinds.get(pick_precision(name, device))
+
+
+def computing_in(
+    dtype: torch.dtype | None, device: torch.device
+) -> contextlib.AbstractContextManager[object]:
+    """Autocast to that type; None: as it is around."""
+    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
 def training_format(device: torch.device) -> torch.memory_format:

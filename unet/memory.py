@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 # What is said of it without an OutOfMemoryError: by the CPU, CUDA's libraries, and Apple's GPUs.
@@ -34,6 +38,16 @@ def ran_out_of_memory(error: BaseException) -> bool:
         return True
     text = str(error)
     return isinstance(error, RuntimeError) and any(words in text for words in _NO_MEMORY)
+
+
+def give_back(device: torch.device) -> None:
+    """Gives back what PyTorch keeps of a GPU's memory for later use, and what is in no use more."""
+    import torch
+
+    gc.collect()
+    empty = getattr(torch.get_device_module(device), "empty_cache", None)  # a CPU has none
+    if empty:
+        empty()
 
 
 def kept_for_backward(forward: Callable[[], Any], parameters: Iterable[Any]) -> int:

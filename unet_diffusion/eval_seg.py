@@ -55,6 +55,9 @@ class EvalOptions(LabelOptions):
     json: bool = False
     """Print scores.json instead of a table."""
 
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Arithmetic of the network; auto: bf16 on a GPU of NVIDIA's that computes in it, else fp32."""
+
     device: str = "auto"
     """auto, or a torch device such as cpu, cuda or mps."""
 
@@ -98,7 +101,7 @@ def main(options: EvalOptions) -> None:
             "was not trained on such masks: leave it out"
         )
     found = evaluate(
-        Predictor(models, symmetries=options.tta),
+        Predictor(models, symmetries=options.tta, precision=options.precision),
         data,
         data.val,
         threshold=threshold if options.threshold is None else options.threshold,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from unet.errors import InputError
 from unet.training.cli import run_script, say_next
@@ -43,6 +44,9 @@ class PredictOptions(ReadingOptions):
     overlap: int = 128
     """Pixels that neighbouring tiles share."""
 
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Arithmetic of the network; auto: bf16 on a GPU of NVIDIA's that computes in it, else fp32."""
+
     device: str = "auto"
     """auto, or a torch device such as cpu, cuda or mps."""
 
@@ -70,7 +74,13 @@ def main(options: PredictOptions) -> int:
     keep_freed_memory(PREDICTED)
     processes = Processes.started(options.device)
     models, table, threshold = load_models(options.model, options.device)
-    predict = Predictor(models, tile=options.tile, overlap=options.overlap, symmetries=options.tta)
+    predict = Predictor(
+        models,
+        tile=options.tile,
+        overlap=options.overlap,
+        symmetries=options.tta,
+        precision=options.precision,
+    )
     del models  # copies of them predict
     predictor = FilePredictor(
         predict,

@@ -35,19 +35,22 @@ APPEARING, FRAMES = 4, 40  # samples in the strip and the GIF, and steps
 TRAINING, HELD_OUT = "#0072b2", "#d55e00"
 
 
-def write_report(run: Path, model: DiffusionUNet, data: Data, seed: int) -> Path:
+def write_report(run: Path, model: DiffusionUNet, data: Data, seed: int, together: int) -> Path:
     """Writes report.png, errors.json and samples/appearing.{png,gif} into a run folder.
+
+    Args:
+        together: images that go through the network at a time, at most.
 
     Returns:
         The path of the report.
     """
-    errors = level_errors(model, data)
+    errors = level_errors(model, data, together)
     write_text(run / "errors.json", json.dumps(errors, indent=2) + "\n")
     autoencoder = autoencoder_of(data)
-    sampler = few_steps(model, seed, autoencoder=autoencoder)
+    sampler = few_steps(model, seed, together, autoencoder=autoencoder)
     wanted = shown_conditions(data, SHOWN)
     samples = sampler(SHOWN, wanted)
-    every = few_steps(model, seed, FRAMES, autoencoder)
+    every = few_steps(model, seed, together, FRAMES, autoencoder)
     chosen = [i * SHOWN // APPEARING for i in range(APPEARING)]
     frames = every.appearing(APPEARING, [wanted[i] for i in chosen])
     with replacing(run / "samples" / "appearing.png") as temporary:
@@ -60,15 +63,24 @@ def write_report(run: Path, model: DiffusionUNet, data: Data, seed: int) -> Path
 
 
 def few_steps(
-    model: DiffusionUNet, seed: int, steps: int = 20, autoencoder: Autoencoder | None = None
+    model: DiffusionUNet,
+    seed: int,
+    together: int,
+    steps: int = 20,
+    autoencoder: Autoencoder | None = None,
 ) -> ImageSampler:
-    """The sampler of the pictures: `steps` of them, or as many as the model has noise levels."""
+    """The sampler of the pictures: `steps` of them, or as many as the model has noise levels.
+
+    Where it is called, in a training, autocast says what the network computes in.
+    """
     most = NoiseSchedule.from_dict(model.info["schedule"]).steps
-    options = SamplingOptions(seed=seed, batch_size=SHOWN, steps=min(steps, most))
+    options = SamplingOptions(
+        seed=seed, batch_size=min(SHOWN, together), steps=min(steps, most), precision="fp32"
+    )
     return ImageSampler(model, options, autoencoder)
 
 
-def level_errors(model: DiffusionUNet, data: Data) -> dict[str, list[float]]:
+def level_errors(model: DiffusionUNet, data: Data, together: int) -> dict[str, list[float]]:
     """The mean squared error of the predicted noise by noise level: comparable between models.
 
     Whatever the network predicts, its eps is judged (L_simple of DDPM, eq. 14, level by level), on
@@ -86,18 +98,17 @@ def level_errors(model: DiffusionUNet, data: Data) -> dict[str, list[float]]:
     found["noise"] = [schedule.level(t).noise for t in levels]
     val = data.val[:JUDGED]
     for name, indices in (("held_out", val), ("training", spread(data.train, len(val)))):
-        x0 = data.batch(indices)[0].to(device)
-        noise = NoiseSource(range(len(indices))).draw(x0.shape[1:]).to(device)
-        given = model.conditioning(data.conditions(indices))
-        with torch.inference_mode():
-            found[name] = [
-                float(
-                    (denoiser(schedule.q_sample(x0, t, noise), t, **given).eps - noise)
-                    .square()
-                    .mean()
-                )
-                for t in levels
-            ]
+        total = torch.zeros(LEVELS, device=device)
+        for start in range(0, len(indices), together):
+            part = indices[start : start + together]
+            x0 = data.batch(part)[0].to(device)
+            noise = NoiseSource(range(start, start + len(part))).draw(x0.shape[1:]).to(device)
+            given = model.conditioning(data.conditions(part))
+            with torch.inference_mode():
+                for i, t in enumerate(levels):
+                    eps = denoiser(schedule.q_sample(x0, t, noise), t, **given).eps
+                    total[i] += (eps - noise).square().mean(dim=(1, 2, 3)).sum()
+        found[name] = (total / len(indices)).tolist()
     return found
 
 

@@ -36,7 +36,10 @@ class NoiseSource:
         Args:
             shape: of one image, (C, H, W).
         """
-        return torch.stack([torch.randn(*shape, generator=g) for g in self.generators])
+        found = torch.empty(len(self.generators), *shape)
+        for row, generator in zip(found, self.generators, strict=True):
+            row.normal_(generator=generator)
+        return found
 
     def like(self, x: Tensor) -> Tensor:
         """The next noise for images x (B, C, H, W), on their device and in their dtype."""

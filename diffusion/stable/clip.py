@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,24 @@ from diffusion.stable.parts import TEXT_STEMS, build_text_model, check_part, che
 from diffusion.stable.weight_files import variant_of
 from diffusion.text import TextContext
 from unet.errors import InputError
+
+
+@dataclass(frozen=True)
+class ClipTokenizer:
+    """A `CLIPTokenizer` of transformers, with the length to which texts are padded or cut."""
+
+    whole: Any
+    longest: int
+
+    def tokenize(self, texts: Sequence[str]) -> Tensor:
+        tokens: Tensor = self.whole(
+            list(texts),
+            padding="max_length",
+            max_length=self.longest,
+            truncation=True,
+            return_tensors="pt",
+        ).input_ids
+        return tokens
 
 
 class ClipText:
@@ -27,10 +46,11 @@ class ClipText:
     """
 
     def __init__(self, tokenizer: Any, model: Any) -> None:
-        self.tokenizer, self.model = tokenizer, model.eval().requires_grad_(False)
-        self.channels: int = model.config.hidden_size
         # A tokenizer that was saved without its length has an astronomic one.
         self.longest = min(tokenizer.model_max_length, model.config.max_position_embeddings)
+        self.tokenizer = ClipTokenizer(tokenizer, self.longest)
+        self.model = model.eval().requires_grad_(False)
+        self.channels: int = model.config.hidden_size
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> ClipText:
@@ -80,14 +100,7 @@ class ClipText:
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
         """Tokens (B, L) int64 on the CPU, padded or cut to the model's length."""
-        tokens: Tensor = self.tokenizer(
-            list(texts),
-            padding="max_length",
-            max_length=self.longest,
-            truncation=True,
-            return_tensors="pt",
-        ).input_ids
-        return tokens
+        return self.tokenizer.tokenize(texts)
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor) -> TextContext:
@@ -96,7 +109,7 @@ class ClipText:
             self.model.to(tokens.device)
         given: dict[str, Any] = {}
         if getattr(self.model.config, "use_attention_mask", False):  # as diffusers asks
-            ends = (tokens == self.tokenizer.eos_token_id).long()
+            ends = (tokens == self.tokenizer.whole.eos_token_id).long()
             given["attention_mask"] = (ends.cumsum(dim=1) - ends == 0).long()
         return TextContext(self.model(tokens, **given).last_hidden_state, None)
 
@@ -104,13 +117,13 @@ class ClipText:
         return self(self.tokenize(texts).to(self.model.device))
 
     def words(self, text: str) -> list[str]:
-        ids = self.tokenizer(text, max_length=self.longest, truncation=True).input_ids
-        return ["(begin)", *(self.tokenizer.decode([i]) for i in ids[1:-1]), "(end)"]
+        ids = self.tokenizer.whole(text, max_length=self.longest, truncation=True).input_ids
+        return ["(begin)", *(self.tokenizer.whole.decode([i]) for i in ids[1:-1]), "(end)"]
 
     def cut(self, text: str) -> str:
         """What of a text is behind the model's length, and not read."""
-        ids = self.tokenizer(text, verbose=False).input_ids
-        return self.tokenizer.decode(ids[self.longest - 1 : -1])
+        ids = self.tokenizer.whole(text, verbose=False).input_ids
+        return self.tokenizer.whole.decode(ids[self.longest - 1 : -1])
 
     def remarks(self, text: str) -> list[str]:
         cut = self.cut(text)

@@ -71,6 +71,15 @@ class LatentData:
         self._moments: NDArray[np.float32] = np.empty((0, 2, self.channels, *self.size), np.float32)
         self._used: NDArray[np.int64] = np.empty(0, np.int64)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For processes that are spawned to prepare batches, which need no network, and read the
+        latents from their files."""
+        return {**vars(self), "autoencoder": None, "_moments": None, "_used": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._moments, self._used = (self._open(name, "r") for name in _ARRAYS)
+
     def describe(self) -> str:
         """What was found, for people."""
         height, width = self.size

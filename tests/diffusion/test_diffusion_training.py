@@ -12,10 +12,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.testing import assert_close
 from torch.utils.data import default_collate
 
 from diffusion.data.images import DiffusionData
 from diffusion.decisions import chosen_fit, decide
+from diffusion.judging.report import level_errors
 from diffusion.model import DiffusionUNet
 from diffusion.networks import automatic_config
 from diffusion.options import DiffusionOptions
@@ -27,6 +29,7 @@ from diffusion.training import (
     make_model,
     stratified_timesteps,
 )
+from tests.forks import as_spawned
 from unet.errors import InputError
 from unet.training.batches import BatchKeys
 from unet.training.task import Processes
@@ -165,6 +168,19 @@ def test_captions_are_dropped_as_often_as_asked_for_and_padded_to_one_length() -
     assert dropped / 300 == pytest.approx(0.3, abs=0.08)
 
 
+@pytest.mark.parametrize("condition", ["captions", "classes", None])
+def test_samples_can_be_handed_to_a_process_that_is_spawned(
+    archive: Path, condition: str | None
+) -> None:
+    source = "shapes" if condition == "captions" else archive
+    given: dict[str, Any] = {condition: True} if condition else {}
+    data = DiffusionData(source, **given)
+    plan = decide(options(Path(source), **given), data)
+    samples = NoisedSamples(data, plan, make_model(plan))
+    assert_close(as_spawned(samples)[2, 5], samples[2, 5], rtol=0, atol=0)
+    assert as_spawned(Timesteps.of(plan)) == Timesteps.of(plan)
+
+
 def test_a_loss_teaches_the_words_that_its_captions_have() -> None:
     data = DiffusionData("shapes", captions=True)
     plan = decide(options(Path("shapes"), captions=True), data)
@@ -204,8 +220,15 @@ def test_held_out_figures_are_the_same_each_time_and_in_any_number_of_parts(arch
         assert whole == task.evaluate(model, Processes())
         parts = [task.evaluate(model, Alone(rank, 2)) for rank in (0, 1)]
     assert whole.keys() == {"loss", "seen"}
+    small = DiffusionTask(replace(plan, fit=replace(plan.fit, batch_size=5)), data)
+    with torch.no_grad():  # five at a time, where memory holds no more
+        few = small.evaluate(model, Processes())
     for name, value in whole.items():
         assert sum(part[name] for part in parts) == pytest.approx(value, rel=1e-5)
+        assert few[name] == pytest.approx(value, rel=1e-5)
+    of_all, of_few = (level_errors(model, data, size) for size in (64, 5))
+    for name in ("held_out", "training"):
+        assert of_few[name] == pytest.approx(of_all[name], rel=1e-5)
 
 
 def test_the_loss_falls_on_the_noise_of_a_network_that_learns(archive: Path) -> None:

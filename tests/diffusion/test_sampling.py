@@ -64,6 +64,20 @@ def test_an_image_depends_on_its_number_alone(name: Any) -> None:
     assert (sampler(network, sampler=name, seed=1)(7, classes) != together).mean() > 0.5
 
 
+def test_half_precision_is_asked_for_and_gives_nearly_the_same_images() -> None:
+    network = model()
+    exact = sampler(network, precision="fp32")(3).astype(int)
+    assert (sampler(network)(3) == exact).all()  # on a CPU
+    rounded = sampler(network, precision="bf16")(3)
+    assert 0 < np.abs(rounded - exact).mean() < 4
+    seen = []
+    network.register_forward_hook(lambda module, given, found: seen.append(found.dtype))
+    for precision, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        list(sampler(network, precision=precision).batches(1))
+        assert set(seen) == {dtype}
+        seen.clear()
+
+
 def test_seeds_do_not_meet() -> None:
     seeds = [s for seed in range(3) for s in image_seeds(seed, 5)]
     assert len(set(seeds)) == 15

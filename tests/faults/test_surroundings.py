@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -9,10 +10,12 @@ import resource
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -31,6 +34,7 @@ from tests.faults.harness import (
 )
 from tests.unet.training.toy_training import ToyOptions, toy_task
 from unet.errors import RunError
+from unet.training import cli
 from unet.training.fit import fit
 from unet.training.plan import plan_fit
 from unet.training.run import RunFolder, run_folder
@@ -353,6 +357,41 @@ def test_short_memory_is_told_with_an_estimate_and_a_cure(tmp_path):
     cured = ToyOptions(out=tmp_path / "run", steps=3, memory=4, accumulate=2, resume=True)
     with run_folder(plan_fit(cured)):
         assert fit(toy_task(cured), plan_fit(cured))
+
+
+def test_what_a_step_held_is_given_back_before_its_need_is_measured(tmp_path, monkeypatch):
+    """On a full card there is no room for the measurement else."""
+    options = ToyOptions(out=tmp_path / "run", steps=3)
+    task, held, freed = toy_task(options), [], []
+
+    def loss(model, batch):
+        if len(batch["index"]) > 4:
+            x = model(batch["image"])
+            held.append(weakref.ref(x))
+            raise torch.OutOfMemoryError("a stand-in for a full GPU")
+        return task.loss(model, batch)
+
+    def give_back(device):
+        assert held[0]() is None
+        assert all(p.grad is None for p in task.model.parameters())
+        freed.append(device.type)
+
+    monkeypatch.setattr("unet.training.step.give_back", give_back)
+    with pytest.raises(RunError, match="GiB a sample"), run_folder(plan_fit(options)):
+        fit(dataclasses.replace(task, loss=loss), plan_fit(options))
+    assert freed == ["cpu"]
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_a_process_that_failed_waits_for_no_other(monkeypatch, status):
+    """They may be in a collective, where NCCL's farewell would wait for them, and they for it."""
+    ended, done = [], []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: done.append("farewell"))
+    monkeypatch.setattr("atexit._run_exitfuncs", lambda: None)
+    monkeypatch.setattr("os._exit", ended.append)
+    cli._leave_group(status)
+    assert (ended, done) == ([status], [] if status else ["farewell"])
 
 
 @pytest.mark.slow

@@ -110,6 +110,7 @@ def steps() -> None:
         model, average = (on_it(DiffusionUNet, CONFIG, 3) for _ in "12")
         ema = object.__new__(EMA)  # whose copy of the model would leave the mode
         ema.model, ema.decay = average, 0.999
+        ema.followed = None
         model(**given(CONFIG, 32)).square().mean().backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         Muon(model, lr=0.02, momentum=0.8, beta2=0.99, weight_decay=0.1).step()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -159,6 +161,58 @@ def test_a_large_file_is_mapped_and_a_compressed_one_refused(tmp_path, monkeypat
         assert np.array_equal(pixels[3:5, 7:9, 0], array[3:5, 7:9])
     with pytest.raises(InputError, match="save it as an uncompressed TIFF or NPY"):
         open_raster(tmp_path / "packed.tif")
+
+
+def test_files_are_written_while_the_next_image_is_predicted(folder, tmp_path, monkeypatch):
+    """They are those that are written one after the other, and what goes wrong is told in order."""
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        write_image(tmp_path / f"in/{i:02d}.png", rng.integers(0, 255, (20, 20 + i), np.uint8))
+    models, table, _ = load_models([folder])
+    predictor, written = FilePredictor(Predictor(models), table, 0.5), []
+
+    class Checked(FilePredictor):
+        def predict(self, image, out):
+            if image.name == "07":
+                raise InputError("no such thing")
+            write = super().predict(image, out)
+
+            def checked():
+                written.append(threading.current_thread() is threading.main_thread())
+                if image.name in ("03", "09"):
+                    raise InputError("nor this")
+                write()
+
+            return checked
+
+    monkeypatch.setattr(output, "AT_ONCE", 2000)  # pixels: a few images wait, no more
+    predict_files(predictor, tmp_path / "in", tmp_path / "all")
+    failed = predict_files(
+        Checked(Predictor(models), table, 0.5), tmp_path / "in", tmp_path / "out"
+    )
+    assert [(f.split("/")[-1]) for f in failed] == [
+        "03.png': nor this",
+        "07.png': no such thing",
+        "09.png': nor this",
+    ]
+    assert written == [False] * 11
+    for file in (tmp_path / "all").iterdir():
+        if file.name[:2] not in ("03", "07", "09"):
+            assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
+    assert len(list((tmp_path / "out").iterdir())) == 3 * 9
+
+
+def test_a_full_disk_ends_the_prediction_of_many_images(folder, tmp_path, monkeypatch):
+    for i in range(6):
+        write_image(tmp_path / f"in/{i}.png", np.full((20, 20), 9 * i, np.uint8))
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "no space left")
+
+    monkeypatch.setattr(output, "write_image", full)
+    models, table, _ = load_models([folder])
+    with pytest.raises(OSError, match="no space left"):
+        predict_files(FilePredictor(Predictor(models), table, 0.5), tmp_path / "in", tmp_path / "o")
 
 
 def test_images_that_would_be_written_to_one_file_are_refused(folder, tmp_path):

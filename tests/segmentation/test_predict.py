@@ -139,6 +139,58 @@ def test_symmetries_make_a_prediction_that_turns_with_the_image():
         np.testing.assert_allclose(predict(TensorSource(turn(image))), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("size", [(32, 32), (24, 40), (64, 64), (60, 200)])
+def test_symmetries_go_through_together_where_they_fit_into_a_tile(monkeypatch, name, size):
+    model, forward, seen = network(CONFIGS[name]), SegmentationUNet.forward, []
+
+    def recorded(self, x):
+        seen.append(x.shape)
+        return forward(self, x)
+
+    monkeypatch.setattr(SegmentationUNet, "forward", recorded)
+    source = TensorSource(torch.randn(1, *size))
+    together = Predictor([model], tile=64, overlap=8, symmetries=True)(source)
+    shapes, seen = seen, []
+    monkeypatch.setattr("segmentation.predict._alike", lambda turns, *_: [[t] for t in range(8)])
+    alone = Predictor([model], tile=64, overlap=8, symmetries=True)(source)
+    np.testing.assert_allclose(together, alone, atol=1e-6)
+    assert sum(s[0] for s in shapes) == len(seen)
+    assert all(s[0] == 1 or s[0] * s[2] * s[3] <= 64**2 for s in shapes)
+    if name != "valid" and max(size) <= 40:
+        assert len(shapes) < 8
+
+
+def test_tiles_are_read_ahead_and_come_in_their_order():
+    """The next is read before what the one before has become is waited for."""
+    order = []
+
+    class Recorded(TensorSource):
+        def read(self, rows, columns, model):
+            order.append(("read", columns.start))
+            return super().read(rows, columns, model)
+
+    predict = Predictor([network(SAME)], tile=64, overlap=8)
+    places = [(slice(0, 64), slice(left, left + 64)) for left in (0, 64, 128)]
+    tiles = predict._tiles(Recorded(torch.randn(1, 64, 192)), places)
+    for place, _ in zip(places, tiles, strict=True):
+        order.append(("blended", place[1].start))
+    first, *rest = [name for name, _ in order]
+    assert (first, rest) == ("read", ["read", "blended", "read", "blended", "blended"])
+    assert [start for name, start in order if name == "blended"] == [0, 64, 128]
+
+
+def test_half_precision_is_asked_for_and_gives_nearly_the_same():
+    model, source = network(SAME), TensorSource(torch.randn(1, 40, 40))
+    exact = Predictor([model])(source)
+    assert np.array_equal(Predictor([model], precision="auto")(source), exact)  # on a CPU
+    rounded = Predictor([model], precision="bf16")(source)
+    assert rounded.dtype == np.float32
+    assert 0 < abs(rounded - exact).max() < 0.02
+    with torch.autocast("cpu", torch.bfloat16):  # as an evaluation in training has it
+        assert np.array_equal(Predictor([model])(source), rounded)
+
+
 def test_an_ensemble_is_the_mean_of_its_models():
     models = [network(SAME, 1), network(CONFIGS["patch"], 2)]
     source = TensorSource(torch.randn(1, 30, 31))

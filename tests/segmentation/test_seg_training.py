@@ -22,6 +22,7 @@ from segmentation.options import RECIPES, SegmentationOptions
 from segmentation.predict import Predictor
 from segmentation.training import load_data, make_model, train
 from tests.forks import SCRIPTS, run_forked
+from tests.unet.training.toy_training import compiled_in_one_graph
 from unet import InputError, UNetConfig
 from unet.files.images import read_image, write_image
 from unet.training.cli import run_script
@@ -305,6 +306,26 @@ def test_every_kind_of_training_runs(folder, tmp_path, options):
     assert run_train("--data", folder, "--out", run, *SMALL, *options) == 0
     assert all(np.isfinite(e["loss"]) for e in read_log(run / "metrics.jsonl") if "loss" in e)
     assert (run / "samples/augmented.png").exists()
+
+
+def test_a_network_with_deep_supervision_is_compiled_as_one_graph(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", compiled_in_one_graph)
+    found = []
+    for compiled in (False, True):
+        options = SegmentationOptions(
+            out=tmp_path / str(compiled),
+            data=str(folder),
+            steps=2,
+            crop=32,
+            width=4,
+            batch_size=2,
+            evaluations=1,
+            precision="bf16",
+            deep_supervision=True,
+            compile=compiled,
+        )
+        found.append(train(options))
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
 
 
 def test_the_paper_recipe_can_be_followed(folder, tmp_path):

@@ -67,11 +67,11 @@ class BatchKeys(Sampler[list[Draw]]):
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.start_step, self.accumulate = start_step, accumulate
         self.process, self.processes = process, processes
+        self.part = batch_size // (accumulate * processes)  # samples at a time
         self._order: tuple[int, list[int]] = (-1, [])  # an epoch and its permutation
 
     def __iter__(self) -> Iterator[list[Draw]]:
-        part = self.batch_size // (self.accumulate * self.processes)
-        step = self.start_step
+        part, step = self.part, self.start_step
         while True:
             for turn in range(self.accumulate):
                 first = step * self.batch_size + (turn * self.processes + self.process) * part

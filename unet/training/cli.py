@@ -205,11 +205,14 @@ def _leave_group(status: int) -> None:
     """Ends this process if it is one of several, past the end of the interpreter.
 
     DistributedDataParallel keeps gloo's threads for ever, and one that asks for the interpreter
-    while it ends aborts the process: seen in one of forty runs on a busy machine.
+    while it ends aborts the process: seen in one of forty runs on a busy machine. After an error
+    the group is not taken leave of: NCCL waits for what is pending, and so for processes that wait
+    for this one. It is its end that lets torchrun end them.
     """
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_initialized():
-        distributed.destroy_process_group()
+        if status == 0:
+            distributed.destroy_process_group()
         atexit._run_exitfuncs()  # ends data workers too
         sys.stdout.flush()
         sys.stderr.flush()

@@ -25,18 +25,25 @@ class EMA:
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.decay = decay
+        self.followed: nn.Module | None = None
+        self.averaged: list[tuple[Tensor, Tensor]] = []  # ours and its own, found once:
+        self.copied: list[tuple[Tensor, Tensor]] = []  # a large network has hundreds
 
     @torch.no_grad()
     def update(self, model: nn.Module, updates: int) -> None:
         """Takes up the model's weights after `updates` earlier updates."""
         decay = min(self.decay, (1 + updates) / (10 + updates))
-        ours, theirs = _tensors(self.model), _tensors(model)
-        averaged = [k for k, v in ours.items() if v.is_floating_point()]
-        torch._foreach_lerp_([ours[k] for k in averaged], [theirs[k] for k in averaged], 1 - decay)
-        for k in ours.keys() - set(averaged):
-            ours[k].copy_(theirs[k])
+        if self.followed is not model:
+            self.followed = model
+            pairs = list(zip(_tensors(self.model), _tensors(model), strict=True))
+            self.averaged = [pair for pair in pairs if pair[0].is_floating_point()]
+            self.copied = [pair for pair in pairs if not pair[0].is_floating_point()]
+        ours, theirs = zip(*((local(a), local(b)) for a, b in self.averaged), strict=True)
+        torch._foreach_lerp_(ours, theirs, 1 - decay)
+        if self.copied:
+            counters, counted = zip(*self.copied, strict=True)
+            torch._foreach_copy_(counters, counted)
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    found = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    return {name: local(tensor) for name, tensor in found.items()}
+def _tensors(model: nn.Module) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]

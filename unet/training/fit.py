@@ -7,16 +7,17 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, nullcontext
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
+from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
-from unet.device import pick_device, pick_precision, training_format
+from unet.device import pick_device, pick_precision, repeatable, training_format
 from unet.errors import DiskError, InputError, Interrupted, RunError
 from unet.files.writing import DISK_FULL
 from unet.training.batches import BatchKeys, make_batches, next_batch
@@ -24,12 +25,14 @@ from unet.training.config_file import keep_config
 from unet.training.ema import EMA
 from unet.training.optimizer import make_optimizer
 from unet.training.plan import FitPlan, told
-from unet.training.run import RunFolder, signals_caught, tensorboard
+from unet.training.run import RunFolder, rng_state, set_rng_state, signals_caught, tensorboard
 from unet.training.shard import shard, whole
 from unet.training.state import RunState
 from unet.training.step import Stepper
 from unet.training.task import Batch, Processes, Task, join
 from unet.training.timetable import Progress, Timetable
+
+FEW = 4  # samples over which the statistics of batch norm are unsteady
 
 
 def fit(task: Task, plan: FitPlan) -> dict[str, float]:
@@ -46,10 +49,12 @@ def fit(task: Task, plan: FitPlan) -> dict[str, float]:
 
     Raises:
         InputError: options that do not fit the data, the model or the saved state.
-        RunError: the loss or the gradient is not finite.
+        RunError: the loss or the gradient is not finite; memory ran out; with `deterministic`, an
+            operation of which the device has no such form.
         Interrupted: SIGINT or SIGTERM came; the state is saved.
     """
-    return Trainer(task, plan).run()
+    with repeatable() if plan.deterministic else nullcontext():
+        return Trainer(task, plan).run()
 
 
 class Trainer:
@@ -87,7 +92,8 @@ class Trainer:
         self.model = self.accelerator.prepare_model(model, evaluation_mode=plan.shard)
         if plan.shard:
             averaged = [self.ema.model] if self.ema else []
-            shard([model, *averaged], self.processes.count, self.device)
+            half = torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else None
+            shard([model, *averaged], self.processes.count, self.device, half)
         self.optimizer = self.accelerator.prepare(make_optimizer(model, plan))
         if plan.compile:
             model.compile()
@@ -104,6 +110,7 @@ class Trainer:
         set_seed(plan.seed, device_specific=True)  # dropout differs between processes
         if plan.resume:
             self._restore()
+        self._remark_on_batch_norm()
         self.board = tensorboard(plan, self.progress.step) if self.main else None
         # Nothing of a run that is refused is left behind, so this comes last.
         if self.main:
@@ -168,15 +175,15 @@ class Trainer:
             group["lr"] = lr * self.timetable.rate(self.progress)
         loss = self.stepper(parts, self.progress)
         if self.ema and loss is not None:
-            self.ema.update(self.accelerator.unwrap_model(self.model), self.progress.step)
+            self.ema.update(self.stepper.plain, self.progress.step)
         return loss
 
     def _agree(self, signum: int) -> int:
         """The signal that any process caught, and the main process's clock, for all of them."""
         seconds = time.monotonic() - self.started
         if self.processes.count > 1:
-            parts = self.processes.gather((signum, seconds))
-            signum, seconds = max(p[0] for p in parts), parts[0][1]
+            parts = self.processes.gather_numbers([signum, seconds], self.device)
+            signum, seconds = int(max(p[0] for p in parts)), parts[0][1]
         self.progress.seconds = seconds
         return signum
 
@@ -185,7 +192,7 @@ class Trainer:
     def _evaluate(self) -> None:
         """Evaluates the averaged weights, keeps them where they are the best, logs and draws."""
         task, progress, start = self.task, self.progress, time.monotonic()
-        model: Any = self.ema.model if self.ema else self.accelerator.unwrap_model(self.model)
+        model: Any = self.ema.model if self.ema else self.stepper.plain
         if self.whole:
             self.whole.load_state_dict(whole(model.state_dict()))
             model = self.whole.to(self.device)
@@ -194,12 +201,13 @@ class Trainer:
             for buffer in model.buffers():
                 torch.distributed.broadcast(buffer, 0)
         figures: dict[str, float] = {}
-        devices = [self.device] if self.device.type == "cuda" else []
         # Training goes on with the random numbers that it would have had without an evaluation.
-        with torch.no_grad(), self.accelerator.autocast(), torch.random.fork_rng(devices):
+        random = rng_state(self.device)
+        with torch.no_grad(), self.accelerator.autocast():
             if task.evaluate:
                 figures = dict(task.evaluate(model, self.processes))
             pictures = task.pictures(model) if task.pictures and self.main else {}
+        set_rng_state(self.device, random)
         score = -math.inf  # nothing held out: the last weights
         if figures:
             name = task.score.removeprefix("-")
@@ -284,6 +292,18 @@ class Trainer:
             self.folder.cut_log(self.progress.step if state else -1)
 
     # -- what a person sees -----------------------------------------------------------------------
+
+    def _remark_on_batch_norm(self) -> None:
+        """Processes do not share its statistics, nor do parts of a batch."""
+        together = self.keys.part
+        if together < min(FEW, self.plan.batch_size) and any(
+            isinstance(m, _BatchNorm) for m in self.task.model.modules()
+        ):
+            self._say(
+                f"note: batch norm takes its statistics over the {together} samples that go "
+                f"through the network together, fewer than {FEW}: a larger --batch-size or a "
+                "smaller --accumulate steadies them"
+            )
 
     def _say(self, text: str) -> None:
         if self.main:

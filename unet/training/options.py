@@ -114,6 +114,10 @@ class FitOptions:
     """Compile the network with torch.compile, which takes a minute or more. Where it was measured,
     on a CPU, it never paid (docs/benchmarks.md); GPUs were not measured."""
 
+    deterministic: bool = False
+    """On a GPU: only algorithms that give the same bits each time, which are slower. A CPU takes
+    such ones anyway."""
+
     nonfinite: Literal["stop", "skip"] = "stop"
     """A step whose loss or gradient is NaN or infinite: stop, or leave it out and say so (100 in a
     row stop the run)."""

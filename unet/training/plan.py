@@ -61,6 +61,7 @@ class FitPlan:
     checkpointing: bool
     shard: bool
     compile: bool
+    deterministic: bool
     nonfinite: Literal["stop", "skip"]
     seed: int
     workers: int
@@ -68,6 +69,11 @@ class FitPlan:
     save_every: int
     log_every: int
     tensorboard: bool
+
+    def together(self, processes: int = 1) -> int:
+        """Samples that go through the network together in a step: they fit into memory with all
+        that the backward pass needs, so that as many do without it."""
+        return max(1, self.batch_size // (self.accumulate * processes))
 
 
 @dataclass(frozen=True, kw_only=True)

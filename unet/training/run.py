@@ -180,13 +180,13 @@ def tensorboard(plan: FitPlan, step: int) -> Any:
 def rng_state(device: torch.device) -> dict[str, Tensor]:
     """PyTorch's random numbers of this process, to be saved."""
     state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
+    if device.type != "cpu":
+        state[device.type] = torch.get_device_module(device).get_rng_state(device)
     return state
 
 
 def set_rng_state(device: torch.device, state: Mapping[str, Tensor]) -> None:
     """Goes on with the random numbers of an earlier process."""
     torch.set_rng_state(state["cpu"])
-    if "cuda" in state and device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"], device)
+    if device.type != "cpu" and device.type in state:
+        torch.get_device_module(device).set_rng_state(state[device.type], device)

@@ -11,11 +11,17 @@ from torch import Tensor, nn
 from unet.errors import InputError
 
 
-def shard(models: Iterable[Any], processes: int, device: torch.device) -> None:
+def shard(
+    models: Iterable[Any], processes: int, device: torch.device, dtype: torch.dtype | None = None
+) -> None:
     """Splits the parameters of `FolderModel`s among the processes, in place.
 
     A step of the network gathers its weights when it runs and forgets them afterwards; gradients
     are averaged and split in the backward pass (ZeRO-3, arXiv 1910.02054, sec. 5).
+
+    Args:
+        dtype: in which weights are gathered, half as much as in the float32 in which they are kept
+            and their gradients averaged; None: in that.
 
     Raises:
         InputError: there is one process alone.
@@ -26,13 +32,14 @@ def shard(models: Iterable[Any], processes: int, device: torch.device) -> None:
             "torchrun --nproc-per-node N, or drop it"
         )
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard  # a second to import
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # a second to import
 
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     mesh = init_device_mesh(device.type, (processes,))
     for model in models:
         trunk = model.trunk
         for step in (*trunk.encoder, trunk.middle, *trunk.decoder, model):
-            fully_shard(step, mesh=mesh)
+            fully_shard(step, mesh=mesh, mp_policy=policy)
 
 
 def local(tensor: Any) -> Tensor:

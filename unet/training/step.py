@@ -13,7 +13,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
 from unet.errors import RunError
-from unet.memory import kept_for_backward, ran_out_of_memory
+from unet.memory import give_back, kept_for_backward, ran_out_of_memory
 from unet.training.plan import FitPlan
 from unet.training.task import Batch, Processes, Task
 from unet.training.timetable import Progress
@@ -45,6 +45,7 @@ class Stepper:
     ) -> None:
         self.task, self.plan, self.accelerator = task, plan, accelerator
         self.model, self.optimizer, self.processes = model, optimizer, processes
+        self.plain = accelerator.unwrap_model(model)  # without the wrapper of several processes
         self.say = say
         self.loss = self.gradient_norm = 0.0
         self.skipped_in_row = 0
@@ -55,19 +56,21 @@ class Stepper:
         Raises:
             RunError: the loss or the gradient is not finite; memory ran out.
         """
-        model = self.accelerator.unwrap_model(self.model)
-        spared = [b.clone() for b in model.buffers()] if self.plan.nonfinite == "skip" else []
+        buffers = [*self.plain.buffers()] if self.plan.nonfinite == "skip" else []
+        spared = [buffer.clone() for buffer in buffers]
         try:
             loss = self._optimize(parts, progress)
         except Exception as error:
             if not ran_out_of_memory(error):
                 raise
-            error.__traceback__ = None  # whose frames hold the memory
-            raise RunError(self._too_large(parts[0], progress)) from error
-        if loss is None:
-            for buffer, value in zip(model.buffers(), spared, strict=True):
-                buffer.copy_(value)  # statistics of batch norm
-        return loss
+            short = error.with_traceback(None)  # whose frames hold the memory
+        else:
+            if loss is None:
+                for buffer, value in zip(buffers, spared, strict=True):
+                    buffer.copy_(value)  # statistics of batch norm
+            return loss
+        # Not while the error is handled, which holds its frames, too.
+        raise RunError(self._too_large(parts[0], progress)) from short
 
     def _optimize(self, parts: list[Batch], progress: Progress) -> float | None:
         """Losses and gradient are read once, at the end of the last part: a GPU waits for that."""
@@ -132,13 +135,16 @@ class Stepper:
 
     def _too_large(self, batch: Batch, progress: Progress) -> str:
         """What a step needs where memory ran out, measured on a single sample, and what to do."""
+        self.optimizer.zero_grad()
+        give_back(self.accelerator.device)
         device, count = self.accelerator.device, len(batch["index"])
         one = {k: v[:1].to(device) if isinstance(v, Tensor) else v[:1] for k, v in batch.items()}
-        model = self.accelerator.unwrap_model(self.model)
         text = f"the memory of {device} ran out at step {progress.step + 1}"
         if not self.plan.shard:  # where all processes would have to take part in a forward pass
             with contextlib.suppress(RuntimeError, ValueError, MemoryError):
-                kept = kept_for_backward(lambda: self.task.loss(model, one), model.parameters())
+                kept = kept_for_backward(
+                    lambda: self.task.loss(self.plain, one), self.plain.parameters()
+                )
                 text += (
                     f": the backward pass needs about {kept / 2**30:.3g} GiB a sample, "
                     f"{kept * count / 2**30:.3g} GiB for the {count} that go through the network "

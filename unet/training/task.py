@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import gather, gather_object
 from PIL import Image
 from torch import Tensor, nn
 
@@ -85,6 +85,16 @@ class Processes:
     def gather(self, part: T) -> list[T]:
         """What each process gives, in order, on every process."""
         return list(gather_object([part])) if self.count > 1 else [part]
+
+    def gather_numbers(
+        self, numbers: Sequence[float], device: torch.device
+    ) -> Sequence[Sequence[float]]:
+        """The same for as many numbers each, in one transfer: for every step."""
+        if self.count == 1:
+            return [numbers]
+        mine = torch.tensor([numbers], dtype=torch.float64, device=device)
+        found: list[list[float]] = gather(mine).tolist()
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ from transformers import CLIPTokenizer
 from diffusion import training
 from diffusion.data.images import DiffusionData
 from diffusion.data.pixels import to_bytes, to_unit
-from diffusion.decisions import chosen_noise, without_patches
+from diffusion.decisions import chosen_noise, decide, without_patches
 from diffusion.initial import find_start
 from diffusion.model import DiffusionUNet
 from diffusion.options import DiffusionOptions, SamplingOptions
@@ -37,8 +37,9 @@ from diffusion.stable.folder import read_schedule
 from diffusion.stable.latents import LatentData
 from diffusion.stable.pipeline import StableDiffusion
 from diffusion.stable.recipe import PictureSettings
-from diffusion.training import DiffusionTask
+from diffusion.training import DiffusionTask, NoisedSamples, make_model
 from tests.diffusion.stable.tiny_pipeline import SCHEDULER, SIDE, write_pipeline
+from tests.forks import as_spawned
 from unet import PRESETS, InputError
 from unet.files.images import write_image
 from unet.training.cli import run_script
@@ -130,6 +131,20 @@ def test_latents_are_drawn_from_the_scaled_posterior_of_the_autoencoder(
     assert torch.equal(batch, data.batch([index, data.val[0]])[0])
     assert samples[0, 3]["caption"] == data.conditions([index])[0] == data.caption(index)
     assert samples.name(3) == data.name(index)
+
+
+def test_latents_and_words_can_be_handed_to_a_process_that_is_spawned(
+    pipeline: Path, pictures: Path, tmp_path: Path
+) -> None:
+    """Without autoencoder and CLIP, and reading the files of the latents, which are not pickled."""
+    given = {"captions": True, "latents": pipeline, "text_encoder": pipeline}
+    data = latent_data(pipeline, pictures, tmp_path / "latents")
+    data.encode()
+    plan = decide(DiffusionOptions(data=str(pictures), **given), data)
+    samples = NoisedSamples(data, plan, make_model(plan))
+    again = as_spawned(samples)
+    assert_close(again[2, 5], samples[2, 5], rtol=0, atol=0)
+    assert isinstance(again.samples.data._moments, np.memmap)
 
 
 @pytest.mark.parametrize("ending", ["error", "signal"])

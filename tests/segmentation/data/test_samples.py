@@ -21,6 +21,7 @@ from segmentation.losses import cross_entropy
 from segmentation.model import SegmentationUNet
 from segmentation.options import SegmentationOptions
 from segmentation.pictures import SAMPLES, augmented, class_legend
+from tests.forks import as_spawned
 from unet import PRESETS
 from unet.files.pictures import key
 
@@ -46,6 +47,11 @@ def test_a_sample_depends_on_seed_epoch_and_index_alone(data):
     assert all(torch.equal(first[k], again[k]) for k in first)
     others = [make(2)[3, 4], make(1)[4, 4], make(1)[3, 5]]
     assert not any(torch.equal(first["image"], other["image"]) for other in others)
+
+
+def test_samples_can_be_handed_to_a_process_that_is_spawned(data):
+    samples = CropSamples(data, FLIPS, (32, 32), (32, 32), border=(10.0, 5.0))
+    torch.testing.assert_close(as_spawned(samples)[3, 4], samples[3, 4], rtol=0, atol=0)
 
 
 def test_weights_move_with_the_mask(data):

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,13 @@ from tests.forks import run_forked
 from tests.unet.training.toy_training import ToyOptions, toy_task
 from unet import InputError, UNetConfig
 from unet.device import training_format
+from unet.errors import RunError
 from unet.training.batches import BatchKeys, Draw, sample_rng
 from unet.training.ema import EMA
 from unet.training.fit import fit
 from unet.training.options import FitOptions
 from unet.training.plan import plan_fit
-from unet.training.run import RunFolder, read_log, run_folder
+from unet.training.run import RunFolder, read_log, rng_state, run_folder, set_rng_state
 from unet.training.task import Processes
 from unet.training.timetable import Progress, Timetable
 
@@ -359,6 +361,16 @@ def test_split_among_two_processes_the_losses_are_those_of_one(tmp_path):
         assert all(torch.allclose(v, models[1][k], atol=1e-4) for k, v in models[0].items())
 
 
+def test_weights_that_are_split_are_gathered_in_the_precision_of_the_network(tmp_path):
+    options = ("--steps", 12, "--log-every", 1, "--evaluations", 2, "--precision", "bf16")
+    for run, own in (("whole", ()), ("split", ("--shard",))):
+        assert toy("--out", tmp_path / run, *options, *own, processes=2).returncode == 0
+    whole, split = (losses(tmp_path / run) for run in ("whole", "split"))
+    assert [v for _, v in split] == pytest.approx([v for _, v in whole], rel=0.02)
+    model = load_file(tmp_path / "split/model/model.safetensors")
+    assert {v.dtype for v in model.values() if v.is_floating_point()} == {torch.float32}
+
+
 @pytest.mark.parametrize(
     ("options", "said"), [((), "but there is one"), (("--compile",), "does not go with --compile")]
 )
@@ -367,6 +379,87 @@ def test_splitting_is_refused_where_it_cannot_be(options, said, tmp_path):
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert said in done.stderr
     assert not (tmp_path / "run" / "model").exists()
+
+
+def test_deterministic_algorithms_are_taken_for_the_run_alone(uninterrupted, tmp_path):
+    """On a CPU they are those that it takes anyway."""
+    options = ToyOptions(
+        out=tmp_path / "run", steps=40, dropout=0.3, norm="batch", log_every=7, deterministic=True
+    )
+    task, during = toy_task(options), []
+
+    def loss(model, batch):
+        during.append(torch.are_deterministic_algorithms_enabled())
+        return task.loss(model, batch)
+
+    with run_folder(plan_fit(options)):
+        fit(replace(task, loss=loss), plan_fit(options))
+    assert all(during)
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert without_times(tmp_path / "run") == without_times(uninterrupted)
+
+
+def test_an_operation_that_has_no_deterministic_form_is_named(tmp_path):
+    options = ToyOptions(out=tmp_path / "run", steps=2, deterministic=True)
+
+    def loss(model, batch):
+        return torch.zeros(2).put_(torch.tensor([0]), torch.ones(1)).sum()
+
+    with (
+        pytest.raises(RunError, match="--deterministic: put_ gives the same bits each time on no"),
+        run_folder(plan_fit(options)),
+    ):
+        fit(replace(toy_task(options), loss=loss), plan_fit(options))
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize("kind", ["mps", "xpu", "cuda"])
+def test_random_numbers_of_any_device_are_saved_and_go_on(monkeypatch, kind):
+    class Device:
+        state = torch.arange(3, dtype=torch.uint8)
+
+        def get_rng_state(self, device):
+            return self.state.clone()
+
+        def set_rng_state(self, state, device):
+            Device.state = state
+
+    monkeypatch.setattr(torch, "get_device_module", lambda device: Device())
+    device = torch.device(kind)
+    saved = rng_state(device)
+    drawn, Device.state = torch.rand(3), Device.state + 1
+    set_rng_state(device, saved)
+    assert torch.equal(torch.rand(3), drawn)
+    assert torch.equal(Device.state, torch.arange(3, dtype=torch.uint8))
+    set_rng_state(device, {"cpu": saved["cpu"]})  # of a run on a CPU
+
+
+def test_batch_norm_over_a_few_samples_at_a_time_is_remarked_on(tmp_path, capsys):
+    values = {"steps": 1, "batch_size": 6}
+    for name, few, own in (
+        ("parts", True, {"accumulate": 2, "norm": "batch"}),
+        ("whole", False, {"norm": "batch"}),
+        ("group", False, {"accumulate": 2}),
+    ):
+        options = ToyOptions(out=tmp_path / name, **values, **own)
+        with run_folder(plan_fit(options)):
+            fit(toy_task(options), plan_fit(options))
+        said = "batch norm takes its statistics over the 3 samples" in capsys.readouterr().out
+        assert said == few, name
+
+
+@pytest.mark.parametrize(("processes", "precision"), [(1, "bf16"), (2, "fp32")])
+def test_a_compiled_network_takes_the_same_steps(tmp_path, processes, precision):
+    """As it is trained: with autocast, averaged, scored, and in the wrapper of two processes."""
+    options = ("--steps", 4, "--log-every", 1, "--evaluations", 2, "--precision", precision)
+    for run, own in (("eager", ()), ("compiled", ("--compile",))):
+        done = toy("--out", tmp_path / run, *options, *own, processes=processes)
+        assert done.returncode == 0, done.stderr
+    eager, compiled = (without_times(tmp_path / run) for run in ("eager", "compiled"))
+    assert len(eager) == 6
+    assert [e.keys() for e in eager] == [e.keys() for e in compiled]
+    for ours, theirs in zip(compiled, eager, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
 
 
 def test_workers_do_not_change_a_run(uninterrupted, tmp_path):
