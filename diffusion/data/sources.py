@@ -152,7 +152,10 @@ def _archive(path: Path, how: HowToRead) -> Source:
             f"'{path}' has labels {labels.dtype} {labels.shape} for {counted(count, 'image')}: "
             "give a whole number or a name for each"
         )
-    return _classified(source, labels.tolist())
+    try:
+        return _classified(source, labels.tolist())
+    except (SystemError, ValueError) as error:  # names of bytes that are no letters
+        raise InputError(f"'{path}' has labels that cannot be read") from error
 
 
 def _read_row(

@@ -121,15 +121,11 @@ def test_grey_and_colour_cross(data: Path, tmp_path: Path, capsys) -> None:
 
     diffusion_model(tmp_path / "grey")
     images = ("--data", data / "image", "--size", 16)
-    for init, channels, done in (("grey", 3, "shared out to colour"), ("colour", 1, "summed to")):
-        given = (
-            "--init",
-            tmp_path / init,
-            "--colour",
-            channels,
-            "--out",
-            tmp_path / init / "run",
-        )
+    for init, colour, done in (
+        ("grey", "rgb", "shared out to colour"),
+        ("colour", "grey", "summed to"),
+    ):
+        given = "--init", tmp_path / init, "--colour", colour, "--out", tmp_path / init / "run"
         assert run_ddpm(*images, *given, *SHORT) == 0
         assert f"{tmp_path / init}, its first weights {done}" in capsys.readouterr().out
         found = DiffusionUNet.from_pretrained(tmp_path / init / "run/model")

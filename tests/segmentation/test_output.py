@@ -199,14 +199,14 @@ def test_files_are_written_while_the_next_image_is_predicted(folder, tmp_path, m
     for file in (tmp_path / "all").iterdir():
         if file.name[:2] not in ("03", "07", "09"):
             assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
-    assert len(list((tmp_path / "out").iterdir())) == 3 * 9
+    assert len(list((tmp_path / "out").iterdir())) == 3 * 9 + 1  # the legend
 
 
 def test_a_full_disk_ends_the_prediction_of_many_images(folder, tmp_path, monkeypatch):
     for i in range(6):
         write_image(tmp_path / f"in/{i}.png", np.full((20, 20), 9 * i, np.uint8))
 
-    def full(*_):
+    def full(*_, **__):
         raise OSError(errno.ENOSPC, "no space left")
 
     monkeypatch.setattr(output, "write_image", full)

@@ -660,7 +660,7 @@ def edit(model: Path, **values: object) -> None:
 def test_an_image_unlike_the_training_images_is_reported(model_folder, tmp_path, capsys):
     write_image(tmp_path / "rgb.png", np.zeros((20, 20, 3), np.uint8))
     arguments = ("--model", model_folder, "--input", tmp_path / "rgb.png")
-    assert run_predict(*arguments, "--out", tmp_path / "out") == 1
+    assert run_predict(*arguments, "--out", tmp_path / "out") == 2
     assert "3 channels" in capsys.readouterr().err
 
 

@@ -49,6 +49,7 @@ _JPEG_2000 = (33003, 33004, 33005, 34712)
 
 _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE, _YCBCR = 0, 1, 2, 3, 6
 _ORIENTATION, _NODATA = 274, 42113
+_COMPOSITE = 7  # channels that ImageJ shows together, at most
 
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # it logs what it forgives
 
@@ -124,6 +125,9 @@ def _described(tif: Any) -> Stored:
 
 def _series(tif: Any, series: Any) -> Stored:
     page, shape, axes = series.keyframe, tuple(map(int, series.shape)), series.axes
+    if tif.is_imagej and "C" in axes and shape[axes.index("C")] > _COMPOSITE:
+        # Written by a program that names the slices of every stack so.
+        axes = axes.replace("C", next(letter for letter in "ZTP" if letter not in axes))
     if series.dtype != page.dtype:
         raise InputError(f"its description says {series.dtype}, its pages are {page.dtype}")
     at = series.dataoffset
