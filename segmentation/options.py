@@ -75,7 +75,8 @@ class SegmentationOptions(LabelOptions, FitOptions):
 
     data: str = "phantom"
     """A folder with images and masks (image/ label/, images/ masks/, ... or the two ISBI 2012
-    stacks); isbi2012: the challenge's stacks, downloaded once; phantom: generated membrane images.
+    stacks); isbi2012: the challenge's stacks, downloaded once; phantom: generated membrane images;
+    stains: generated cells in two channels.
     """
 
     val_data: Path | None = None

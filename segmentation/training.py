@@ -21,6 +21,7 @@ from segmentation.data.pairs import Pair, find_pairs, pairs_from_arrays
 from segmentation.data.phantom import phantom_stack
 from segmentation.data.samples import CropSamples
 from segmentation.data.splits import split_pairs
+from segmentation.data.stains import CHANNELS, NAMES, stained_stack
 from segmentation.decisions import SegmentationPlan, decide, own_start
 from segmentation.judging.evaluation import COARSE, Evaluation, evaluate
 from segmentation.judging.report import write_report
@@ -37,6 +38,7 @@ from segmentation.pictures import (
 )
 from segmentation.predict import Predictor, TensorSource, classes
 from unet.device import pick_device
+from unet.files.pages import AS_STORED, ImageInfo, Reading
 from unet.files.pictures import panel
 from unet.training.fit import fit
 from unet.training.resuming import resumed
@@ -44,7 +46,7 @@ from unet.training.run import RunFolder, is_main_process, run_folder
 from unet.training.task import Batch, Processes, Task
 from unet.weights.start import Start, take_over
 
-PHANTOM_SLICES, PHANTOM_SIZE = 30, (256, 256)
+PHANTOM_SLICES, STAINED_SLICES, PHANTOM_SIZE = 30, 20, (256, 256)
 FIGURES = ("loss", "accuracy", "dice", "iou", "v_rand", "v_info")  # of an evaluation
 PICTURED = 4  # held-out images in the pictures of a run
 
@@ -157,11 +159,24 @@ def find_data(options: SegmentationOptions) -> list[Pair]:
     said: dict[str, Any] = {"reading": options.reading, "cleaning": options.cleaning}
     if options.images is not None:
         return _with_val(find_pairs(images=options.images, masks=options.masks, **said), options)
+    if options.data == "stains":
+        return stained_pairs(STAINED_SLICES, options.seed, options.reading)
     if options.data == "phantom":
         return pairs_from_arrays(*phantom_stack(PHANTOM_SLICES, PHANTOM_SIZE, options.seed))
     published = options.data == "isbi2012" and not Path("isbi2012").is_dir()
     folder = isbi2012_folder() if published else Path(options.data)
     return _with_val(find_pairs(folder, **said), options)
+
+
+def stained_pairs(count: int, seed: int, reading: Reading = AS_STORED) -> list[Pair]:
+    """Generated images of two stains, or of the chosen one; see `segmentation.data.stains`."""
+    images, classes = stained_stack(count, PHANTOM_SIZE, seed)
+    info = ImageInfo(
+        height=PHANTOM_SIZE[0], width=PHANTOM_SIZE[1], channels=2, dtype="uint16", names=CHANNELS
+    )
+    chosen = reading.chosen(info)
+    images = images if chosen is None else images[..., chosen]
+    return pairs_from_arrays(images, classes, channels=reading.of(info).names, classes=NAMES)
 
 
 def _with_val(pairs: list[Pair], options: SegmentationOptions) -> list[Pair]:

@@ -21,6 +21,7 @@ from unet.training.config_file import load_config
 
 UNSEEN_SEED, UNSEEN_SLICES = 1_000, 4
 SEGMENTATION_SHARE = 0.3  # of the minutes; drawing takes longer to learn
+STAINS_SHARE = 0.12  # of these minutes are added for cells of two stains
 MEETING_SHARE = 0.12  # of these minutes are added for each of the two segmentations of shapes
 MEETING_SEED = 10_000  # of shapes that the diffusion model was not trained on
 SIDE, SHEET, LABELLED = 32, 8, 4  # pixels of a picture, pictures along a sheet, and labelled ones
@@ -45,6 +46,7 @@ class DemoOptions:
 def main(options: DemoOptions) -> None:
     run = options.out / time.strftime("demo-%Y%m%d-%H%M%S")
     segment(options, run / "segmentation")
+    stain(options, run / "stains")
     draw(options, run / "diffusion")
     meet(options, run / "diffusion/model", run / "meeting")
     print()
@@ -85,6 +87,37 @@ def segment(options: DemoOptions, run: Path) -> None:
         f"pixel error {found['pixel_error']:.3f} (1, 1 and 0 are perfect)\n\nPictures:\n"
         f"  {run / 'samples'}: held-out images during training, with mask, probability, errors\n"
         f"  {run / 'predictions'}: masks, probabilities and overlays of the unseen images"
+    )
+
+
+def stain(options: DemoOptions, run: Path) -> None:
+    """A segmentation of images of two channels: nuclei and cytoplasm, each with a stain."""
+    from segmentation.judging.evaluation import evaluate
+    from segmentation.judging.labelled import labelled_data
+    from segmentation.pictures import class_colours, class_legend, grey_or_rgb
+    from segmentation.predict import Predictor
+    from segmentation.segmenter import load_models
+    from segmentation.training import stained_pairs, train
+    from unet.files.pictures import panel
+
+    print("\nTraining a segmentation on generated cells of two stains:", flush=True)
+    minutes, seed = STAINS_SHARE * options.minutes, options.seed
+    train(SegmentationOptions(out=run, data="stains", max_minutes=minutes, seed=seed, crop=128))
+    models, table, _ = load_models([str(run / "model")])
+    unseen = stained_pairs(2, UNSEEN_SEED + seed)
+    data = labelled_data(models, unseen, table)
+    found = evaluate(Predictor(models), data, data.val)
+    count, rows = len(table.values), []
+    for i, one in enumerate(found.images):
+        image = unseen[i].read_image()
+        stains = [grey_or_rgb(image[..., c : c + 1]) for c in range(image.shape[2])]
+        masks = [class_colours(mask, count) for mask in (data.load(i)[1], one.prediction)]
+        rows.append([*stains, grey_or_rgb(image), *masks])
+    titles = (*unseen[0].info.names, "both", "true classes", "found")
+    panel(rows, 256, titles=titles, legend=class_legend(table)).save(run / "two-stains.png")
+    print(
+        f"\nMean Dice of ground, cytoplasm and nucleus on unseen cells: "
+        f"{found.scores()['dice']:.3f}\n  {run / 'two-stains.png'}: both stains, and what is found"
     )
 
 

@@ -186,19 +186,36 @@ def find_pairs(
     return _with_palettes(pairs)
 
 
-def pairs_from_arrays(images: Array, masks: Array) -> list[Pair]:
-    """Pairs named "0", "1", ... of uint8, uint16 or float32 (N, H, W[, C]) and masks (N, H, W)."""
-    channels = images.shape[3] if images.ndim == 4 else 1
-    known = channels > 0 and images.dtype.name in DTYPES
+def pairs_from_arrays(
+    images: Array,
+    masks: Array,
+    *,
+    channels: Sequence[str] = (),
+    classes: Sequence[str] = (),
+) -> list[Pair]:
+    """Pairs named "0", "1", ... of uint8, uint16 or float32 (N, H, W[, C]) and masks (N, H, W).
+
+    Args:
+        channels, classes: their names, of the mask values 0, 1, ...
+    """
+    count = images.shape[3] if images.ndim == 4 else 1
+    known = count > 0 and len(channels) in (0, count) and images.dtype.name in DTYPES
     if images.ndim not in (3, 4) or images.shape[:3] != masks.shape or not known:
         raise InputError(
             f"{images.dtype} images {images.shape} and masks {masks.shape} do not fit: give "
             f"{', '.join(DTYPES)} (N, H, W) or (N, H, W, C), and (N, H, W)"
         )
     height, width = masks.shape[1:]
-    info = ImageInfo(height=height, width=width, channels=channels, dtype=images.dtype.name)
+    info = ImageInfo(
+        height=height,
+        width=width,
+        channels=count,
+        dtype=images.dtype.name,
+        names=tuple(channels),
+    )
+    names = dict(enumerate(classes))
     return [
-        Pair(name=str(i), image=image, mask=mask, info=info)
+        Pair(name=str(i), image=image, mask=mask, info=info, classes=names)
         for i, (image, mask) in enumerate(zip(images, masks, strict=True))
     ]
 
