@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from unet.errors import InputError, as_keywords
 from unet.files.images import image_info
 from unet.files.pages import Array, ImageInfo, Reading, missing
 from unet.files.rasters import open_raster
-from unet.words import counted
+from unet.words import channels_said, counted
 
 Image: TypeAlias = "Array | Tensor | str | Path"  # or a batch of them
 
@@ -284,7 +285,7 @@ class Segmenter:
         else:
             nodata = None
             pages, batched = _as_batch(_as_array(image), self.channels)
-            pages = _converted(pages, self.dtype)
+            pages = _converted(pages, self.dtype, self._nodata)
         found = [find(RasterSource(page, nodata)) for page in pages]
         return np.stack(found) if batched else found[0]
 
@@ -351,10 +352,10 @@ def _as_array(image: object) -> Array:
 def _as_batch(image: Array, channels: int) -> tuple[Array, bool]:
     """An image or a batch as (N, H, W, C), and whether it was a batch; see `Segmenter`."""
     shape = image.shape
-    wanted = "(H, W, 3) or a batch (N, H, W, 3)"
+    wanted = f"(H, W, {channels}) or a batch (N, H, W, {channels})"
     if channels == 1:
         wanted = "(H, W), (H, W, 1) or a batch (N, H, W), (N, H, W, 1)"
-    kind = "grey (1 channel)" if channels == 1 else f"RGB ({channels} channels)"
+    kind = channels_said(channels)
     cure = f"an image has the shape {wanted}"
     if not image.size:
         raise InputError(f"the image has the shape {shape}, so it holds no pixel: {cure}")
@@ -366,7 +367,7 @@ def _as_batch(image: Array, channels: int) -> tuple[Array, bool]:
         return image[None, :, :, None], False
     if channels == 1 and image.ndim == 3 and shape[2] not in (3, 4):
         return image[..., None], True
-    if image.ndim == 2:
+    if image.ndim == 2 and channels == 3:
         cure = "give np.stack([image] * 3, axis=-1) if the training images were as grey as this one"
     elif image.ndim in (3, 4) and shape[-1] == 4 and channels == 3:
         cure = "leave out the fourth channel, such as alpha, with image[..., :3]"
@@ -379,15 +380,16 @@ def _as_batch(image: Array, channels: int) -> tuple[Array, bool]:
     raise InputError(f"an image of shape {shape} does not fit a model for {kind} images: {cure}")
 
 
-def _converted(pixels: Array, dtype: str) -> Array:
-    """Pixels in the type that the model takes, as `Segmenter` says."""
+def _converted(pixels: Array, dtype: str, nodata: float | None = None) -> Array:
+    """Pixels in the type that the model takes, as `Segmenter` says; NaN only if it is no data."""
     given, wanted = pixels.dtype, np.dtype(dtype)
     # uint8 and uint16 are ranges of values, whatever the values; the other integers are none.
     whole = given.kind in "iu" and given.name not in ("uint8", "uint16")
     if wanted.kind == "f" and (whole or given.kind == "f"):
         with np.errstate(over="ignore"):
             found = pixels.astype(wanted, copy=False)
-        if np.isfinite(found).all():
+        gaps = nodata is not None and math.isnan(nodata)
+        if (np.isfinite(found) | (np.isnan(found) & gaps)).all():
             return found
         raise InputError(
             f"the image of {given} holds NaN, infinite or too large values: replace them, such as "

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 def counted(count: float, thing: str) -> str:
     """The count with its noun: "1 image", "1,200 images", "0.5 minutes", "2 classes"."""
     number = f"{count:g}" if count % 1 else f"{int(count):,}"
     plural = "es" if thing.endswith("s") else "s"
     return f"{number} {thing}{plural if count != 1 else ''}"
+
+
+def channels_said(count: int, names: Sequence[str] = ()) -> str:
+    """What images of so many channels are: "grey (1 channel)", "2 channels (DAPI, GFP)"."""
+    known = counted(count, "channel")
+    if names:
+        return f"{known} ({', '.join(names)})"
+    return {1: f"grey ({known})", 3: f"RGB ({known})"}.get(count, known)
