@@ -66,6 +66,11 @@ class Layout:
     channels: tuple[str, ...] = ()
 
 
+def stem_of(file: Path) -> str:
+    """The name without its ending, also without the .ome of an OME-TIFF."""
+    return file.stem.removesuffix(".ome")
+
+
 def find_layout(
     data: Path | None = None, images: Path | None = None, masks: Path | None = None
 ) -> Layout:
@@ -153,11 +158,11 @@ def _listed_parts(data: Path, matches: list[Match]) -> list[Match]:
 
 def _nnunet(data: Path) -> Layout:
     """imagesTr/case_0000.png, one file a channel, labelsTr/case.png, and dataset.json."""
-    labels = {mask.stem: mask for mask in list_images(data / "labelsTr")}
+    labels = {stem_of(mask): mask for mask in list_images(data / "labelsTr")}
     cases: dict[str, dict[int, Path]] = defaultdict(dict)
     for image in list_images(data / "imagesTr"):
-        ending = re.fullmatch(r"(.+)_(\d{4})", image.stem)
-        name, channel = (ending[1], int(ending[2])) if ending else (image.stem, 0)
+        ending = re.fullmatch(r"(.+)_(\d{4})", stem_of(image))
+        name, channel = (ending[1], int(ending[2])) if ending else (stem_of(image), 0)
         cases[name][channel] = image
     _check_alone(
         [next(iter(c.values())) for name, c in cases.items() if name not in labels],
@@ -219,7 +224,7 @@ def _across(images: Path, masks: Path) -> list[Match]:
         stack, folder = (images, masks) if os.path.isfile(images) else (masks, images)
         files = tuple(list_images(folder))
         pair = ((stack,), files) if stack is images else (files, (stack,))
-        return [Match(name=stack.stem, image=pair[0], mask=pair[1], part="stack")]
+        return [Match(name=stem_of(stack), image=pair[0], mask=pair[1], part="stack")]
     found = [_tree(folder) for folder in (images, masks)]
     parts = [{part for part, _ in map(_part_of, files)} & {"train", "val"} for files in found]
     if parts[0] and parts[0] == parts[1]:
@@ -255,7 +260,7 @@ def _matched(
     images: Sequence[Path], masks: Sequence[Path], where: Path, masked: Path
 ) -> list[Match]:
     """Images and masks with the same stem, but for an ending or a beginning that all share."""
-    name, times = Counter(image.stem for image in images).most_common(1)[0]
+    name, times = Counter(stem_of(image) for image in images).most_common(1)[0]
     if times > 1:
         raise InputError(f"{times} images of {str(where)!r} are named {name!r}; rename all but one")
     for image_names in _readings(images):
@@ -266,12 +271,12 @@ def _matched(
                     _pair(image, of[name]) for image, name in zip(images, image_names, strict=True)
                 ]
     # Each mask by itself: with an ending of its own.
-    free = {mask.stem: mask for mask in masks}
+    free = {stem_of(mask): mask for mask in masks}
     alone = []
     for image in images:
-        stems = (image.stem, image.stem.removesuffix("_0000"))
+        stems = (stem_of(image), stem_of(image).removesuffix("_0000"))
         hit = next((s for s in stems if s in free), None)
-        ends = [s for s in free if s.startswith((f"{image.stem}_", f"{image.stem}-"))]
+        ends = [s for s in free if s.startswith((f"{stem_of(image)}_", f"{stem_of(image)}-"))]
         if hit is None and len(ends) == 1:
             hit = ends[0]
         if hit is None:
@@ -291,7 +296,7 @@ def _matched(
 
 def _readings(files: Sequence[Path]) -> list[list[str]]:
     """Stems as they are, without the ending that all share, and without the beginning."""
-    stems = [file.stem for file in files]
+    stems = [stem_of(file) for file in files]
     found = [stems, [stem.removesuffix("_0000") for stem in stems]]
     if len(stems) > 1:
         ending = _common([stem[::-1] for stem in stems])[::-1]
@@ -314,15 +319,17 @@ def _common(texts: Sequence[str]) -> str:
 def _side_by_side(data: Path) -> Layout:
     """Images and masks in one folder: an ending that all masks share tells them apart."""
     files = [file for file in list_images(data) if not _CELLPOSE.search(file.name.lower())]
-    stems = {file.stem for file in files}
+    stems = {stem_of(file) for file in files}
     endings: Counter[str] = Counter()
     for file in files:
-        for m in re.finditer(r"[_\-. ]", file.stem):
-            if file.stem[: m.start()] in stems:
-                endings[file.stem[m.start() :]] += 1
-    images = [f for f in files if not any(f.stem.endswith(end) for end in endings)]
+        for m in re.finditer(r"[_\-. ]", stem_of(file)):
+            if stem_of(file)[: m.start()] in stems:
+                endings[stem_of(file)[m.start() :]] += 1
+    images = [f for f in files if not any(stem_of(f).endswith(end) for end in endings)]
     whole = [
-        end for end in endings if all(f"{image.stem}{end}" in stems for image in images) and images
+        end
+        for end in endings
+        if all(f"{stem_of(image)}{end}" in stems for image in images) and images
     ]
     if len(whole) > 1:
         raise InputError(
@@ -331,7 +338,7 @@ def _side_by_side(data: Path) -> Layout:
         )
     by_stem = defaultdict(list)
     for file in files:
-        by_stem[file.stem].append(file)
+        by_stem[stem_of(file)].append(file)
     lossy = (".jpg", ".jpeg", ".webp")
     if not endings and all(
         sorted(f.suffix.lower() in lossy for f in twins) == [False, True]
@@ -343,17 +350,17 @@ def _side_by_side(data: Path) -> Layout:
             matches.append(_pair(image, mask))
         return Layout(matches=matches)
     end = whole[0] if whole else (endings.most_common(1) or [("_mask", 0)])[0][0]
-    masks = [f for f in files if f.stem.endswith(end)]
+    masks = [f for f in files if stem_of(f).endswith(end)]
     images = [f for f in files if f not in masks]
-    have = {mask.stem.removesuffix(end) for mask in masks}
+    have = {stem_of(mask).removesuffix(end) for mask in masks}
     _check_alone(
-        [f for f in images if f.stem not in have],
-        [f for f in masks if f.stem.removesuffix(end) not in {i.stem for i in images}],
+        [f for f in images if stem_of(f) not in have],
+        [f for f in masks if stem_of(f).removesuffix(end) not in {stem_of(i) for i in images}],
         f"a mask is named as its image, with {end} at the end",
     )
-    of = {mask.stem.removesuffix(end): mask for mask in masks}
+    of = {stem_of(mask).removesuffix(end): mask for mask in masks}
     # Cellpose names numbered masks NAME_masks.
-    return Layout(matches=[_pair(i, of[i.stem]) for i in images])
+    return Layout(matches=[_pair(i, of[stem_of(i)]) for i in images])
 
 
 def _check_alone(images: Sequence[Path], masks: Sequence[Path], rule: str) -> None:
@@ -367,7 +374,7 @@ def _check_alone(images: Sequence[Path], masks: Sequence[Path], rule: str) -> No
 
 
 def _pair(image: Path, mask: Path) -> Match:
-    return Match(name=image.stem, image=(image,), mask=(mask,))
+    return Match(name=stem_of(image), image=(image,), mask=(mask,))
 
 
 def _class_names(folder: Path) -> dict[int, str]:
