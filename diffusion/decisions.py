@@ -77,6 +77,11 @@ def decide(options: DiffusionOptions, data: Data) -> DiffusionPlan:
     start = None
     if options.init:
         start = find_start(options.init, images.ranges).for_channels(data.channels)
+        if images.condition is not None:
+            raise InputError(
+                "--condition makes the first layer of the network wider, which --init cannot give "
+                "yet: leave one of them out"
+            )
     schedule, prediction, noise = chosen_noise(options, start)
     clip = read_clip(options)
     network, why = chosen_config(options, data, clip, start)
@@ -96,6 +101,9 @@ def decide(options: DiffusionOptions, data: Data) -> DiffusionPlan:
         info["autoencoder"] = str(autoencoder.folder)
     text = chosen_text(options, data, network, clip, info)
     outputs = data.channels * (2 if options.learn_variance else 1)
+    if images.condition is not None:
+        network = replace(network, in_channels=data.channels + images.condition.channels)
+        info["condition"] = images.condition.to_dict()
     with torch.device("meta"):
         model = DiffusionUNet(network, outputs, info)
     fit, optimizer = chosen_fit(options)

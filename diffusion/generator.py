@@ -13,6 +13,7 @@ import numpy as np
 
 from diffusion.model import DiffusionUNet
 from diffusion.options import SamplingOptions
+from diffusion.plans import Wanted
 from diffusion.sampling import Images, ImageSampler, load_for_sampling
 from unet.errors import InputError, as_keywords
 
@@ -56,7 +57,7 @@ class ImageGenerator:
     def channels(self) -> int:
         """Channels of the images: 1 (grey) or 3 (RGB)."""
         found = self._autoencoder
-        return found.image_channels if found else self.model.config.in_channels
+        return found.image_channels if found else self.model.image_channels
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -83,6 +84,7 @@ class ImageGenerator:
         first: int = 0,
         classes: Class | Sequence[Class] = None,
         prompts: str | Sequence[str] | None = None,
+        pictures: str | Path | Sequence[str | Path] | None = None,
         negative: str = SamplingOptions.negative,
         guidance: float = SamplingOptions.guidance,
         steps: int = SamplingOptions.steps,
@@ -93,7 +95,7 @@ class ImageGenerator:
         """New images, the same as those of `unet-sample-ddpm` with these settings.
 
         Args:
-            count: how many; None: as many as classes or prompts are given, else one.
+            count: how many; None: as many as classes, prompts or pictures are given, else one.
             seed: image 7 of a seed is the same whatever the number of images and the batch size.
             first: number of the first image of the seed.
             classes: name or index of the class of all images, or one for each, or fewer to be taken
@@ -101,6 +103,8 @@ class ImageGenerator:
                 knows classes.
             prompts: a text that all images are to show, or one for each, or fewer to be taken in
                 turn.
+            pictures: a file that all images are made from, or one for each, or fewer to be taken in
+                turn, for a model that was trained with a condition.
             negative: with `guidance` and `prompts`: a text to lead away from.
             guidance: scale of classifier-free guidance; 1: none.
             steps: from noise to image.
@@ -123,11 +127,12 @@ class ImageGenerator:
         prompts = _several(prompts)
         if not all(isinstance(prompt, str) for prompt in prompts):
             raise InputError(f"prompts are texts, not {prompts!r:.200}")
-        given = len(classes) + len(prompts)
+        files = [Path(file) for file in _several(pictures)]
+        given = len(classes) + len(prompts) + len(files)
         count = _whole("count", given or 1 if count is None else count, 1)
         if given > count:
             raise InputError(
-                f"{given} classes or prompts are given for {count} images: ask for as many images, "
+                f"{given} classes, prompts or pictures are given for {count} images: ask for as many, "
                 "or leave count out"
             )
         settings |= {"negative": negative, "guidance": guidance, "sampler": sampler}
@@ -137,12 +142,17 @@ class ImageGenerator:
             known = sorted({*SETTINGS} - {"device"})
             raise InputError(
                 f"{unknown[0]!r} is no setting of a call: choose from count, first, classes, "
-                f"prompts, {', '.join(known)}; the device is given to load"
+                f"prompts, pictures, {', '.join(known)}; the device is given to load"
             )
         first = _whole("first", first, 0)
         with as_keywords(*SETTINGS, "prompt"):
             chosen = ImageSampler(self.model, SamplingOptions(**settings), self._autoencoder)
-            wanted = chosen.wanted(range(first, first + count), classes, prompts)
+            numbers = range(first, first + count)
+            if files:
+                made_from = [chosen.made_from(file) for file in files]
+                wanted: Wanted = [made_from[i % len(files)] for i in numbers]
+            else:
+                wanted = chosen.wanted(numbers, classes, prompts)
         for remark in (r for text in dict.fromkeys(prompts) for r in chosen.text.remarks(text)):
             warnings.warn(remark, stacklevel=2)
         return np.concatenate(list(chosen.batches(count, wanted, first=first)))

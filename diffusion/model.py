@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from diffusion.data.conditions import Condition
 from diffusion.text import TextEncoder, WordEncoder
 from unet.config import UNetConfig
 from unet.errors import InputError
@@ -55,6 +56,18 @@ class DiffusionUNet(FolderModel):
             )
 
     @property
+    def condition(self) -> Condition | None:
+        """What each picture is made from, from its `info`; None: from noise alone."""
+        saved = self.info.get("condition")
+        return None if saved is None else Condition.from_dict(saved)
+
+    @property
+    def image_channels(self) -> int:
+        """Channels of what is made; the network gets those of the condition beside them."""
+        condition = self.condition
+        return self.config.in_channels - (condition.channels if condition else 0)
+
+    @property
     def size(self) -> tuple[int, int]:
         """Height and width of the images that it was trained on, from its `info`."""
         return trained_size(self.info)
@@ -79,18 +92,29 @@ class DiffusionUNet(FolderModel):
         mask: Tensor | None = None,
         classes: Tensor | None = None,
         tokens: Tensor | None = None,
+        picture: Tensor | None = None,
     ) -> Tensor:
-        """(B, in_channels, H, W) to (B, out_channels, H, W); the arguments are those of `UNet`.
+        """(B, C, H, W) to (B, out_channels, H, W); the arguments are those of `UNet`.
 
-        With a text encoder, `tokens` (B, L) of `text.tokenize` can stand for context and mask.
+        With a text encoder, `tokens` (B, L) of `text.tokenize` can stand for context and mask. With
+        a condition, `picture` (B, K, H, W) is joined to x.
         """
+        if picture is not None:
+            x = torch.cat([x, picture.to(x.dtype)], dim=1)
         if tokens is not None and self.text is not None:
             context, mask = self.text(tokens)
         features = self.trunk(x, t, context, mask=mask, classes=classes)
         return unpatch(self.head(features), self.config.patch, x.shape[-2:])
 
-    def conditioning(self, wanted: Sequence[int | str | None]) -> dict[str, Any]:
-        """What `forward` is given for images of these classes or texts; None: of any."""
+    def conditioning(self, wanted: Sequence[int | str | Tensor | None]) -> dict[str, Any]:
+        """What `forward` is given for images of these classes, texts or pictures (K, H, W); None:
+        of any.
+        """
+        if (condition := self.condition) is not None:
+            device = next(self.parameters()).device
+            empty = torch.zeros(condition.channels, *self.size)
+            rows = [w if isinstance(w, Tensor) else empty for w in wanted]
+            return {"picture": torch.stack([row.to(device) for row in rows])}
         if self.text is not None:
             return self.text.encode([str(w or "") for w in wanted])._asdict()
         if not self.config.classes:
@@ -105,7 +129,7 @@ class DiffusionUNet(FolderModel):
         with suppress(InputError):  # which loading it will say
             facts["Images"] = "{} x {} pixels, uint8".format(*self.size)
             if "autoencoder" not in self.info:
-                facts["Images"] += f", {counted(self.config.in_channels, 'channel')}"
+                facts["Images"] += f", {counted(self.image_channels, 'channel')}"
             if classes := self.classes:
                 facts["Classes"] = ", ".join(classes)
         facts["Prediction"] = str(self.info.get("prediction"))

@@ -77,8 +77,14 @@ class DiffusionOptions(ReadingOptions, FitOptions):
     """Learn to make images of a text: `shapes`, or a folder with a metadata.jsonl of lines such as
     {"file_name": "0.png", "text": "a red circle"}."""
 
+    condition: str | None = None
+    """Learn to make each image from a picture: a folder of pictures or masks with the images'
+    names; or from the image itself lowres:4 (a version 4 times smaller), grey, noise:0.2 or hole.
+    """
+
     label_dropout: float = 0.1
-    """Share of the images that are shown without their class or caption, as guidance needs it."""
+    """Share of the images that are shown without their class, caption or condition, as guidance
+    needs it."""
 
     network: str = "auto"
     """auto: width and levels by image size, number of images and budget; or a preset
@@ -143,6 +149,11 @@ class DiffusionOptions(ReadingOptions, FitOptions):
         if self.text_encoder and not self.captions:
             raise InputError(
                 f"--text-encoder {self.text_encoder} has nothing to read: give --captions"
+            )
+        if self.condition and (self.classes or self.captions or self.latents):
+            raise InputError(
+                "--condition goes neither with --classes nor with --captions or --latents: leave "
+                "one of them out"
             )
         if self.latents and (self.crops or self.flips):
             raise InputError(

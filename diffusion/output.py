@@ -32,17 +32,22 @@ class SampleFolder:
 
     def __init__(self, path: Path, *, overwrite: bool = False) -> None:
         self.path, self.suffix = path, "png"
+        self.names: Sequence[str] | None = None
         if path.is_file() or (path.is_dir() and any(path.iterdir()) and not overwrite):
             raise InputError(f"--out {path} is in use: give --overwrite or another folder")
 
-    def begin(self, processes: Processes, channels: int = 3) -> None:
+    def begin(
+        self, processes: Processes, channels: int = 3, names: Sequence[str] | None = None
+    ) -> None:
         """Makes the folder, and removes what an earlier run wrote to it (nothing else).
 
         All of the processes call it, and go on together.
 
         Args:
             channels: of the images, which are TIFF files where a PNG cannot hold so many.
+            names: of the files of images 0, 1, ..., instead of their numbers.
         """
+        self.names = names
         self.suffix = "png" if channels in (1, 3, 4) else "tif"
         processes.wait()  # lest one finds what another has written already
         if processes.main:
@@ -68,7 +73,8 @@ class SampleFolder:
         return np.stack([read_image(self.file(number), alpha=True) for number in numbers])
 
     def file(self, number: int) -> Path:
-        return self.path / "images" / f"{number:05d}.{self.suffix}"
+        name = f"{number:05d}" if self.names is None else self.names[number]
+        return self.path / "images" / f"{name}.{self.suffix}"
 
     def write_grid(self, numbers: Sequence[int]) -> Path:
         """Of the first hundred of these images."""

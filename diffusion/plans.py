@@ -33,7 +33,8 @@ from diffusion.process.samplers import (
 from diffusion.process.schedule import CLEAN
 from diffusion.stable.autoencoder import Autoencoder
 
-Wanted = Sequence[int | str | None]  # the class of each image, or its text; None: any
+# The class of each image, its text, or the picture (K, H, W) it is made from; None: any.
+Wanted = Sequence[int | str | Tensor | None]
 # Of a batch: its places in the run, its seeds and what is wanted.
 Run = Callable[[range, Sequence[int], Wanted], Iterator[Step]]
 
@@ -117,7 +118,9 @@ class Plans:
 
         return self._plan(run, repaint_timesteps(self.timesteps, JUMP, REPEATS))
 
-    def between(self, first: Tensor, last: Tensor, count: int, wanted: int | str | None) -> Plan:
+    def between(
+        self, first: Tensor, last: Tensor, count: int, wanted: int | str | Tensor | None
+    ) -> Plan:
         """`count` images between two (1, C, H, W), both among them (DDIM, appendix D.5).
 
         Both are encoded by DDIM's inversion, mixed on the sphere, and decoded by DDIM, whatever the
@@ -150,7 +153,7 @@ class Plans:
         size = self.size
         if self.autoencoder:
             size = self.autoencoder.size(*size)
-        x = source.draw((self.model.config.in_channels, *size)).to(self._device)
+        x = source.draw((self.model.image_channels, *size)).to(self._device)
         return x.contiguous(memory_format=torch.channels_last)
 
     def _encoded(self, image: Tensor) -> Tensor:

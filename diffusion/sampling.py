@@ -81,7 +81,7 @@ class ImageSampler:
             model.size,
             self.autoencoder,
         )
-        if options.variance == "learned" and model.out_channels == model.config.in_channels:
+        if options.variance == "learned" and model.out_channels == model.image_channels:
             raise InputError(
                 "--variance learned is for models that were trained with --learn-variance: choose "
                 "fixed-small or fixed-large"
@@ -91,7 +91,7 @@ class ImageSampler:
     def channels(self) -> int:
         """Channels of the images."""
         found = self.autoencoder
-        return found.image_channels if found else self.model.config.in_channels
+        return found.image_channels if found else self.model.image_channels
 
     @property
     def device(self) -> torch.device:
@@ -116,10 +116,10 @@ class ImageSampler:
 
     def _denoiser(self) -> DenoiserLike:
         options, model = self.options, self.model
-        if options.guidance != 1 and not (self.classes or model.text):
+        if options.guidance != 1 and not (self.classes or model.text or model.condition):
             raise InputError(
-                f"--guidance {options.guidance} needs a model that knows classes or captions, and "
-                "this one was trained without: leave it out"
+                f"--guidance {options.guidance} needs a model that knows classes, captions or a "
+                "condition, and this one was trained without: leave it out"
             )
         if options.negative and not model.text:
             raise InputError(
@@ -179,6 +179,11 @@ class ImageSampler:
             InputError: a class or texts that the model does not know; both of them; a text that is
                 too long.
         """
+        if self.model.condition is not None and not (classes or prompts):
+            raise InputError(
+                "the model makes images from pictures, and none is given (--condition, in Python "
+                f"pictures): a file or several of {self.model.condition.said()}"
+            )
         if classes and prompts:
             raise InputError("classes and prompts each say what an image shows: give one")
         chosen: Wanted = list(range(len(self.classes))) or [None]
@@ -188,6 +193,20 @@ class ImageSampler:
             self.text.tokenize(prompts)  # which refuses what is too long
             chosen = prompts
         return [chosen[i % len(chosen)] for i in numbers]
+
+    def made_from(self, file: Path) -> Tensor:
+        """The picture (K, H, W) in a file that an image can be made from.
+
+        Raises:
+            InputError: a model without a condition; a file that is no such picture.
+        """
+        condition = self.model.condition
+        if condition is None:
+            raise InputError(
+                f"'{file}' is given to make an image from, but the model makes images from noise "
+                "alone: train one with train-ddpm --condition"
+            )
+        return condition.given(file, (self.height, self.width), self.channels)
 
     @property
     def text(self) -> TextEncoder:

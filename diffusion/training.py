@@ -113,6 +113,7 @@ def load_data(options: DiffusionOptions) -> Data:
         classes=options.classes,
         captions=options.captions,
         how=how_to_read(options),
+        condition=options.condition,
     )
     return LatentData(images, autoencoder, options.out / "latents") if autoencoder else images
 
@@ -174,6 +175,8 @@ class NoisedSamples:
         sample["place"] = torch.tensor(rng.random(dtype=np.float32))
         label, caption = sample.pop("label", None), sample.pop("caption", "")
         dropped = rng.random() < self.dropout
+        if dropped and "picture" in sample:
+            sample["picture"] = torch.zeros_like(sample["picture"])
         if self.null >= 0:
             sample["label"] = torch.tensor(self.null) if dropped else label
         if self.tokenizer is not None:
@@ -261,6 +264,8 @@ class DiffusionTask:
             given["classes"] = batch["label"]
         if "tokens" in batch:
             given["tokens"] = batch["tokens"]
+        if "picture" in batch:
+            given["picture"] = batch["picture"]
         return self._loss(model, batch["image"], batch["t"], batch["noise"], **given).mean()
 
     def evaluate(self, model: DiffusionUNet, processes: Processes) -> Mapping[str, float]:

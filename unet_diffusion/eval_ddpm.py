@@ -105,6 +105,11 @@ def main(options: EvalOptions) -> None:
     from unet.files.pages import Reading
 
     model = load_for_sampling(options.model, options.device)
+    if model.condition is not None:
+        raise InputError(
+            f"{options.model} makes images from pictures, which eval-ddpm does not judge: compare "
+            "what sample-ddpm --condition makes with the true images"
+        )
     samplers = [ImageSampler(model, way) for way in options.ways()]
     if options.bits:
         check_bits(samplers[0])

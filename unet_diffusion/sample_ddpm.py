@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -39,7 +39,14 @@ class SampleOptions(SamplingOptions):
     """Folder to make: grid.png, and images/ with one PNG an image."""
 
     count: int = 64
-    """Number of images."""
+    """Number of images; with --condition as many are made as these are."""
+
+    condition: Path | None = None
+    """A picture or mask, or a folder of them, that images are made from, for a model that was
+    trained with --condition; the files are named as these are."""
+
+    each: int = 1
+    """With --condition: images made from each."""
 
     first: int = 0
     """Number of the first one: --count 10 --first 20 makes images 20 to 29 of the seed."""
@@ -87,6 +94,17 @@ class SampleOptions(SamplingOptions):
         super().__post_init__()
         if self.count < 1:
             raise InputError(f"--count {self.count} must be at least 1")
+        if self.condition is None and self.each != 1:
+            raise InputError(f"--each {self.each} goes with --condition")
+        if self.each < 1:
+            raise InputError(f"--each {self.each} must be at least 1")
+        if self.condition is not None and (
+            self.class_ or self.prompt or self.interpolate or self.first
+        ):
+            raise InputError(
+                "--condition says what is made: leave out --class, --prompt, --interpolate and "
+                "--first"
+            )
         if self.first < 0:
             raise InputError(f"--first {self.first} must be 0 or more")
         if sum(x is not None for x in (self.init, self.inpaint, self.interpolate)) > 1:
@@ -125,9 +143,14 @@ def main(options: SampleOptions) -> None:
     folder = SampleFolder(options.out, overwrite=options.overwrite)
     model = load_for_sampling(options.model, options.device)
     sampler = ImageSampler(model, options)
-    wanted = chosen_conditions(options, sampler)
+    names = None
+    if options.condition is not None:
+        wanted, names = given_conditions(options, sampler)
+        options = replace(options, count=len(wanted), condition=None, each=1)
+    else:
+        wanted = chosen_conditions(options, sampler)
     plan = chosen_plan(options, sampler, wanted)
-    folder.begin(processes, sampler.channels)
+    folder.begin(processes, sampler.channels, names)
     parts = sampler.parts(options.count, processes)
     for part, images in zip(parts, made(options, sampler, plan, wanted, processes), strict=True):
         folder.add(images, options.first + part.start)
@@ -161,6 +184,26 @@ def write_pictures(
         words = [sampler.text.words(str(text)) for text in shown]
         folder.write_attention(images, words, maps, options.first)
     print(f"images: {folder.write_grid(numbers)}")
+
+
+def given_conditions(options: SampleOptions, sampler: ImageSampler) -> tuple[Wanted, list[str]]:
+    """The pictures of --condition, each as often as it is asked for, and the names of the files."""
+    from unet.files.images import list_images
+
+    path = options.condition
+    assert path is not None
+    files = list_images(path) if path.is_dir() else [path]
+    wanted: list[Tensor] = []
+    names: list[str] = []
+    for file in files:
+        picture = sampler.made_from(file)
+        for i in range(options.each):
+            wanted.append(picture)
+            names.append(f"{file.stem}_{i}" if options.each > 1 else file.stem)
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise InputError(f"two files of {path} are named {twice!r}: rename one")
+    return wanted, names
 
 
 def chosen_conditions(options: SampleOptions, sampler: ImageSampler) -> Wanted:

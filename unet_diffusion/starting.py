@@ -51,6 +51,11 @@ def segmentation_start(path: str | None, timestep: float = TIMESTEP) -> Start | 
     else:
         schedule = NoiseSchedule.from_dict(start.info.get("schedule", {}))
     channels = start.config.in_channels
+    if "condition" in start.info:
+        raise InputError(
+            f"--init {path} makes images from pictures, which a segmentation has none of: start "
+            "from a diffusion model without --condition"
+        )
     if "autoencoder" in start.info or (unet and channels == 4):
         raise InputError(
             f"--init {path} works on latents of {counted(channels, 'channel')}, not on pixels: "

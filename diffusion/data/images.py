@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from diffusion.data.conditions import Condition, find_condition, partners
 from diffusion.data.pixels import (
     WHOLE,
     Pixels,
@@ -67,6 +68,8 @@ class DiffusionData:
         classes: the data must have classes; samples have labels wherever there are classes.
         how: axes, channels, no data, background and captions of image files; None: as they say
             themselves, over white (with 4 channels: alpha is one of them).
+        condition: what each picture is made from: a recipe or a folder, see
+            `diffusion.data.conditions`; or that of a model.
         ranges: the values of each type that become black and white; None: those that are used.
         seed: of the choice of held-out images, and of the pictures of "shapes".
 
@@ -94,6 +97,7 @@ class DiffusionData:
         classes: bool = False,
         how: HowToRead | None = None,
         ranges: Mapping[str, ValueRange] | None = None,
+        condition: str | Condition | None = None,
         seed: int = 0,
     ) -> None:
         if size is not None and size < 1:
@@ -121,7 +125,11 @@ class DiffusionData:
         self._bad: set[int] = set()  # images that are left out
         self._cache: dict[int, Pixels] = {}
         self._infos = self._check_headers()
+        self.condition: Condition | None = None
+        self._partners: list[str] = []
         self.channels = channels or max(info.channels for info in self._infos.values())
+        if condition is not None:
+            self._find_condition(condition)
         self.ranges = dict(ranges or {})
         self._find_ranges()
         self._alike = size is None and not crops
@@ -142,10 +150,17 @@ class DiffusionData:
         """Images (B, C, H, W) in [-1, 1], neither moved nor mirrored, and labels (B,) or zeros."""
         used, pixels = zip(*map(self.load, indices), strict=True)
         labels = [0 if self.labels is None else int(self.labels[i]) for i in used]
-        return torch.stack([as_tensor(p) for p in pixels]), torch.tensor(labels)
+        images = [as_tensor(p[..., : self.channels]) for p in pixels]
+        return torch.stack(images), torch.tensor(labels)
 
-    def conditions(self, indices: Sequence[int]) -> list[int | str | None]:
-        """The caption of each image where captions were asked for, else its class, or None."""
+    def conditions(self, indices: Sequence[int]) -> list[int | str | Tensor | None]:
+        """The caption of each image where captions were asked for, else its class, or None; with a
+        condition its picture (K, H, W), the same at each call.
+        """
+        if self.condition is not None:
+            rows = (self.load(i)[1] for i in indices)
+            rngs = (np.random.default_rng(i) for i in indices)
+            return [self._parted(row, rng)[1] for row, rng in zip(rows, rngs, strict=True)]
         used = [self.load(i)[0] for i in indices]
         if self.captioned:
             return [self.caption(i) for i in used]
@@ -153,7 +168,7 @@ class DiffusionData:
 
     def images(self, indices: Sequence[int]) -> NDArray[np.uint8]:
         """The same images as bytes (N, H, W, C)."""
-        return np.stack([self.load(i)[1] for i in indices])
+        return np.stack([self.load(i)[1][..., : self.channels] for i in indices])
 
     def caption(self, index: int) -> str:
         """The caption of an image, where captions were asked for."""
@@ -182,10 +197,32 @@ class DiffusionData:
             return used, pixels[:, ::-1] if mirrored else pixels
         raise InputError("no image is left that can be read")
 
-    def draw(self, index: int, rng: np.random.Generator) -> tuple[int, Tensor]:
-        """The image that `load` gives, and its index, cut and mirrored at random."""
+    def draw(self, index: int, rng: np.random.Generator) -> tuple[int, Tensor, Tensor | None]:
+        """The image that `load` gives, its index, and its condition, cut and mirrored at random."""
         used, pixels = self.load(index, rng)
-        return used, as_tensor(pixels)
+        return used, *self._parted(pixels, rng)
+
+    def _parted(self, pixels: Pixels, rng: np.random.Generator) -> tuple[Tensor, Tensor | None]:
+        """Image (C, H, W) and condition (K, H, W) of what `load` gives."""
+        image = as_tensor(pixels[..., : self.channels])
+        if self.condition is None:
+            return image, None
+        if self.condition.from_image:
+            return image, self.condition.make(image, rng)
+        return image, self.condition.as_tensor(pixels[..., self.channels :])
+
+    def _find_condition(self, said: str | Condition) -> None:
+        if isinstance(said, Condition):
+            self.condition = said
+            return
+        self.condition = find_condition(said, self.channels)
+        if not self.condition.from_image:
+            if not self.source.files or self.source.names != self.source.files:
+                raise InputError(
+                    f"--condition {said} goes with a folder of images, one a file, not with "
+                    "stacks, archives or generated pictures"
+                )
+            self._partners = partners(self.source.files, Path(said))
 
     def describe(self) -> str:
         """What was found, for people: images, sizes, classes, captions, split."""
@@ -218,6 +255,8 @@ class DiffusionData:
         unit = "crop" if self.crops else "image"
         mirrored = "mirrored at random" if self.flips else "not mirrored"
         lines.append(f"{counted(len(self.train), unit)} to train on, {mirrored}")
+        if self.condition is not None:
+            lines.append(f"condition: {self.condition.said()}")
         return "\n".join([*lines, f"{counted(len(self.val), unit)} held out"])
 
     def _try(self, image: int) -> Pixels | None:
@@ -234,6 +273,15 @@ class DiffusionData:
                 raise InputError(f"'{self.source.names[image]}': {error}") from error
             if self._alike:
                 self._check_size(image, pixels.shape[:2], self.size)
+            if self._partners and self.condition:
+                file = self._partners[image]
+                other = self.condition.read(Path(file))
+                if other.shape[:2] != pixels.shape[:2]:
+                    raise InputError(
+                        f"'{file}' is {other.shape[0]} x {other.shape[1]}, but its image "
+                        f"{pixels.shape[0]} x {pixels.shape[1]}"
+                    )
+                pixels = np.concatenate([pixels, other], axis=2)
         except InputError as error:
             self._leave_out(image, error)
             return None
@@ -379,7 +427,7 @@ class Drawable(Protocol):
     labels: NDArray[np.int64] | None
     captioned: bool
 
-    def draw(self, index: int, rng: np.random.Generator) -> tuple[int, Tensor]: ...
+    def draw(self, index: int, rng: np.random.Generator) -> tuple[int, Tensor, Tensor | None]: ...
 
     def caption(self, index: int) -> str: ...
 
@@ -387,7 +435,8 @@ class Drawable(Protocol):
 
 
 class TrainingSamples:
-    """`samples[epoch, index]`: "image" (C, H, W), of pixels in [-1, 1] or of latents; "label" ()
+    """`samples[epoch, index]`: "image" (C, H, W), of pixels in [-1, 1] or of latents; "picture"
+    (K, H, W), the condition, where there is one; "label" ()
     where there are classes; "caption" (str) where captions were asked for. See
     `unet.training.batches.Samples`.
     """
@@ -399,8 +448,10 @@ class TrainingSamples:
         return len(self.data.train)
 
     def __getitem__(self, key: Key) -> dict[str, Any]:
-        used, image = self.data.draw(self.data.train[key[1]], sample_rng(self.seed, *key))
+        used, image, picture = self.data.draw(self.data.train[key[1]], sample_rng(self.seed, *key))
         sample: dict[str, Any] = {"image": image}
+        if picture is not None:
+            sample["picture"] = picture
         if self.data.labels is not None:
             sample["label"] = torch.tensor(int(self.data.labels[used]))
         if self.data.captioned:

@@ -188,7 +188,7 @@ def held_out_bits(
     schedule = NoiseSchedule.from_dict(model.info["schedule"])
     indices = data.val[:count]
     device = next(model.parameters()).device
-    learned = model.out_channels > model.config.in_channels
+    learned = model.out_channels > model.image_channels
     variance: Any = "learned" if learned else "fixed-large"
     totals = []
     levels = range(schedule.steps - 1, CLEAN, -1)

@@ -14,6 +14,7 @@ from diffusion.judging.copies import nearest_neighbours
 from diffusion.model import DiffusionUNet
 from diffusion.options import SamplingOptions
 from diffusion.pictures import Images, enlarged, grid, strip, write_gif
+from diffusion.plans import Wanted
 from diffusion.process.denoiser import Denoiser
 from diffusion.process.noise import NoiseSource
 from diffusion.process.schedule import NoiseSchedule
@@ -129,9 +130,9 @@ def _figure(run: Path, errors: dict[str, list[float]], samples: Images, data: Da
     return figure
 
 
-def shown_conditions(data: Data, count: int) -> list[int | str | None]:
+def shown_conditions(data: Data, count: int) -> Wanted:
     """What `count` samples are to show: held-out captions, or every class in order."""
-    if data.captioned:
+    if data.captioned or getattr(data, "condition", None) is not None:
         return data.conditions([data.val[i % len(data.val)] for i in range(count)])
     return [i * len(data.classes) // count if data.classes else None for i in range(count)]
 

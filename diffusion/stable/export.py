@@ -42,7 +42,7 @@ def obstacle(model: DiffusionUNet, autoencoder: Autoencoder | None) -> str | Non
         return "no CLIP reads its text"
     if autoencoder.shift:
         return "Stable Diffusion's pipeline knows no shift_factor"
-    if model.out_channels != model.config.in_channels:
+    if model.out_channels != model.image_channels:
         return "it learns the variance"
     try:
         scheduler_config(model)

@@ -220,13 +220,13 @@ class LatentData:
         """The training latents, drawn anew from their posteriors in each epoch."""
         return TrainingSamples(self, seed)
 
-    def draw(self, index: int, rng: np.random.Generator) -> tuple[int, Tensor]:
+    def draw(self, index: int, rng: np.random.Generator) -> tuple[int, Tensor, None]:
         """The image that the latents are of, and latents (c, h, w) from their posterior, scaled."""
         mean, std = moments = self._moments[index]
         if not np.isfinite(moments).all():
             raise self._damaged(_ARRAYS[0])
         latents = mean + std * rng.standard_normal(mean.shape, dtype=np.float32)
-        return self.used(index), torch.from_numpy(latents)
+        return self.used(index), torch.from_numpy(latents), None
 
     def used(self, index: int) -> int:
         """The image that the latents of this index are of."""

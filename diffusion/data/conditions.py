@@ -1,0 +1,272 @@
+"""What a picture is made from: another picture of the same place, as channels beside the noise.
+
+It is made from the image itself by a recipe (a small version, its greys, a noisy copy, all but a
+hole), or it comes from a folder of pictures or masks with the images' names. Networks see it joined
+to the noisy image (Palette, arXiv 2111.05826): in [-1, 1], masks as one channel a value of 0 and 1,
+and 0 everywhere where it is left out.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from diffusion.data.pixels import (
+    Pixels,
+    RangeFinder,
+    ValueRange,
+    as_tensor,
+    as_uint8,
+    resized,
+    to_unit,
+)
+from unet.errors import InputError
+from unet.files.images import image_info, list_images, read_image, read_mask
+from unet.words import counted
+
+RECIPES = ("lowres", "grey", "noise", "hole")
+MAX_VALUES = 32  # of a mask
+_LOOKED_AT = 50  # files that say what a folder holds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Condition:
+    """How a condition is made, saved with a model in `info["condition"]`.
+
+    Attributes:
+        kind: a recipe, "mask" or "picture".
+        amount: of lowres the factor, of noise the standard deviation as a share of black to white.
+        channels: that the network gets.
+        values: of a mask: the value of each channel.
+        dtype, low, high: of a picture: what becomes -1 and 1.
+    """
+
+    kind: str
+    channels: int
+    amount: float = 0.0
+    values: tuple[int, ...] = ()
+    dtype: str = "uint8"
+    low: float = 0.0
+    high: float = 255.0
+
+    def said(self) -> str:
+        """What it is, for people."""
+        if self.kind == "mask":
+            return f"masks of the values {', '.join(map(str, self.values))}"
+        if self.kind == "picture":
+            return f"pictures of {counted(self.channels, 'channel')}, {self.low:g} to {self.high:g}"
+        words = {
+            "lowres": f"the image, {self.amount:g} times smaller",
+            "grey": "the greys of the image",
+            "noise": f"the image with noise of {self.amount:g}",
+            "hole": "the image with a hole",
+        }
+        return words[self.kind]
+
+    @property
+    def from_image(self) -> bool:
+        """Whether it is made from the image itself."""
+        return self.kind in RECIPES
+
+    def make(self, image: Tensor, rng: np.random.Generator) -> Tensor:
+        """The condition (K, H, W) of an image (C, H, W) in [-1, 1], by the recipe."""
+        if self.kind == "grey":
+            weights = image.new_tensor(
+                [0.299, 0.587, 0.114] if len(image) == 3 else [1 / len(image)]
+            )
+            return (image * weights.view(-1, 1, 1)).sum(0, keepdim=True)
+        if self.kind == "lowres":
+            size, factor = image.shape[-2:], self.amount
+            small = [max(1, round(n / factor)) for n in size]
+            coarse = F.interpolate(image[None], small, mode="area")
+            return F.interpolate(coarse, size, mode="bicubic")[0].clamp(-1, 1)
+        if self.kind == "noise":
+            noise = rng.standard_normal(image.shape, dtype=np.float32)
+            return image + 2 * self.amount * torch.from_numpy(noise)
+        hole = torch.zeros(1, *image.shape[-2:])
+        for _ in range(rng.integers(1, 4)):
+            sides = [int(rng.integers(max(1, n // 8), max(2, n // 2))) for n in image.shape[-2:]]
+            top, left = (
+                int(rng.integers(0, n - side + 1))
+                for n, side in zip(image.shape[-2:], sides, strict=True)
+            )
+            hole[:, top : top + sides[0], left : left + sides[1]] = 1
+        return torch.cat([image * (1 - hole), hole])
+
+    def read(self, file: Path) -> Pixels:
+        """The condition in a file, (H, W, K): one channel a value of 0 and 255, or pixels.
+
+        Raises:
+            InputError: a mask with another value, a picture with other channels.
+        """
+        if self.kind == "mask":
+            mask = read_mask(file)
+            if mask.ndim == 3:
+                raise InputError(f"{str(file)!r} holds colours, where the conditions are numbers")
+            known = np.isin(mask, self.values)
+            if not known.all():
+                strange = np.unique(mask[~known])[:5].tolist()
+                raise InputError(
+                    f"{str(file)!r} holds the values {strange}, where the conditions have "
+                    f"{list(self.values)}"
+                )
+            return ((mask[..., None] == np.array(self.values)) * np.uint8(255)).astype(np.uint8)
+        pixels = read_image(file, background=(255, 255, 255))
+        known_range = ValueRange(self.low, self.high) if pixels.dtype.name == self.dtype else None
+        try:
+            return as_uint8(pixels, self.channels, known_range)
+        except InputError as error:
+            raise InputError(f"{str(file)!r}: {error}") from error
+
+    def given(self, file: Path, size: tuple[int, int], image_channels: int) -> Tensor:
+        """The condition (K, H, W) in a file that an image of this size is to be made from.
+
+        Of lowres the file is the small picture (or a whole one, which is made smaller first), of
+        noise the noisy one, of grey a grey one, and of hole one whose hole is transparent.
+
+        Raises:
+            InputError: a file that cannot be read, or is none of these.
+        """
+        if self.kind in ("mask", "picture"):
+            return self.as_tensor(resized(self.read(file), size))
+        try:
+            if self.kind == "hole":
+                pixels = read_image(file, alpha=True)
+                if not image_info(file).has_alpha:
+                    raise InputError("nothing in it is transparent, which says where the hole is")
+                cover = resized(as_uint8(pixels[..., -1:], 1), size)
+                image = as_tensor(resized(as_uint8(pixels[..., :-1], image_channels), size))
+                hole = torch.from_numpy(cover[..., 0] < 128).float()[None]
+                return torch.cat([image * (1 - hole), hole])
+            channels = 1 if self.kind == "grey" else image_channels
+            pixels = as_uint8(read_image(file, background=(255, 255, 255)), channels)
+        except InputError as error:
+            said = str(error)
+            raise InputError(said if str(file) in said else f"{str(file)!r}: {said}") from error
+        if self.kind != "lowres":
+            return as_tensor(resized(pixels, size))
+        small = [max(1, round(n / self.amount)) for n in size]
+        if pixels.shape[0] > small[0] + 1 or pixels.shape[1] > small[1] + 1:
+            return self.make(as_tensor(resized(pixels, size)), np.random.default_rng(0))
+        return F.interpolate(as_tensor(pixels)[None], size, mode="bicubic")[0].clamp(-1, 1)
+
+    def as_tensor(self, pixels: Pixels) -> Tensor:
+        """Pixels (H, W, K) of `read` as (K, H, W): masks from 0 to 1, pictures from -1 to 1."""
+        found = torch.from_numpy(np.moveaxis(pixels, -1, 0).copy())
+        return found.float() / 255 if self.kind == "mask" else to_unit(found)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values, which `from_dict` reads back."""
+        return {**vars(self), "values": list(self.values)}
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> Condition:
+        """What `to_dict` gave, from JSON; InputError if it is none."""
+        try:
+            found = cls(
+                kind=str(saved["kind"]),
+                channels=int(saved["channels"]),
+                amount=float(saved["amount"]),
+                values=tuple(map(int, saved["values"])),
+                dtype=str(saved["dtype"]),
+                low=float(saved["low"]),
+                high=float(saved["high"]),
+            )
+            if found.kind not in (*RECIPES, "mask", "picture") or not 0 < found.channels < 1000:
+                raise ValueError(f"{found.kind!r} of {found.channels} channels")
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise InputError(f"the model's condition is damaged: {error}") from error
+        return found
+
+
+def find_condition(said: str, channels: int) -> Condition:
+    """The condition that a recipe or a folder stands for, for images of so many channels.
+
+    Args:
+        said: "lowres:4", "grey", "noise:0.2", "hole", or a folder. Files there that all hold a few
+            whole numbers (or are indices of a palette) are masks, others are pictures.
+
+    Raises:
+        InputError: neither; an amount out of range; files that are no images.
+    """
+    name, _, amount = said.partition(":")
+    if name not in RECIPES or os.path.isdir(said):
+        return _of_folder(Path(said))
+    if name in ("lowres", "noise"):
+        least = 1.0 if name == "lowres" else 0.0
+        number = float(amount) if re.fullmatch(r"[0-9]{1,4}(\.[0-9]{1,9})?", amount) else -1.0
+        if not least < number <= 1000:
+            raise InputError(
+                f"--condition {said}: give lowres:4 for a small version, a factor above 1, or "
+                "noise:0.2 for a standard deviation above 0"
+            )
+        return Condition(kind=name, channels=channels, amount=number)
+    if amount:
+        raise InputError(f"--condition {said}: {name} takes no number")
+    return Condition(kind=name, channels=1 if name == "grey" else channels + 1)
+
+
+def _of_folder(folder: Path) -> Condition:
+    if not folder.is_dir():
+        raise InputError(
+            f"--condition {folder} is neither a folder nor one of lowres:4, grey, noise:0.2, hole"
+        )
+    files = list_images(folder)
+    infos = [image_info(file) for file in files]
+    values: set[int] = set()
+    masks = all(i.channels == 1 or i.palette is not None for i in infos) and not any(
+        i.lossy or i.dtype == "float32" for i in infos
+    )
+    for file in files if masks else []:
+        values |= set(np.unique(read_mask(file)).tolist())
+        if len(values) > MAX_VALUES:
+            masks = False
+            break
+    if masks and len(values) > 1:
+        return Condition(kind="mask", channels=len(values), values=tuple(sorted(values)))
+    channels = {info.channels for info in infos}
+    if len(channels) > 1 and channels != {1, 3}:
+        raise InputError(
+            f"the pictures in {str(folder)!r} have {sorted(channels)} channels: save them alike"
+        )
+    dtype = infos[0].dtype
+    finder = RangeFinder(dtype)
+    for file in files[:: max(1, len(files) // _LOOKED_AT)]:
+        pixels = read_image(file)
+        if pixels.dtype.name == dtype:
+            finder.add(pixels, str(file))
+    found = finder.found()
+    return Condition(
+        kind="picture", channels=max(channels), dtype=dtype, low=found.low, high=found.high
+    )
+
+
+def partners(images: Sequence[str], folder: Path) -> list[str]:
+    """The file of a folder that goes with each image: of the same name, whatever its ending.
+
+    Raises:
+        InputError: an image without one.
+    """
+    of = {file.stem: str(file) for file in list_images(folder)}
+    found, alone = [], []
+    for image in images:
+        stem = Path(image).stem
+        if stem in of:
+            found.append(of[stem])
+        else:
+            alone.append(Path(image).name)
+    if alone:
+        raise InputError(
+            f"{str(folder)!r} has no condition for {counted(len(alone), 'image')}, such as "
+            f"{alone[0]}: it has the name of its image"
+        )
+    return found

@@ -1,0 +1,161 @@
+"""Pictures that are made from pictures: the condition has the geometry of its image."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from diffusion.data.conditions import RECIPES, Condition, find_condition
+from diffusion.data.images import DiffusionData
+from diffusion.model import DiffusionUNet
+from unet import UNetConfig
+from unet.errors import InputError
+from unet.files.images import write_image
+
+RNG = np.random.default_rng(0)
+IMAGES = RNG.integers(0, 256, (6, 20, 24), np.uint8)
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> tuple[Path, Path, Path]:
+    """Images, the same images as pictures, and masks of their bright pixels."""
+    for i, image in enumerate(IMAGES):
+        write_image(tmp_path / "image" / f"{i}.png", image)
+        write_image(tmp_path / "picture" / f"{i}.tif", image)
+        write_image(tmp_path / "mask" / f"{i}.png", (image > 99).astype(np.uint8) * 7)
+    return tmp_path / "image", tmp_path / "picture", tmp_path / "mask"
+
+
+@pytest.mark.parametrize("crops", [False, True])
+def test_a_picture_is_cut_and_mirrored_as_its_image(
+    folders: tuple[Path, Path, Path], crops: bool
+) -> None:
+    image, _, mask = folders
+    size = 12 if crops else None
+    data = DiffusionData(image, condition=str(picture), crops=crops, size=size, flips=True)
+    samples = data.samples(seed=3)
+    masked = DiffusionData(image, condition=str(mask), crops=crops, size=size, flips=True)
+    others = masked.samples(seed=3)
+    for key in ((0, 0), (0, 1), (1, 2)):
+        sample, other = samples[key], others[key]
+        assert torch.equal(sample["image"], sample["picture"])
+        bright = other["image"][0] > 2 * 99.5 / 255 - 1
+        assert torch.equal(other["picture"], torch.stack([~bright, bright]).float())
+
+
+def test_the_condition_of_an_index_is_the_same_at_each_call(
+    folders: tuple[Path, Path, Path],
+) -> None:
+    for said in ("hole", "noise:0.3", str(folders[2])):
+        data = DiffusionData(folders[0], condition=said)
+        one, two = (data.conditions([0, 3]) for _ in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))  # type: ignore[arg-type]
+
+
+UNIT = hnp.arrays(np.float32, (3, 16, 16), elements=st.floats(-1, 1, width=32))
+
+
+@given(UNIT, st.integers(0, 99))
+def test_recipes_make_what_they_say(array: np.ndarray, seed: int) -> None:
+    image = torch.from_numpy(array)
+    made = {}
+    for said in ("lowres:4", "grey", "noise:0.2", "hole"):
+        condition = find_condition(said, 3)
+        made[condition.kind] = condition.make(image, np.random.default_rng(seed))
+        assert made[condition.kind].shape == (condition.channels, 16, 16)
+        assert Condition.from_dict(condition.to_dict()) == condition
+    assert set(made) == set(RECIPES)
+    inside = made["hole"][3] == 1
+    assert 0 < inside.sum() < inside.numel()
+    assert torch.equal(made["hole"][:3, ~inside], image[:, ~inside])
+    assert not made["hole"][:3, inside].any()
+    assert made["grey"].min() >= image.min() - 1e-5
+    assert made["grey"].max() <= image.max() + 1e-5
+    flat = torch.full((3, 16, 16), 0.25)
+    small = find_condition("lowres:4", 3).make(flat, np.random.default_rng(0))
+    torch.testing.assert_close(small, flat)
+
+
+def test_a_small_picture_is_given_as_it_was_learnt(tmp_path: Path) -> None:
+    condition = find_condition("lowres:4", 1)
+    whole = torch.from_numpy(np.kron(IMAGES[0, :4, :4], np.ones((4, 4), np.uint8)))
+    write_image(tmp_path / "small.png", IMAGES[0, :4, :4])
+    write_image(tmp_path / "whole.png", whole.numpy())
+    small, large = (
+        condition.given(tmp_path / f"{name}.png", (16, 16), 1) for name in ("small", "whole")
+    )
+    torch.testing.assert_close(small, large)
+
+
+def test_a_transparent_hole_is_the_hole(tmp_path: Path) -> None:
+    rgba = np.full((16, 16, 4), 200, np.uint8)
+    rgba[4:8, 4:8, 3], rgba[..., 3][rgba[..., 3] == 200] = 0, 255
+    write_image(tmp_path / "x.png", rgba)
+    found = find_condition("hole", 3).given(tmp_path / "x.png", (16, 16), 3)
+    assert found[3].sum() == 16
+    assert not found[:3, 4:8, 4:8].any()
+    write_image(tmp_path / "y.png", rgba[..., :3])
+    with pytest.raises(InputError, match="nothing in it is transparent"):
+        find_condition("hole", 3).given(tmp_path / "y.png", (16, 16), 3)
+
+
+def model(condition: Condition, channels: int = 1) -> DiffusionUNet:
+    torch.manual_seed(0)
+    config = UNetConfig(
+        in_channels=channels + condition.channels,
+        channels=8,
+        multipliers=(1, 2),
+        block="res",
+        norm="group",
+        groups=4,
+        time=True,
+    )
+    return DiffusionUNet(config, channels, {"condition": condition.to_dict(), "size": [16, 16]})
+
+
+def test_a_network_sees_the_picture_and_none_is_no_picture() -> None:
+    net = model(find_condition("grey", 1))
+    assert net.image_channels == 1
+    x, t, picture = torch.randn(2, 1, 16, 16), torch.tensor([3, 9]), torch.randn(2, 1, 16, 16)
+    with torch.no_grad():
+        seen = net(x, t, picture=picture)
+        nothing = net(x, t, **net.conditioning([None, None]))
+        zeros = net(x, t, picture=torch.zeros_like(picture))
+    assert seen.shape == x.shape
+    assert (seen - nothing).abs().max() > 1e-4
+    assert torch.equal(nothing, zeros)
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("lowres", "give lowres:4"),
+        ("lowres:1", "give lowres:4"),
+        ("noise:-1", "give lowres:4"),
+        ("grey:2", "takes no number"),
+        ("blur:2", "neither a folder nor one of"),
+    ],
+)
+def test_a_recipe_that_is_none_is_refused(said: str, told: str) -> None:
+    with pytest.raises(InputError, match=told):
+        find_condition(said, 1)
+
+
+def test_a_folder_that_does_not_fit_is_one_sentence(folders: tuple[Path, Path, Path]) -> None:
+    image, _, mask = folders
+    (mask / "2.png").unlink()
+    with pytest.raises(InputError, match=r"no condition for 1 image, such as 2\.png"):
+        DiffusionData(image, condition=str(mask))
+    write_image(mask / "2.png", np.zeros((5, 5), np.uint8))
+    with pytest.raises(InputError, match="is 5 x 5, but its image 20 x 24"):
+        DiffusionData(image, condition=str(mask))
+    condition = find_condition(str(mask), 1)
+    write_image(mask / "2.png", np.full((20, 24), 3, np.uint8))
+    with pytest.raises(InputError, match=r"holds the values \[3\], where the conditions have"):
+        condition.read(mask / "2.png")
