@@ -132,8 +132,8 @@ class ImageGenerator:
         count = _whole("count", given or 1 if count is None else count, 1)
         if given > count:
             raise InputError(
-                f"{given} classes, prompts or pictures are given for {count} images: ask for as many, "
-                "or leave count out"
+                f"{given} classes, prompts or pictures are given for {count} images: ask for as "
+                "many, or leave count out"
             )
         settings |= {"negative": negative, "guidance": guidance, "sampler": sampler}
         for name, value in (("seed", seed), ("steps", steps), ("batch_size", batch_size)):

@@ -36,7 +36,7 @@ def folders(tmp_path: Path) -> tuple[Path, Path, Path]:
 def test_a_picture_is_cut_and_mirrored_as_its_image(
     folders: tuple[Path, Path, Path], crops: bool
 ) -> None:
-    image, _, mask = folders
+    image, picture, mask = folders
     size = 12 if crops else None
     data = DiffusionData(image, condition=str(picture), crops=crops, size=size, flips=True)
     samples = data.samples(seed=3)
