@@ -16,6 +16,7 @@ from pathlib import Path
 from segmentation.data.classes import some
 from unet.errors import InputError
 from unet.files.images import SUFFIXES, list_images, natural_key
+from unet.files.volumes import is_volume, volume_name
 from unet.files.writing import read_json
 from unet.words import counted
 
@@ -69,14 +70,14 @@ class Layout:
 def find_layout(
     data: Path | None = None, images: Path | None = None, masks: Path | None = None
 ) -> Layout:
-    """The images and masks of a folder, or of two folders or two files.
+    """The images and masks of a folder, or of two folders or two files or volumes.
 
     Raises:
         InputError: no such folder; an image without mask or the reverse; two things that both
             could be the masks. Names the files.
     """
     if images is not None and masks is not None:
-        if os.path.isfile(images) and os.path.isfile(masks):
+        if _is_file(images) and _is_file(masks):
             return Layout(matches=[_pair(images, masks)])
         return Layout(matches=_across(images, masks))
     if data is None or images is not None or masks is not None:
@@ -86,6 +87,10 @@ def find_layout(
 
 
 def _in_folder(data: Path) -> Layout:
+    if is_volume(data):
+        raise InputError(
+            f"{str(data)!r} is one volume: name it and its masks with --images and --masks"
+        )
     if not data.is_dir():
         raise InputError(f"{str(data)!r}: no such folder")
     stacks = data / _STACKS[0], data / _STACKS[1]
@@ -215,11 +220,18 @@ def _folders_of_objects(folders: Sequence[Path]) -> list[Match]:
 
 def _across(images: Path, masks: Path) -> list[Match]:
     """Files of a folder and of another, with their subfolders; or a stack and a folder of masks."""
-    if os.path.isfile(images) != os.path.isfile(masks):
-        stack, folder = (images, masks) if os.path.isfile(images) else (masks, images)
+    if _is_file(images) != _is_file(masks):
+        stack, folder = (images, masks) if _is_file(images) else (masks, images)
         files = tuple(list_images(folder))
         pair = ((stack,), files) if stack is images else (files, (stack,))
-        return [Match(name=stack.stem, image=pair[0], mask=pair[1], part="stack")]
+        return [
+            Match(
+                name=volume_name(stack) if is_volume(stack) else stack.stem,
+                image=pair[0],
+                mask=pair[1],
+                part="stack",
+            )
+        ]
     found = [_tree(folder) for folder in (images, masks)]
     parts = [{part for part, _ in map(_part_of, files)} & {"train", "val"} for files in found]
     if parts[0] and parts[0] == parts[1]:
@@ -367,7 +379,12 @@ def _check_alone(images: Sequence[Path], masks: Sequence[Path], rule: str) -> No
 
 
 def _pair(image: Path, mask: Path) -> Match:
-    return Match(name=image.stem, image=(image,), mask=(mask,))
+    name = volume_name(image) if is_volume(image) else image.stem
+    return Match(name=name, image=(image,), mask=(mask,))
+
+
+def _is_file(path: Path) -> bool:
+    return os.path.isfile(path) or is_volume(path)
 
 
 def _class_names(folder: Path) -> dict[int, str]:
