@@ -37,7 +37,7 @@ class _Turned:
         return np.dtype(np.float32) if scaled else np.dtype(self.stored.dtype)
 
     def __getitem__(self, key: tuple[int | slice, ...]) -> Array:
-        return np.asarray(self.stored[key[::-1]]).T
+        return np.asarray(self.stored[key[::-1]]).T.astype(self.dtype, copy=False)
 
 
 @contextmanager
