@@ -167,6 +167,25 @@ def test_times_channels_and_turned_axes_stay_in_place(folder, tmp_path):
     assert np.array_equal(levels(tmp_path)[0], wanted.transpose(1, 0, 3, 2))  # ZTXY
 
 
+def test_masks_of_other_volumes_are_zarr_in_their_geometry(folder, tmp_path):
+    h5py = pytest.importorskip("h5py", reason="pip install 'unet-diffusion[hdf5]'")
+    nibabel = pytest.importorskip("nibabel", reason="pip install 'unet-diffusion[medical]'")
+    wanted = expected(folder, tmp_path)
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file["raw"], file["other"] = IMAGES, MASKS
+    image = nibabel.Nifti1Image(IMAGES.T, np.diag([0.5, 0.25, 3.0, 1.0]))
+    image.header.set_xyzt_units("mm")
+    nibabel.save(image, tmp_path / "y.nii.gz")
+    for source, name in (("x.h5:/raw", "x_raw"), ("y.nii.gz", "y")):
+        assert predict_volume(predictor(folder), tmp_path / source, tmp_path) == []
+        for kind, right in zip(("mask", "probability"), wanted, strict=True):
+            found = zarr.open_array(str(tmp_path / f"{name}_{kind}.zarr"), path="0", mode="r")
+            assert np.array_equal(found[...], right)
+    scales = zarr.open_group(str(tmp_path / "y_mask.zarr"), mode="r").attrs["ome"]["multiscales"][0]
+    assert scales["datasets"][0]["coordinateTransformations"][0]["scale"] == [3.0, 0.25, 0.5]
+    assert {axis["unit"] for axis in scales["axes"]} == {"millimeter"}
+
+
 def test_shards_are_kept_where_they_fit(folder, tmp_path, monkeypatch):
     wanted = expected(folder, tmp_path)
     for name, most, shards in (("a", volumes.SLAB_BYTES, (4, 40, 48)), ("b", 20_000, None)):

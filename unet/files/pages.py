@@ -62,7 +62,7 @@ class Reading:
     """What is said of files beside what they say themselves.
 
     Attributes:
-        axes: of TIFF and NPY arrays, such as "CYX"; C and S are channels, other letters slices.
+        axes: of TIFF and NPY arrays and volumes, as "CYX"; C and S are channels, others slices.
         channels: those to read, in this order: numbers from 0, or names.
         nodata: value of pixels where nothing was measured, instead of what a file declares.
     """

@@ -232,3 +232,165 @@ def test_blocks_are_what_large_slices_give(tmp_path, monkeypatch):
     monkeypatch.setattr(rasters, "IN_MEMORY", 10)
     save_ome(tmp_path / "x.zarr", ARRAY[0, 0], "ZYX", 3)
     assert isinstance(open_raster(tmp_path / "x.zarr", 1), Blocks)
+
+
+# -- HDF5
+
+
+def save_hdf5(path: Path, labels: str = "", **arrays: Any) -> None:
+    h5py = pytest.importorskip("h5py", reason="pip install 'unet-diffusion[hdf5]'")
+    with h5py.File(path, "w") as file:
+        for name, array in arrays.items():
+            made = file.create_dataset(f"in/{name}", data=array, chunks=array.ndim > 2 or None)
+            for dimension, label in zip(made.dims, labels, strict=False):
+                dimension.label = label
+
+
+@pytest.mark.usefixtures("in_parts")
+def test_a_dataset_of_hdf5_is_read_by_its_axes(tmp_path):
+    pages = np.moveaxis(ARRAY, 1, -1).reshape(-1, 20, 30, 3)
+    save_hdf5(tmp_path / "x.h5", "tczyx", raw=ARRAY)
+    check_pages(tmp_path / "x.h5", pages)
+    save_hdf5(tmp_path / "y.hdf5", raw=ARRAY, labels="")
+    check_pages(tmp_path / "y.hdf5", pages, Reading(axes="TCZYX"))
+    save_hdf5(tmp_path / "z.h5", raw=ARRAY[0, 0], mask=ARRAY[1, 0])
+    check_pages(tmp_path / "z.h5:/in/mask", ARRAY[1, 0, ..., None])
+    with pytest.raises(InputError, match=r"which dataset is meant.*several: /in/mask, /in/raw"):
+        image_info(tmp_path / "z.h5")
+    with pytest.raises(InputError, match="no dataset 'in/none'"):
+        image_info(tmp_path / "z.h5:/in/none")
+    with pytest.raises(InputError, match="no file"):
+        image_info(tmp_path / "none.h5")
+    with pytest.raises(InputError, match="name its axes"):
+        image_info(tmp_path / "y.hdf5")
+    (tmp_path / "damaged.h5").write_bytes((tmp_path / "x.h5").read_bytes()[:3000])
+    with pytest.raises(InputError, match="damaged one"):
+        image_info(tmp_path / "damaged.h5")
+    save_hdf5(tmp_path / "text.h5", raw=np.array([[b"a", b"b"]], object))
+    with pytest.raises(InputError, match="objects or text"):
+        image_info(tmp_path / "text.h5:in/raw")
+
+
+# -- NIfTI
+
+
+@pytest.mark.usefixtures("in_parts")
+@pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
+@pytest.mark.parametrize("axes", [2, 3, 4])
+def test_nifti_is_turned_to_rows_and_columns(tmp_path, ending, axes):
+    nibabel = pytest.importorskip("nibabel", reason="pip install 'unet-diffusion[medical]'")
+    array = ARRAY[(0,) * (4 - axes)][:, 0] if axes == 4 else ARRAY[0, 0][(0,) * (3 - axes)]
+    path = tmp_path / f"x{ending}"
+    nibabel.save(nibabel.Nifti1Image(array.T, np.diag([2.0, 2.0, 5.0, 1.0])), path)  # TZYX
+    pages = array.reshape(-1, 20, 30, 1)
+    check_pages(path, pages)
+    check_pages(path, pages)
+    assert image_info(path).dtype == "uint16"
+    assert np.array_equal(
+        read_mask(path, None if axes == 2 else 1), pages[min(1, len(pages) - 1), ..., 0]
+    )
+
+
+def test_nifti_values_are_scaled_as_its_header_says(tmp_path):
+    nibabel = pytest.importorskip("nibabel", reason="pip install 'unet-diffusion[medical]'")
+    image = nibabel.Nifti1Image(ARRAY[0, 0].T.astype(np.int16), np.eye(4))
+    image.header.set_slope_inter(0.5, -10)
+    image.header.set_data_dtype(np.int16)
+    nibabel.save(image, tmp_path / "x.nii.gz")
+    stored = nibabel.load(tmp_path / "x.nii.gz")
+    assert stored.dataobj.slope == 0.5
+    check_pages(tmp_path / "x.nii.gz", np.float32(stored.get_fdata()).T[..., None])
+    nibabel.save(nibabel.Nifti1Image(ARRAY[1, 0].T, np.eye(4)), tmp_path / "x.nii.gz")
+    check_pages(tmp_path / "x.nii.gz", ARRAY[1, 0, ..., None])  # another file of the same name
+
+
+def test_what_is_no_nifti_image_is_one_sentence(tmp_path):
+    nibabel = pytest.importorskip("nibabel", reason="pip install 'unet-diffusion[medical]'")
+    with pytest.raises(InputError, match="no such file"):
+        image_info(tmp_path / "none.nii")
+    (tmp_path / "x.nii").write_bytes(b"nothing")
+    with pytest.raises(InputError, match="damaged one"):
+        image_info(tmp_path / "x.nii")
+    nibabel.save(nibabel.Nifti1Image(ARRAY.T, np.eye(4)), tmp_path / "five.nii")
+    with pytest.raises(InputError, match="it has 5 axes"):
+        image_info(tmp_path / "five.nii")
+    colours = np.zeros((4, 5, 6), [("R", "u1"), ("G", "u1"), ("B", "u1")])
+    nibabel.save(nibabel.Nifti1Image(colours, np.eye(4)), tmp_path / "rgb.nii")
+    with pytest.raises(InputError, match="its pixels are"):
+        image_info(tmp_path / "rgb.nii")
+    nibabel.save(nibabel.Nifti1Image(ARRAY[0, 0].T, np.eye(4)), tmp_path / "cut.nii.gz")
+    whole = (tmp_path / "cut.nii.gz").read_bytes()
+    (tmp_path / "cut.nii.gz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match="damaged one"):
+        read_image(tmp_path / "cut.nii.gz", 4)
+
+
+# -- DICOM
+
+
+def save_dicom(file: Path, array: Any, place: float, **more: Any) -> None:
+    pydicom = pytest.importorskip("pydicom", reason="pip install 'unet-diffusion[medical]'")
+    meta = pydicom.dataset.FileMetaDataset()
+    meta.MediaStorageSOPClassUID = pydicom.uid.CTImageStorage
+    meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid()
+    meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    head = pydicom.Dataset()
+    head.file_meta = meta
+    head.SOPClassUID, head.SOPInstanceUID = meta.MediaStorageSOPClassUID, "1.2.3"
+    head.Rows, head.Columns = array.shape[:2]
+    head.SamplesPerPixel, head.PhotometricInterpretation = 1, "MONOCHROME2"
+    if array.ndim == 3:
+        head.SamplesPerPixel, head.PhotometricInterpretation = 3, "RGB"
+        head.PlanarConfiguration = 0
+    head.BitsAllocated = head.BitsStored = 8 * array.dtype.itemsize
+    head.HighBit, head.PixelRepresentation = head.BitsStored - 1, int(array.dtype.kind == "i")
+    head.SeriesInstanceUID, head.PixelSpacing = "1.2", [0.5, 0.25]
+    head.ImageOrientationPatient = [1, 0, 0, 0, 0, -1]  # coronal: the normal is y
+    head.ImagePositionPatient = [7, place, 9]
+    head.PixelData = array.tobytes()
+    for name, value in more.items():
+        setattr(head, name, value)
+    file.parent.mkdir(exist_ok=True)
+    head.save_as(file, enforce_file_format=True)
+
+
+@pytest.mark.usefixtures("in_parts")
+def test_a_dicom_series_is_in_the_order_of_its_places(tmp_path):
+    pytest.importorskip("pydicom", reason="pip install 'unet-diffusion[medical]'")
+    for name, at in zip("cadbe", range(5), strict=True):
+        save_dicom(tmp_path / f"s/{name}", ARRAY[0, 0, at], 3.0 * at - 4)
+    check_pages(tmp_path / "s", ARRAY[0, 0, ..., None])
+    assert image_info(tmp_path / "s").dtype == "uint16"
+    for name, at in zip("cadbe", range(5), strict=True):
+        stored = ARRAY[0, 0, at].astype(np.int16) - 100
+        scaled = {"RescaleSlope": 2 + at % 2, "RescaleIntercept": -1024}
+        save_dicom(tmp_path / f"ct/{name}.dcm", stored, 3.0 * at - 4, **scaled)
+    units = 2 + np.arange(5)[:, None, None] % 2
+    hounsfield = (ARRAY[0, 0].astype(np.float32) - 100) * units - 1024
+    check_pages(tmp_path / "ct", hounsfield[..., None].astype(np.float32))
+
+
+def test_colours_of_dicom_are_channels(tmp_path):
+    pytest.importorskip("pydicom", reason="pip install 'unet-diffusion[medical]'")
+    colours = np.moveaxis(ARRAY[:, :, 0], 1, -1).astype(np.uint8)
+    for at in range(2):
+        save_dicom(tmp_path / f"s/{at}.dcm", np.ascontiguousarray(colours[at]), at)
+    check_pages(tmp_path / "s", colours)
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        ({"SeriesInstanceUID": "1.9"}, "which series is meant.*2 series"),
+        ({"NumberOfFrames": 2}, "holds several images"),
+        ({"PhotometricInterpretation": "MONOCHROME1"}, "white as zero"),
+        ({"Rows": 10}, "where the first one is"),
+        ({"PixelData": b"12"}, "cannot be decoded"),
+    ],
+)
+def test_what_is_no_dicom_series_is_one_sentence(tmp_path, more, sentence):
+    pytest.importorskip("pydicom", reason="pip install 'unet-diffusion[medical]'")
+    save_dicom(tmp_path / "s/1.dcm", ARRAY[0, 0, 0], 1)
+    save_dicom(tmp_path / "s/2.dcm", ARRAY[0, 0, 1], 2, **more)
+    with pytest.raises(InputError, match=sentence):
+        read_image(tmp_path / "s", 1)
