@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -259,6 +260,32 @@ def test_an_interrupted_prediction_goes_on(folder, tmp_path, monkeypatch, capsys
     assert predict_volume(predictor(folder), source, out, overwrite=True) == []
 
 
+@pytest.mark.slow
+def test_a_killed_prediction_goes_on_to_the_same_voxels(folder, tmp_path):
+    save(tmp_path / "x.zarr", np.tile(IMAGES, (20, 1, 1)), "ZYX", (2, 16, 20))
+    command = [
+        sys.executable,
+        str(SCRIPTS / "predict_seg.py"),
+        "--model",
+        folder,
+        "--device",
+        "cpu",
+    ]
+    command += ["--input", str(tmp_path / "x.zarr"), "--out", str(tmp_path / "out")]
+    record = tmp_path / "out/x_progress"
+    with subprocess.Popen(command) as process:
+        while process.poll() is None:
+            if record.exists() and record.read_text().rpartition("\n")[2].count("1") >= 20:
+                process.kill()
+    assert process.returncode == -signal.SIGKILL
+    assert "0" in record.read_text().rpartition("\n")[2]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "goes on: " in done.stdout
+    assert predict_volume(predictor(folder), tmp_path / "x.zarr", tmp_path / "whole") == []
+    for found, right in zip(levels(tmp_path / "out"), levels(tmp_path / "whole"), strict=True):
+        assert np.array_equal(found, right)
+
+
 def test_an_interrupted_one_is_begun_anew_where_that_is_asked_for(folder, tmp_path, monkeypatch):
     save(tmp_path / "x.zarr", IMAGES, "ZYX", (2, 16, 20))
     source, out = tmp_path / "x.zarr", tmp_path / "out"
@@ -334,6 +361,7 @@ print("grown by", (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) 
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_volume(folder, tmp_path):
     for name, slices in (("warm", 2), ("x", 200)):
         made = zarr.create_array(
@@ -349,5 +377,5 @@ def test_memory_does_not_grow_with_the_volume(folder, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     grown = int(done.stdout.rpartition("grown by")[2])
-    assert grown < 40  # MiB, of 50 of images and 150 of results
+    assert grown < 40, grown  # MiB, of 50 of images and 150 of results
     assert json.loads((tmp_path / "out/x_mask.zarr/0/zarr.json").read_text())["shape"][0] == 200
