@@ -146,7 +146,7 @@ class Segmenter:
       W, C) or (N, H, W). Channels come last. For a model of one channel three axes are a batch (N,
       H, W), unless the last one is 1, which are channels; if it is 3 or 4, as of colour images, the
       array is refused.
-    - a path of an image file; the pages of a stack are a batch.
+    - a path of an image file; the pages of a stack, and the slices of a volume, are a batch.
 
     Pixels have the values and the type of the training images: an image of another type is another
     range of values, and is refused. Types that say nothing of a range are converted: whole numbers
