@@ -21,10 +21,10 @@ class LabelOptions(ReadingOptions):
     """What a command line says of masks beside what they say themselves."""
 
     images: Path | None = None
-    """Folder of the images, where --data does not hold both; with --masks."""
+    """Folder of the images, where --data does not hold both, or a stack or volume; with --masks."""
 
     masks: Path | None = None
-    """Folder of the masks; with --images."""
+    """Folder, stack or volume of the masks; with --images."""
 
     ignore_value: int | tuple[int, int, int] | None = None
     """Mask value of pixels without a label, which do not count: a number, an index of a palette, or

@@ -26,6 +26,7 @@ from unet.files.images import image_info, list_images, write_image
 from unet.files.pages import AS_STORED, ImageInfo, Reading
 from unet.files.pictures import key
 from unet.files.rasters import open_raster, writing_bands
+from unet.files.volumes import is_volume, volume_name
 from unet.training.task import Processes
 from unet.words import counted
 
@@ -111,7 +112,7 @@ class FilePredictor:
         table = self.segmenter.table
         write_image(mask, table.decode(decided), palette=table.palette)
         write_image(probability, as_16_bit(found))
-        shown = grey_or_rgb(source.pixels)
+        shown = grey_or_rgb(np.asarray(source.pixels))
         if not self.numbers:
             write_image(picture, overlay(shown, decided, table))
             return
@@ -238,7 +239,7 @@ def find_slices(
     reading: Reading = AS_STORED,
     check: Callable[[ImageInfo, str], None] | None = None,
 ) -> tuple[list[Slice], list[str]]:
-    """The images of a file or folder, a stack page by page, and what is wrong with the others.
+    """The images of a file, folder or volume, a stack page by page, and what is wrong with others.
 
     Args:
         reading: what is said of the files beside what they say themselves.
@@ -247,21 +248,22 @@ def find_slices(
     Raises:
         InputError: no such file or folder, nothing in it, or a single file that is no image.
     """
-    if not source.exists():
+    alone = is_volume(source) or source.is_file()
+    if not (alone or source.exists()):
         raise InputError(f"--input {source} does not exist: give an image or a folder of images")
     slices: list[Slice] = []
     failed: list[str] = []
-    for path in list_images(source) if source.is_dir() else [source]:
+    for path in [source] if alone else list_images(source):
         try:
             info = image_info(path, reading)
             if check:
                 check(info, repr(str(path)))
         except InputError as error:
-            if source.is_file():
+            if alone:
                 raise
             failed.append(str(error))
             continue
-        name = path.stem.removesuffix(".ome")
+        name = volume_name(path)
         if info.pages == 1:
             slices.append(Slice(name=name, path=path, info=info))
             continue

@@ -22,9 +22,10 @@ from segmentation.model import SegmentationUNet
 from segmentation.predict import Precision, Predictor, Probability, Source, classes
 from unet.device import pick_device
 from unet.errors import InputError, as_keywords
-from unet.files.images import image_info
+from unet.files.images import Blocks, image_info
 from unet.files.pages import Array, ImageInfo, Reading, missing
 from unet.files.rasters import open_raster
+from unet.files.volumes import is_volume
 from unet.words import channels_said, counted
 
 Image: TypeAlias = "Array | Tensor | str | Path"  # or a batch of them
@@ -116,11 +117,11 @@ class RasterSource:
     """An image as stored, normalised for each model as it is read.
 
     Attributes:
-        pixels: (H, W, C), in memory or mapped from a file.
+        pixels: (H, W, C), in memory, or mapped or read from a file.
         nodata: the value of pixels where nothing was measured, if its file declares one.
     """
 
-    pixels: Array
+    pixels: Array | Blocks
     nodata: float | None = None
 
     @property
@@ -134,7 +135,7 @@ class RasterSource:
 
     def missing(self, nodata: float | None) -> NDArray[np.bool_]:
         """Where (H, W) nothing was measured; `nodata` is what the training images declared."""
-        return missing(self.pixels, nodata if self.nodata is None else self.nodata)
+        return missing(np.asarray(self.pixels), nodata if self.nodata is None else self.nodata)
 
 
 class Segmenter:
@@ -146,7 +147,7 @@ class Segmenter:
       W, C) or (N, H, W). Channels come last. For a model of one channel three axes are a batch (N,
       H, W), unless the last one is 1, which are channels; if it is 3 or 4, as of colour images, the
       array is refused.
-    - a path of an image file; the pages of a stack are a batch.
+    - a path of an image file; the pages of a stack, and the slices of a volume, are a batch.
 
     Pixels have the values and the type of the training images: an image of another type is another
     range of values, and is refused. Types that say nothing of a range are converted: whole numbers
@@ -289,11 +290,11 @@ class Segmenter:
         found = [find(RasterSource(page, nodata)) for page in pages]
         return np.stack(found) if batched else found[0]
 
-    def _pages(self, path: Path) -> tuple[Iterable[Array], bool, float | None]:
+    def _pages(self, path: Path) -> tuple[Iterable[Array | Blocks], bool, float | None]:
         """The images (H, W, C) of a file, read one by one, whether it is a stack, and its value of
         no data.
         """
-        if path.is_dir():
+        if path.is_dir() and not is_volume(path):
             raise InputError(
                 f"{str(path)!r} is a folder: give one of its images, or label all of them with "
                 "predict_seg.py"

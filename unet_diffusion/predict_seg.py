@@ -20,10 +20,12 @@ class PredictOptions(ReadingOptions):
     """Model folder, such as RUN/model; several are averaged."""
 
     input: Path
-    """An image, or a folder of images. Stacks are predicted slice by slice."""
+    """An image, or a folder of images. Stacks are predicted slice by slice. Or a volume: x.zarr,
+    x.zarr/path/in/it, x.h5:/path, x.nii.gz or a folder of a DICOM series."""
 
     out: Path
-    """Folder for NAME_mask.png, NAME_probability.png, NAME_overlay.png, and legend.png."""
+    """Folder for NAME_mask.png, NAME_probability.png, NAME_overlay.png, and legend.png; of a volume
+    NAME_mask.zarr and NAME_probability.zarr."""
 
     threshold: float | None = None
     """Probability above which a pixel is of the second of two classes; none given: the model's."""
@@ -51,7 +53,8 @@ class PredictOptions(ReadingOptions):
     """auto, or a torch device such as cpu, cuda or mps."""
 
     overwrite: bool = False
-    """Replace files that are there already."""
+    """Replace files that are there already. A volume whose prediction was interrupted is gone on
+    with by the same command, with or without it."""
 
     def __post_init__(self) -> None:
         if self.threshold is not None and not 0 <= self.threshold < 1:
@@ -68,6 +71,8 @@ def main(options: PredictOptions) -> int:
     from segmentation.output import FilePredictor, predict_files
     from segmentation.predict import Predictor
     from segmentation.segmenter import load_models
+    from segmentation.volumes import predict_volume
+    from unet.files.volumes import is_volume
     from unet.memory import PREDICTED, keep_freed_memory
     from unet.training.task import Processes
 
@@ -90,12 +95,13 @@ def main(options: PredictOptions) -> int:
         labels=options.labels,
         reading=options.reading,
     )
-    failed = predict_files(
+    volume = is_volume(options.input)
+    failed = (predict_volume if volume else predict_files)(
         predictor, options.input, options.out, overwrite=options.overwrite, processes=processes
     )
     if failed:
         return 1
-    if processes.main:
+    if processes.main and not volume:
         print(f"masks: {options.out / '*_mask.png'}, probabilities and overlays beside them")
     labelled = ("--data", "labelled_images", "--out", "scores")
     say_next("eval-seg", "--model", *options.model, *labelled)

@@ -19,6 +19,7 @@ from diffusion.data.shapes import HELD_OUT, SIDE, example, example_caption
 from unet.errors import InputError
 from unet.files.images import SUFFIXES, Colour, image_info, laid_over, natural_key, read_image
 from unet.files.pages import AS_STORED, Array, ImageInfo, Reading
+from unet.files.volumes import is_volume
 from unet.words import counted
 
 DRAWN = 20_000  # pictures of shapes
@@ -83,7 +84,7 @@ def open_source(
     path = Path(data)
     if str(data) == "shapes":
         return _drawn(size or SIDE, seed)
-    if not os.path.exists(path):  # False for an impossible name, too
+    if not (is_volume(path) or os.path.exists(path)):  # False for an impossible name, too
         raise InputError(f"'{data}': no such file or folder")
     how = how or HowToRead()
     if path.suffix.lower() == ".npz":
@@ -174,14 +175,15 @@ def _classified(source: Source, labels: list[Any]) -> Source:
 
 
 def _in_files(path: Path, captions: bool, how: HowToRead) -> Source:
-    """An image or stack, or all of a folder with its subfolders, in natural order.
+    """An image, stack or volume, or all of a folder with its subfolders, in natural order.
 
     Of a million files no more is kept than their names, as strings.
     """
-    files, folders, tables = _walk(path) if path.is_dir() else ([str(path)], [""], [])
+    alone = is_volume(path) or not path.is_dir()
+    files, folders, tables = ([str(path)], [""], []) if alone else _walk(path)
     stacks = {}  # file -> its pages, where it has several
     for file in files:
-        if file.lower().endswith((".tif", ".tiff", ".npy")):
+        if alone or file.lower().endswith((".tif", ".tiff", ".npy")):
             with suppress(InputError):  # which is raised again where the image is read
                 if (count := image_info(Path(file), how.reading).pages) > 1:
                     stacks[file] = count

@@ -16,6 +16,7 @@ from pathlib import Path
 from segmentation.data.classes import some
 from unet.errors import InputError
 from unet.files.images import SUFFIXES, list_images, natural_key
+from unet.files.volumes import is_volume, volume_name
 from unet.files.writing import read_json
 from unet.words import counted
 
@@ -67,21 +68,21 @@ class Layout:
 
 
 def stem_of(file: Path) -> str:
-    """The name without its ending, also without the .ome of an OME-TIFF."""
-    return file.stem.removesuffix(".ome")
+    """The name without its ending, also without the .ome of an OME-TIFF; that of a volume."""
+    return volume_name(file) if is_volume(file) else file.stem.removesuffix(".ome")
 
 
 def find_layout(
     data: Path | None = None, images: Path | None = None, masks: Path | None = None
 ) -> Layout:
-    """The images and masks of a folder, or of two folders or two files.
+    """The images and masks of a folder, or of two folders or two files or volumes.
 
     Raises:
         InputError: no such folder; an image without mask or the reverse; two things that both
             could be the masks. Names the files.
     """
     if images is not None and masks is not None:
-        if os.path.isfile(images) and os.path.isfile(masks):
+        if _is_file(images) and _is_file(masks):
             return Layout(matches=[_pair(images, masks)])
         return Layout(matches=_across(images, masks))
     if data is None or images is not None or masks is not None:
@@ -91,6 +92,10 @@ def find_layout(
 
 
 def _in_folder(data: Path) -> Layout:
+    if is_volume(data):
+        raise InputError(
+            f"{str(data)!r} is one volume: name it and its masks with --images and --masks"
+        )
     if not data.is_dir():
         raise InputError(f"{str(data)!r}: no such folder")
     stacks = data / _STACKS[0], data / _STACKS[1]
@@ -220,8 +225,8 @@ def _folders_of_objects(folders: Sequence[Path]) -> list[Match]:
 
 def _across(images: Path, masks: Path) -> list[Match]:
     """Files of a folder and of another, with their subfolders; or a stack and a folder of masks."""
-    if os.path.isfile(images) != os.path.isfile(masks):
-        stack, folder = (images, masks) if os.path.isfile(images) else (masks, images)
+    if _is_file(images) != _is_file(masks):
+        stack, folder = (images, masks) if _is_file(images) else (masks, images)
         files = tuple(list_images(folder))
         pair = ((stack,), files) if stack is images else (files, (stack,))
         return [Match(name=stem_of(stack), image=pair[0], mask=pair[1], part="stack")]
@@ -375,6 +380,10 @@ def _check_alone(images: Sequence[Path], masks: Sequence[Path], rule: str) -> No
 
 def _pair(image: Path, mask: Path) -> Match:
     return Match(name=stem_of(image), image=(image,), mask=(mask,))
+
+
+def _is_file(path: Path) -> bool:
+    return os.path.isfile(path) or is_volume(path)
 
 
 def _class_names(folder: Path) -> dict[int, str]:

@@ -1,18 +1,17 @@
 """Image files in and out: what both tasks need, and no more.
 
-Reads PNG, JPEG, BMP, GIF and WebP (Pillow), TIFF (tifffile) and NPY; writes PNG and TIFF. The kind
-is told by a file's first bytes. Whatever is wrong with a file, the error is an InputError that
-names it. Nothing in a file is run, and more than MAX_PIXELS are refused before one is decoded.
+Reads PNG, JPEG, BMP, GIF and WebP (Pillow), TIFF (tifffile), NPY, and the slices of volumes
+(`unet.files.volumes`); writes PNG and TIFF. The kind is told by a file's first bytes, of a volume
+by its name. Whatever is wrong with a file, the error is an InputError that names it. Nothing in a
+file is run, and more than MAX_PIXELS are refused before one is decoded.
 """
 
 from __future__ import annotations
 
-import math
 import re
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -21,8 +20,9 @@ import numpy as np
 import tifffile
 from PIL import Image, UnidentifiedImageError
 
-from unet.errors import InputError, said
+from unet.errors import InputError
 from unet.files.pages import (
+    ALL,
     AS_STORED,
     MAX_PAGES,
     MAX_PIXELS,
@@ -32,15 +32,18 @@ from unet.files.pages import (
     Page,
     Reading,
     Stored,
+    as_read,
     colour_table,
+    guessed_axes,
     image_dtype,
+    naming,
     upright,
 )
 from unet.files.tiff import open_tiff
+from unet.files.volumes import is_volume, open_volume
 from unet.files.writing import replacing
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".npy")
-WIDEST = 32  # channels of an NPY array whose last axis is taken for them, if the others are longer
 
 Colour: TypeAlias = tuple[int, int, int]
 
@@ -140,19 +143,7 @@ def read_image(
             array = laid_over(array, background)
         if (chosen := reading.chosen(found.info)) is not None:
             array = np.ascontiguousarray(array[..., chosen])
-        with np.errstate(over="ignore"):
-            array = array.astype(found.info.dtype, copy=False)
-        if array.dtype == np.float32:
-            declared = reading.of(found.info).nodata
-            known = np.isfinite(array)
-            if declared is not None and math.isnan(declared):
-                known |= np.isnan(array)
-            if not known.all():
-                raise InputError(
-                    "it holds NaN, infinite or too large values; replace them, or if NaN stands "
-                    "for no data, say so with nodata NaN"
-                )
-        return array
+        return as_read(array, reading.of(found.info))
 
 
 def laid_over(image: Array, background: Colour) -> Array:
@@ -167,12 +158,16 @@ def laid_over(image: Array, background: Colour) -> Array:
     return (np.rint(found) if whole else found).astype(image.dtype)
 
 
-def map_image(path: Path, page: int | None = None, reading: Reading = AS_STORED) -> Array | None:
+def map_image(
+    path: Path, page: int | None = None, reading: Reading = AS_STORED
+) -> Array | Blocks | None:
     """What `read_image` gives of any size, as a map of the file (H, W, C); None: not possible.
 
-    Chosen channels must follow each other at equal steps.
+    Chosen channels must follow each other at equal steps. Of a volume it is `Blocks`.
     """
     with _read(path, page, reading) as found:
+        if found.rectangle is not None:
+            return Blocks(path, page, reading, reading.of(found.info))
         if found.mapped is None:
             return None
         array = found.mapped()[..., : found.info.channels]
@@ -183,6 +178,41 @@ def map_image(path: Path, page: int | None = None, reading: Reading = AS_STORED)
         if step <= 0 or chosen != list(range(chosen[0], chosen[-1] + 1, step)):
             return None
         return array[..., chosen[0] : chosen[-1] + 1 : step]
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A slice (H, W, C) of a volume, of which `blocks[rows, columns]` is read when asked for.
+
+    Attributes:
+        path, page, reading: as `read_image` takes them.
+        info: of what is read.
+    """
+
+    path: Path
+    page: int | None
+    reading: Reading
+    info: ImageInfo
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.info.height, self.info.width, self.info.channels
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return np.dtype(self.info.dtype)
+
+    def __getitem__(self, key: slice | tuple[slice, slice]) -> Array:
+        rows, columns = key if isinstance(key, tuple) else (key, ALL)
+        with _read(self.path, self.page, self.reading) as found:
+            assert found.rectangle is not None
+            array = found.rectangle(rows, columns)
+            if (chosen := self.reading.chosen(found.info)) is not None:
+                array = array[..., chosen]
+            return as_read(np.ascontiguousarray(array), self.info)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
+        return self[:, :].astype(dtype or self.dtype, copy=False)
 
 
 def read_mask(
@@ -297,7 +327,11 @@ def _read(path: Path, page: int | None, reading: Reading) -> Iterator[Page]:
 @contextmanager
 def _open(path: Path, reading: Reading) -> Iterator[GetPage]:
     """The pages of any image file; all that a damaged file makes a decoder raise is InputError."""
-    try:
+    with naming(path):
+        if is_volume(path):
+            with open_volume(path) as volume:
+                yield volume.pages(reading)
+            return
         if not path.is_file():
             raise InputError("no such file")
         with path.open("rb") as file:
@@ -310,15 +344,8 @@ def _open(path: Path, reading: Reading) -> Iterator[GetPage]:
             reader = _open_npy(path, reading)
         else:
             reader = _open_pillow(path, start)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a file is read whole or refused
-            with reader as get_page:
-                yield get_page
-    except InputError as error:
-        raise InputError(f"{str(path)!r}: {error}") from error.__cause__
-    except Exception as error:  # decoders raise what a wrong byte leads them to, from any class
-        reason = said(error)
-        raise InputError(f"{str(path)!r}: not an image, or a damaged one ({reason})") from error
+        with reader as get_page:
+            yield get_page
 
 
 @contextmanager
@@ -375,20 +402,8 @@ def _open_pillow(path: Path, start: bytes) -> Iterator[GetPage]:
 def _open_npy(path: Path, reading: Reading) -> Iterator[GetPage]:
     # A memory map never unpickles, and refuses a shape that the file is too short for.
     array = np.lib.format.open_memmap(path, mode="r")
-    axes, alpha = reading.axes, False
-    if axes is None:
-        *others, last = array.shape if array.ndim > 1 else (0,)
-        has_channels = array.ndim > 2 and (
-            last in (1, 3, 4) or (last <= WIDEST and last < min(others[-2:]) and array.ndim < 5)
-        )
-        axes = "ZYX" if array.ndim - has_channels == 3 else "YX"
-        axes = f"{axes}C" if has_channels else axes
-        alpha = has_channels and last == 4
-        if not 2 <= array.ndim - has_channels <= 3 or not array.size:
-            raise InputError(
-                f"its shape {array.shape} is not (H, W), (H, W, C) or (N, H, W[, C]); name its "
-                "axes, such as ZCYX"
-            )
+    axes = guessed_axes(array.shape) if reading.axes is None else reading.axes
+    alpha = reading.axes is None and axes[-1] == "C" and array.shape[-1] == 4
     if len(axes) != array.ndim:
         raise InputError(f"its shape {array.shape} does not have the axes {axes}")
     stored = Stored(axes, array.shape, 0, lambda _: array)

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from einops import rearrange
 from numpy.typing import NDArray
 
-from unet.errors import InputError
+from unet.errors import InputError, said
 
 Array: TypeAlias = NDArray[Any]
 
 MAX_PIXELS = 2**27  # of one page: 11,585 x 11,585
 MAX_BYTES = 2**30  # of one page with all its channels
 MAX_PAGES = 2**21  # of a stack; it has fewer
+WIDEST = 32  # channels that a last axis is taken for, if nothing is said and the others are longer
 CHANNELS = (
     "CS"  # axes that become channels: channels and samples; all others but Y and X are slices
 )
+
+ALL = slice(None)
 
 # The orientation tag of EXIF and of TIFF, and what turns the stored rows (H, W, C) upright.
 _UPRIGHT: dict[int, Callable[[Array], Array]] = {
@@ -56,7 +62,7 @@ class Reading:
     """What is said of files beside what they say themselves.
 
     Attributes:
-        axes: of TIFF and NPY arrays, such as "CYX"; C and S are channels, other letters slices.
+        axes: of TIFF and NPY arrays and volumes, as "CYX"; C and S are channels, others slices.
         channels: those to read, in this order: numbers from 0, or names.
         nodata: value of pixels where nothing was measured, instead of what a file declares.
     """
@@ -142,6 +148,7 @@ class Page:
         orientation: the tag's value.
         indices: of a palette file: its values (H, W) instead of their colours.
         mapped: (H, W, C) as a map of the file, where it is stored as it is read.
+        rectangle: its rows and columns (H, W, C), where they can be read by themselves.
     """
 
     info: ImageInfo
@@ -149,6 +156,7 @@ class Page:
     orientation: int = 1
     indices: Callable[[], Array] | None = None
     mapped: Callable[[], Array] | None = None
+    rectangle: Callable[[slice, slice], Array] | None = None
 
     def read(self, *, alpha: bool = False, indices: bool = False) -> Array:
         """Upright pixels (H, W, C), with `alpha` (H, W, C + 1); 1-bit as 0 and 255."""
@@ -188,7 +196,7 @@ class Stored:
     axes: str
     shape: tuple[int, ...]
     leading: int
-    read: Callable[[tuple[int, ...]], Array]
+    read: Callable[[tuple[int, ...]], Sliceable]
     key: Any = None  # what else the file says of its pages
 
     def __post_init__(self) -> None:
@@ -233,8 +241,12 @@ class Stored:
         """Rows and columns."""
         return self.shape[self.axes.index("Y")], self.shape[self.axes.index("X")]
 
-    def page(self, index: int) -> Array:
-        """(H, W, C) of a slice: a view wherever nothing has to be put together."""
+    def page(self, index: int, rows: slice = ALL, columns: slice = ALL) -> Array:
+        """(H, W, C) of a slice: a view wherever nothing has to be put together.
+
+        Args:
+            rows, columns: of a rectangle of it.
+        """
         slices = [i for i, axis in enumerate(self.axes) if axis not in "YX" + CHANNELS]
         at = dict(
             zip(
@@ -246,7 +258,7 @@ class Stored:
         leading = range(self.leading)
         inner = [i for i in leading if i not in at]  # leading axes of channels
         parts = [
-            self._part(at | dict(zip(inner, place, strict=True)))
+            self._part(at | dict(zip(inner, place, strict=True)), rows, columns)
             for place in np.ndindex(*(self.shape[i] for i in inner))
         ]
         rest = [a for i, a in enumerate(self.axes) if i >= self.leading and i not in at]
@@ -261,12 +273,164 @@ class Stored:
         array = array.transpose(*order, *channels)
         return array if len(channels) == 1 else array.reshape(*array.shape[:2], -1)
 
-    def _part(self, at: dict[int, Any]) -> Array:
+    def _part(self, at: dict[int, Any], rows: slice, columns: slice) -> Array:
         array = self.read(tuple(int(at[i]) for i in range(self.leading)))
         if array.shape != self.shape[self.leading :]:
             raise InputError(f"its pixels {array.shape} do not fill the size in its header")
+        seen = {"Y": rows, "X": columns}
         inside = range(self.leading, len(self.axes))
-        return array[tuple(int(at[i]) if i in at else slice(None) for i in inside)]
+        return array[tuple(int(at[i]) if i in at else seen.get(self.axes[i], ALL) for i in inside)]
+
+
+class Sliceable(Protocol):
+    """An array in a file, of which parts are read: by numbers and slices, one for each axis."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
+
+    def __getitem__(self, key: Any) -> Array: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Volume:
+    """An array that is read in parts, and what its file says of it.
+
+    Attributes:
+        axes: a letter for each; "": nothing is said.
+        chunks: lengths along the axes of what is stored, and read, at once.
+        shards: lengths of what is written at once, where several chunks share a file.
+        names: of the channels.
+        scale, translation: of each axis: the size of a pixel and the place of the first one.
+        units: of these; "" where none is said.
+        zarr_format: of the Zarr store it is in, and of what is written beside it.
+    """
+
+    array: Sliceable
+    axes: str
+    chunks: tuple[int, ...]
+    shards: tuple[int, ...] | None = None
+    names: tuple[str, ...] = ()
+    scale: tuple[float, ...] | None = None
+    translation: tuple[float, ...] | None = None
+    units: tuple[str, ...] | None = None
+    zarr_format: int = 3
+
+    def stored(self, reading: Reading = AS_STORED) -> Stored:
+        """The array with its axes, or with those that `reading` names.
+
+        Raises:
+            InputError: no rows and columns among them, or no pixel.
+        """
+        shape = tuple(map(int, self.array.shape))
+        if not math.prod(shape):
+            raise InputError(f"its shape {shape} holds no pixel")
+        axes = self.axes
+        if not axes:
+            named = reading.axes is not None and len(reading.axes) == len(shape)
+            axes = reading.axes if named and reading.axes else guessed_axes(shape)
+        return Stored(axes, shape, 0, lambda _: self.array).named(reading.axes)
+
+    def pages(self, reading: Reading) -> GetPage:
+        """Its slices."""
+        stored = self.stored(reading)
+        info = ImageInfo(
+            height=stored.size[0],
+            width=stored.size[1],
+            channels=stored.channels,
+            dtype=image_dtype(self.array.dtype),
+            pages=stored.pages,
+            names=self.names if len(self.names) == stored.channels else (),
+            axes=stored.axes,
+        )
+
+        def get_page(index: int) -> Page:
+            if not 0 <= index < stored.pages:
+                raise IndexError(index)
+            return Page(
+                info, lambda: stored.page(index), rectangle=lambda y, x: stored.page(index, y, x)
+            )
+
+        return get_page
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Whatever goes wrong in here with a file is an InputError that names it; nothing is warned of:
+    a file is read whole or refused."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except InputError as error:
+        raise InputError(f"{str(path)!r}: {error}") from error.__cause__
+    except Exception as error:  # decoders raise what a wrong byte leads them to, from any class
+        reason = said(error)
+        raise InputError(f"{str(path)!r}: not an image, or a damaged one ({reason})") from error
+
+
+def guessed_axes(shape: Sequence[int]) -> str:
+    """The axes of an array of which nothing is said: (H, W), (H, W, C) or (N, H, W[, C]).
+
+    A last axis of 1, 3 or 4 is taken as channels, and one of up to WIDEST beside longer ones.
+
+    Raises:
+        InputError: none of these.
+    """
+    count = len(shape)
+    *others, last = shape if count > 1 else (0,)
+    has_channels = count > 2 and (
+        last in (1, 3, 4) or (last <= WIDEST and last < min(others[-2:]) and count < 5)
+    )
+    if not 2 <= count - has_channels <= 3 or not math.prod(shape):
+        raise InputError(
+            f"its shape {tuple(shape)} is not (H, W), (H, W, C) or (N, H, W[, C]); name its axes, "
+            "such as ZCYX"
+        )
+    axes = "ZYX" if count - has_channels == 3 else "YX"
+    return f"{axes}C" if has_channels else axes
+
+
+def named_axes(names: Sequence[str | None]) -> str:
+    """A letter for each axis by what a file calls it, such as "z", "Channel", "time"; "": unknown.
+
+    Raises:
+        InputError: two axes of one letter.
+    """
+    words = {"row": "Y", "rows": "Y", "height": "Y", "col": "X", "column": "X", "columns": "X"}
+    words |= {"width": "X", "depth": "Z", "plane": "Z", "slice": "Z", "time": "T", "frame": "T"}
+    words |= {"channel": "C", "channels": "C"}
+    lower = [(name or "").lower() for name in names]
+    found = "".join(words.get(name, name if len(name) == 1 else "?").upper() for name in lower)
+    if not (found.isascii() and found.isalpha()):
+        return ""
+    if len(set(found)) < len(found):
+        raise InputError(f"its axes are named {', '.join(map(str, names))}: name them with --axes")
+    return found
+
+
+def as_read(array: Array, info: ImageInfo) -> Array:
+    """Pixels in the type that they are read as: 1-bit as 0 and 255.
+
+    Raises:
+        InputError: NaN where no data are not declared to be NaN; infinite or too large values.
+    """
+    if array.dtype == np.bool_:
+        array = np.where(array, np.uint8(255), np.uint8(0))
+    with np.errstate(over="ignore"):
+        array = array.astype(info.dtype, copy=False)
+    if array.dtype == np.float32:
+        known = np.isfinite(array)
+        if info.nodata is not None and math.isnan(info.nodata):
+            known |= np.isnan(array)
+        if not known.all():
+            raise InputError(
+                "it holds NaN, infinite or too large values; replace them, or if NaN stands "
+                "for no data, say so with nodata NaN"
+            )
+    return array
 
 
 def colour_table(palette: bytes) -> NDArray[np.uint8]:

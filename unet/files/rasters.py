@@ -1,4 +1,4 @@
-"""Images larger than memory: mapped for reading, written from top to bottom."""
+"""Images larger than memory: mapped or read in parts, and written from top to bottom."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ import numpy as np
 import tifffile
 
 from unet.errors import InputError
-from unet.files.images import image_info, map_image, read_image, tiff_colours
+from unet.files.images import Blocks, image_info, map_image, read_image, tiff_colours
 from unet.files.pages import AS_STORED, MAX_PIXELS, Array, ImageInfo, Reading
+from unet.files.volumes import is_volume
 from unet.files.writing import replacing
 
 MAX_SIDE = 2**20  # pixels of a mapped image
+IN_MEMORY = 2**24  # pixels of a slice of a volume that is read as a whole
 
 
 def open_raster(
@@ -23,11 +25,12 @@ def open_raster(
     page: int | None = None,
     info: ImageInfo | None = None,
     reading: Reading = AS_STORED,
-) -> Array:
+) -> Array | Blocks:
     """An image (H, W, C) to slice: decoded where it is small, else mapped from its file.
 
     Mapped are uncompressed TIFF (of any axes, not turned) and NPY files, which `read_image` would
-    refuse for having more than MAX_PIXELS.
+    refuse for having more than MAX_PIXELS. Of a slice of a volume that has more than IN_MEMORY
+    the rectangles are read that are asked for.
 
     Args:
         info: what `image_info` says of the file, where it is known already.
@@ -37,7 +40,7 @@ def open_raster(
         InputError: as `read_image`; a large image that cannot be mapped.
     """
     info = info or image_info(path, reading)
-    if info.height * info.width <= MAX_PIXELS:
+    if info.height * info.width <= (IN_MEMORY if is_volume(path) else MAX_PIXELS):
         return read_image(path, page, reading)
     if max(info.height, info.width) > MAX_SIDE:
         raise InputError(

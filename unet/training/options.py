@@ -21,8 +21,8 @@ class ReadingOptions:
     """What a command line says of image files beside what they say themselves."""
 
     axes: str | None = None
-    """Axes of TIFF and NPY files that do not name them, such as CYX or ZYXC: C are channels, Y and
-    X rows and columns, all others slices."""
+    """Axes of TIFF and NPY files and volumes that do not name them, such as CYX or ZYXC: C are
+    channels, Y and X rows and columns, all others slices."""
 
     channels: tuple[str, ...] = ()
     """Channels to use of each image, in this order: numbers from 0, or the names that the files

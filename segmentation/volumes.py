@@ -1,0 +1,359 @@
+"""Prediction of volumes: masks and probabilities written into OME-Zarr slab by slab, to be gone on
+with where an interrupted one stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from segmentation.output import AT_ONCE, FilePredictor, as_16_bit
+from segmentation.predict import Predictor
+from segmentation.segmenter import RasterSource
+from unet.errors import InputError
+from unet.files.images import Blocks
+from unet.files.pages import ALL, CHANNELS, Array, ImageInfo, Stored, Volume, as_read, naming
+from unet.files.volumes import open_volume, volume_name, with_extras
+from unet.files.writing import write_text
+from unet.training.task import Processes
+from unet.words import counted
+
+SLAB_BYTES = 2**28  # of the slices that are read, predicted and written together
+TILE = 1024  # side of the chunks, where the volume has none
+
+
+@dataclass(frozen=True)
+class Slab:
+    """Slices that share chunks, and so are written at once.
+
+    Attributes:
+        at: their places along each axis of slices.
+        pages: their numbers in the volume.
+    """
+
+    at: tuple[slice, ...]
+    pages: Sequence[int]
+
+
+class Progress:
+    """A file beside the results: what is being made, in JSON, and below it a digit for each slab.
+
+    A digit becomes 1 once the chunks of its slab are written. Processes set digits of their own,
+    so that they need not wait for each other.
+    """
+
+    def __init__(self, file: Path, plan: dict[str, Any], count: int) -> None:
+        self.file, self.plan, self.count = file, plan, count
+        self.head = json.dumps(plan) + "\n"
+
+    def begin(self) -> None:
+        """Writes the file anew: nothing is done."""
+        write_text(self.file, self.head + "0" * self.count)
+
+    def differs(self) -> str:
+        """In what the prediction that the file tells of is another one; "" if in nothing.
+
+        Raises:
+            InputError: the file is none of this class's.
+        """
+        try:
+            said, digits = self.file.read_text(encoding="utf-8").split("\n", 1)
+            begun = json.loads(said)
+            known = isinstance(begun, dict) and not set(digits) - {"0", "1"}
+        except (OSError, ValueError):
+            known = False
+        if not known:
+            raise InputError(f"{self.file} is damaged: remove it, and give --overwrite")
+        other = [key for key in self.plan if begun.get(key) != self.plan[key]]
+        return other[0] if other else ""
+
+    def left(self) -> list[int]:
+        """The slabs that are not done."""
+        digits = self.file.read_text(encoding="utf-8")[len(self.head) :]
+        return [i for i in range(self.count) if digits[i : i + 1] != "1"]
+
+    def done(self, slab: int) -> None:
+        """Says that the chunks of a slab are written."""
+        with self.file.open("rb+") as file:
+            file.seek(len(self.head.encode()) + slab)
+            file.write(b"1")
+
+
+def predict_volume(
+    predictor: FilePredictor,
+    source: Path,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    processes: Processes | None = None,
+) -> list[str]:
+    """Predicts a volume into NAME_mask.zarr and NAME_probability.zarr in a folder, as OME-Zarr.
+
+    They have the axes of the volume but for the channels, its scale, and its chunks, or thinner
+    ones where their slices do not fit into SLAB_BYTES. In memory are the slices of a chunk, or of a
+    slice of more than AT_ONCE pixels a band of tiles. NAME_progress says which slices are written;
+    an interrupted prediction goes on by it, and its end removes it.
+
+    Args:
+        overwrite: replace what is there, unless it is this prediction, unfinished.
+        processes: share the slices.
+
+    Returns:
+        What went wrong with the slices that failed, a sentence each; they are left for another run.
+
+    Raises:
+        InputError: no volume, or one that the model does not fit; results in the way.
+    """
+    processes = processes or Processes()
+    _check(predictor)
+    with ExitStack() as stack:
+        with naming(source):
+            volume = stack.enter_context(open_volume(source))
+            stored = volume.stored(predictor.reading)
+            info = predictor.reading.of(volume.pages(predictor.reading)(0).info)
+        predictor.segmenter.check(info, repr(str(source)))
+        if info.height * info.width > AT_ONCE and predictor.segmenter.min_size:
+            raise InputError(
+                f"slices of {info.height} x {info.width} pixels are predicted in bands, which know "
+                "no connected parts: leave out --min-size"
+            )
+        work = _Work(predictor, source, volume, stored, info, out)
+        progress = Progress(out / f"{work.name}_progress", work.plan(), len(work.slabs))
+        going_on = _going_on(progress, (work.mask, work.probability), overwrite)
+        processes.wait()  # lest one finds what another has begun
+        todo: list[int] = []
+        if processes.main:
+            if not going_on:
+                progress.begin()
+                work.create()
+            todo = progress.left()
+            if going_on:
+                done = len(work.slabs) - len(todo)
+                print(f"goes on: {done:,} of {counted(len(work.slabs), 'slab')} are there already")
+        todo = processes.gather(todo)[0]
+        mine = []
+        for i in tqdm(processes.share(todo), unit="slab", disable=None if processes.main else True):
+            try:
+                work.run(work.slabs[i])
+                progress.done(i)
+            except InputError as error:
+                mine.append(f"slices from {work.slabs[i].pages[0]} on: {error}")
+        failed = [message for part in processes.gather(mine) for message in part]
+    if processes.main:
+        for message in failed:
+            print(f"error: {message}", file=sys.stderr)
+        if not failed:
+            progress.file.unlink()
+        slabs = counted(len(work.slabs), "slab")
+        print(f"{len(work.slabs) - len(failed):,} of {slabs} predicted, in {out}")
+    return failed
+
+
+def _check(predictor: FilePredictor) -> None:
+    """Refuses what a volume of masks does not hold."""
+    cure = "leave it out, or predict the slices as files of their own"
+    if predictor.labels:
+        raise InputError(f"--labels numbers the parts of a slice, not those of a volume: {cure}")
+    if isinstance(predictor.segmenter.table.values[0], tuple):
+        raise InputError("the masks of this model are colours, which a volume of masks is not")
+
+
+def _going_on(progress: Progress, results: Sequence[Path], overwrite: bool) -> bool:
+    """Whether results are there in part, by this very prediction.
+
+    Raises:
+        InputError: others are in the way.
+    """
+    if progress.file.exists():
+        other = progress.differs()
+        if not other:
+            begun = len(progress.left()) < progress.count
+            return begun and all(file.exists() for file in results)
+        if not overwrite:
+            raise InputError(
+                f"{results[0]} was begun with another {other}, as {progress.file} says: go on with "
+                "what it was begun with, or give --overwrite or another --out"
+            )
+    for file in results:
+        if file.exists() and not overwrite:
+            raise InputError(f"{file} exists already: give --overwrite or another --out")
+    return False
+
+
+class _Work:
+    """One volume to predict: its slabs, and what is made of each."""
+
+    def __init__(
+        self,
+        predictor: FilePredictor,
+        source: Path,
+        volume: Volume,
+        stored: Stored,
+        info: ImageInfo,
+        out: Path,
+    ) -> None:
+        self.segmenter, self.reading = predictor.segmenter, predictor.reading
+        self.source, self.volume, self.stored, self.info = source, volume, stored, info
+        self.name = volume_name(source)
+        self.mask = out / f"{self.name}_mask.zarr"
+        self.probability = out / f"{self.name}_probability.zarr"
+        self.dtype = self.segmenter.table.decode(np.zeros((1, 1), np.uint8)).dtype
+        self.slices = [i for i, axis in enumerate(stored.axes) if axis not in "YX" + CHANNELS]
+        self.kept = [i for i, axis in enumerate(stored.axes) if axis not in CHANNELS]
+        self.depths = self._depths()
+        self.slabs = self._slabs()
+
+    def _depths(self) -> list[int]:
+        """How many slices share a chunk, along each axis of slices."""
+        unit, shape = self.volume.shards or self.volume.chunks, self.stored.shape
+        height, width = self.stored.size
+        if height * width > AT_ONCE:
+            return [1] * len(self.slices)
+        pixel = self.stored.channels * self.volume.array.dtype.itemsize + self.dtype.itemsize + 2
+        found = [min(unit[i], shape[i]) for i in self.slices]
+        while math.prod(found) * height * width * pixel > SLAB_BYTES and max(found, default=1) > 1:
+            largest = found.index(max(found))
+            found[largest] = -(-found[largest] // 2)
+        return found
+
+    def _slabs(self) -> list[Slab]:
+        lengths = [self.stored.shape[i] for i in self.slices]
+        numbers = np.arange(math.prod(lengths)).reshape(lengths)
+        spans = [
+            [slice(start, min(start + depth, n)) for start in range(0, n, depth)]
+            for n, depth in zip(lengths, self.depths, strict=True)
+        ]
+        return [Slab(at, numbers[at].ravel().tolist()) for at in itertools.product(*spans)]
+
+    def plan(self) -> dict[str, Any]:
+        """What makes a prediction this one and no other."""
+        predict = self.segmenter.predict
+        return {
+            "input": str(self.source.resolve()),
+            "shape": list(self.stored.shape),
+            "axes": self.stored.axes,
+            "slabs": self.depths,
+            "model": _fingerprint(predict),
+            "classes": list(self.segmenter.table.values),
+            "threshold": self.segmenter.threshold,
+            "min_size": self.segmenter.min_size,
+            "tile": predict.tile,
+            "overlap": predict.overlap,
+            "tta": predict.symmetries,
+            "precision": str(predict.dtype),
+            "reading": self.reading.to_dict(),
+        }
+
+    def create(self) -> None:
+        """Makes the two arrays, empty."""
+        with with_extras():
+            from unet.files.zarrs import ZarrImage, create_ome_zarr
+        volume, stored = self.volume, self.stored
+        depth = dict(zip(self.slices, self.depths, strict=True))
+        chunks, shards = list(volume.chunks), volume.shards
+        if shards and any(depth[i] < min(shards[i], stored.shape[i]) for i in depth):
+            shards = None
+        if not shards:
+            chunks = [depth.get(i, min(n, stored.shape[i])) for i, n in enumerate(chunks)]
+        rows, columns = (stored.axes.index(axis) for axis in "YX")
+        if chunks[rows] * chunks[columns] > AT_ONCE:  # as of a file that is not stored in chunks
+            chunks[rows], chunks[columns] = min(chunks[rows], TILE), min(chunks[columns], TILE)
+
+        def kept(values: Sequence[Any] | None) -> tuple[Any, ...] | None:
+            return None if values is None else tuple(values[i] for i in self.kept)
+
+        for file, dtype in ((self.mask, self.dtype), (self.probability, np.dtype(np.uint16))):
+            image = ZarrImage(
+                shape=tuple(stored.shape[i] for i in self.kept),
+                axes="".join(stored.axes[i] for i in self.kept),
+                dtype=dtype,
+                chunks=tuple(chunks[i] for i in self.kept),
+                shards=kept(shards),
+                scale=kept(volume.scale),
+                translation=kept(volume.translation),
+                units=kept(volume.units),
+                zarr_format=volume.zarr_format,
+            )
+            create_ome_zarr(file, image)
+
+    def run(self, slab: Slab) -> None:
+        """Predicts the slices of a slab, and writes them.
+
+        Raises:
+            InputError: they cannot be read.
+        """
+        if self.info.height * self.info.width > AT_ONCE:
+            self._run_in_bands(slab)
+            return
+        found = [self._found(pixels) for pixels in self._pixels(slab)]
+        for file, blocks in zip(
+            (self.mask, self.probability), zip(*found, strict=True), strict=True
+        ):
+            self._write(file, slab, ALL, np.stack(blocks))
+
+    def _run_in_bands(self, slab: Slab) -> None:
+        for page in slab.pages:
+            source = RasterSource(
+                Blocks(self.source, page, self.reading, self.info), self.info.nodata
+            )
+            for top, band in self.segmenter.predict.bands(source):
+                rows = slice(top, top + band.shape[1])
+                part = RasterSource(source.pixels[rows], source.nodata)
+                decided = self.segmenter.table.decode(self.segmenter.decided(band, part))
+                self._write(self.mask, slab, rows, decided[None])
+                self._write(self.probability, slab, rows, as_16_bit(band)[None])
+
+    def _found(self, pixels: Array) -> tuple[Array, Array]:
+        """Mask and probability (H, W) of a slice (H, W, C)."""
+        source = RasterSource(pixels, self.info.nodata)
+        found = self.segmenter.predict(source)
+        return self.segmenter.table.decode(self.segmenter.decided(found, source)), as_16_bit(found)
+
+    def _pixels(self, slab: Slab) -> Iterator[Array]:
+        """The slices (H, W, C) of a slab, which is read once."""
+        at = dict(zip(self.slices, slab.at, strict=True))
+        with naming(self.source):
+            key = tuple(at.get(i, ALL) for i in range(len(self.stored.axes)))
+            block = np.asarray(self.volume.array[key])
+        part = replace(self.stored, shape=block.shape, read=lambda _: block)
+        chosen = self.reading.chosen(self.volume.pages(self.reading)(0).info)
+        for i in range(len(slab.pages)):
+            with naming(self.source):
+                pixels = part.page(i) if chosen is None else part.page(i)[..., chosen]
+                pixels = as_read(np.ascontiguousarray(pixels), self.info)
+            yield pixels
+
+    def _write(self, file: Path, slab: Slab, rows: slice, blocks: Array) -> None:
+        """Writes rows (slices, rows, W) of a slab in the order of the volume's axes."""
+        from unet.files.zarrs import open_to_write
+
+        axes = self.stored.axes
+        ours = "".join(axes[i] for i in self.slices) + "YX"
+        lengths = [span.stop - span.start for span in slab.at]
+        blocks = blocks.reshape(*lengths, *blocks.shape[1:])
+        places = dict(zip(ours, (*slab.at, rows, ALL), strict=True))
+        theirs = [axes[i] for i in self.kept]
+        turned = blocks.transpose([ours.index(axis) for axis in theirs])
+        open_to_write(file)[tuple(places[axis] for axis in theirs)] = turned
+
+
+def _fingerprint(predict: Predictor) -> str:
+    """Of the weights and the shapes of the models."""
+    found = hashlib.sha256()
+    for model in predict.models:
+        found.update(repr(model.config).encode())
+        found.update(json.dumps(model.info, sort_keys=True, default=str).encode())
+        for name, weight in model.state_dict().items():
+            found.update(name.encode())
+            found.update(weight.detach().cpu().float().contiguous().numpy().tobytes())
+    return found.hexdigest()

@@ -1,0 +1,138 @@
+"""Volumes that need not fit into memory: Zarr stores, HDF5 and NIfTI files, folders of DICOM.
+
+Each comes to a `unet.files.pages.Volume`, whose slices are read like the pages of a stack. The
+packages that read them are extras; a missing one is named with the command that brings it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+from unet.errors import InputError
+from unet.files.pages import Volume
+
+_HDF5 = re.compile(r"(?P<file>.*\.(?:h5|hdf5|hdf))(?::/*(?P<inside>.*))?", re.IGNORECASE)
+_NIFTI = re.compile(r".*\.nii(\.gz)?", re.IGNORECASE)
+_ADDRESS = re.compile(r"[a-z][a-z0-9+]+:/", re.IGNORECASE)
+_EXTRAS = {  # the package that a reader imports, and the extra that brings it
+    "zarr": "zarr",
+    "numcodecs": "zarr",
+    "h5py": "hdf5",
+    "nibabel": "medical",
+    "pydicom": "medical",
+}
+
+
+def is_volume(path: Path) -> bool:
+    """Whether a path names a volume.
+
+    It does by its name (`x.zarr`, `x.zarr/path/in/it`, `x.h5`, `x.h5:/path`, `x.nii`, `x.nii.gz`),
+    and a folder by the DICOM file that it begins with.
+    """
+    return _kind(path) != ""
+
+
+def volume_name(path: Path) -> str:
+    """What files made of it are called: "x" of x.ome.zarr and x.nii.gz, "x_raw" of x.h5:/raw."""
+    kind = _kind(path)
+    if kind == "zarr":
+        root, inside = split_zarr(path)
+        parts = [re.sub(r"(\.ome)?\.zarr$", "", root.name, flags=re.IGNORECASE), *inside.split("/")]
+    elif kind == "hdf5":
+        file, inside = split_hdf5(path)
+        parts = [file.stem, *inside.split("/")]
+    elif kind == "nifti":
+        parts = [re.sub(r"\.nii(\.gz)?$", "", path.name, flags=re.IGNORECASE)]
+    else:
+        parts = [path.resolve().name if kind else path.stem.removesuffix(".ome")]
+    return "_".join(part for part in parts if part)
+
+
+def split_zarr(path: Path) -> tuple[Path, str]:
+    """The store that ends in .zarr, and the path inside of it."""
+    at = next(i for i, part in enumerate(path.parts) if part.lower().endswith(".zarr"))
+    return Path(*path.parts[: at + 1]), "/".join(path.parts[at + 1 :])
+
+
+def split_hdf5(path: Path) -> tuple[Path, str]:
+    """The file, and the path inside of it, behind a colon."""
+    found = _HDF5.fullmatch(str(path))
+    assert found is not None
+    return Path(found["file"]), (found["inside"] or "").strip("/")
+
+
+@contextmanager
+def open_volume(path: Path) -> Iterator[Volume]:
+    """The array of a file, or folder, of which `is_volume` is true.
+
+    Raises:
+        InputError: there is none, or several; a package that reads it is not installed.
+    """
+    if _ADDRESS.match(str(path)):
+        raise InputError("it is an address elsewhere, and only files here are read: download it")
+    with with_extras():
+        reader = _reader(_kind(path))
+    with reader(path) as volume:
+        yield volume
+
+
+@contextmanager
+def with_extras() -> Iterator[None]:
+    """A package that is missing in here is one sentence, with the command that brings it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        name = (error.name or "").partition(".")[0]
+        if name not in _EXTRAS:
+            raise
+        raise InputError(
+            f"it takes the package {name}, which is not installed: "
+            f'pip install "unet-diffusion[{_EXTRAS[name]}]"'
+        ) from error
+
+
+def _reader(kind: str) -> Callable[[Path], AbstractContextManager[Volume]]:
+    if kind == "zarr":
+        from unet.files.zarrs import open_zarr
+
+        return open_zarr
+    if kind == "hdf5":
+        from unet.files.hdf5 import open_hdf5
+
+        return open_hdf5
+    if kind == "nifti":
+        from unet.files.nifti import open_nifti
+
+        return open_nifti
+    from unet.files.dicom import open_dicom
+
+    return open_dicom
+
+
+def _kind(path: Path) -> str:
+    if any(part.lower().endswith(".zarr") for part in path.parts):
+        return "" if os.path.isfile(path) else "zarr"
+    if _HDF5.fullmatch(str(path)):
+        return "hdf5"
+    if _NIFTI.fullmatch(path.name):
+        return "nifti"
+    return "dicom" if os.path.isdir(path) and _begins_with_dicom(path) else ""
+
+
+def _begins_with_dicom(folder: Path) -> bool:
+    try:
+        shown = (p for p in folder.iterdir() if not p.name.startswith(".") and p.is_file())
+        first = min(shown, key=lambda p: p.name, default=None)
+        return first is not None and is_dicom(first)
+    except OSError:
+        return False
+
+
+def is_dicom(file: Path) -> bool:
+    """Whether a file begins as DICOM's do: 128 bytes, then DICM."""
+    with file.open("rb") as stream:
+        return stream.read(132)[128:] == b"DICM"
