@@ -129,7 +129,7 @@ def test_grey_and_colour_cross(data: Path, tmp_path: Path, capsys) -> None:
         assert run_ddpm(*images, *given, *SHORT) == 0
         assert f"{tmp_path / init}, its first weights {done}" in capsys.readouterr().out
         found = DiffusionUNet.from_pretrained(tmp_path / init / "run/model")
-        assert found.config.in_(3 if colour == "rgb" else 1) == channels
+        assert found.config.in_channels == (3 if colour == "rgb" else 1)
 
 
 def test_describe_says_what_a_folder_can_start(tmp_path: Path, capsys) -> None:
