@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import tifffile
@@ -49,8 +50,11 @@ _JPEG = (6, 7)
 _JPEG_2000 = (33003, 33004, 33005, 34712)
 
 _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE, _YCBCR = 0, 1, 2, 3, 6
-_ORIENTATION, _NODATA = 274, 42113
+_DESCRIPTION, _ORIENTATION, _NODATA = 270, 274, 42113
 _COMPOSITE = 7  # channels that ImageJ shows together, at most
+
+_OME_SIZES = tuple(f"Size{axis}" for axis in "XYZCT")
+_OME_COUNTS = ("PlaneCount", "NumPlanes", "FirstZ", "FirstC", "FirstT", "IFD", "SamplesPerPixel")
 
 # Files whose pages are known already: parsing thousands of them for each page that is read would
 # take longer than reading it. Nothing in here is open, and what is in use is not in here.
@@ -92,10 +96,13 @@ def open_tiff(path: Path, reading: Reading) -> Iterator[GetPage]:
 def _pages(tif: Any, reading: Reading) -> tuple[GetPage, int]:
     """The slices of an open file, and how many pages were looked at."""
     first = tif.pages[0]
+    _check_description(tif)
     if any(getattr(tif, f"is_{kind}", False) for kind in _SLIDES):
         return _slices(_series(tif, tif.series[0]), tif, reading), 1
     if any(getattr(tif, f"is_{kind}", False) for kind in _DESCRIBED):
         count = _check_chain(tif)
+        if tif.is_ome:
+            _check_ome(tif.ome_metadata or "", first)
         return _slices(_described(tif), tif, reading), count
     return _chain(tif, first, reading), 1
 
@@ -135,10 +142,50 @@ def _check_chain(tif: Any) -> int:
         file.seek(offset + kind.tagnosize + tags * kind.tagsize)
 
 
+def _check_description(tif: Any) -> None:
+    """Refuses a file that ends before its description: it would seem to have none."""
+    kind, file = tif.tiff, tif.filehandle
+    if kind.tagsize != 4 + 2 * kind.offsetsize:
+        return  # of Hamamatsu's slides
+    file.seek(tif.pages[0].offset)
+    (tags,) = struct.unpack(kind.tagnoformat, file.read(kind.tagnosize))
+    for entry in range(min(tags, 4096)):
+        file.seek(tif.pages[0].offset + kind.tagnosize + entry * kind.tagsize)
+        data = file.read(kind.tagsize)
+        code, _ = struct.unpack(kind.tagformat1, data[:4])
+        size, at = struct.unpack(kind.offsetformat + kind.offsetformat[-1], data[4:])
+        if code == _DESCRIPTION and size > kind.offsetsize and at + size > file.size:
+            raise InputError("the file is truncated: its description lies behind its end")
+
+
+def _check_ome(text: str, first: Any) -> None:
+    """Refuses a description of more planes than any file has, for each of which room is made."""
+    if "<!ENTITY" in text:
+        raise InputError("its OME description declares entities, which no microscope writes")
+    try:
+        root = ElementTree.fromstring(text)
+    except ElementTree.ParseError:
+        return  # such a file is read without it
+    for element in root.iter():
+        said = dict(element.attrib)
+        counts = [float(said[key]) for key in _OME_COUNTS if key in said]
+        sizes = [float(said[key]) for key in _OME_SIZES if key in said]
+        if {"Start", "End"} <= set(said):
+            counts.append((float(said["End"]) - float(said["Start"])) / float(said.get("Step", 1)))
+        if max([*counts, math.prod(sizes) / first.size], default=0) >= MAX_PAGES:
+            raise InputError(f"its OME description has {MAX_PAGES:,} planes or more")
+
+
 def _described(tif: Any) -> Stored:
     """The array of a file that describes it; images of one size become slices."""
     found = [s for s in tif.series if not (s.keyframe.is_reduced or s.keyframe.is_mask)]
     each = [_series(tif, series) for series in found or tif.series]
+    said = int((tif.imagej_metadata or {}).get("images", 1)) if tif.is_imagej else 1
+    held = sum(one.channels * one.pages for one in each)
+    if said > held:
+        raise InputError(
+            f"its description has {said:,} images, but it holds {held}: it is cut off, or was split"
+        )
     if len({(one.axes, one.shape) for one in each}) > 1:
         kinds = ", ".join(f"{one.axes} {one.shape}" for one in each[:4])
         raise InputError(f"it holds {len(each)} images of different sizes ({kinds}); split it")
@@ -362,10 +409,12 @@ def _inverted(array: Array, bits: int) -> Array:
 
 def _palette(page: Any, tif: Any) -> bytes | None:
     """The colours of a file of indices. ImageJ's colour table only says how to show grey values."""
-    table = page.colormap
-    if page.photometric != _PALETTE or table is None or tif.is_imagej or page.bitspersample > 8:
+    if page.photometric != _PALETTE or tif.is_imagej or page.bitspersample > 8:
         return None
-    table = np.asarray(table).reshape(3, -1)
+    table = np.asarray(() if page.colormap is None else page.colormap)
+    if table.size != 3 * 2**page.bitspersample:
+        raise InputError(f"its palette has {table.size} values, not 3 x {2**page.bitspersample}")
+    table = table.reshape(3, -1)
     table = table // 257 if table.max() > 255 else table
     return table.T.astype(np.uint8).tobytes()
 

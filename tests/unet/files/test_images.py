@@ -626,6 +626,13 @@ LARGER = {
     "lzw": tiff(noise(20, 30, dtype="uint16"), compression="lzw", predictor=True),
     "tiled": tiff(noise(20, 30), compression="zlib", tile=(16, 16)),
     "stack": tiff(noise(3, 20, 30), photometric="minisblack"),
+    "imagej": tiff(noise(3, 2, 20, 30), imagej=True, metadata={"axes": "ZCYX"}),
+    "imagej in one page": tiff(
+        noise(3, 2, 20, 30), imagej=True, metadata={"axes": "ZCYX"}, truncate=True
+    ),
+    "ome": tiff(noise(3, 2, 20, 30), ome=True, metadata={"axes": "ZCYX"}),
+    "ome, packed": tiff(noise(3, 2, 20, 30), ome=True, metadata={"axes": "ZCYX"}, **DEFLATE),
+    "shaped": tiff(noise(3, 2, 20, 30), photometric="minisblack", metadata={"axes": "ZCYX"}),
     "npy": npy(noise(3, 20, 30)),
 }
 
