@@ -18,7 +18,7 @@ help:  ## show this list
 demo: venv  ## train, predict and evaluate on embedded data; prints where the pictures are
 	@$(PY) scripts/demo.py $(ARGS)
 
-test: venv  ## run the tests (ISBI2012_DIR and MNIST_DIR, when set, name folders of real data)
+test: venv  ## run the tests (ISBI2012_DIR, MNIST_DIR and NUCLEI_DIR, when set, name folders of real data)
 	@$(PY) -m pytest -n auto $(ARGS)
 
 test-slow: venv  ## run the tests marked slow, the notebooks among them

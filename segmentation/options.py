@@ -24,7 +24,7 @@ class LabelOptions(ReadingOptions):
     """Folder of the images, where --data does not hold both, or a stack or volume; with --masks."""
 
     masks: Path | None = None
-    """Folder, stack or volume of the masks; with --images."""
+    """Folder, stack or volume of the masks, or a COCO JSON file of polygons; with --images."""
 
     ignore_value: int | tuple[int, int, int] | None = None
     """Mask value of pixels without a label, which do not count: a number, an index of a palette, or
@@ -74,10 +74,9 @@ class SegmentationOptions(LabelOptions, FitOptions):
     """Momentum of muon, sgd and rmsprop, beta1 of adamw; none given: 0.9, with muon 0.8."""
 
     data: str = "phantom"
-    """A folder with images and masks (image/ label/, images/ masks/, ... or the two ISBI 2012
-    stacks); isbi2012: the challenge's stacks, downloaded once; phantom: generated membrane images;
-    stains: generated cells in two channels.
-    """
+    """A folder with images and masks (image/ label/, images/ masks/, ..., polygons of COCO or
+    labelme, or the two ISBI 2012 stacks); isbi2012: the challenge's stacks, downloaded once;
+    phantom: generated membrane images; stains: generated cells in two channels."""
 
     val_data: Path | None = None
     """A folder of images and masks to hold out, beside --data; a val/ or validation/ beside a

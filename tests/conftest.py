@@ -22,7 +22,7 @@ def _data_folder(variable: str, holds: str) -> Path:
     if not value:
         pytest.skip(f"{variable} is not set: it names a folder with {holds}")
     folder = Path(value)
-    if not (folder / holds).exists():
+    if not any(folder.glob(holds)):
         pytest.fail(f"{variable} is {value}, which has no {holds}")
     return folder
 
@@ -37,3 +37,9 @@ def isbi2012() -> Path:
 def mnist() -> Path:
     """MNIST as mnist_train.npz and mnist_test.npz."""
     return _data_folder("MNIST_DIR", "mnist_train.npz")
+
+
+@pytest.fixture(scope="session")
+def nuclei() -> Path:
+    """Images of the 2018 Data Science Bowl: ID/images/ID.png and ID/masks/, a file a nucleus."""
+    return _data_folder("NUCLEI_DIR", "*/masks/*.png")

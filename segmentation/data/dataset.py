@@ -20,9 +20,11 @@ from segmentation.data.classes import (
     value_codes,
 )
 from segmentation.data.instances import INSTANCE_NAMES, instance_classes
+from segmentation.data.layouts import class_values
 from segmentation.data.masks import VOID, Survey, are_instances, is_void
 from segmentation.data.normalisation import Normalisation
 from segmentation.data.pairs import Pair, kind
+from segmentation.data.polygons import Drawing
 from unet.errors import InputError
 from unet.files.pages import Array, missing
 from unet.words import counted
@@ -71,6 +73,7 @@ class SegmentationData:
         self.instances = instances or (table is not None and table.names == INSTANCE_NAMES)
         self.instances |= table is None and any(pair.instances for pair in self.pairs)
         self.left_out = left_out
+        self.pairs = self._drawn_alike(table)
         if table is not None and isinstance(table.values[0], tuple):
             self.pairs = [replace(p, colours=p.palette is not None) for p in self.pairs]
         declared = {pair.nodata for pair in self.pairs} - {None}
@@ -79,6 +82,11 @@ class SegmentationData:
         if ignore_value is None and table is None and len(declared) == 1:
             ignore_value = declared.pop()
             self.notes.append(f"mask value {ignore_value} has no label, as its files declare")
+        elif ignore_value is None and table is not None and self._drawings() and VOID in declared:
+            ignore_value, table = (
+                VOID,
+                table.ignoring(VOID),
+            )  # crowds, which the model need not know
         self.ignore_value = ignore_value
         self.table = table or self._find_table(names)
         self.normalisation = normalisation or self._find_normalisation()
@@ -86,6 +94,22 @@ class SegmentationData:
         self._free = cache_bytes
         for index in range(len(self.pairs)):
             self.load(index)
+
+    def _drawings(self) -> list[Drawing]:
+        return [pair.mask for pair in self.pairs if isinstance(pair.mask, Drawing)]
+
+    def _drawn_alike(self, table: ClassTable | None) -> list[Pair]:
+        """The pairs, with masks that are drawn as numbers or else with the same classes."""
+        classes = class_values(self._drawings())
+        values = [v for v in table.values if isinstance(v, int)] if table is not None else []
+        if table is not None and (table.names or len(classes) == len(values) == 2):
+            classes = dict(zip(values, table.names or classes.values(), strict=False))
+        return [
+            replace(pair, instances=self.instances, classes=classes)
+            if isinstance(pair.mask, Drawing)
+            else pair
+            for pair in self.pairs
+        ]
 
     def load(self, index: int) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
         """Normalised image (C, H, W) and class indices (H, W), both read-only."""
@@ -130,15 +154,21 @@ class SegmentationData:
         first = self.pairs[0].mask
         wide = self.pairs[0].read_mask().dtype != np.uint8  # as few masks of classes are
         as_cellpose = isinstance(first, Path) and first.stem.lower().endswith("_masks") and wide
-        if (as_cellpose or len(survey.pixels) > MAX_CLASSES) and are_instances(
+        numbered = as_cellpose or (len(survey.pixels) > MAX_CLASSES and not self._drawings())
+        if numbered and are_instances(
             (pair.read_mask() for pair in self.pairs[:JUDGED]), expected=as_cellpose
         ):
             self.instances = True
             self.notes.append("the masks number objects, so background, cell and border are learnt")
             return self._instance_table()
-        survey.check()
-        if self.ignore_value is None and is_void(
-            survey, (pair.read_mask() for pair in self.pairs[:JUDGED])
+        if self._drawings():
+            self._tell_of_drawings("classes")
+        else:
+            survey.check()
+        if (
+            self.ignore_value is None
+            and not self._drawings()
+            and is_void(survey, (pair.read_mask() for pair in self.pairs[:JUDGED]))
         ):
             self.ignore_value = VOID
             self.notes.append(
@@ -177,6 +207,7 @@ class SegmentationData:
     def _instance_table(self) -> ClassTable:
         """Background, cell and border; tells of objects that overlap or have holes."""
         overlaps = holes = 0
+        self._tell_of_drawings("objects")
         for pair in self.pairs:
             if isinstance(pair.mask, tuple):
                 _, pixels, with_hole = pair.join_objects()
@@ -188,6 +219,17 @@ class SegmentationData:
             )
         ignored = None if self.ignore_value is None else IGNORE
         return ClassTable.of((self._read_mask(p) for p in self.pairs), ignored, INSTANCE_NAMES)
+
+    def _tell_of_drawings(self, what: str) -> None:
+        drawn = [pair.draw_objects() for pair in self.pairs if isinstance(pair.mask, Drawing)]
+        overlaps, empty = sum(d[1] for d in drawn), sum(d[2] for d in drawn)
+        if overlaps:
+            self.notes.append(
+                f"{counted(overlaps, 'pixel')} claimed by two {what}: the later one in the file "
+                "has them"
+            )
+        if empty:
+            self.notes.append(f"{counted(empty, 'object')} without a pixel of the image")
 
     def _known(self, survey: Survey, names: Sequence[str]) -> Mapping[Value, str]:
         """The names of the values: those that are given, or that a file of the folder says."""

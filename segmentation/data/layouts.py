@@ -1,7 +1,8 @@
 """Which files of a folder are images and which are their masks, in the layouts that people have.
 
-Nothing of a file is read but its name, and the few text files that say more: `classes.txt` and
-nnU-Net's `dataset.json`. What can be meant in two ways is a question, never a choice.
+Nothing of a file is read but its name, and the few text files that say more: `classes.txt`,
+nnU-Net's `dataset.json`, and JSON files of polygons where there are no masks. What can be meant in
+two ways is a question, never a choice.
 """
 
 from __future__ import annotations
@@ -11,9 +12,17 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 from segmentation.data.classes import some
+from segmentation.data.masks import VOID
+from segmentation.data.polygons import (
+    BACKGROUND,
+    FILE_BYTES,
+    Drawing,
+    read_coco,
+    read_labelme,
+)
 from unet.errors import InputError
 from unet.files.images import SUFFIXES, list_images, natural_key
 from unet.files.volumes import is_volume, volume_name
@@ -30,6 +39,8 @@ TRAIN_FOLDERS, VAL_FOLDERS = ("train", "training"), ("val", "valid", "validation
 _STACKS = ("train-volume.tif", "train-labels.tif")  # of ISBI 2012
 _CELLPOSE = re.compile(r"(_seg\.npy|_cp_output\.\w+|_flows\.\w+|_outlines\.\w+|_superpixels\.\w+)$")
 _CLASSES = ("classes.txt", "class_names.txt", "labels.txt")
+_NAMES_BYTES = 2**16
+_PARTS = (("train", TRAIN_FOLDERS), ("val", VAL_FOLDERS), ("test", ("test", "testing")))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,13 +49,13 @@ class Match:
 
     Attributes:
         image: one file, or one for each of its channels in turn.
-        mask: one file, or one for each object.
+        mask: one file, or one for each object, or what is drawn.
         part: "train" or "val" where the folder says it.
     """
 
     name: str
     image: tuple[Path, ...]
-    mask: tuple[Path, ...]
+    mask: tuple[Path, ...] | Drawing
     part: str = ""
 
 
@@ -79,9 +90,13 @@ def find_layout(
 
     Raises:
         InputError: no such folder; an image without mask or the reverse; two things that both
-            could be the masks. Names the files.
+            could be the masks; damaged JSON. Names the files.
     """
     if images is not None and masks is not None:
+        if masks.suffix.lower() == ".json" and masks.is_file():
+            return _drawn(_coco(masks, [images], ""))
+        if drawn := _labelme(images, masks):
+            return _drawn(drawn)
         if _is_file(images) and _is_file(masks):
             return Layout(matches=[_pair(images, masks)])
         return Layout(matches=_across(images, masks))
@@ -106,6 +121,10 @@ def _in_folder(data: Path) -> Layout:
         return _nnunet(data)
     images = [folder for folder in folders if folder.name.lower() in IMAGE_FOLDERS]
     masks = [folder for folder in folders if folder.name.lower() in MASK_FOLDERS]
+    if not any(_has_images(folder) for folder in masks) and (
+        drawn := _coco_files(data, folders, images, masks) or _labelme_folder(data, images, masks)
+    ):
+        return _drawn(drawn)
     if len(images) == len(masks) == 1:
         return Layout(matches=_listed_parts(data, _across(images[0], masks[0])))
     if images and len(masks) > 1:
@@ -116,7 +135,7 @@ def _in_folder(data: Path) -> Layout:
     parts = {
         part: folder
         for folder in folders
-        for part, names in (("train", TRAIN_FOLDERS), ("val", VAL_FOLDERS))
+        for part, names in _PARTS[:2]
         if folder.name.lower() in names
     }
     if "train" in parts and not images and not masks:
@@ -139,11 +158,16 @@ def _parts(parts: Mapping[str, Path]) -> Layout:
     """train/ and val/, each with a layout of its own."""
     found = {part: _in_folder(folder) for part, folder in parts.items()}
     matches = [replace(m, part=part) for part in found for m in found[part].matches]
-    names = Counter(match.name for match in matches)
-    matches = [replace(m, name=f"{m.part}_{m.name}") if names[m.name] > 1 else m for m in matches]
+    if any(isinstance(match.mask, Drawing) for match in matches):
+        return _drawn(matches)
     first = found["train"]
     classes = first.classes or _class_names(parts["train"])
-    return replace(first, matches=matches, classes=classes)
+    return replace(first, matches=_with_names_of_parts(matches), classes=classes)
+
+
+def _with_names_of_parts(matches: Sequence[Match]) -> list[Match]:
+    names = Counter(match.name for match in matches)
+    return [replace(m, name=f"{m.part}_{m.name}") if names[m.name] > 1 else m for m in matches]
 
 
 def _listed_parts(data: Path, matches: list[Match]) -> list[Match]:
@@ -210,7 +234,7 @@ def _nnunet(data: Path) -> Layout:
 
 def _folders_of_objects(folders: Sequence[Path]) -> list[Match]:
     """NAME/images/NAME.png and NAME/masks/, a file an object: the 2018 Data Science Bowl."""
-    found = []
+    found, several = [], False
     for folder in sorted(folders, key=lambda path: natural_key(path.name)):
         if not ((folder / "images").is_dir() and (folder / "masks").is_dir()):
             return []
@@ -218,9 +242,147 @@ def _folders_of_objects(folders: Sequence[Path]) -> list[Match]:
         if len(image) != 1:
             return []
         masks = tuple(list_images(folder / "masks"))
+        several |= len(masks) > 1
         found.append(Match(name=folder.name, image=(image[0],), mask=masks))
-    several = any(len(match.mask) > 1 for match in found)
     return found if several else []
+
+
+def _drawn(matches: Sequence[Match]) -> Layout:
+    """Masks that are drawn; objects of one class, several in an image, are numbered."""
+    drawings = [match.mask for match in matches if isinstance(match.mask, Drawing)]
+    shapes = [drawing.shapes for drawing in drawings]
+    classes = class_values(drawings)
+    return Layout(
+        matches=_with_names_of_parts(matches),
+        instances=len(classes) == 2 and any(len(of) > 1 for of in shapes),
+        classes=classes,
+        ignore_value=VOID if any(s.label is None for of in shapes for s in of) else None,
+    )
+
+
+def class_values(drawings: Sequence[Drawing]) -> dict[int, str]:
+    """0 for the background, and 1, 2, ... for the labels in natural order."""
+    labels = {label for drawing in drawings for label in drawing.labels} - {BACKGROUND}
+    return dict(enumerate([BACKGROUND, *sorted(labels, key=natural_key)]))
+
+
+def _coco_files(
+    data: Path, folders: Sequence[Path], images: Sequence[Path], masks: Sequence[Path]
+) -> list[Match]:
+    """The images of COCO files in a folder or in one for masks, perhaps one for each part."""
+    files = [
+        file
+        for place in (data, *masks)
+        for file in sorted(place.glob("*.json"))
+        if _mentions(file, b'"images"', b'"annotations"')
+    ]
+    if any(file.name.startswith("instances_") for file in files):  # COCO's other files are no masks
+        files = [file for file in files if file.name.startswith("instances_")]
+    parts = {file: _part_in(file.stem) for file in files}
+    if any(part != "test" for part in parts.values()):
+        files = [file for file in files if parts[file] != "test"]
+    if len(files) > 1 and sorted(parts[file] for file in files) != ["train", "val"]:
+        raise InputError(
+            f"{str(data)!r} has {len(files)} files of polygons, {some(f.name for f in files)}: say "
+            f"which with --images FOLDER --masks {files[0]}"
+        )
+    below = [place for f in images for place in sorted(f.glob("*")) if place.is_dir()]
+    places = [data, *(f for f in folders if f not in masks), *below]
+    several = len(files) > 1
+    return [m for f in files for m in _coco(f, [f.parent, *places], parts[f] if several else "")]
+
+
+def _coco(file: Path, places: Sequence[Path], part: str) -> list[Match]:
+    """The images that a COCO file names, in the one of the places that has them."""
+    drawings = read_coco(file)
+    if not drawings:
+        raise InputError(f"{str(file)!r} lists no image")
+    holding = [p for p in dict.fromkeys(places) if _placed(p, drawings[0].image)]
+    if len(holding) > 1:
+        named = [p for p in holding if p.name.lower() in file.stem.lower()]
+        holding = named or [p for p in holding if _part_in(p.name) == _part_in(file.stem)]
+    if len(holding) > 1:
+        raise InputError(
+            f"{str(file)!r}: {drawings[0].image} is in {some(holding)}: say which with --images "
+            f"FOLDER --masks {file}"
+        )
+    found, lost = [], []
+    for drawing in drawings:
+        image = _placed(holding[0], drawing.image) if holding else None
+        if image is None:
+            lost.append(drawing.image)
+            continue
+        name = ".".join(image.relative_to(holding[0]).with_suffix("").parts)
+        found.append(Match(name=name, image=(image,), mask=drawing, part=part))
+    if lost:
+        where = str(holding[0]) if holding else ", ".join(dict.fromkeys(map(str, places)))
+        raise InputError(
+            f"{str(file)!r} lists {counted(len(lost), 'image')} that {where!r} has not: "
+            f"{some(lost)}; if they are elsewhere, give --images FOLDER --masks {file}"
+        )
+    return sorted(found, key=lambda match: natural_key(match.name))
+
+
+def _placed(folder: Path, name: str) -> Path | None:
+    """The file that a JSON file means, in a folder or below; a path from above is cut."""
+    path = PureWindowsPath(name)  # which knows both kinds of slashes
+    parts = [part for part in path.parts if part != path.anchor and part != ".."]
+    for cut in range(len(parts)):
+        file = folder.joinpath(*parts[cut:])
+        if os.path.isfile(file):
+            return file
+    return None
+
+
+def _part_in(name: str) -> str:
+    """The part that a name such as instances_train2017 is of."""
+    words = re.findall(r"[a-z]+", name.lower())
+    return next((part for part, names in _PARTS if set(words) & set(names)), "")
+
+
+def _labelme_folder(data: Path, images: Sequence[Path], masks: Sequence[Path]) -> list[Match]:
+    """labelme's files beside the images, or in a folder of their own."""
+    for place in images if len(images) == 1 else [data] if not images else []:
+        for other in (place, data, *masks):
+            if found := _labelme(place, other):
+                return found
+    return []
+
+
+def _labelme(images: Path, jsons: Path) -> list[Match]:
+    """NAME.json for each image; nothing, if there is none such file."""
+    if not (images.is_dir() and jsons.is_dir()) or (images != jsons and _has_images(jsons)):
+        return []
+    files = {file.stem: file for file in sorted(jsons.glob("*.json"))}
+    pictures = [f for f in _tree(images) if f.parent == images] if files else []
+    if not any(p.stem in files and _mentions(files[p.stem], b'"shapes"') for p in pictures):
+        return []
+    names = {picture.stem for picture in pictures}
+    _check_alone(
+        [picture for picture in pictures if picture.stem not in files],
+        [file for stem, file in files.items() if stem not in names],
+        "NAME.json belongs to NAME.png; of an image without any object it has no shapes",
+    )
+    return [
+        Match(name=picture.stem, image=(picture,), mask=read_labelme(files[picture.stem]))
+        for picture in pictures
+    ]
+
+
+def _has_images(folder: Path) -> bool:
+    return any(file.suffix.lower() in SUFFIXES for file in folder.rglob("*"))
+
+
+def _mentions(file: Path, *words: bytes) -> bool:
+    """Whether a file has all these words, in as many bytes as are read of it."""
+    try:
+        if not file.is_file():
+            return False
+        with file.open("rb") as stream:
+            text = stream.read(FILE_BYTES)
+    except OSError as error:
+        raise InputError(f"{str(file)!r} cannot be read ({error.strerror})") from error
+    return all(word in text for word in words)
 
 
 def _across(images: Path, masks: Path) -> list[Match]:
@@ -255,7 +417,7 @@ def _tree(folder: Path) -> list[Path]:
 
 def _part_of(file: Path) -> tuple[str, Path]:
     for parent in list(file.parents)[:4]:
-        for part, names in (("train", TRAIN_FOLDERS), ("val", VAL_FOLDERS)):
+        for part, names in _PARTS[:2]:
             if parent.name.lower() in names:
                 return part, parent
     return "", file.parent
@@ -393,12 +555,16 @@ def _class_names(folder: Path) -> dict[int, str]:
         if not file.is_file():
             continue
         try:
-            lines = file.read_text(encoding="utf-8-sig").splitlines()
+            with file.open("rb") as stream:
+                data = stream.read(_NAMES_BYTES + 1)
+            if len(data) > _NAMES_BYTES:
+                raise InputError(f"{str(file)!r} has over {_NAMES_BYTES:,} bytes: no list of names")
+            lines = data.decode("utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{str(file)!r} cannot be read as UTF-8 text") from error
         found = {}
         for number, line in enumerate(line.strip() for line in lines if line.strip()):
-            said = re.fullmatch(r"(\d+)\s*[:=,\t ]\s*(.+)", line)
+            said = re.fullmatch(r"([0-9]{1,9})\s*[:=,\t ]\s*(.+)", line)
             found[int(said[1]) if said else number] = said[2].strip() if said else line
         return found
     return {}

@@ -221,20 +221,22 @@ def are_instances(masks: Iterable[Array], *, expected: bool = False) -> bool:
     return values > 3 * count and (len(highest) > 1 or max(highest) > MAX_CLASSES)
 
 
-def joined(parts: Sequence[Array]) -> tuple[NDArray[np.uint16], int, int]:
+def joined(parts: Sequence[Array]) -> tuple[NDArray[np.int32], int, int]:
     """One numbered mask of the masks (H, W) of single objects, from 1 on.
 
     Returns:
         The mask, the number of pixels that two objects claim (the later one has them), and the
         number of objects with a hole.
     """
-    numbers = np.zeros(parts[0].shape[:2], np.uint16)
+    numbers = np.zeros(parts[0].shape[:2], np.int32)
     overlaps = holes = 0
     for number, part in enumerate(parts, 1):
-        inside = part.any(axis=2) if part.ndim == 3 else part != 0
-        overlaps += int((inside & (numbers > 0)).sum())
-        holes += bool((ndimage.binary_fill_holes(inside) != inside).any())
-        numbers[inside] = number
+        whole = np.asarray(part.any(axis=2) if part.ndim == 3 else part != 0)
+        for box in ndimage.find_objects(whole.astype(np.uint8)):
+            inside, region = whole[box], numbers[box]
+            overlaps += int((inside & (region > 0)).sum())
+            holes += bool((ndimage.binary_fill_holes(inside) != inside).any())
+            region[inside] = number
     return numbers, overlaps, holes
 
 

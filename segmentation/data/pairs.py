@@ -15,6 +15,7 @@ import numpy as np
 from segmentation.data.classes import DTYPES
 from segmentation.data.layouts import Match, find_layout
 from segmentation.data.masks import MaskCleaning, joined
+from segmentation.data.polygons import Drawing
 from unet.errors import InputError
 from unet.files.images import image_info, read_image, read_mask
 from unet.files.pages import AS_STORED, Array, ImageInfo, Reading
@@ -26,7 +27,7 @@ class Pair:
 
     Attributes:
         image: several files are its channels in turn.
-        mask: several files are the objects of a numbered mask.
+        mask: several files are the objects of a numbered mask; a drawing is drawn when it is read.
         info: of the image.
         page: 0-based slice of the stacks.
         window: rows and columns of a part of the image.
@@ -36,13 +37,13 @@ class Pair:
         palette: of a mask of indices: red, green and blue of each in turn.
         colours: the palette's colours are the mask's values instead of the indices.
         nodata: the mask's value of pixels without a label, where its file declares one.
-        instances: the mask numbers objects.
+        instances: the mask numbers objects, and so does a drawing then.
         classes: names of mask values, where a file says them.
     """
 
     name: str
     image: Path | Array | tuple[Path, ...]
-    mask: Path | Array | tuple[Path, ...]
+    mask: Path | Array | tuple[Path, ...] | Drawing
     info: ImageInfo
     page: int | None = None
     window: tuple[slice, slice] | None = None
@@ -69,6 +70,8 @@ class Pair:
         """(H, W) or (H, W, 3), as `unet.files.images.read_mask`."""
         if isinstance(self.mask, tuple):
             mask = self.join_objects()[0]
+        elif isinstance(self.mask, Drawing):
+            mask = self.draw_objects()[0]
         elif isinstance(self.mask, Path):
             mask = read_mask(self.mask, self.page, colours=self.colours, lossy=bool(self.cleaning))
         else:
@@ -88,6 +91,11 @@ class Pair:
                 )
         return joined(parts)
 
+    def draw_objects(self) -> tuple[Array, int, int]:
+        """The numbers or the classes of what is drawn; see `segmentation.data.polygons.Drawing`."""
+        assert isinstance(self.mask, Drawing)
+        return self.mask.read(None if self.instances else self.classes)
+
     @property
     def source(self) -> tuple[str | int, int | None]:
         """The image that it is, or is a part of."""
@@ -97,6 +105,8 @@ class Pair:
     @property
     def where(self) -> str:
         """The mask's file, for a sentence."""
+        if isinstance(self.mask, Drawing):
+            return f"{self.name} in {str(self.mask.file)!r}"
         mask = self.mask[0].parent if isinstance(self.mask, tuple) else self.mask
         place = repr(str(mask)) if isinstance(mask, Path) else self.name
         return place if self.page is None else f"{place} page {self.page}"
@@ -122,9 +132,9 @@ def find_pairs(
     Args:
         data: a folder of images and one of masks (`image/ label/`, `images/ masks/`, nnU-Net's
             `imagesTr/ labelsTr/`, ...), or both side by side, `train/ val/` with one of these each,
-            a folder an image with a file an object, or ISBI 2012's original stacks; see
-            `segmentation.data.layouts`.
-        images, masks: instead of it two folders or two files.
+            a folder an image with a file an object, polygons of COCO or labelme, or ISBI 2012's
+            original stacks; see `segmentation.data.layouts`.
+        images, masks: instead of it two folders or two files, or a folder and COCO's JSON file.
         reading: what is said of the images beside what the files say.
         cleaning: what is done to the values of the masks.
 
@@ -139,10 +149,28 @@ def find_pairs(
         if match.part == "stack":
             pairs += _stack(match, reading, cleaning)
             continue
-        info, of_mask = (
-            _image_info(match.image, reading, layout.channels),
-            image_info(match.mask[0]),
-        )
+        info = _image_info(match.image, reading, layout.channels)
+        if isinstance(match.mask, Drawing):
+            if info.pages > 1:
+                raise InputError(
+                    f"{str(match.image[0])!r} is a stack, where polygons are of images"
+                )
+            pairs.append(
+                Pair(
+                    name=match.name,
+                    image=match.image[0],
+                    mask=match.mask.of_size(info.height, info.width),
+                    info=info,
+                    part=match.part,
+                    reading=reading,
+                    cleaning=cleaning,
+                    nodata=layout.ignore_value,
+                    instances=layout.instances,
+                    classes=layout.classes,
+                )
+            )
+            continue
+        of_mask = image_info(match.mask[0])
         if (info.height, info.width, info.pages) != (of_mask.height, of_mask.width, of_mask.pages):
             hint = ""
             if info.pages != of_mask.pages and "I" in info.axes and info.pages <= 8:
@@ -229,7 +257,7 @@ def kind(info: ImageInfo) -> str:
 
 
 def _of_objects(instances: bool, match: Match) -> bool:
-    return instances or len(match.mask) > 1
+    return instances or (isinstance(match.mask, tuple) and len(match.mask) > 1)
 
 
 def _image_info(files: Sequence[Path], reading: Reading, names: tuple[str, ...]) -> ImageInfo:
@@ -255,6 +283,7 @@ def _image_info(files: Sequence[Path], reading: Reading, names: tuple[str, ...])
 
 def _stack(match: Match, reading: Reading, cleaning: MaskCleaning) -> list[Pair]:
     """A stack of images beside a folder of masks, or the reverse: page i goes with file i."""
+    assert isinstance(match.mask, tuple)
     one_image = len(match.image) == 1
     stack = image_info(match.image[0], reading) if one_image else image_info(match.mask[0])
     files = match.mask if one_image else match.image

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from segmentation.data.dataset import SegmentationData
-from segmentation.data.pairs import pairs_from_arrays
+from segmentation.data.pairs import find_pairs, pairs_from_arrays
 from segmentation.data.phantom import phantom_stack
 from segmentation.decisions import chosen_fit, chosen_part, decide
 from segmentation.judging.evaluation import COARSE, evaluate
@@ -724,3 +724,23 @@ def test_an_option_that_was_renamed_is_told_by_its_new_name(tmp_path):
     (tmp_path / "old.yaml").write_text("threshold_by: dice\n")
     with pytest.raises(InputError, match="'threshold_by'; it is best_by now"):
         load_config(SegmentationOptions, tmp_path / "old.yaml")
+
+
+def test_the_nuclei_of_the_data_science_bowl_are_read_whole(nuclei, tmp_path, capsys):
+    """As they were published, fluorescent and stained ones mixed, by one command."""
+    for pair in find_pairs(nuclei):
+        numbers = pair.read_mask()
+        assert pair.read_image().shape == (*numbers.shape, 3)
+        assert numbers.max() == len(list((nuclei / pair.name / "masks").iterdir()))
+    data = tmp_path / "stage1_train"  # a few of them, to train on
+    data.mkdir()
+    ids = sorted(path.name for path in nuclei.iterdir() if path.is_dir())
+    for name in ids[:8]:
+        (data / name).symlink_to(nuclei / name)
+    assert run_train("--data", data, "--out", tmp_path / "run", *SMALL) == 0
+    assert "value 2 -> border" in capsys.readouterr().out
+    image = nuclei / ids[-1] / "images"
+    model, out = tmp_path / "run/model", tmp_path / "out"
+    assert run_predict("--model", model, "--input", image, "--out", out, "--labels") == 0
+    labels = read_image(out / f"{ids[-1]}_labels.tif")
+    assert labels.shape == read_image(image / f"{ids[-1]}.png")[..., :1].shape

@@ -51,8 +51,11 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file of at most JSON_BYTES; what is no file, such as a device, is none.
+def read_json(file: Path, most: int = JSON_BYTES) -> dict[str, Any]:
+    """The object in a JSON file of UTF-8; what is no file, such as a device, is none.
+
+    Args:
+        most: bytes; an eighth as many values are read.
 
     Raises:
         InputError: there is none, or it cannot be read.
@@ -61,10 +64,12 @@ def read_json(file: Path) -> dict[str, Any]:
         if not file.is_file():
             raise ValueError("there is no such file")
         with file.open("rb") as stream:
-            data = stream.read(JSON_BYTES + 1)
-        if len(data) > JSON_BYTES:
-            raise ValueError(f"it has more than {JSON_BYTES:,} bytes")
-        values = json.loads(data.decode("utf-8"))
+            data = stream.read(most + 1)
+        if len(data) > most:
+            raise ValueError(f"it has more than {most:,} bytes")
+        if data.count(b",") + data.count(b"[") + data.count(b"{") > most // 8:
+            raise ValueError(f"it has more than {most // 8:,} values")
+        values = json.loads(data.decode("utf-8-sig"))
         if not isinstance(values, dict):
             raise ValueError(f"it must hold one JSON object, not a {type(values).__name__}")
     except (OSError, ValueError, RecursionError) as error:
