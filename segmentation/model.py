@@ -27,9 +27,7 @@ class SegmentationUNet(FolderModel):
         config: the trunk's shape, without time and context.
         out_channels: classes, or 1 for a single logit (sigmoid) of two classes.
         info: see `FolderModel`; with a true "deep_supervision" each coarser level of the decoder
-            has a head of its own, for training. With "refine", a number of channels, a network of
-            patches looks at its pixels once more: the pixels of a patch are otherwise decided one
-            by one, and edges get teeth as wide as a patch.
+            has a head of its own, for training.
     """
 
     task: ClassVar[str] = "segmentation"
@@ -48,15 +46,7 @@ class SegmentationUNet(FolderModel):
         if config.block == "res":  # whose output is neither normalised nor activated yet
             self.head.add_module("norm", make_norm(channels, config))
             self.head.add_module("act", make_activation(config))
-        refine = self.info.get("refine") or 0
-        if not isinstance(refine, int) or refine < 0:
-            raise InputError(f"info.refine must be a number of channels, not {refine!r:.50}")
-        width = refine if refine and config.patch > 1 else out_channels
-        self.head.add_module("conv", nn.Conv2d(channels, width * config.patch**2, 1))
-        self.refine = nn.Sequential()
-        if refine and config.patch > 1:
-            self.refine.add_module("act", make_activation(config))
-            self.refine.add_module("conv", nn.Conv2d(width, out_channels, 3, padding=1))
+        self.head.add_module("conv", nn.Conv2d(channels, out_channels * config.patch**2, 1))
         self.coarse_heads = nn.ModuleList()
         if self.info.get("deep_supervision"):
             levels = config.levels - (config.skips == "level")
@@ -70,7 +60,6 @@ class SegmentationUNet(FolderModel):
             self.coarse_heads.extend(nn.Conv2d(w, out_channels, 1) for w in reversed(widths))
         if config.init == "he":
             he_init(self.head)
-            he_init(self.refine)
             he_init(self.coarse_heads)
 
     @overload
@@ -85,7 +74,7 @@ class SegmentationUNet(FolderModel):
         """
         maps: list[Tensor] | None = [] if deep else None
         features = self.trunk(x, maps=maps)
-        logits = self.refine(unpatch(self.head(features), self.config.patch, x.shape[-2:]))
+        logits = unpatch(self.head(features), self.config.patch, x.shape[-2:])
         if maps is None:
             return logits
         pairs = zip(self.coarse_heads, maps[1:-1], strict=True)

@@ -128,7 +128,7 @@ class Predictor:
                 f"tiles of {self.tile} pixels cannot overlap by {self.overlap}, more than half: "
                 "choose a larger tile or a smaller overlap"
             )
-        self.radius = max(receptive_radius(m.config) + bool(m.info.get("refine")) for m in models)
+        self.radius = max(receptive_radius(m.config) for m in models)
 
     def __call__(self, source: Source) -> Probability:
         """Probabilities (K, H, W) of a whole image; a single one is that of class 1."""
