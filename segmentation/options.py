@@ -12,7 +12,7 @@ from unet.training.options import FitOptions, OptimizerName, ReadingOptions
 if TYPE_CHECKING:
     from segmentation.data.masks import MaskCleaning
 
-BestBy = Literal["loss", "dice", "v_rand"]
+BestBy = Literal["loss", "dice", "v_rand", "ap"]
 RECIPES = Path(__file__).parent / "recipes"
 
 
@@ -120,9 +120,10 @@ class SegmentationOptions(LabelOptions, FitOptions):
 
     best_by: BestBy | None = None
     """What the kept weights are best for on the held-out images: the cross-entropy, the mean Dice,
-    or V_Rand, which wants closed membranes; none given: v_rand where thin membranes part the cells,
-    else loss. With two classes the threshold between them is saved with the weights: the best for
-    V_Rand, else for the mean Dice. All figures are at this threshold."""
+    V_Rand, which wants closed membranes, or the average precision of numbered objects; none given:
+    ap where masks number objects, v_rand where thin membranes part the cells, else loss. With two
+    classes the threshold between them is saved with the weights: the best for V_Rand, else for the
+    mean Dice. All figures are at this threshold."""
 
     label_smoothing: float = 0.0
     """With ce and dice-ce: share of the target that is spread over all classes."""

@@ -5,6 +5,8 @@ Touching cells would melt into one; a thin border class between them keeps them 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
@@ -15,6 +17,8 @@ from unet.files.pages import Array
 
 BACKGROUND, CELL, BORDER = range(3)
 INSTANCE_NAMES = ("background", "cell", "border")
+
+UNKNOWN = -1  # the number of pixels that do not count
 
 _AROUND = np.ones((3, 3), bool)
 
@@ -32,15 +36,9 @@ def instance_classes(mask: Array, ignore_value: Value | None = None) -> NDArray[
         mask: (H, W) integers or (H, W, 3) colours, one for each cell; 0 is background.
         ignore_value: of pixels that do not count: they are no cell and become IGNORE.
     """
-    codes = value_codes(mask)
-    ignored = np.zeros(codes.shape, bool)
-    if ignore_value is not None:
-        channels = mask if mask.ndim == 3 else mask[:, :, None]
-        ignored = (channels == np.array(ignore_value)).all(axis=2)  # a number is a grey colour
-    inside = (codes != 0) & ~ignored
-    # Small numbers: the filters would round large ones.
-    order = np.unique(codes, return_inverse=True)[1].reshape(codes.shape)
-    cells = np.where(inside, order + 1, 0)
+    numbers = object_numbers(mask, ignore_value)
+    ignored, inside = numbers == UNKNOWN, numbers > 0
+    cells = np.where(inside, numbers, 0)
     highest = ndimage.maximum_filter(cells, 3)
     lowest = ndimage.minimum_filter(np.where(inside, cells, cells.max() + 1), 3)
     touches = inside & ((highest != cells) | (lowest != cells))
@@ -50,6 +48,39 @@ def instance_classes(mask: Array, ignore_value: Value | None = None) -> NDArray[
     classes[_middles(cells, inside & ~has_inside[cells])] = CELL
     classes[ignored] = IGNORE
     return classes
+
+
+def object_numbers(mask: Array, ignore_value: Value | None = None) -> NDArray[np.int32]:
+    """Objects numbered from 1 on in the order of their values, 0 is background: (H, W).
+
+    Args:
+        mask: (H, W) integers or (H, W, 3) colours, one for each object; 0 is background.
+        ignore_value: of pixels that do not count: they become UNKNOWN.
+    """
+    codes = value_codes(mask)
+    ignored = np.zeros(codes.shape, bool)
+    if ignore_value is not None:
+        channels = mask if mask.ndim == 3 else mask[:, :, None]
+        ignored = (channels == np.array(ignore_value)).all(axis=2)  # a number is a grey colour
+    inside = (codes != 0) & ~ignored
+    numbers = np.where(ignored, UNKNOWN, 0).astype(np.int32)
+    numbers[inside] = np.unique(codes[inside], return_inverse=True)[1] + 1
+    return numbers
+
+
+def smallest_counted(masks: Iterable[NDArray[np.integer]]) -> int:
+    """The size in pixels below which 1 in 100 objects of numbered masks (H, W) are; at least 1."""
+    sizes = [np.bincount(mask[mask > 0]) for mask in masks]
+    found = np.concatenate([size[size > 0] for size in sizes]) if sizes else np.zeros(0)
+    return int(np.percentile(found, 1, method="lower")) if found.size else 1
+
+
+def without_small(numbers: NDArray[np.int32], least: int) -> NDArray[np.int32]:
+    """Numbered objects (H, W) of that many pixels or more, numbered anew from 1 on."""
+    kept = np.bincount(numbers.ravel()) >= least
+    kept[0] = False
+    renumbered = np.where(kept, np.cumsum(kept), 0).astype(np.int32)
+    return renumbered[numbers]
 
 
 def instances_from_classes(classes: NDArray[np.uint8]) -> NDArray[np.int32]:
