@@ -281,7 +281,7 @@ def chosen_judgement(options: SegmentationOptions, data: SegmentationData) -> Ju
             f"--best-by v_rand compares cells, but the held-out masks have none, of class {cells}: "
             "hold out other images, with --val, --fold or --val-names"
         )
-    w0 = MEMBRANE_WEIGHT if parted else 0.0
+    w0 = MEMBRANE_WEIGHT if parted or data.instances else 0.0
     w0 = w0 if options.border_weight is None else options.border_weight
     by_shape: BestBy = "v_rand" if parted and cells not in missing else "loss"
     if data.instances and CELL not in missing:

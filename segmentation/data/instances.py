@@ -18,6 +18,8 @@ from unet.files.pages import Array
 BACKGROUND, CELL, BORDER = range(3)
 INSTANCE_NAMES = ("background", "cell", "border")
 
+REACH = 3  # rows and columns of a border, to each side of where two cells touch
+LEAST_INSIDE = 0.25  # of a cell, that a border wider than a pixel leaves
 UNKNOWN = -1  # the number of pixels that do not count
 
 _AROUND = np.ones((3, 3), bool)
@@ -26,8 +28,10 @@ _AROUND = np.ones((3, 3), bool)
 def instance_classes(mask: Array, ignore_value: Value | None = None) -> NDArray[np.uint8]:
     """Background, cell, or border where two cells touch: (H, W) uint8.
 
-    Border are the pixels of a cell with a pixel of another one among their eight neighbours, so it
-    is two pixels wide, one of each cell. Slivers that it would cut off from a cell are border, too.
+    Border are the pixels of a cell with a pixel of another one at most REACH rows and columns away,
+    so it is six pixels wide: of a border of two, a network hardly learns a pixel, and does not part
+    what touches (docs/experiments.md). In a cell of which this would leave less than a quarter, or
+    not one piece, it is narrower. Slivers that it would cut off from a cell are border, too.
     A cell that would be border altogether keeps one pixel near its middle. The insides of two cells
     are never 4-neighbours, so that each 4-connected part of class 1 belongs to one cell (unless
     both are but border, and one is a single pixel).
@@ -39,9 +43,10 @@ def instance_classes(mask: Array, ignore_value: Value | None = None) -> NDArray[
     numbers = object_numbers(mask, ignore_value)
     ignored, inside = numbers == UNKNOWN, numbers > 0
     cells = np.where(inside, numbers, 0)
-    highest = ndimage.maximum_filter(cells, 3)
-    lowest = ndimage.minimum_filter(np.where(inside, cells, cells.max() + 1), 3)
-    touches = inside & ((highest != cells) | (lowest != cells))
+    touches = _near_another(cells, 1)
+    for reach in range(2, REACH + 1):
+        wider = _near_another(cells, reach)
+        touches |= wider & _well_inside(cells, inside & ~wider)[cells]
     classes = np.where(touches, BORDER, np.where(inside, CELL, BACKGROUND)).astype(np.uint8)
     classes[_slivers(cells, classes)] = BORDER
     has_inside = np.bincount(cells[classes == CELL], minlength=cells.max() + 1) > 0
@@ -98,6 +103,25 @@ def instances_from_classes(classes: NDArray[np.uint8]) -> NDArray[np.int32]:
         mask=(classes == CELL) | (classes == BORDER),
     )
     return np.asarray(grown, np.int32)
+
+
+def _near_another(cells: Array, reach: int) -> NDArray[np.bool_]:
+    """Pixels of cells with one of another cell at most so many rows and columns away."""
+    inside, size = cells > 0, 2 * reach + 1
+    highest = ndimage.maximum_filter(cells, size)
+    lowest = ndimage.minimum_filter(np.where(inside, cells, cells.max() + 1), size)
+    return np.asarray(inside & ((highest != cells) | (lowest != cells)))
+
+
+def _well_inside(cells: Array, inside: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """By number: whether the chosen pixels of a cell are one piece and a good part of it."""
+    count = int(cells.max()) + 1
+    sizes, left = (np.bincount(cells[where], minlength=count) for where in (cells >= 0, inside))
+    parts, number = ndimage.label(inside)
+    of = np.zeros(number, int)
+    of[parts[inside] - 1] = cells[inside]
+    whole = np.bincount(of, minlength=count) == 1
+    return np.asarray(whole & (left >= LEAST_INSIDE * sizes))
 
 
 def _slivers(cells: Array, classes: NDArray[np.uint8]) -> NDArray[np.bool_]:
