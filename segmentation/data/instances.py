@@ -1,6 +1,6 @@
 """Masks with a number for each cell, as three classes that a network can learn, and back.
 
-Touching cells would melt into one; a thin border class between them keeps them apart.
+Touching cells would melt into one; a border class between them keeps them apart.
 """
 
 from __future__ import annotations
