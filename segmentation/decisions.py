@@ -12,6 +12,7 @@ import torch
 
 from segmentation.data.augment import Augmentation
 from segmentation.data.dataset import SegmentationData
+from segmentation.data.instances import CELL, smallest_counted
 from segmentation.data.normalisation import Normalisation
 from segmentation.data.samples import image_shape
 from segmentation.data.weights import find_cells
@@ -101,6 +102,12 @@ def decide(
     best_by, border = judgement.best_by, judgement.border
     if count == 2:
         info["cells"] = judgement.cells if judgement.isbi else None
+    smallest: list[Decision] = []
+    if data.instances:
+        info["smallest_object"] = smallest_counted(data.objects(i) for i in data.train)
+        why = "1 in 100 of the training objects are smaller"
+        value = counted(info["smallest_object"], "pixel")
+        smallest = [Decision("smallest object", value, why)]
     scored, part = chosen_part(data, fit)
     loss, balance = chosen_loss(options, data, outputs)
     decisions = (
@@ -113,6 +120,7 @@ def decide(
         optimizer,
         told_budget(options),
         *judgement.decisions,
+        *smallest,
         *part,
         *balance,
     )
@@ -250,20 +258,34 @@ def chosen_judgement(options: SegmentationOptions, data: SegmentationData) -> Ju
             f"--best-by v_rand compares cells that membranes part, two classes, but the masks "
             f"have {count}: take loss or dice"
         )
+    if options.best_by == "ap" and not data.instances:
+        raise InputError(
+            "--best-by ap compares objects that the masks number, and these have classes: give "
+            "--instances if they do number objects, or take loss or dice"
+        )
     cells, parted, masks = 1, False, f"the masks have {count} classes"
     if count == 2:
         spread = _spread(data.train, JUDGED)
         cells, parted = find_cells(data.load(i)[1] for i in spread)
         masks = f"{'' if parted else 'no '}thin membranes part the cells"
         masks += f" of class {cells}" if parted else ""
+    if data.instances:
+        masks = "the masks number objects"
+    if options.best_by == "ap" and CELL in missing:
+        raise InputError(
+            "--best-by ap compares objects, but the held-out masks have none: hold out other "
+            "images, with --val, --fold or --val-names"
+        )
     if options.best_by == "v_rand" and cells in missing:
         raise InputError(
             f"--best-by v_rand compares cells, but the held-out masks have none, of class {cells}: "
             "hold out other images, with --val, --fold or --val-names"
         )
-    w0 = MEMBRANE_WEIGHT if parted else 0.0
+    w0 = MEMBRANE_WEIGHT if parted or data.instances else 0.0
     w0 = w0 if options.border_weight is None else options.border_weight
     by_shape: BestBy = "v_rand" if parted and cells not in missing else "loss"
+    if data.instances and CELL not in missing:
+        by_shape = "ap"
     best_by = options.best_by or by_shape
     kept = Decision("kept weights", f"best by {best_by}", AS_ASKED if options.best_by else masks)
     if not data.val:

@@ -12,7 +12,7 @@ from unet.training.options import FitOptions, OptimizerName, ReadingOptions
 if TYPE_CHECKING:
     from segmentation.data.masks import MaskCleaning
 
-BestBy = Literal["loss", "dice", "v_rand"]
+BestBy = Literal["loss", "dice", "v_rand", "ap"]
 RECIPES = Path(__file__).parent / "recipes"
 
 
@@ -87,8 +87,8 @@ class SegmentationOptions(LabelOptions, FitOptions):
     or dataset.json in --data."""
 
     instances: bool = False
-    """The masks number each cell: learn background, cell, and a thin border where two touch. Masks
-    that clearly do are recognised."""
+    """The masks number each cell: learn background, cell, and a border where two touch. Masks that
+    clearly do are recognised."""
 
     val: float = 0.2
     """Share of the images, from the end, that is held out from training; of a single labelled image
@@ -120,9 +120,10 @@ class SegmentationOptions(LabelOptions, FitOptions):
 
     best_by: BestBy | None = None
     """What the kept weights are best for on the held-out images: the cross-entropy, the mean Dice,
-    or V_Rand, which wants closed membranes; none given: v_rand where thin membranes part the cells,
-    else loss. With two classes the threshold between them is saved with the weights: the best for
-    V_Rand, else for the mean Dice. All figures are at this threshold."""
+    V_Rand, which wants closed membranes, or the average precision of numbered objects; none given:
+    ap where masks number objects, v_rand where thin membranes part the cells, else loss. With two
+    classes the threshold between them is saved with the weights: the best for V_Rand, else for the
+    mean Dice. All figures are at this threshold."""
 
     label_smoothing: float = 0.0
     """With ce and dice-ce: share of the target that is spread over all classes."""
@@ -138,7 +139,8 @@ class SegmentationOptions(LabelOptions, FitOptions):
 
     border_weight: float | None = None
     """Weight w0 of the narrow gaps between cells (2015: 10): of two classes the cells are the one
-    in more pieces, of more class 1; none given: 10 where thin membranes part the cells, else 0."""
+    in more pieces, of more class 1; none given: 10 where thin membranes part the cells, or masks
+    number objects, else 0."""
 
     border_sigma: float = 5.0
     """Width in pixels of that weight (2015: 5)."""

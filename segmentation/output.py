@@ -56,7 +56,8 @@ class FilePredictor:
     is small and shows classes.
 
     Args:
-        min_size: connected parts of fewer pixels become the class that surrounds them.
+        min_size: connected parts of fewer pixels become the class that surrounds them, and
+            instances of fewer pixels are left out; None: see `Segmenter`.
         reading: what is said of the files beside what they say themselves; none said: how the
             training images were read.
         labels: also number the connected parts of class 1 (4-connected, 0 is the rest), or the
@@ -69,7 +70,7 @@ class FilePredictor:
         table: ClassTable,
         threshold: float,
         *,
-        min_size: int = 0,
+        min_size: int | None = None,
         labels: bool = False,
         reading: Reading = AS_STORED,
     ) -> None:
@@ -80,7 +81,7 @@ class FilePredictor:
                 f"labels number the parts of the second of two classes, but the model knows "
                 f"{len(table.values)}: leave out --labels"
             )
-        self.labels = labels
+        self.labels, self.parts = labels, labels or bool(min_size)
         self.numbers = labels or self.segmenter.instances
 
     def files(self, image: Slice, out: Path) -> list[Path]:
@@ -127,7 +128,7 @@ class FilePredictor:
         self, source: RasterSource, mask: Path, probability: Path, picture: Path
     ) -> None:
         segmenter, table = self.segmenter, self.segmenter.table
-        if segmenter.min_size or self.labels:
+        if self.parts:
             raise InputError(
                 f"an image of {source.shape[0]} x {source.shape[1]} pixels is predicted in bands, "
                 "which know no connected parts: leave out --min-size and --labels"

@@ -16,7 +16,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from segmentation.data.classes import IGNORE, ClassTable, Value
-from segmentation.data.instances import INSTANCE_NAMES, instances_from_classes
+from segmentation.data.instances import INSTANCE_NAMES, instances_from_classes, without_small
 from segmentation.data.normalisation import Normalisation
 from segmentation.model import SegmentationUNet
 from segmentation.predict import Precision, Predictor, Probability, Source, classes
@@ -36,7 +36,7 @@ def load(
     device: str = "auto",
     tta: bool = False,
     threshold: float | None = None,
-    min_size: int = 0,
+    min_size: int | None = None,
     tile: int = 1024,
     overlap: int = 128,
     precision: Precision = "auto",
@@ -52,7 +52,9 @@ def load(
         tta: average over the eight symmetries of the image: better, for eight times the time.
         threshold: probability above which a pixel is of the second of two classes; None: the
             model's.
-        min_size: connected parts of fewer pixels become what surrounds them.
+        min_size: connected parts of fewer pixels become what surrounds them, and instances of fewer
+            pixels are left out; None: 0, and of instances the size below which 1 in 100 of those
+            in training were.
         tile: larger images are predicted in tiles of at most that many pixels a side.
         overlap: pixels that neighbouring tiles share.
         precision: arithmetic of the network: fp32, bf16, fp16, or auto, which is bf16 on a GPU of
@@ -112,6 +114,22 @@ def load_models(
     return models, tables[0], float(np.mean([float(m.info["threshold"]) for m in models]))
 
 
+def smallest_object(models: Sequence[SegmentationUNet]) -> int:
+    """Pixels of the smallest instance that counts, by the training masks; 0 if none know it.
+
+    Raises:
+        InputError: a damaged model.
+    """
+    known = [model.info.get("smallest_object", 0) for model in models]
+    for value in known:
+        if type(value) is not int or value < 0:
+            raise InputError(
+                f"a model has the smallest_object {value!r} in its config.json, which must be a "
+                "whole number of 0 or more"
+            )
+    return int(np.mean(known))
+
+
 @dataclass(frozen=True)
 class RasterSource:
     """An image as stored, normalised for each model as it is read.
@@ -158,21 +176,30 @@ class Segmenter:
         predict: the models.
         table: of their classes.
         threshold: probability above which a pixel is of the second of two classes.
-        min_size: connected parts of fewer pixels become the class that surrounds them.
+        min_size: connected parts of fewer pixels become the class that surrounds them, and
+            instances of fewer pixels are left out; None: 0, and of instances what the models know.
 
     Raises:
         InputError (a ValueError): a setting out of range; in calls, an image that does not fit.
     """
 
     def __init__(
-        self, predict: Predictor, table: ClassTable, threshold: float, *, min_size: int = 0
+        self,
+        predict: Predictor,
+        table: ClassTable,
+        threshold: float,
+        *,
+        min_size: int | None = None,
     ) -> None:
         if not 0 <= threshold <= 1:
             raise InputError(f"threshold={threshold} must be from 0 to 1")
-        if min_size < 0:
+        if min_size is not None and min_size < 0:
             raise InputError(f"min_size={min_size} must be at least 0")
         self.predict, self.table = predict, table
-        self.threshold, self.min_size = threshold, min_size
+        self.threshold = threshold
+        if min_size is None:
+            min_size = smallest_object(predict.models) if self.instances else 0
+        self.min_size = min_size
 
     @property
     def channels(self) -> int:
@@ -250,8 +277,12 @@ class Segmenter:
 
         Where the image holds no data they are IGNORE, if the training masks had such a value.
         """
+        return self._cleaned(classes(probability, self.threshold), source)
+
+    def _cleaned(self, found: NDArray[np.uint8], source: Source) -> NDArray[np.uint8]:
+        """Of instances it is whole ones that are too small, once they are numbered."""
         return self._marked(
-            without_specks(classes(probability, self.threshold), self.min_size), source
+            found if self.instances else without_specks(found, self.min_size), source
         )
 
     def _marked(self, found: NDArray[np.uint8], source: Source) -> NDArray[np.uint8]:
@@ -271,13 +302,13 @@ class Segmenter:
     def numbered(self, decided: NDArray[np.uint8]) -> NDArray[np.int32]:
         """What `labels` gives, of class indices (H, W)."""
         if self.instances:
-            return instances_from_classes(decided)
+            return without_small(instances_from_classes(decided), self.min_size)
         return np.asarray(ndimage.label(decided == 1)[0], np.int32)
 
     def _decided(self, source: Source) -> NDArray[np.uint8]:
         """`decided` of an image whose probabilities are never in memory as a whole."""
         bands = [classes(band, self.threshold) for _, band in self.predict.bands(source)]
-        return self._marked(without_specks(np.concatenate(bands), self.min_size), source)
+        return self._cleaned(np.concatenate(bands), source)
 
     def _each(self, image: Image, find: Callable[[Source], Array]) -> Array:
         """What `find` gives for the image, or for each of a batch."""

@@ -47,7 +47,17 @@ from unet.training.task import Batch, Processes, Task
 from unet.weights.start import Start, take_over
 
 PHANTOM_SLICES, STAINED_SLICES, PHANTOM_SIZE = 30, 20, (256, 256)
-FIGURES = ("loss", "accuracy", "dice", "iou", "v_rand", "v_info")  # of an evaluation
+FIGURES = (
+    "loss",
+    "accuracy",
+    "dice",
+    "iou",
+    "v_rand",
+    "v_info",
+    "ap50",
+    "ap",
+    "pq",
+)  # of an evaluation
 PICTURED = 4  # held-out images in the pictures of a run
 
 
@@ -126,6 +136,9 @@ def _finish(
     about = model.info.setdefault("training", {})
     about["figures"] = {k: v for k, v in figures.items() if math.isfinite(v)}
     model.save_pretrained(folder)
+    if never := found.never_predicted():
+        which = "held-out" if data.val else "training"
+        print(f"note: in the {which} images not one pixel was predicted to be {' or '.join(never)}")
     print(f"report: {write_report(plan.fit.out, found, data)}")
     return figures
 
@@ -211,6 +224,7 @@ class SegmentationTask:
     def __init__(self, plan: SegmentationPlan, data: SegmentationData) -> None:
         self.data, self.loss_function, self.best_by = data, plan.loss, plan.best_by
         self.scored, self.cells = plan.scored, plan.info.get("cells")
+        self.smallest = plan.info.get("smallest_object", 0)
         self.held_out = "held out"
         if len(plan.scored) < len(data.val):
             self.held_out = f"held out, {len(plan.scored)} of {len(data.val)} images"
@@ -224,7 +238,8 @@ class SegmentationTask:
         return self.loss_function(model(batch["image"]), *targets)
 
     def evaluate(self, model: SegmentationUNet, processes: Processes) -> Mapping[str, float]:
-        """Figures over the pixels of held-out images: cross-entropy, accuracy, mean Dice and IoU.
+        """Figures over the pixels of held-out images: cross-entropy, accuracy, mean Dice and IoU;
+        where masks number objects the average precision and the panoptic quality of these.
 
         Of two classes they are at the threshold that is saved with the weights, which is given with
         them: the best one for the mean Dice, with --best-by v_rand for V_Rand; then V_Rand and
@@ -236,6 +251,7 @@ class SegmentationTask:
                 self.data.table,
                 thresholds=COARSE if isbi else (),
                 cells=self.cells if isbi else None,
+                smallest=self.smallest,
             )
             for _ in "12"
         )
@@ -244,7 +260,8 @@ class SegmentationTask:
             for i in processes.share(self.scored):
                 image, mask = self.data.load(i)
                 probability = predict(TensorSource(torch.tensor(image)))
-                part.add(i, self.data.pairs[i].name, probability, mask)
+                objects = self.data.objects(i) if self.data.instances else None
+                part.add(i, self.data.pairs[i].name, probability, mask, objects)
         for other in processes.gather(part):
             whole.merge(other)
         threshold = whole.best_threshold("v_rand" if isbi else "dice")

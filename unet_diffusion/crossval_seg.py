@@ -16,7 +16,19 @@ from unet.training.cli import run_script, say_next
 from unet.training.config_file import load_config, save_config
 
 MAY_CHANGE = ("out", "resume", "device", "workers")  # when a cross-validation goes on
-COLUMNS = ("dice", "iou", "accuracy", "v_rand", "v_info", "rand_error", "pixel_error")
+COLUMNS = (
+    "dice",
+    "iou",
+    "accuracy",
+    "v_rand",
+    "v_info",
+    "rand_error",
+    "pixel_error",
+    "ap50",
+    "ap",
+    "pq",
+    "aji",
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,12 +33,14 @@ class PredictOptions(ReadingOptions):
     tta: bool = False
     """Average over the eight symmetries of the image: better, for eight times the time."""
 
-    min_size: int = 0
-    """Connected parts of fewer pixels become what surrounds them."""
+    min_size: int | None = None
+    """Connected parts of fewer pixels become what surrounds them, and objects of fewer pixels, of a
+    model of numbered masks, are left out. None given: 0, and of objects the size below which 1 in
+    100 of those in the training masks are."""
 
     labels: bool = False
-    """Also number the connected parts of the second of two classes, in NAME_labels.tif and the
-    overlay."""
+    """Also number the connected parts of the second of two classes, or the objects of a model of
+    numbered masks, in NAME_labels.tif and the overlay."""
 
     tile: int = 1024
     """Larger images are predicted in tiles of at most that many pixels a side."""
@@ -60,7 +62,7 @@ class PredictOptions(ReadingOptions):
         if self.threshold is not None and not 0 <= self.threshold < 1:
             raise InputError(f"--threshold {self.threshold} must be in [0, 1)")
         for name, least in (("tile", 1), ("overlap", 0), ("min_size", 0)):
-            if getattr(self, name) < least:
+            if (getattr(self, name) or 0) < least:
                 flag = name.replace("_", "-")
                 raise InputError(f"--{flag} {getattr(self, name)} must be at least {least}")
         if not self.model:

@@ -19,7 +19,7 @@ from segmentation.data.classes import (
     some,
     value_codes,
 )
-from segmentation.data.instances import INSTANCE_NAMES, instance_classes
+from segmentation.data.instances import INSTANCE_NAMES, UNKNOWN, instance_classes, object_numbers
 from segmentation.data.layouts import class_values
 from segmentation.data.masks import VOID, Survey, are_instances, is_void
 from segmentation.data.normalisation import Normalisation
@@ -91,6 +91,7 @@ class SegmentationData:
         self.table = table or self._find_table(names)
         self.normalisation = normalisation or self._find_normalisation()
         self._cache: dict[int, tuple[NDArray[np.float32], NDArray[np.uint8]]] = {}
+        self._objects: dict[int, NDArray[np.int32]] = {}
         self._free = cache_bytes
         for index in range(len(self.pairs)):
             self.load(index)
@@ -124,6 +125,22 @@ class SegmentationData:
             self._free -= image.nbytes + mask.nbytes
             self._cache[index] = image, mask
         return image, mask
+
+    def objects(self, index: int) -> NDArray[np.int32]:
+        """Numbers (H, W) of the objects, where the masks number some, read-only.
+
+        They are from 1 on; 0 is background, and pixels that do not count are UNKNOWN.
+        """
+        if index in self._objects:
+            return self._objects[index]
+        pair = self.pairs[index]
+        numbers = object_numbers(pair.read_mask(), self.ignore_value)
+        numbers[self.load(index)[1] == IGNORE] = UNKNOWN
+        numbers.flags.writeable = False
+        if numbers.nbytes <= self._free:
+            self._free -= numbers.nbytes
+            self._objects[index] = numbers
+        return numbers
 
     def _encoded(self, pair: Pair, image: Array) -> NDArray[np.uint8]:
         """Class indices (H, W), ignored where the image holds no data."""

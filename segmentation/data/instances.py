@@ -1,9 +1,11 @@
 """Masks with a number for each cell, as three classes that a network can learn, and back.
 
-Touching cells would melt into one; a thin border class between them keeps them apart.
+Touching cells would melt into one; a border class between them keeps them apart.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,14 +18,20 @@ from unet.files.pages import Array
 BACKGROUND, CELL, BORDER = range(3)
 INSTANCE_NAMES = ("background", "cell", "border")
 
+REACH = 3  # rows and columns of a border, to each side of where two cells touch
+LEAST_INSIDE = 0.25  # of a cell, that a border wider than a pixel leaves
+UNKNOWN = -1  # the number of pixels that do not count
+
 _AROUND = np.ones((3, 3), bool)
 
 
 def instance_classes(mask: Array, ignore_value: Value | None = None) -> NDArray[np.uint8]:
     """Background, cell, or border where two cells touch: (H, W) uint8.
 
-    Border are the pixels of a cell with a pixel of another one among their eight neighbours, so it
-    is two pixels wide, one of each cell. Slivers that it would cut off from a cell are border, too.
+    Border are the pixels of a cell with a pixel of another one at most REACH rows and columns away,
+    so it is six pixels wide: of a border of two, a network hardly learns a pixel, and does not part
+    what touches (docs/experiments.md). In a cell of which this would leave less than a quarter, or
+    not one piece, it is narrower. Slivers that it would cut off from a cell are border, too.
     A cell that would be border altogether keeps one pixel near its middle. The insides of two cells
     are never 4-neighbours, so that each 4-connected part of class 1 belongs to one cell (unless
     both are but border, and one is a single pixel).
@@ -32,24 +40,52 @@ def instance_classes(mask: Array, ignore_value: Value | None = None) -> NDArray[
         mask: (H, W) integers or (H, W, 3) colours, one for each cell; 0 is background.
         ignore_value: of pixels that do not count: they are no cell and become IGNORE.
     """
-    codes = value_codes(mask)
-    ignored = np.zeros(codes.shape, bool)
-    if ignore_value is not None:
-        channels = mask if mask.ndim == 3 else mask[:, :, None]
-        ignored = (channels == np.array(ignore_value)).all(axis=2)  # a number is a grey colour
-    inside = (codes != 0) & ~ignored
-    # Small numbers: the filters would round large ones.
-    order = np.unique(codes, return_inverse=True)[1].reshape(codes.shape)
-    cells = np.where(inside, order + 1, 0)
-    highest = ndimage.maximum_filter(cells, 3)
-    lowest = ndimage.minimum_filter(np.where(inside, cells, cells.max() + 1), 3)
-    touches = inside & ((highest != cells) | (lowest != cells))
+    numbers = object_numbers(mask, ignore_value)
+    ignored, inside = numbers == UNKNOWN, numbers > 0
+    cells = np.where(inside, numbers, 0)
+    touches = _near_another(cells, 1)
+    for reach in range(2, REACH + 1):
+        wider = _near_another(cells, reach)
+        touches |= wider & _well_inside(cells, inside & ~wider)[cells]
     classes = np.where(touches, BORDER, np.where(inside, CELL, BACKGROUND)).astype(np.uint8)
     classes[_slivers(cells, classes)] = BORDER
     has_inside = np.bincount(cells[classes == CELL], minlength=cells.max() + 1) > 0
     classes[_middles(cells, inside & ~has_inside[cells])] = CELL
     classes[ignored] = IGNORE
     return classes
+
+
+def object_numbers(mask: Array, ignore_value: Value | None = None) -> NDArray[np.int32]:
+    """Objects numbered from 1 on in the order of their values, 0 is background: (H, W).
+
+    Args:
+        mask: (H, W) integers or (H, W, 3) colours, one for each object; 0 is background.
+        ignore_value: of pixels that do not count: they become UNKNOWN.
+    """
+    codes = value_codes(mask)
+    ignored = np.zeros(codes.shape, bool)
+    if ignore_value is not None:
+        channels = mask if mask.ndim == 3 else mask[:, :, None]
+        ignored = (channels == np.array(ignore_value)).all(axis=2)  # a number is a grey colour
+    inside = (codes != 0) & ~ignored
+    numbers = np.where(ignored, UNKNOWN, 0).astype(np.int32)
+    numbers[inside] = np.unique(codes[inside], return_inverse=True)[1] + 1
+    return numbers
+
+
+def smallest_counted(masks: Iterable[NDArray[np.integer]]) -> int:
+    """The size in pixels below which 1 in 100 objects of numbered masks (H, W) are; at least 1."""
+    sizes = [np.bincount(mask[mask > 0]) for mask in masks]
+    found = np.concatenate([size[size > 0] for size in sizes]) if sizes else np.zeros(0)
+    return int(np.percentile(found, 1, method="lower")) if found.size else 1
+
+
+def without_small(numbers: NDArray[np.int32], least: int) -> NDArray[np.int32]:
+    """Numbered objects (H, W) of that many pixels or more, numbered anew from 1 on."""
+    kept = np.bincount(numbers.ravel()) >= least
+    kept[0] = False
+    renumbered = np.where(kept, np.cumsum(kept), 0).astype(np.int32)
+    return renumbered[numbers]
 
 
 def instances_from_classes(classes: NDArray[np.uint8]) -> NDArray[np.int32]:
@@ -67,6 +103,25 @@ def instances_from_classes(classes: NDArray[np.uint8]) -> NDArray[np.int32]:
         mask=(classes == CELL) | (classes == BORDER),
     )
     return np.asarray(grown, np.int32)
+
+
+def _near_another(cells: Array, reach: int) -> NDArray[np.bool_]:
+    """Pixels of cells with one of another cell at most so many rows and columns away."""
+    inside, size = cells > 0, 2 * reach + 1
+    highest = ndimage.maximum_filter(cells, size)
+    lowest = ndimage.minimum_filter(np.where(inside, cells, cells.max() + 1), size)
+    return np.asarray(inside & ((highest != cells) | (lowest != cells)))
+
+
+def _well_inside(cells: Array, inside: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """By number: whether the chosen pixels of a cell are one piece and a good part of it."""
+    count = int(cells.max()) + 1
+    sizes, left = (np.bincount(cells[where], minlength=count) for where in (cells >= 0, inside))
+    parts, number = ndimage.label(inside)
+    of = np.zeros(number, int)
+    of[parts[inside] - 1] = cells[inside]
+    whole = np.bincount(of, minlength=count) == 1
+    return np.asarray(whole & (left >= LEAST_INSIDE * sizes))
 
 
 def _slivers(cells: Array, classes: NDArray[np.uint8]) -> NDArray[np.bool_]:

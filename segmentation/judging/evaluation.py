@@ -3,7 +3,8 @@
 Every number of classes has Dice, IoU and accuracy; of two classes they are at the threshold in use.
 Where one of these are cells that thin membranes part there are the scores of the ISBI 2012
 challenge as well, of the cells: at the threshold in use, and each at its own best one, as the
-challenge reports them.
+challenge reports them. Of numbered objects there are the scores of objects
+(`segmentation.judging.instances`).
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ from tqdm import tqdm
 
 from segmentation.data.classes import IGNORE, ClassTable, class_names
 from segmentation.data.dataset import SegmentationData
+from segmentation.data.instances import instances_from_classes, without_small
+from segmentation.judging.instances import Numbers, Overlaps
 from segmentation.judging.isbi import THRESHOLDS, IsbiMetrics
 from segmentation.judging.metrics import ConfusionMatrix
 from segmentation.predict import Predictor, Probability, classes
-from segmentation.segmenter import RasterSource
+from segmentation.segmenter import RasterSource, smallest_object
 from unet.errors import InputError
 from unet.words import counted
 
@@ -36,6 +39,7 @@ _NAMES = {
     "pixel_error": "pixel error",
     "warping_error": "warping error",
 }
+LISTED = ("ap50", "ap", "pq", "dice", "iou", "accuracy", "v_rand", "v_info")  # of each image
 _GRID = tuple(i / 100 for i in range(1, 100))  # thresholds to choose from
 COARSE = _GRID[4::5]  # where each costs a watershed
 
@@ -65,6 +69,7 @@ class Evaluation:
             half a second for 512 x 512 pixels; none: not tried.
         cells: which of two classes are cells that membranes part; None: there are no ISBI scores.
         warping: also count the warping error, which takes seconds for each image and threshold.
+        smallest: of objects: those that were found with fewer pixels do not count.
     """
 
     def __init__(
@@ -75,8 +80,10 @@ class Evaluation:
         thresholds: Sequence[float] = THRESHOLDS,
         cells: int | None = None,
         warping: bool = False,
+        smallest: int = 0,
     ) -> None:
-        self.table, self.threshold = table, threshold
+        self.table, self.threshold, self.smallest = table, threshold, smallest
+        self.objects: Overlaps | None = None  # of the images that came with numbered objects
         self.confusion = ConfusionMatrix(len(table.values))
         self.isbi: IsbiMetrics | None = None
         if self.has_threshold and cells is not None:
@@ -91,8 +98,19 @@ class Evaluation:
         """Whether a threshold parts the classes: of more than two the most probable is taken."""
         return len(self.table.values) == 2
 
-    def add(self, index: int, name: str, probability: Probability, mask: Mask) -> None:
-        """Scores one image: probabilities (K, H, W), as a `Predictor` gives them, and its mask."""
+    def add(
+        self,
+        index: int,
+        name: str,
+        probability: Probability,
+        mask: Mask,
+        objects: Numbers | None = None,
+    ) -> None:
+        """Scores one image: probabilities (K, H, W), as a `Predictor` gives them, and its mask.
+
+        Args:
+            objects: numbers (H, W) of the objects in the mask, where the classes are of such.
+        """
         found = classes(probability, self.threshold)
         confusion = ConfusionMatrix(self.confusion.classes)
         confusion.add(found, mask, ignore=IGNORE)
@@ -111,6 +129,11 @@ class Evaluation:
             one.add(*_as_isbi(probability, mask, self.isbi.cells), name)
             scores |= one.at(self.threshold)
             self.isbi.merge(one)
+        if objects is not None:
+            numbers = without_small(instances_from_classes(found), self.smallest)
+            here = Overlaps.of(numbers, objects)
+            scores |= here.scores()
+            self.objects = here + (self.objects or Overlaps())
         packed = zlib.compress(found.tobytes(), 1)
         self.images.append(ImageScores(index, name, scores, mask.shape, packed))
 
@@ -123,10 +146,13 @@ class Evaluation:
         self.above += other.above
         if self.isbi and other.isbi:
             self.isbi.merge(other.isbi)
+        if other.objects:
+            self.objects = other.objects + (self.objects or Overlaps())
         self.images = sorted(self.images + other.images, key=lambda image: image.index)
 
     def scores(self, threshold: float | None = None) -> dict[str, float]:
-        """Cross-entropy ("loss"), accuracy, mean Dice and IoU; of cells the ISBI scores.
+        """Cross-entropy ("loss"), accuracy, mean Dice and IoU; of cells the ISBI scores; of objects
+        those of `Overlaps.scores`.
 
         Args:
             threshold: instead of that in use: 0.01, 0.02, ..., 0.99, and where there are ISBI
@@ -140,6 +166,8 @@ class Evaluation:
         found = {"loss": self.entropy / max(pixels, 1), **_figures(confusion)}
         if self.isbi and self.isbi.slices:
             found |= self.isbi.at(threshold)
+        if self.objects:
+            found |= self.objects.scores()
         return found
 
     def _confusion_at(self, k: int) -> ConfusionMatrix:
@@ -182,9 +210,20 @@ class Evaluation:
         names = zip(class_names(self.table), occurs, strict=True)
         return [name for name, there in names if not there] if occurs.any() else []
 
+    def never_predicted(self) -> list[str]:
+        """The names of the classes that masks have and no pixel was predicted to be."""
+        never = self.confusion.occurs & (self.confusion.counts.sum(0) == 0)
+        return [name for name, so in zip(class_names(self.table), never, strict=True) if so]
+
+    @property
+    def ranked_by(self) -> str:
+        """The score that images are ranked by: mean Dice, of objects average precision."""
+        return "ap" if self.objects else "dice"
+
     def worst_first(self) -> list[ImageScores]:
-        """The images by rising mean Dice; one without a pixel to score comes last."""
-        return sorted(self.images, key=lambda image: (_known(image.scores["dice"]), image.index))
+        """The images by rising score; one in which there is nothing to score comes last."""
+        key = self.ranked_by
+        return sorted(self.images, key=lambda image: (_known(image.scores[key]), image.index))
 
     def per_class(self) -> list[dict[str, Any]]:
         """Of each class: its name, Dice, IoU, precision, recall, and share of the true pixels.
@@ -212,6 +251,7 @@ class Evaluation:
             **({"threshold": self.threshold} if self.has_threshold else {}),
             "scores": self.scores(),
             "challenge": self.challenge(),
+            **({"precision": self.objects.precision()} if self.objects else {}),
             "classes": self.per_class(),
             "confusion": self.confusion.counts.tolist(),
             "per_image": [{"name": i.name, **i.scores} for i in self.worst_first()],
@@ -237,6 +277,10 @@ class Evaluation:
         lines.append(f"accuracy {found['accuracy']:.4f}, cross-entropy {found['loss']:.4f}")
         if missing := self.missing():
             lines.append(f"no mask has {', '.join(missing)}: left out of the means")
+        if never := self.never_predicted():
+            lines.append(f"not one pixel was predicted to be {' or '.join(never)}")
+        if self.objects:
+            lines += ["", *_object_lines(found)]
         if self.isbi:
             header = ("ISBI 2012", "score", "precision", "recall")
             lines += ["", "{:13}{:>11}{:>11}{:>11}".format(*header) + ("  best" if best else "")]
@@ -259,7 +303,7 @@ class Evaluation:
                 lines.append(
                     f"best: each at the best for it of {count} thresholds, on these images"
                 )
-        shown = [key for key in ("dice", "iou", "accuracy", "v_rand", "v_info") if key in found]
+        shown = [key for key in LISTED if key in found]
         lines += ["", "".join(f"{key:>10}" for key in shown) + "  worst images"]
         for image in self.worst_first()[:worst]:
             figures = "".join(f"{_shown(image.scores[key]):>10}" for key in shown)
@@ -293,10 +337,18 @@ def evaluate(
     """
     if not indices:
         raise InputError("there is no image to score")
-    found = Evaluation(data.table, threshold, thresholds=thresholds, cells=cells, warping=warping)
+    found = Evaluation(
+        data.table,
+        threshold,
+        thresholds=thresholds,
+        cells=cells,
+        warping=warping,
+        smallest=smallest_object(predict.models) if data.instances else 0,
+    )
     for i in tqdm(indices, unit="image", desc="scoring", leave=False, disable=None):
         probability = predict(RasterSource(data.pairs[i].read_image(), data.pairs[i].info.nodata))
-        found.add(i, data.pairs[i].name, probability, data.load(i)[1])
+        objects = data.objects(i) if data.instances else None
+        found.add(i, data.pairs[i].name, probability, data.load(i)[1], objects)
     return found
 
 
@@ -342,6 +394,22 @@ def _as_isbi(probability: Probability, mask: Mask, cells: int) -> tuple[Probabil
 def _of_true(confusion: ConfusionMatrix, score: Literal["dice", "iou"]) -> NDArray[np.float64]:
     """The score of each class (K,); NaN of those that the truth does not have."""
     return np.where(confusion.occurs, getattr(confusion, score), np.nan)
+
+
+def _object_lines(found: dict[str, float]) -> list[str]:
+    """Scores of objects as a table."""
+    rows = (
+        ("AP 0.5", "ap50", "at IoU 0.5: TP / (TP + FP + FN)"),
+        ("AP 0.75", "ap75", "at IoU 0.75"),
+        ("mean AP", "ap", "at IoU 0.5, 0.55, ..., 0.95"),
+        ("PQ", "pq", f"SQ {_shown(found['sq'])} x RQ {_shown(found['rq'])}"),
+        ("AJI", "aji", "aggregated Jaccard index"),
+    )
+    return [
+        f"{found['objects']:.0f} objects, {found['found']:.0f} found; the two numbers of an image "
+        f"differ by {found['count_error']:.1f} on average",
+        *(f"{name:10}{_shown(found[key]):>8}  {what}" for name, key, what in rows),
+    ]
 
 
 def _shown(score: float) -> str:

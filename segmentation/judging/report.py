@@ -40,6 +40,9 @@ SIDE = 640  # pixels of a picture, at most
 TRAINING, HELD_OUT = "#0072b2", "#d55e00"
 TITLES = ("image", "mask", "prediction", "errors")
 SHOWN = {
+    "ap50": "AP 0.5",
+    "ap": "mean AP",
+    "pq": "PQ",
     "dice": "Dice",
     "iou": "IoU",
     "accuracy": "accuracy",
@@ -53,7 +56,7 @@ def write_report(run: Path, evaluation: Evaluation, data: SegmentationData) -> P
     """Writes `report.png` into a run folder.
 
     Loss and learning rate come from the run's metrics.jsonl; best, median and worst image, by mean
-    Dice, from the evaluation.
+    Dice or of objects by average precision, from the evaluation.
 
     Args:
         data: the data that the evaluation's images are from.
@@ -161,7 +164,8 @@ def _reduced(picture: RGB, largest: int | None) -> RGB:
 
 def _best_median_worst(evaluation: Evaluation, kind: str) -> list[tuple[str, ImageScores]]:
     ranked = evaluation.worst_first()[::-1]
-    ranked.sort(key=lambda image: math.isnan(image.scores["dice"]))  # nothing to see there
+    key = evaluation.ranked_by
+    ranked.sort(key=lambda image: math.isnan(image.scores[key]))  # nothing to see there
     if len(ranked) == 1:
         return [(f"{kind} image", ranked[0])]
     places = {"best": 0, "median": (len(ranked) - 1) // 2, "worst": len(ranked) - 1}
@@ -183,6 +187,8 @@ def _title(figure: SubFigure, name: str, evaluation: Evaluation, kind: str) -> N
     if evaluation.has_threshold:
         facts.append(f"threshold {evaluation.threshold:g}")
     text = f"{shortened(name, 80)}\n{'   '.join(facts)}"
+    if never := evaluation.never_predicted():
+        text += f"\nnot one pixel was predicted to be {shortened(' or '.join(never), 80)}"
     figure.suptitle(text, fontsize=12, fontweight="bold", parse_math=False)
 
 

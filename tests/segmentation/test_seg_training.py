@@ -283,10 +283,39 @@ def test_instances_are_learned_as_cells_and_borders_and_come_back_as_numbers(tmp
     assert run_train(*folders, "--out", tmp_path / "found", *SMALL) == 0
     assert "the masks number objects" in capsys.readouterr().out
     assert run_train(*folders, "--instances", "--out", tmp_path / "run", *SMALL) == 0
-    assert "border" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert re.search(r"smallest object +36 pixels", said)
+    assert re.search(r"kept weights +best by ap", said)
+    assert re.search(r"held out: .*ap50 \d\.\d+", said)
+    model = SegmentationUNet.from_pretrained(tmp_path / "run/model")
+    assert model.info["smallest_object"] == 36
+    assert 0 <= model.info["training"]["figures"]["ap"] <= 1
     arguments = ("--model", tmp_path / "run/model", "--input", tmp_path / "images", "--labels")
     assert run_predict(*arguments, "--out", tmp_path / "out") == 0
-    assert read_image(tmp_path / "out/0_labels.tif").dtype == np.uint16
+    labels = read_image(tmp_path / "out/0_labels.tif")
+    assert labels.dtype == np.uint16
+    assert (np.bincount(labels.ravel())[1:] >= 36).all()
+    assert run_predict(*arguments, "--out", tmp_path / "all", "--min-size", "0") == 0
+    assert read_image(tmp_path / "all/0_labels.tif").max() >= labels.max()
+
+
+def test_average_precision_is_of_objects(tmp_path):
+    images, masks = phantom_stack(4, (40, 40))
+    numbers = np.zeros((40, 40), np.uint8)
+    numbers[4:12, 4:12], numbers[4:12, 12:20] = 1, 2
+    for i, (image, mask) in enumerate(zip(images, masks, strict=True)):
+        for folder, labels in (("classes", mask), ("objects", numbers * (i < 3))):
+            write_image(tmp_path / folder / "image" / f"{i}.png", image)
+            write_image(tmp_path / folder / "label" / f"{i}.png", labels)
+    for given, message in (
+        ({"data": str(tmp_path / "classes")}, "objects that the masks number"),
+        ({"data": str(tmp_path / "objects"), "instances": True}, "held-out masks have none"),
+    ):
+        options = SegmentationOptions(out=tmp_path / "run", best_by="ap", **given)
+        with pytest.raises(InputError, match=message):
+            decide(options, load_data(options))
+    options = SegmentationOptions(out=tmp_path / "run", data=given["data"], instances=True)
+    assert decide(options, load_data(options)).best_by == "loss"
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+from scipy import ndimage
 
 from segmentation import Segmenter, load
 from segmentation.data.instances import INSTANCE_NAMES
@@ -132,6 +133,35 @@ def test_what_a_model_says_of_itself(model: Segmenter, tmp_path: Path) -> None:
     assert cells.instances
     assert cells.names == INSTANCE_NAMES
     assert not model.instances
+
+
+def test_seams_of_tiles_part_no_instance(tmp_path: Path) -> None:
+    image = np.random.default_rng(3).integers(0, 256, (150, 90)).astype(np.uint8)
+    image = ndimage.uniform_filter(image, 5)
+    folder = saved(tmp_path, [0, 1, 2], names=INSTANCE_NAMES)
+    whole, tiled = load(folder, device="cpu"), load(folder, device="cpu", tile=64, overlap=32)
+    assert whole.labels(image).max() > 5
+    assert np.array_equal(tiled.labels(image), whole.labels(image))
+
+
+def test_the_smallest_instance_is_that_of_training(tmp_path: Path) -> None:
+    folder = saved(tmp_path, [0, 1, 2], names=INSTANCE_NAMES)
+    every = load(folder, device="cpu")
+    sizes = np.bincount(every.labels(IMAGE).ravel())[1:]
+    least = int(np.median(sizes)) + 1
+    model = SegmentationUNet.from_pretrained(folder)
+    model.info["smallest_object"] = least
+    model.save_pretrained(folder)
+    found = load(folder, device="cpu")
+    assert (every.min_size, found.min_size) == (0, least)
+    left = np.bincount(found.labels(IMAGE).ravel())[1:]
+    assert sorted(left) == sorted(sizes[sizes >= least])
+    assert np.array_equal(found(IMAGE), every(IMAGE))
+    assert np.array_equal(load(folder, device="cpu", min_size=0).labels(IMAGE), every.labels(IMAGE))
+    model.info["smallest_object"] = "many"
+    model.save_pretrained(folder)
+    with pytest.raises(ValueError, match="the smallest_object 'many'"):
+        load(folder, device="cpu")
 
 
 # -- layouts and files

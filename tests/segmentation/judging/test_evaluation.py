@@ -438,3 +438,58 @@ def test_no_image_is_no_score():
     data = data_of(2, 1)
     with pytest.raises(InputError, match="no image"):
         evaluate(Predictor([model_of(data)]), data, [])
+
+
+def objects_of(count: int = 3) -> SegmentationData:
+    """Squares of 6 x 6 pixels, every second one touching the next."""
+    numbers = np.zeros((count, 40, 56), np.uint16)
+    for n in range(12):
+        row, column = divmod(n, 4)
+        numbers[:, 12 * row + 2 : 12 * row + 8, 6 * column + 2 : 6 * column + 8] = n + 1
+    pairs = pairs_from_arrays(phantom_stack(count, (40, 56), seed=1)[0], numbers)
+    return SegmentationData(pairs[:1], pairs[1:], instances=True)
+
+
+def as_probability(mask: NDArray[np.uint8], count: int = 3) -> NDArray[np.float32]:
+    return np.stack([mask == k for k in range(count)]).astype(np.float32)
+
+
+def test_objects_are_scored_beside_their_classes() -> None:
+    data = objects_of()
+    whole, parts = Evaluation(data.table), [Evaluation(data.table) for _ in "12"]
+    melted = np.where(data.load(1)[1] == 2, 1, data.load(1)[1])  # no border: rows of four
+    for i, mask in ((1, melted), (2, data.load(2)[1])):
+        for evaluation in (whole, parts[i - 1]):
+            evaluation.add(i, str(i), as_probability(mask), data.load(i)[1], data.objects(i))
+    parts[1].merge(parts[0])
+    assert parts[1].to_dict() == whole.to_dict()
+    found = whole.scores()
+    assert (found["objects"], found["found"]) == (24, 3 + 12)
+    assert found["ap50"] == pytest.approx(12 / (24 + 15 - 12))
+    assert whole.images[0].scores["ap"] == 0
+    assert whole.images[1].scores["ap"] == 1
+    assert [image.name for image in whole.worst_first()] == ["1", "2"]
+    said = "\n".join(whole.lines())
+    assert "24 objects, 15 found; the two numbers of an image differ by 4.5 on average" in said
+    assert "AP 0.5      0.4444" in said
+    assert not whole.never_predicted()
+    saved = json.loads(json.dumps(whole.to_dict(), allow_nan=False))
+    assert saved["precision"]["0.95"] == pytest.approx(12 / 27)
+    assert "ap50" not in Evaluation(data.table).scores()
+
+
+def test_objects_below_the_smallest_do_not_count() -> None:
+    data = objects_of()
+    found = Evaluation(data.table, smallest=37)
+    found.add(0, "0", as_probability(data.load(0)[1]), data.load(0)[1], data.objects(0))
+    assert found.scores()["found"] == 0
+
+
+def test_a_class_that_is_never_predicted_is_named() -> None:
+    data = objects_of()
+    found = Evaluation(data.table)
+    assert not found.never_predicted()
+    melted = np.where(data.load(1)[1] == 2, 1, data.load(1)[1])
+    found.add(1, "1", as_probability(melted), data.load(1)[1], data.objects(1))
+    assert found.never_predicted() == ["border"]
+    assert "not one pixel was predicted to be border" in "\n".join(found.lines())

@@ -232,3 +232,16 @@ def test_ignored_pixels_are_in_the_legend_where_there_are_some():
 def test_matplotlib_is_imported_when_a_report_is_drawn():
     code = "import sys, segmentation.judging.report; assert 'matplotlib' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[3])
+
+
+def test_the_report_names_a_class_that_is_never_predicted():
+    evaluation, data = evaluation_of(3, 2)
+    said = "not one pixel was predicted to be"
+    assert not any(said in t.get_text() for t in texts_of(report_figure("", [], evaluation, data)))
+    found = Evaluation(data.table)
+    for i in range(2):
+        only = np.zeros((3, *data.load(i)[1].shape), np.float32)
+        only[0] = 1
+        found.add(i, str(i), only, data.load(i)[1])
+    shown = [t.get_text() for t in texts_of(report_figure("", [], found, data))]
+    assert any(f"{said} 85 or 170" in text for text in shown)
