@@ -38,6 +38,7 @@ TRAIN_FOLDERS, VAL_FOLDERS = ("train", "training"), ("val", "valid", "validation
 _STACKS = ("train-volume.tif", "train-labels.tif")  # of ISBI 2012
 _CELLPOSE = re.compile(r"(_seg\.npy|_cp_output\.\w+|_flows\.\w+|_outlines\.\w+|_superpixels\.\w+)$")
 _CLASSES = ("classes.txt", "class_names.txt", "labels.txt")
+_NAMES_BYTES = 2**16
 _PARTS = (("train", TRAIN_FOLDERS), ("val", VAL_FOLDERS), ("test", ("test", "testing")))
 
 
@@ -538,12 +539,16 @@ def _class_names(folder: Path) -> dict[int, str]:
         if not file.is_file():
             continue
         try:
-            lines = file.read_text(encoding="utf-8-sig").splitlines()
+            with file.open("rb") as stream:
+                data = stream.read(_NAMES_BYTES + 1)
+            if len(data) > _NAMES_BYTES:
+                raise InputError(f"{str(file)!r} has over {_NAMES_BYTES:,} bytes: no list of names")
+            lines = data.decode("utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{str(file)!r} cannot be read as UTF-8 text") from error
         found = {}
         for number, line in enumerate(line.strip() for line in lines if line.strip()):
-            said = re.fullmatch(r"(\d+)\s*[:=,\t ]\s*(.+)", line)
+            said = re.fullmatch(r"([0-9]{1,9})\s*[:=,\t ]\s*(.+)", line)
             found[int(said[1]) if said else number] = said[2].strip() if said else line
         return found
     return {}

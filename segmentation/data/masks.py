@@ -231,7 +231,7 @@ def joined(parts: Sequence[Array]) -> tuple[NDArray[np.int32], int, int]:
     numbers = np.zeros(parts[0].shape[:2], np.int32)
     overlaps = holes = 0
     for number, part in enumerate(parts, 1):
-        whole = part.any(axis=2) if part.ndim == 3 else part != 0
+        whole = np.asarray(part.any(axis=2) if part.ndim == 3 else part != 0)
         for box in ndimage.find_objects(whole.astype(np.uint8)):
             inside, region = whole[box], numbers[box]
             overlaps += int((inside & (region > 0)).sum())

@@ -101,6 +101,45 @@ IMAGES: dict[str, list[bytes]] = {
         written(np.save, RGB / 255),
     ],
 }
+HYPER = noise(2, 3, 2, SIDE, SIDE)  # T, Z, C
+TABLE = np.arange(768, dtype=np.uint16).reshape(3, 256) * 85
+
+
+def pyramid() -> bytes:
+    buffer = io.BytesIO()
+    with tifffile.TiffWriter(buffer) as out:
+        out.write(noise(2 * SIDE, 2 * SIDE), tile=(16, 16), subifds=1)
+        out.write(GREY, tile=(16, 16), subfiletype=1)
+    return buffer.getvalue()
+
+
+def hyperstack(**options: Any) -> bytes:
+    return written(tifffile.imwrite, HYPER, metadata={"axes": "TZCYX"}, **options)
+
+
+def smooth_tiles(kind: str) -> bytes:
+    y, x = np.mgrid[:SIDE, :SIDE]
+    image = np.stack([y * 9, x * 9, y + x], axis=-1).astype(np.uint8)
+    options = {"photometric": "rgb", "compression": kind, "tile": (16, 16)}
+    return written(tifffile.imwrite, image, **options)
+
+
+DESCRIBED = [
+    hyperstack(ome=True),
+    hyperstack(ome=True, compression="zlib", tile=(16, 16)),
+    hyperstack(imagej=True),
+    hyperstack(imagej=True, truncate=True),
+    hyperstack(photometric="minisblack"),
+    pyramid(),
+    written(tifffile.imwrite, GREY, extratags=[(42113, "s", 0, "-9999", True)]),
+    written(tifffile.imwrite, RGB, photometric="rgb", planarconfig="contig", metadata=None),
+]
+TILES = [smooth_tiles(kind) for kind in ("jpeg", "jpeg2000", "zstd", "lzw")]
+PALETTES = {
+    "tiff": written(tifffile.imwrite, GREY % 5, photometric="palette", colormap=TABLE),
+    "png": picture("PNG", RGB, "P"),
+    "gif": picture("GIF", RGB, "P"),
+}
 MASK = picture("PNG", noise(SIDE, SIDE, dtype="bool").astype(np.uint8))
 NPZ = [
     written(np.savez_compressed, images=noise(6, 8, 8), labels=np.arange(6) % 2),
@@ -108,6 +147,51 @@ NPZ = [
 ]
 NAMES = [f"{i}.png" for i in range(4)] + [f"x.{kind}" for kind in IMAGES]
 CAPTIONS = "".join(json.dumps({"file_name": name, "text": "ä"}) + "\n" for name in NAMES)
+CSV = "file_name,text\n" + "".join(f'{name},"ä, red"\n' for name in NAMES)
+NNUNET = {
+    "channel_names": {"0": "DAPI"},
+    "labels": {"background": 0, "cell": 1, "ignore": 2},
+    "numTraining": 2,
+    "file_ending": ".png",
+}
+COCO = {
+    "info": {"year": 2026},
+    "images": [
+        {"id": 7 * i, "file_name": f"{i}.png", "height": SIDE, "width": SIDE} for i in range(2)
+    ],
+    "categories": [{"id": 1, "name": "cell"}, {"id": 3, "name": "dirt"}],
+    "annotations": [
+        {
+            "id": i,
+            "image_id": 7 * (i % 2),
+            "category_id": 1 + 2 * (i // 2),
+            "iscrowd": int(i == 4),
+            "segmentation": segmentation,
+        }
+        for i, segmentation in enumerate(
+            [
+                [[1, 1, 9.5, 1, 9.5, 8, 1, 8]],
+                [[3, 3, 12, 4, 8, 15], [1, 1, 2, 1, 2, 2]],
+                {"size": [SIDE, SIDE], "counts": [33, 9, 200, 5, 9]},
+                {"size": [SIDE, SIDE], "counts": "Q19X6LQJ"},
+                [[0, 0, 5, 0, 5, 5]],
+            ]
+        )
+    ],
+}
+LABELME = {
+    "version": "5.5.0",
+    "flags": {},
+    "shapes": [
+        {"label": "cell", "points": [[1, 1], [9, 1], [9, 9]], "shape_type": "polygon"},
+        {"label": "dirt", "points": [[10, 3], [14, 9]], "shape_type": "rectangle", "group_id": 3},
+        {"label": "cell", "points": [[5, 12], [5, 14]], "shape_type": "circle", "group_id": None},
+    ],
+    "imagePath": "0.png",
+    "imageData": None,
+    "imageHeight": SIDE,
+    "imageWidth": SIDE,
+}
 LOG = "".join(json.dumps({"step": i, "loss": 1 / (i + 1)}) + "\n" for i in range(9))
 LOG += json.dumps({"step": 9, "val_loss": math.nan, "kept": True}) + "\n"
 SCHEDULER = {
@@ -217,6 +301,42 @@ def write_pairs(folder: Path) -> None:
             (folder / name / f"{i}.png").write_bytes(data)
 
 
+def write_classes(folder: Path) -> None:
+    write_pairs(folder)
+    (folder / "classes.txt").write_text("ground\n1: cell\n", encoding="utf-8")
+
+
+def write_nnunet(folder: Path) -> None:
+    for name, data in (("imagesTr/{}_0000", picture("PNG", GREY)), ("labelsTr/{}", MASK)):
+        for i in range(2):
+            file = folder / f"{name.format(i)}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(data)
+    (folder / "dataset.json").write_text(json.dumps(NNUNET))
+
+
+def write_polygons(folder: Path) -> None:
+    for i in range(2):
+        (folder / f"{i}.png").write_bytes(picture("PNG", GREY))
+
+
+def write_labelme(folder: Path) -> None:
+    write_polygons(folder)
+    (folder / "1.json").write_text(json.dumps(LABELME))
+
+
+def write_texts(folder: Path) -> None:
+    write_images(folder)
+    (folder / "metadata.jsonl").unlink()
+    for i in range(4):
+        (folder / f"{i}.txt").write_text("a red ä", encoding="utf-8")
+
+
+def write_csv(folder: Path) -> None:
+    write_images(folder)
+    (folder / "metadata.jsonl").unlink()
+
+
 class NoAutoencoder:
     """What latents ask of an autoencoder, in no time."""
 
@@ -272,7 +392,15 @@ def _diffusion(data: Path, **options: Any) -> None:
 
 
 def _pairs(file: Path) -> None:
-    pairs = find_pairs(file.parents[1])
+    _labelled(file.parents[1])
+
+
+def _beside(file: Path) -> None:
+    _labelled(file.parent)
+
+
+def _labelled(folder: Path) -> None:
+    pairs = find_pairs(folder)
     SegmentationData(pairs[:1], pairs[1:]).describe()
 
 
@@ -335,6 +463,16 @@ def _readers() -> Iterator[tuple[str, Reader]]:
         yield f"{kind}: diffusion", Reader(file, captioned, write_images, seeds)
         if kind != "webp":
             yield f"{kind}: segmentation", Reader("images/0.png", _pairs, write_pairs, seeds[:1])
+    yield "tiff: described", Reader("x.tiff", _image, seeds=DESCRIBED)
+    yield "tiff: tiles", Reader("x.tiff", _image, seeds=TILES)
+    for kind, seed in PALETTES.items():
+        yield f"{kind}: palette mask", Reader("x", lambda f: read_mask(f, 0), seeds=[seed])
+        yield f"{kind}: palette", Reader("x", _image, seeds=[seed])
+    yield "txt: classes", Reader("classes.txt", _beside, write_classes)
+    yield "json: nnU-Net", Reader("dataset.json", _beside, write_nnunet)
+    yield "json: COCO", Reader("x.json", _beside, write_polygons, [json.dumps(COCO).encode()])
+    labelme = [json.dumps(LABELME).encode()]
+    yield "json: labelme", Reader("0.json", _beside, write_labelme, labelme)
     yield "png: segmentation mask", Reader("masks/0.png", _pairs, write_pairs)
     yield "png: recipe", Reader("made.png", read_recipe, write_picture_with_recipe)
     yield "npz: diffusion", Reader("x.npz", _diffusion, seeds=NPZ)
@@ -360,6 +498,8 @@ def _readers() -> Iterator[tuple[str, Reader]]:
     yield "jsonl: log", Reader("metrics.jsonl", _logged, seeds=[LOG.encode()])
     captioned = lambda f: _diffusion(f.parent, captions=True)  # noqa: E731
     yield "jsonl: captions", Reader("metadata.jsonl", captioned, write_images)
+    yield "csv: captions", Reader("metadata.csv", captioned, write_csv, [CSV.encode()])
+    yield "txt: captions", Reader("0.txt", captioned, write_texts)
     yield "json: latents", Reader("latents/encoded.json", _latents, write_latents)
 
 

@@ -12,12 +12,15 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
+import imagecodecs
 import numpy as np
+import tifffile
 import torch
 
-from tests.faults.bad_files import noise, written
+from tests.faults.bad_files import COCO, noise, written
 
 # -- damage ---------------------------------------------------------------------------------------
 
@@ -234,6 +237,67 @@ def doubling(line: str) -> bytes:
     return f"a0: &a0 {{k: 1}}{rest}".encode()
 
 
+def described(text: str, **tags: Any) -> bytes:
+    """A TIFF of 16 x 16 with a description."""
+    return written(
+        tifffile.imwrite,
+        noise(16, 16),
+        description=text,
+        metadata=None,
+        photometric="minisblack",
+        **tags,
+    )
+
+
+def ome(pixels: str, before: str = "", inside: str = "<TiffData/>") -> bytes:
+    text = (
+        f'<?xml version="1.0"?>{before}'
+        '<OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06"><Image ID="Image:0">'
+        f'<Pixels ID="Pixels:0" DimensionOrder="XYZCT" Type="uint8" {pixels}>'
+        f'<Channel ID="Channel:0:0" Name="a"/>{inside}</Pixels></Image></OME>'
+    )
+    return described(text)
+
+
+def sizes(**changed: int) -> str:
+    found = {"X": 16, "Y": 16, "Z": 1, "C": 1, "T": 1} | changed
+    return " ".join(f'Size{axis}="{n}"' for axis, n in found.items())
+
+
+LAUGHS = "".join(f'<!ENTITY a{i} "{f"&a{i - 1};" * 10}">' for i in range(1, 20))
+LAUGHS = f'<!DOCTYPE OME [<!ENTITY a0 "ha">{LAUGHS}]>'
+
+
+def packed_tile(data: bytes, compression: int, **tags: int) -> bytes:
+    return tiff(data, _259=compression, **tags)
+
+
+@cache
+def large_tile(kind: str) -> bytes:
+    """A picture of 8000 x 8000 zeros in some kilobytes."""
+    zeros = np.zeros((8000, 8000), np.uint8)
+    return bytes(
+        imagecodecs.jpeg_encode(zeros)
+        if kind == "jpeg"
+        else imagecodecs.jpeg2k_encode(zeros, level=9)
+    )
+
+
+def many_components() -> bytes:
+    """A JPEG 2000 codestream that says it has 16,384 components."""
+    data = bytearray(imagecodecs.jpeg2k_encode(noise(8, 8), codecformat="j2k"))
+    data[40:42] = struct.pack(">H", 16384)
+    return bytes(data)
+
+
+def coco(**changed: Any) -> bytes:
+    return json.dumps(COCO | changed).encode()
+
+
+def one_annotation(segmentation: Any, **more: Any) -> bytes:
+    return coco(annotations=[COCO["annotations"][0] | {"segmentation": segmentation} | more])
+
+
 ZEROS = bytes(2**28)
 HOSTILE: dict[str, tuple[str, Callable[[], bytes]]] = {
     "a PNG of 10^5 x 10^5": ("png: image", lambda: png(10**5, 10**5)),
@@ -254,6 +318,88 @@ HOSTILE: dict[str, tuple[str, Callable[[], bytes]]] = {
         lambda: tiff(_322=10**9, _323=10**9, _324=16, _325=64),
     ),
     "a TIFF that unpacks to much": ("tiff: image", lambda: tiff(zlib.compress(ZEROS), _259=8)),
+    **{
+        f"a {kind} tile larger than its place": (
+            "tiff: tiles",
+            lambda kind=kind, number=number: packed_tile(large_tile(kind), number),
+        )
+        for kind, number in (("jpeg", 7), ("jpeg2000", 34712), ("jpeg2000", 33003))
+    },
+    "a JPEG 2000 tile of many components": (
+        "tiff: tiles",
+        lambda: packed_tile(many_components(), 34712),
+    ),
+    "ImageJ's description of 10^9 images": (
+        "tiff: described",
+        lambda: described("ImageJ=1.53\nimages=1000000000\nslices=1000000000\n"),
+    ),
+    **{
+        f"OME's {axis} of 10^9": ("tiff: described", lambda axis=axis: ome(sizes(**{axis: 10**9})))
+        for axis in "XYZCT"
+    },
+    "OME of 10^9 in each axis": (
+        "tiff: described",
+        lambda: ome(sizes(Z=10**9, C=10**9, T=10**9)),
+    ),
+    "OME planes of 10^9": (
+        "tiff: described",
+        lambda: ome(sizes(Z=4), inside='<TiffData IFD="0" PlaneCount="1000000000"/>'),
+    ),
+    "OME of far planes": (
+        "tiff: described",
+        lambda: ome(sizes(Z=4), inside='<TiffData FirstZ="1000000000" IFD="1000000000"/>'),
+    ),
+    "OME with entities of entities": (
+        "tiff: described",
+        lambda: ome(sizes(), LAUGHS, "<Name>&a19;</Name><TiffData/>"),
+    ),
+    "OME of many images": (
+        "tiff: described",
+        lambda: ome(sizes(), inside="<TiffData/></Pixels></Image><Image><Pixels>" * 20000),
+    ),
+    "a shaped description of 10^9": (
+        "tiff: described",
+        lambda: described('{"shape": [1000000000, 16, 16]}'),
+    ),
+    "a palette of a wrong length": (
+        "tiff: palette",
+        lambda: tiff(bytes(range(64)), _262=3, _320=7),
+    ),
+    "a value of no data that is no number": (
+        "tiff: described",
+        lambda: written(
+            tifffile.imwrite, noise(16, 16), extratags=[(42113, "s", 0, "x" * 9999, True)]
+        ),
+    ),
+    "a list of classes without end": ("txt: classes", lambda: b"a\n" * 10**7),
+    "a caption without end": ("txt: captions", lambda: b"a " * 10**7),
+    "a deep COCO file": ("json: COCO", lambda: b'{"images": [], "annotations": ' + b"[" * 10**6),
+    "COCO of endless lists": (
+        "json: COCO",
+        lambda: b'{"images": [], "annotations": [' + b"[]," * 2**25 + b"[]]}",
+    ),
+    "COCO of an image of 10^6 x 10^6": (
+        "json: COCO",
+        lambda: coco(images=[COCO["images"][0] | {"height": 10**6, "width": 10**6}]),
+    ),
+    "a polygon of 10^6 far points": (
+        "json: COCO",
+        lambda: one_annotation([[x * (-1) ** x for x in range(10**6)]]),
+    ),
+    "a polygon of infinite points": ("json: COCO", lambda: one_annotation([[1e999] * 8])),
+    "runs of 10^18 pixels": (
+        "json: COCO",
+        lambda: one_annotation({"size": [16, 16], "counts": [10**18] * 9}),
+    ),
+    "runs of an endless number": (
+        "json: COCO",
+        lambda: one_annotation({"size": [16, 16], "counts": "o" * 10**6}),
+    ),
+    "a number of 10^6 digits": (
+        "json: COCO",
+        lambda: coco().replace(b'"year": 2026', b'"year": ' + b"9" * 10**6),
+    ),
+    "a deep labelme file": ("json: labelme", lambda: b'{"shapes": ' + b"[" * 10**6),
     "an NPY of 10^9 x 10^9": ("npy: image", lambda: npy("|u1", 10**9, 10**9)),
     "an NPY of too many pages": ("npy: image", lambda: npy("|u1", 2**21, 1, 2) + bytes(2**22)),
     "an NPY with pickled objects": (

@@ -11,11 +11,13 @@ import logging
 import math
 import re
 import struct
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import tifffile
@@ -48,8 +50,18 @@ _JPEG = (6, 7)
 _JPEG_2000 = (33003, 33004, 33005, 34712)
 
 _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE, _YCBCR = 0, 1, 2, 3, 6
-_ORIENTATION, _NODATA = 274, 42113
+_DESCRIPTION, _ORIENTATION, _NODATA = 270, 274, 42113
 _COMPOSITE = 7  # channels that ImageJ shows together, at most
+
+_OME_SIZES = tuple(f"Size{axis}" for axis in "XYZCT")
+_OME_COUNTS = ("PlaneCount", "NumPlanes", "FirstZ", "FirstC", "FirstT", "IFD", "SamplesPerPixel")
+
+# Files whose pages are known already: parsing thousands of them for each page that is read would
+# take longer than reading it. Nothing in here is open, and what is in use is not in here.
+_KEPT_FILES = 8
+_KEPT_PAGES = 2**14  # of a file
+_SETTLED = 2 * 10**9  # ns since a change; until then another one could have the same time and size
+_kept: dict[Any, tuple[Any, GetPage]] = {}
 
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # it logs what it forgives
 
@@ -61,15 +73,38 @@ def open_tiff(path: Path, reading: Reading) -> Iterator[GetPage]:
     Raises:
         InputError: damaged, or of a kind that cannot be read. Decoders raise more.
     """
-    with tifffile.TiffFile(path, _multifile=False) as tif:
-        first = tif.pages[0]
-        if any(getattr(tif, f"is_{kind}", False) for kind in _SLIDES):
-            yield _slices(_series(tif, tif.series[0]), tif, reading)
-        elif any(getattr(tif, f"is_{kind}", False) for kind in _DESCRIBED):
-            _check_chain(tif)
-            yield _slices(_described(tif), tif, reading)
-        else:
-            yield _chain(tif, first, reading)
+    state = path.stat()
+    key = (path.absolute(), state.st_ino, state.st_size, state.st_mtime_ns, reading)
+    if key in _kept and (found := _kept.pop(key, None)):  # another thread may be faster
+        tif, get_page = found
+        tif.filehandle.open()
+        keep = True
+    else:
+        tif, get_page = tifffile.TiffFile(path, _multifile=False), None
+        keep = time.time_ns() - state.st_mtime_ns > _SETTLED
+    with tif:
+        if get_page is None:
+            get_page, pages = _pages(tif, reading)
+            keep = keep and pages <= _KEPT_PAGES
+        yield get_page
+    if keep:
+        _kept[key] = tif, get_page
+        while len(_kept) > _KEPT_FILES:
+            _kept.pop(next(iter(_kept), None), None)
+
+
+def _pages(tif: Any, reading: Reading) -> tuple[GetPage, int]:
+    """The slices of an open file, and how many pages were looked at."""
+    first = tif.pages[0]
+    _check_description(tif)
+    if any(getattr(tif, f"is_{kind}", False) for kind in _SLIDES):
+        return _slices(_series(tif, tif.series[0]), tif, reading), 1
+    if any(getattr(tif, f"is_{kind}", False) for kind in _DESCRIBED):
+        count = _check_chain(tif)
+        if tif.is_ome:
+            _check_ome(tif.ome_metadata or "", first)
+        return _slices(_described(tif), tif, reading), count
+    return _chain(tif, first, reading), 1
 
 
 def _slices(stored: Stored, tif: Any, reading: Reading) -> GetPage:
@@ -85,15 +120,18 @@ def _slices(stored: Stored, tif: Any, reading: Reading) -> GetPage:
     return get_page
 
 
-def _check_chain(tif: Any) -> None:
-    """Refuses a file whose chain of pages is cut off, or leads back: it would seem shorter."""
+def _check_chain(tif: Any) -> int:
+    """Refuses a file whose chain of pages is cut off, or leads back: it would seem shorter.
+
+    Returns how many they are.
+    """
     kind, file = tif.tiff, tif.filehandle
     file.seek(8 if kind.version == 43 else 4)
     seen: set[int] = set()
     while True:
         (offset,) = struct.unpack(kind.offsetformat, file.read(kind.offsetsize))
         if not offset:
-            return
+            return len(seen)
         if offset in seen or len(seen) >= MAX_PAGES:
             raise InputError(f"page {len(seen)} leads back, or there are {MAX_PAGES:,} or more")
         if offset + kind.tagnosize > file.size:
@@ -104,10 +142,50 @@ def _check_chain(tif: Any) -> None:
         file.seek(offset + kind.tagnosize + tags * kind.tagsize)
 
 
+def _check_description(tif: Any) -> None:
+    """Refuses a file that ends before its description: it would seem to have none."""
+    kind, file = tif.tiff, tif.filehandle
+    if kind.tagsize != 4 + 2 * kind.offsetsize:
+        return  # of Hamamatsu's slides
+    file.seek(tif.pages[0].offset)
+    (tags,) = struct.unpack(kind.tagnoformat, file.read(kind.tagnosize))
+    for entry in range(min(tags, 4096)):
+        file.seek(tif.pages[0].offset + kind.tagnosize + entry * kind.tagsize)
+        data = file.read(kind.tagsize)
+        code, _ = struct.unpack(kind.tagformat1, data[:4])
+        size, at = struct.unpack(kind.offsetformat + kind.offsetformat[-1], data[4:])
+        if code == _DESCRIPTION and size > kind.offsetsize and at + size > file.size:
+            raise InputError("the file is truncated: its description lies behind its end")
+
+
+def _check_ome(text: str, first: Any) -> None:
+    """Refuses a description of more planes than any file has, for each of which room is made."""
+    if "<!ENTITY" in text:
+        raise InputError("its OME description declares entities, which no microscope writes")
+    try:
+        root = ElementTree.fromstring(text)
+    except ElementTree.ParseError:
+        return  # such a file is read without it
+    for element in root.iter():
+        said = dict(element.attrib)
+        counts = [float(said[key]) for key in _OME_COUNTS if key in said]
+        sizes = [float(said[key]) for key in _OME_SIZES if key in said]
+        if {"Start", "End"} <= set(said):
+            counts.append((float(said["End"]) - float(said["Start"])) / float(said.get("Step", 1)))
+        if max([*counts, math.prod(sizes) / first.size], default=0) >= MAX_PAGES:
+            raise InputError(f"its OME description has {MAX_PAGES:,} planes or more")
+
+
 def _described(tif: Any) -> Stored:
     """The array of a file that describes it; images of one size become slices."""
     found = [s for s in tif.series if not (s.keyframe.is_reduced or s.keyframe.is_mask)]
     each = [_series(tif, series) for series in found or tif.series]
+    said = int((tif.imagej_metadata or {}).get("images", 1)) if tif.is_imagej else 1
+    held = sum(one.channels * one.pages for one in each)
+    if said > held:
+        raise InputError(
+            f"its description has {said:,} images, but it holds {held}: it is cut off, or was split"
+        )
     if len({(one.axes, one.shape) for one in each}) > 1:
         kinds = ", ".join(f"{one.axes} {one.shape}" for one in each[:4])
         raise InputError(f"it holds {len(each)} images of different sizes ({kinds}); split it")
@@ -219,7 +297,8 @@ def _decode(page: Any, tif: Any) -> Array:
         wide, high = key.tilewidth or key.imagewidth, key.tilelength or key.rowsperstrip
         for start, size in segments:
             file.seek(start)
-            _check_declared(file.read(min(size, 2**16)), key.compression, wide, high)
+            head = file.read(min(size, 2**16))
+            _check_declared(head, key.compression, wide, high, key.samplesperpixel)
     if key.is_final and len(segments) > 0:
         return _mapped(tif, key.dtype, segments[0][0], key.shape)
     return np.asarray(page.asarray(maxworkers=1))
@@ -231,22 +310,24 @@ def _mapped(tif: Any, dtype: np.dtype[Any], start: int, shape: tuple[int, ...]) 
     return np.memmap(tif.filehandle.path, dtype.newbyteorder(tif.byteorder), "r", start, shape)
 
 
-def _check_declared(segment: bytes, compression: int, wide: int, high: int) -> None:
+def _check_declared(segment: bytes, compression: int, wide: int, high: int, samples: int) -> None:
     """Refuses a JPEG or JPEG 2000 tile that says that it is larger than its place in the page."""
-    found = None
+    found, components = None, 0
     if compression in _JPEG:
         at = 2
         while segment[at : at + 1] == b"\xff":
             marker, length = segment[at + 1], int.from_bytes(segment[at + 2 : at + 4], "big")
             if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-                found = struct.unpack(">HH", segment[at + 5 : at + 9])
+                *found, components = struct.unpack(">HHB", segment[at + 5 : at + 10])
                 break
             at += 2 + length
     elif (at := segment.find(b"\xff\x4f\xff\x51")) >= 0:  # SIZ, where the codestream begins
         right, low, left, top = struct.unpack(">IIII", segment[at + 8 : at + 24])
-        found = low - top, right - left
-    if found is None or found[0] > max(high, 1) or found[1] > wide:
-        raise InputError(f"a tile of {found} pixels, where {high} x {wide} fit")
+        (components,) = struct.unpack(">H", segment[at + 40 : at + 42])
+        found = [low - top, right - left]
+    if found is None or found[0] > max(high, 1) or found[1] > wide or components > max(samples, 4):
+        said = "unknown size" if found is None else f"{found[0]} x {found[1]} x {components}"
+        raise InputError(f"a tile of {said}, where {high} x {wide} x {samples} fit")
 
 
 def _info(page: Any, stored: Stored, tif: Any, reading: Reading) -> ImageInfo:
@@ -278,10 +359,23 @@ def _info(page: Any, stored: Stored, tif: Any, reading: Reading) -> ImageInfo:
         has_alpha=alpha,
         lossy=page.compression in _JPEG or page.compression == 33004,
         names=_names(tif, channels),
-        nodata=float(page.nodata) if _NODATA in page.tags else None,
+        nodata=_nodata(page, reading),
         palette=palette,
         axes=stored.axes,
     )
+
+
+def _nodata(page: Any, reading: Reading) -> float | None:
+    """What GDAL's tag says, which may be a value that the pixels' type does not have."""
+    text = str(page.tags.valueof(_NODATA, "")).strip("\0 ").replace(",", ".")
+    if not text or reading.nodata is not None:
+        return None
+    try:
+        return float(text)
+    except ValueError as error:
+        raise InputError(
+            f"its value of no data is {text[:40]!r}, which is no number; name it with --nodata"
+        ) from error
 
 
 def _page(stored: Stored, info: ImageInfo, index: int) -> Page:
@@ -315,10 +409,12 @@ def _inverted(array: Array, bits: int) -> Array:
 
 def _palette(page: Any, tif: Any) -> bytes | None:
     """The colours of a file of indices. ImageJ's colour table only says how to show grey values."""
-    table = page.colormap
-    if page.photometric != _PALETTE or table is None or tif.is_imagej or page.bitspersample > 8:
+    if page.photometric != _PALETTE or tif.is_imagej or page.bitspersample > 8:
         return None
-    table = np.asarray(table).reshape(3, -1)
+    table = np.asarray(() if page.colormap is None else page.colormap)
+    if table.size != 3 * 2**page.bitspersample:
+        raise InputError(f"its palette has {table.size} values, not 3 x {2**page.bitspersample}")
+    table = table.reshape(3, -1)
     table = table // 257 if table.max() > 255 else table
     return table.T.astype(np.uint8).tobytes()
 

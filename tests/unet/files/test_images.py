@@ -7,6 +7,7 @@ import struct
 import tempfile
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,19 @@ def npy(array: Array) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, array)
     return buffer.getvalue()
+
+
+DEFLATE = {"compression": "zlib"}
+
+
+def open_files() -> list[str]:
+    """What this process has open, where the system can tell."""
+    handles = Path("/proc/self/fd")
+    return (
+        [os.readlink(link) for link in handles.iterdir() if link.is_symlink()]
+        if handles.exists()
+        else []
+    )
 
 
 def stored(folder: Path, name: str, data: bytes) -> Path:
@@ -441,6 +455,12 @@ def test_no_data_is_what_a_file_declares_or_what_is_said(tmp_path: Path) -> None
     with pytest.raises(InputError, match="NaN"):
         read_image(plain)
     np.testing.assert_array_equal(read_image(plain, None, Reading(nodata=math.nan)), found)
+    path = stored(tmp_path, "x", tiff(GREY, extratags=[(42113, "s", 0, "-9999", True)]))
+    assert not missing(read_image(path), image_info(path).nodata).any()  # no uint8 is that
+    path = stored(tmp_path, "x", tiff(GREY, extratags=[(42113, "s", 0, "none", True)]))
+    with pytest.raises(InputError, match="no data is 'none', which is no number"):
+        image_info(path)
+    assert image_info(path, Reading(nodata=3.0)).nodata == 3
 
 
 def test_alpha_is_read_where_it_is_asked_for(tmp_path: Path) -> None:
@@ -457,6 +477,36 @@ def test_alpha_is_read_where_it_is_asked_for(tmp_path: Path) -> None:
     only = np.dstack([np.full((7, 5, 3), 9, np.uint8), (GREY > 99) * np.uint8(255)])
     with pytest.raises(InputError, match="alpha channel differs: the mask is in there"):
         read_mask(stored(tmp_path, "x", pillow(only, "PNG")))
+
+
+def test_of_a_described_stack_the_pages_are_parsed_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stack = noise(40, 7, 5)
+    path = stored(tmp_path, "x", tiff(stack, ome=True, metadata={"axes": "ZYX"}, **DEFLATE))
+    os.utime(path, (1, 1))  # a file that changed just now is parsed each time
+    read_image(path, 3)
+    assert not any(Path(link).name == "x" for link in open_files())
+    with monkeypatch.context() as patch:
+        patch.setattr(tifffile, "TiffFile", None)
+        found = [read_image(path, page)[..., 0] for page in range(40)]
+        with pytest.raises(InputError, match="it has no page 40"):
+            read_image(path, 40)
+    np.testing.assert_array_equal(found, stack)
+    read_image(path, 3)
+    path.write_bytes(tiff(stack[:2] + 1, photometric="minisblack", **DEFLATE))
+    os.utime(path, (2, 2))
+    np.testing.assert_array_equal(read_image(path, 1)[..., 0], stack[1] + 1)
+
+
+def test_threads_may_read_one_stack(tmp_path: Path) -> None:
+    stack = noise(40, 7, 5)
+    path = stored(tmp_path, "x", tiff(stack, photometric="minisblack", **DEFLATE))
+    os.utime(path, (1, 1))
+    with ThreadPoolExecutor(8) as pool:
+        pages = [page % 40 for page in range(200)]
+        found = list(pool.map(lambda page: read_image(path, page)[..., 0], pages))
+    np.testing.assert_array_equal(found, stack[pages])
 
 
 # -- bad files
@@ -576,6 +626,13 @@ LARGER = {
     "lzw": tiff(noise(20, 30, dtype="uint16"), compression="lzw", predictor=True),
     "tiled": tiff(noise(20, 30), compression="zlib", tile=(16, 16)),
     "stack": tiff(noise(3, 20, 30), photometric="minisblack"),
+    "imagej": tiff(noise(3, 2, 20, 30), imagej=True, metadata={"axes": "ZCYX"}),
+    "imagej in one page": tiff(
+        noise(3, 2, 20, 30), imagej=True, metadata={"axes": "ZCYX"}, truncate=True
+    ),
+    "ome": tiff(noise(3, 2, 20, 30), ome=True, metadata={"axes": "ZCYX"}),
+    "ome, packed": tiff(noise(3, 2, 20, 30), ome=True, metadata={"axes": "ZCYX"}, **DEFLATE),
+    "shaped": tiff(noise(3, 2, 20, 30), photometric="minisblack", metadata={"axes": "ZCYX"}),
     "npy": npy(noise(3, 20, 30)),
 }
 
