@@ -39,7 +39,7 @@ TRAIN_FOLDERS, VAL_FOLDERS = ("train", "training"), ("val", "valid", "validation
 _STACKS = ("train-volume.tif", "train-labels.tif")  # of ISBI 2012
 _CELLPOSE = re.compile(r"(_seg\.npy|_cp_output\.\w+|_flows\.\w+|_outlines\.\w+|_superpixels\.\w+)$")
 _CLASSES = ("classes.txt", "class_names.txt", "labels.txt")
-_NAMES_BYTES = 2**16
+_NAMES_BYTES, _CHUNK = 2**16, 2**22
 _PARTS = (("train", TRAIN_FOLDERS), ("val", VAL_FOLDERS), ("test", ("test", "testing")))
 
 
@@ -220,7 +220,9 @@ def _nnunet(data: Path) -> Layout:
         if classes and all(str(key).isdecimal() for key in classes):  # the first version's order
             classes = {name: int(value) for value, name in classes.items()}
         values = {int(value): str(name) for name, value in (classes or {}).items()}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        if not all(0 <= value < 2**16 for value in values):
+            raise ValueError("a label that no mask has")
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise InputError(
             f"{str(file)!r} must give channel_names such as {{'0': 'T1'}} and labels such as "
             "{'background': 0, 'nucleus': 1}"
@@ -378,11 +380,17 @@ def _mentions(file: Path, *words: bytes) -> bool:
     try:
         if not file.is_file():
             return False
+        missing, last = set(words), b""
         with file.open("rb") as stream:
-            text = stream.read(FILE_BYTES)
+            for _ in range(FILE_BYTES // _CHUNK):
+                part = stream.read(_CHUNK)
+                missing -= {word for word in missing if word in last + part}
+                last = part[-64:]
+                if not part or not missing:
+                    break
     except OSError as error:
         raise InputError(f"{str(file)!r} cannot be read ({error.strerror})") from error
-    return all(word in text for word in words)
+    return not missing
 
 
 def _across(images: Path, masks: Path) -> list[Match]:

@@ -391,3 +391,15 @@ def test_drawing_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         with pytest.raises(InputError, match=reason):
             Drawing(file=Path("x"), image="x", shapes=(shape,), size=size).read()
+
+
+def test_reading_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "x.json"
+    for text, reason in (
+        (" " * 9000 + json.dumps(coco(**MANY)), "it has more than 8,192 bytes"),
+        ('{"images": [], "annotations": [' + "[]," * 1000 + "[]]}", "more than 1,024 values"),
+    ):
+        file.write_text(text)
+        monkeypatch.setattr(polygons, "FILE_BYTES", 8192)
+        with pytest.raises(InputError, match=reason):
+            read_coco(file)
