@@ -3,9 +3,8 @@
 Turning crops by any angle is right for micrographs and wrong for streets, faces and letters. The
 images say which they are: a linear classifier sees each crop beside its mirror image and learns
 which of the two is the crop itself. Where the images have the symmetry, it is right half the time.
-It is trained on some images and asked about others and, where a crop is at most half as large as an
-image, about another part of these: the slices of a stack show the same tissue at the same place.
-Crops of such images, and of few, are made that small.
+It is trained on some images and asked about others. Fewer than eight say nothing about others, nor
+do the slices of one stack, which show the same tissue at the same place.
 
 Its features are averages of the responses to patches of the images themselves (as in Coates and Ng
 2011, "The importance of encoding versus training with sparse coding and vector quantization"), and
@@ -30,7 +29,7 @@ from unet.words import counted
 Flips: TypeAlias = bool | Literal["mirror"]  # all eight of a square (True), left to right, none
 
 CROPS = 256  # that are looked at
-PIXELS = 2**26  # of the images that are read for them, about
+PIXELS = 2**25  # of the images that are read for them, about
 SIDE, LAYOUT = 32, 8  # pixels to which crops are shrunk, for patches and as they are
 LEAST = 8  # pixels of a crop's side, below which nothing is seen
 PATCH, PATCHES = 7, 12  # side and number of the patches, each in eight positions
@@ -38,7 +37,7 @@ FOLDS = 8
 RIDGE = 0.3  # of the mean squared norm of a difference
 STRONG, ODDS = 0.8, 0.005  # share of the crops, and chance that as many images are right by luck
 WEAK, WEAK_ODDS = 0.6, 0.02  # of left and right, where up and down are strongly told apart
-FEW, SURE = 8, 0.9  # fewer images have no odds: this share of their crops
+LEAST_IMAGES = 8  # fewer decide nothing
 ALIKE = 0.25  # more correlation of neighbours than of other pairs: slices of a stack
 
 # Each undoes itself. Quarter turns are the third one after a mirror.
@@ -46,11 +45,7 @@ MIRRORS: dict[str, Callable[[Tensor], Tensor]] = {
     "up and down": lambda x: x.flip(-2),
     "left and right": lambda x: x.flip(-1),
     "quarter turns": lambda x: x.transpose(-1, -2),
-    "half turns": lambda x: x.flip(-2, -1),
 }
-# The weights of row and column in the part of an image that a crop is in: each mirror leaves an
-# object that is in the middle of every image in the parts that it is in.
-PARTS = {"up and down": (0, 1), "left and right": (1, 0), "quarter turns": (1, 1)}
 
 
 class Symmetries(NamedTuple):
@@ -76,9 +71,8 @@ def find_symmetries(
 ) -> Symmetries:
     """The symmetries of images, as far as crops of them tell; the same at each call.
 
-    All eight are taken where nothing can be told apart, the mirror image where up and down can, but
-    not left and right, and none otherwise. Of fewer than eight images, each may have a direction of
-    its own, such as that of fibres, which says nothing about others: half turns alone are judged.
+    All eight are taken where nothing can be told apart, or too little is there to tell; the mirror
+    image where up and down can be told, but not left and right; none otherwise.
 
     Args:
         load: an image (C, H, W) by its index.
@@ -86,112 +80,77 @@ def find_symmetries(
         crop: height and width of a training crop.
     """
     read = min(len(indices), CROPS)
-    if read:
-        read = min(read, max(FEW, PIXELS // math.prod(load(indices[0]).shape[-2:])))
-    chosen = [indices[(2 * k + 1) * len(indices) // (2 * read)] for k in range(read)]
-    few = read < FEW
-    rng = np.random.default_rng((seed, read))
-    crops = _cut([load(i) for i in chosen], crop, rng, halved=few or _alike(chosen, load))
-    if crops is None:
-        return Symmetries(True, f"crops of less than {LEAST} pixels are too small to tell")
-    names = ["half turns", "left and right"] if few else list(MIRRORS)[:3]
-    found = dict(zip(names, _tell(crops, names, seed, few=few), strict=True))
-    seen = f"{counted(len(crops.pixels), 'crop')} of {counted(read, 'image')}"
-    return _chosen(found, seen, few=few)
+    if read < LEAST_IMAGES:
+        return Symmetries(True, f"{counted(read, 'image')} cannot tell otherwise")
+    read = min(read, max(LEAST_IMAGES, PIXELS // math.prod(load(indices[0]).shape[-2:])))
+    chosen = [load(indices[(2 * k + 1) * len(indices) // (2 * read)]) for k in range(read)]
+    if _alike(chosen):
+        return Symmetries(True, "slices of one stack cannot tell otherwise")
+    crops, images = _cut(chosen, crop, np.random.default_rng((seed, read)))
+    if crops.shape[-1] < LEAST:
+        return Symmetries(True, f"crops of less than {LEAST} pixels cannot tell otherwise")
+    found = dict(zip(MIRRORS, _tell(crops, images, seed), strict=True))
+    return _chosen(found, f"{counted(len(crops), 'crop')} of {counted(read, 'image')}")
 
 
-def _chosen(found: dict[str, Telling], seen: str, *, few: bool) -> Symmetries:
-    def strongly(name: str) -> bool:
-        share, odds = found[name]
-        return share >= SURE if few else share >= STRONG and odds <= ODDS
-
+def _chosen(found: dict[str, Telling], seen: str) -> Symmetries:
     def told(name: str) -> str:
         return f"{name} can be told apart: {found[name].share:.0%} right of {seen}"
 
-    first, across = next(iter(found)), found["left and right"]
-    if strongly(first):
-        if strongly("left and right") or (
-            not few and across.share >= WEAK and across.odds <= WEAK_ODDS
-        ):
-            return Symmetries(False, f"{told(first)}; left and right, too: {across.share:.0%}")
-        return Symmetries("mirror", f"{told(first)}; left and right cannot: {across.share:.0%}")
-    if few:
-        return Symmetries(True, f"{first} cannot be told: {found[first].share:.0%} right of {seen}")
-    for name in found:
-        if strongly(name):
-            return Symmetries(False, told(name))
-    rest = ", ".join(f"{name} {found[name].share:.0%}" for name in found if name != first)
-    said = f"{first} cannot be told apart: {found[first].share:.0%} right of {seen}"
-    return Symmetries(True, f"{said}; {rest}")
+    strong = [n for n, (share, odds) in found.items() if share >= STRONG and odds <= ODDS]
+    upright, across = found["up and down"], found["left and right"]
+    if "up and down" in strong:
+        if across.share >= WEAK and across.odds <= WEAK_ODDS:
+            return Symmetries(
+                False, f"{told('up and down')}; left and right, too: {across.share:.0%}"
+            )
+        return Symmetries(
+            "mirror", f"{told('up and down')}; left and right cannot: {across.share:.0%}"
+        )
+    if strong:
+        return Symmetries(False, told(strong[0]))
+    said = f"up and down cannot be told apart: {upright.share:.0%} right of {seen}"
+    turns = found["quarter turns"].share
+    return Symmetries(True, f"{said}; left and right {across.share:.0%}, quarter turns {turns:.0%}")
 
 
-class Crops(NamedTuple):
-    """Crops and where they are from."""
-
-    pixels: Tensor  # (N, C, S, S)
-    images: NDArray[np.int64]  # (N,)
-    places: NDArray[np.int64] | None  # (N, 2): lower or not, right or not; None: not in one part
-
-
-def _alike(chosen: Sequence[int], load: Callable[[int], NDArray[Any]]) -> bool:
+def _alike(images: Sequence[NDArray[Any]]) -> bool:
     """Whether neighbours among the images resemble each other more than others do."""
-    small = (F.adaptive_avg_pool2d(_tensor(load(i)).mean(0, keepdim=True), SIDE) for i in chosen)
-    x = F.normalize(_flat(torch.stack(list(small))).flatten(1))
-    neighbours, others = ((x * x.roll(n, 0)).sum(1).mean() for n in (1, len(x) // 2))
-    return float(neighbours - others) > ALIKE
+    small = [F.adaptive_avg_pool2d(_tensor(i).mean(0, keepdim=True), SIDE) for i in images]
+    x = F.normalize(_flat(torch.stack(small)).flatten(1))
+    others = (x * x.roll(len(x) // 2, 0)).sum(1).mean()
+    return float((x[1:] * x[:-1]).sum(1).mean() - others) > ALIKE
 
 
 def _cut(
-    images: Sequence[NDArray[Any]],
-    crop: tuple[int, int],
-    rng: np.random.Generator,
-    *,
-    halved: bool,
-) -> Crops | None:
-    """Crops, as many of each image, at random places; None: they are too small.
-
-    Args:
-        halved: no crop is larger than half its image.
-    """
-    sides = [min(*crop, *(n // 2 if halved else n for n in i.shape[-2:])) for i in images]
-    if not sides or min(sides) < LEAST:
-        return None
-    parted = all(2 * s <= min(i.shape[-2:]) for s, i in zip(sides, images, strict=True))
-    pixels, numbers, places = [], [], []
-    for number, (image, side) in enumerate(zip(images, sides, strict=True)):
+    images: Sequence[NDArray[Any]], crop: tuple[int, int], rng: np.random.Generator
+) -> tuple[Tensor, NDArray[np.int64]]:
+    """Crops (N, C, S, S) at random places, as many of each image, and the image of each."""
+    sides = [min(*crop, *image.shape[-2:]) for image in images]
+    each, crops = max(1, CROPS // len(images)), []
+    for image, side in zip(images, sides, strict=True):
         whole = _tensor(image)
-        for k in range(max(1, CROPS // len(images))):
-            place = (k // 2 % 2, k % 2) if parted else (0, 0)
-            rooms = [n // 2 if parted else n for n in whole.shape[-2:]]
-            top, left = (
-                p * (n - room) + int(rng.integers(room - side + 1))
-                for p, n, room in zip(place, whole.shape[-2:], rooms, strict=True)
-            )
-            part = whole[None, :, top : top + side, left : left + side]
-            pixels.append(F.adaptive_avg_pool2d(part, min(*sides, SIDE))[0])
-            numbers.append(number)
-            places.append(place)
-    return Crops(torch.stack(pixels), np.array(numbers), np.array(places) if parted else None)
+        for _ in range(each):
+            top, left = (int(rng.integers(n - side + 1)) for n in whole.shape[-2:])
+            part = whole[:, top : top + side, left : left + side]
+            crops.append(F.adaptive_avg_pool2d(part, min(*sides, SIDE)))
+    return torch.stack(crops), np.repeat(np.arange(len(images)), each)
 
 
 def _tensor(image: NDArray[Any]) -> Tensor:
     return torch.from_numpy(np.array(image, np.float32))
 
 
-def _tell(crops: Crops, names: Sequence[str], seed: int, *, few: bool) -> Iterator[Telling]:
+def _tell(crops: Tensor, images: NDArray[np.int64], seed: int) -> Iterator[Telling]:
     """For each mirror the better of two classifiers, of patches and of the layout."""
-    x = _flat(crops.pixels)
+    x = _flat(crops)
     patches = _patches(x, np.random.default_rng(seed))
     layout = F.adaptive_avg_pool2d(x, min(LAYOUT, x.shape[-1]))
-    for name in names:
-        mirror = MIRRORS[name]
+    for mirror in MIRRORS.values():
         # The patches come in all positions: a mirrored crop has the responses in another order.
         order = [_POSITIONS.index(_cells(mirror(cells))) for cells in _versions(_SQUARE)]
         kinds = ((layout, mirror(layout)), (patches, mirror(patches[:, :, order])))
-        parts = np.zeros(len(x), np.int64)
-        if crops.places is not None:
-            parts = crops.places @ PARTS.get(name, (0, 1)) % 2
-        yield max(_judged(_difference(*kind), crops.images, parts, few=few) for kind in kinds)
+        yield max(_judged(_difference(*kind), images) for kind in kinds)
 
 
 def _flat(crops: Tensor) -> Tensor:
@@ -235,20 +194,16 @@ def _difference(crops: Tensor, mirrored: Tensor) -> Tensor:
     return (crops - mirrored) / (spread + 0.05 * crops.std() + 1e-6)
 
 
-def _judged(
-    difference: Tensor, images: NDArray[np.int64], parts: NDArray[np.int64], *, few: bool
-) -> Telling:
-    """How often w . difference > 0, with w by ridge regression to 1 on other images and parts."""
+def _judged(difference: Tensor, images: NDArray[np.int64]) -> Telling:
+    """How often w . difference > 0, with w by ridge regression to 1 on other images."""
     x = difference.double()
     kernel = x @ x.T
     kernel = kernel / kernel.diagonal().mean().clamp_min(1e-12)
     count = int(images.max()) + 1
-    folds = np.zeros_like(images) if few else images * FOLDS // count
+    folds = images * FOLDS // count
     margin = torch.zeros(len(x), dtype=torch.float64)
-    for fold, part in {(f, p) for f, p in zip(folds.tolist(), parts.tolist(), strict=True)}:
-        asked = (folds == fold) & (parts == part)
-        others = (few | (folds != fold)) & ((parts != part) | (parts.max() == 0))
-        test, known = (torch.from_numpy(np.flatnonzero(which)) for which in (asked, others))
+    for fold in range(FOLDS):
+        test, known = (torch.from_numpy(np.flatnonzero(w)) for w in (folds == fold, folds != fold))
         ridge = kernel[known][:, known] + RIDGE * torch.eye(len(known), dtype=torch.float64)
         weights = torch.linalg.solve(ridge, torch.ones(len(known), dtype=torch.float64))
         margin[test] = kernel[test][:, known] @ weights

@@ -39,7 +39,7 @@ class Augmentation:
 
     @property
     def symmetries(self) -> tuple[int, ...]:
-        """Those of a square that crops are seen in: quarter turns, from 4 on of the mirror image."""
+        """Those of a square that crops are seen in: quarter turns, from 4 on mirrored before."""
         if self.flips is True:
             return tuple(range(8))
         turns = range(4) if self.rotation >= 90 else (0,)

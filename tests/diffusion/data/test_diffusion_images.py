@@ -581,12 +581,14 @@ def test_data_can_be_sent_to_a_worker_process(tmp_path: Path, kind: str) -> None
 
 
 @pytest.mark.parametrize(
-    ("flips", "captions", "expected"), [(None, False, False), (True, False, True)]
+    ("flips", "captions", "expected"),
+    [(None, True, False), (True, False, True), (False, False, False)],
 )
 def test_flips_can_be_asked_for(
     tmp_path: Path, flips: bool | None, captions: bool, expected: bool
 ) -> None:
-    assert DiffusionData(captioned(tmp_path), flips=flips).flips is expected
+    data = DiffusionData(captioned(tmp_path), flips=flips, captions=captions)
+    assert data.flips is expected
 
 
 # -- mistakes
