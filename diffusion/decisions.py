@@ -107,12 +107,16 @@ def decide(options: DiffusionOptions, data: Data) -> DiffusionPlan:
     with torch.device("meta"):
         model = DiffusionUNet(network, outputs, info)
     fit, optimizer = chosen_fit(options)
+    mirrored = [Decision("mirrored", "left to right" if images.flips else "no", images.flips_why)]
+    if autoencoder:
+        mirrored = []  # latents never are
     batch = AS_ASKED if options.batch_size else f"the default of {fit.optimizer}"
     shift = (3.0 if options.captions else 1.0) if options.shift is None else options.shift
     decisions = (
         Decision("network", millions(model.parameters()), why),
         *chosen_part(options, model),
         *text,
+        *mirrored,
         *noise,
         Decision("batch", counted(fit.batch_size, "image"), batch),
         optimizer,
@@ -121,7 +125,9 @@ def decide(options: DiffusionOptions, data: Data) -> DiffusionPlan:
     info["training"] = {"data": data.describe().splitlines(), "run": told(decisions)}
     return DiffusionPlan(
         # With the width, which a resumed run must not choose anew.
-        options=filled(options, fit, width=width, prediction=prediction, shift=shift),
+        options=filled(
+            options, fit, flips=images.flips, width=width, prediction=prediction, shift=shift
+        ),
         decisions=decisions,
         fit=fit,
         network=network,

@@ -61,8 +61,8 @@ class DiffusionOptions(ReadingOptions, FitOptions):
     """Cut random squares of --size out of large images, instead of resizing them."""
 
     flips: bool | None = None
-    """Mirror images left to right at random; none given: not where they have classes or captions.
-    """
+    """Mirror images left to right at random; none given: where the training images cannot be told
+    from their mirror images, and not with --classes or --captions."""
 
     val: float = 0.02
     """Images that are held out from training: below 1 a share, from 1 on a number."""

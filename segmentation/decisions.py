@@ -22,6 +22,7 @@ from segmentation.options import BestBy, SegmentationOptions
 from unet import PRESETS, UNetConfig
 from unet.errors import InputError
 from unet.geometry import input_size, output_size
+from unet.symmetries import Flips, find_symmetries
 from unet.training.plan import (
     AS_ASKED,
     Decision,
@@ -40,6 +41,7 @@ from unet.words import counted
 NETWORK = "segmentation"  # where none is named
 BATCH = 4  # crops a step
 CROP = 256  # usual side of a training crop
+ROTATIONS: dict[Flips, float] = {True: 180.0, "mirror": 15.0, False: 0.0}
 JUDGED = 6  # training masks that decide which class are cells, and whether membranes part them
 SCORED = 2**19  # pixels of the held-out images at an evaluation, for each minute of the budget
 MEMBRANE_WEIGHT = 10.0  # w0 of 2015
@@ -98,6 +100,8 @@ def decide(
         parameters = sum(p.numel() for p in SegmentationUNet(network, outputs, info).parameters())
     fit, optimizer = chosen_fit(options, start)
     crop, whole = chosen_crop(options, data, network, fit)
+    augmentation, turned = chosen_augmentation(options, data, crop)
+    info["symmetries"] = list(augmentation.symmetries)
     judgement = chosen_judgement(options, data)
     best_by, border = judgement.best_by, judgement.border
     if count == 2:
@@ -113,6 +117,7 @@ def decide(
     decisions = (
         Decision("network", f"{parameters / 1e6:.2f} M parameters", why),
         Decision("crops", f"{crop[0]} x {crop[1]}, {fit.batch_size} a step", whole),
+        turned,
         normalisation(
             data.normalisation,
             "as of the start" if start else f"of {counted(len(data.train), 'image')}",
@@ -131,6 +136,8 @@ def decide(
             options,
             fit,
             network=options.network or (None if start else NETWORK),
+            flips=augmentation.flips,
+            rotation=augmentation.rotation,
             border_weight=border[0] if border else 0.0,
             best_by=best_by,
         ),
@@ -141,9 +148,7 @@ def decide(
         info=info,
         crop=crop,
         target=(output_size(network, crop[0]), output_size(network, crop[1])),
-        augmentation=Augmentation(
-            **{name: getattr(options, name) for name in Augmentation.__dataclass_fields__}
-        ),
+        augmentation=augmentation,
         border=border,
         cells=judgement.cells,
         loss=loss,
@@ -238,6 +243,20 @@ def chosen_crop(
             "norm needs two to compare: give a larger --crop or --batch-size"
         )
     return size, why
+
+
+def chosen_augmentation(
+    options: SegmentationOptions, data: SegmentationData, crop: tuple[int, int]
+) -> tuple[Augmentation, Decision]:
+    """How crops are varied; the images say which symmetries they have, where the user does not."""
+    flips, why = options.flips, AS_ASKED
+    if flips is None:
+        flips, why = find_symmetries(lambda i: data.load(i)[0], data.train, crop)
+    rotation = ROTATIONS[flips] if options.rotation is None else options.rotation
+    given = {name: getattr(options, name) for name in Augmentation.__dataclass_fields__}
+    augmentation = Augmentation(**{**given, "flips": flips, "rotation": rotation})
+    told = {True: "mirrored, by quarters", "mirror": "mirrored left to right", False: "no mirror"}
+    return augmentation, Decision("turned", f"{told[flips]}, {rotation:g} degrees", why)
 
 
 class Judgement(NamedTuple):

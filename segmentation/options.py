@@ -149,11 +149,13 @@ class SegmentationOptions(LabelOptions, FitOptions):
     """Side of the square training crops, in pixels; 0: whole images. None given: 256, or less where
     the images are smaller."""
 
-    flips: bool = True
-    """Flip and turn the crops by quarters."""
+    flips: bool | Literal["mirror"] | None = None
+    """Turn the crops by quarters and mirror them (True), mirror them left to right alone, or
+    neither (False); none given: as far as the training images cannot be told from those."""
 
-    rotation: float = 180.0
-    """Turn the crops by up to that many degrees either way."""
+    rotation: float | None = None
+    """Turn the crops by up to that many degrees either way; none given: 180 with --flips True, 15
+    with mirror, else 0."""
 
     scale: float = 0.15
     """Zoom the crops by up to a factor of 1 + this either way."""

@@ -89,7 +89,8 @@ class Predictor:
             Where memory runs out, smaller tiles are taken from then on, which is said on stderr.
         overlap: pixels that neighbouring tiles share. Where it is at least twice the receptive
             radius, tiles give what the whole image gives; below, they are blended linearly.
-        symmetries: average over the eight symmetries of a square (test-time augmentation).
+        symmetries: average over the symmetries of a square (test-time augmentation) that each
+            model was trained with; all eight where it does not say.
         precision: of the models' arithmetic; auto: see `unet.device.trained_precision`; fp32: that
             of the weights, or of an autocast around.
 
@@ -114,7 +115,8 @@ class Predictor:
                     f"a model with {theirs[0]} channels and {theirs[1]} outputs cannot be averaged "
                     f"with one with {first[0]} and {first[1]}"
                 )
-        self.models, self.symmetries = [folded(model) for model in models], symmetries
+        self.models = [folded(model) for model in models]
+        self.turns = [trained_symmetries(model) if symmetries else (0,) for model in models]
         self.device = next(models[0].parameters()).device
         self.dtype = trained_precision(precision, self.device)
         # Tiles start at multiples of the stride, so that pooling meets the same pixels as in the
@@ -217,18 +219,31 @@ class Predictor:
     def _whole(self, images: Sequence[Tensor], h: int, w: int) -> Tensor:
         """Mean over the models and the symmetries, as many at a time as fit into a tile."""
         total = torch.zeros(self.models[0].out_channels, h, w, device=self.device)
-        count = 8 if self.symmetries else 1
-        for model, image in zip(self.models, images, strict=True):
+        for model, image, turned in zip(self.models, images, self.turns, strict=True):
             moved = image.to(self.device)
             at_once = max(1, self.tile**2 // moved[0].numel())
-            for turns in _alike(count, moved, at_once):
+            for turns in _alike(turned, moved, at_once):
                 batch = torch.stack([_turned(moved, turn) for turn in turns])
                 batch = batch.contiguous(memory_format=torch.channels_last)
                 with computing_in(self.dtype, self.device):
                     logits = model(batch)
                 for turn, one in zip(turns, probabilities(logits.float()), strict=True):
-                    total += _turned_back(one, turn)[:, :h, :w]
-        return total / (count * len(self.models))
+                    total += _turned_back(one, turn)[:, :h, :w] / len(turned)
+        return total / len(self.models)
+
+
+def trained_symmetries(model: SegmentationUNet) -> tuple[int, ...]:
+    """The symmetries that a model saw its images in, as `Augmentation.symmetries` numbers them.
+
+    Raises:
+        InputError: its config.json names others.
+    """
+    found = model.info.get("symmetries", list(range(8)))
+    if not isinstance(found, list) or not found or any(type(n) is not int for n in found):
+        raise InputError(f"the model's symmetries {found!r} are no list of numbers from 0 to 7")
+    if not set(found) <= set(range(8)):
+        raise InputError(f"the model's symmetries {found!r} are not from 0 to 7")
+    return tuple(sorted(set(found)))
 
 
 def folded(model: SegmentationUNet) -> SegmentationUNet:
@@ -267,10 +282,11 @@ def _turned(image: Tensor, turn: int) -> Tensor:
     return torch.rot90(image.flip(-1) if turn >= 4 else image, turn % 4, (-2, -1))
 
 
-def _alike(turns: int, image: Tensor, at_once: int) -> Iterator[Sequence[int]]:
-    """The first symmetries, in batches whose images have one shape."""
+def _alike(turns: Sequence[int], image: Tensor, at_once: int) -> Iterator[Sequence[int]]:
+    """The symmetries, in batches whose images have one shape."""
     lying = image.shape[-2] != image.shape[-1]
-    for chosen in (range(0, turns, 2), range(1, turns, 2)) if lying else (range(turns),):
+    kinds = [[t for t in turns if t % 2 == odd] for odd in (0, 1)] if lying else [turns]
+    for chosen in kinds:
         for start in range(0, len(chosen), at_once):
             yield chosen[start : start + at_once]
 

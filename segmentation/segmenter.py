@@ -49,7 +49,8 @@ def load(
         models: model folders, such as "runs/mine/model", or repositories on the Hugging Face Hub,
             such as "someone/cells".
         device: auto, or a torch device such as cpu, cuda or mps.
-        tta: average over the eight symmetries of the image: better, for eight times the time.
+        tta: average over the symmetries of the image that the model was trained with, eight for
+            micrographs: better, for as many times the time.
         threshold: probability above which a pixel is of the second of two classes; None: the
             model's.
         min_size: connected parts of fewer pixels become what surrounds them, and instances of fewer

@@ -43,7 +43,8 @@ class EvalOptions(LabelOptions):
     which its training gave its figures."""
 
     tta: bool = False
-    """Average over the eight symmetries of the image: better, for eight times the time."""
+    """Average over the symmetries of the image that the model was trained with, eight for
+    micrographs: better, for as many times the time."""
 
     warping: bool = False
     """Also count the warping error of ISBI 2012, which takes minutes for some images; of cells that

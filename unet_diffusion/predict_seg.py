@@ -31,7 +31,8 @@ class PredictOptions(ReadingOptions):
     """Probability above which a pixel is of the second of two classes; none given: the model's."""
 
     tta: bool = False
-    """Average over the eight symmetries of the image: better, for eight times the time."""
+    """Average over the symmetries of the image that the model was trained with, eight for
+    micrographs: better, for as many times the time."""
 
     min_size: int | None = None
     """Connected parts of fewer pixels become what surrounds them, and objects of fewer pixels, of a

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from einops import rearrange
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -30,6 +31,7 @@ from diffusion.data.pixels import (
 from diffusion.data.sources import HowToRead, open_source
 from unet.errors import InputError
 from unet.files.pages import ImageInfo
+from unet.symmetries import Symmetries, find_symmetries
 from unet.training.batches import Key, sample_rng
 from unet.words import counted
 
@@ -58,8 +60,9 @@ class DiffusionData:
             centre), or of a crop; None: as they are, which must be alike; crops 64, shapes 32.
         channels: 1 for grey, 3 for RGB, 4 for RGB with alpha; None: as they are, RGB if any is.
         crops: cut parts out of large images instead of resizing them.
-        flips: mirror left to right at random; None: only image files without classes or captions,
-            as it changes the meaning of digits and of "left of".
+        flips: mirror left to right at random; None: where the training images cannot be told from
+            their mirror images, and never with `captions` or `classes`, in which left may mean
+            something.
         val: held-out images: below 1 a share, but at least 16 (of a small set a quarter) and at
             most 1,000; from 1 on a number. The seed chooses them; with crops, the last images, or
             of a single one the lowest rows of crops.
@@ -120,8 +123,6 @@ class DiffusionData:
             )
         self.classes, self.captioned = source.classes, captions
         self.crops, self.skip_bad = crops, skip_bad
-        plain = not (source.kind or source.classes or source.captioned)
-        self.flips = plain if flips is None else flips
         self._bad: set[int] = set()  # images that are left out
         self._cache: dict[int, Pixels] = {}
         self._infos = self._check_headers()
@@ -141,6 +142,14 @@ class DiffusionData:
         self.train, self.val = self._split(val, seed)
         self._held_out = np.isin(np.arange(len(self._places)), self.val)
         self.labels = None if source.labels is None else source.labels[self._places[:, 0]]
+        if flips is not None:
+            chosen = Symmetries("mirror" if flips else False, "as asked for")
+        elif captions or classes:
+            given = "captions" if captions else "classes"
+            chosen = Symmetries(False, f"the {given} may tell left from right")
+        else:
+            chosen = self._find_symmetries()
+        self.flips, self.flips_why = bool(chosen.flips), chosen.why
 
     def samples(self, seed: int = 0) -> TrainingSamples:
         """The training images, cut and mirrored at random."""
@@ -383,6 +392,17 @@ class DiffusionData:
             )
             places += [(image, top, left) for top in tops for left in lefts]
         return np.array(places, np.int64).reshape(-1, 3)
+
+    def _find_symmetries(self) -> Symmetries:
+        """What whole training images, or crops of them, are like."""
+        images = list(dict.fromkeys(self._places[self.train, 0].tolist()))
+
+        def load(image: int) -> Pixels:
+            whole = self._try(image)
+            blank = np.zeros((*self.size, self.channels), np.uint8)  # cannot be read: left out
+            return rearrange(blank if whole is None else whole[: self._end], "h w c -> c h w")
+
+        return find_symmetries(load, images, self.size)
 
     def _split(self, val: float, seed: int) -> tuple[list[int], list[int]]:
         if val <= 0 or (val >= 1 and val != int(val)):

@@ -15,13 +15,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from unet.errors import InputError
+from unet.symmetries import Flips
 
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
     """How training crops are varied. The defaults only flip and turn by quarters."""
 
-    flips: bool = True  # along both axes, and quarter turns: the eight symmetries of a square
+    flips: Flips = True  # True: the eight symmetries of a square; mirror: left to right alone
     rotation: float = 0.0  # largest angle in degrees, uniform
     scale: float = 0.0  # largest zoom as a factor 1 + scale either way, log-uniform
     elastic: float = 0.0  # std in pixels of the displacements at 3 x 3 points (2015: 10)
@@ -33,8 +34,16 @@ class Augmentation:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if not value >= 0:
+            if name != "flips" and not value >= 0:
                 raise InputError(f"augmentation {name}={value} must be 0 (off) or more")
+
+    @property
+    def symmetries(self) -> tuple[int, ...]:
+        """Those of a square that crops are seen in: quarter turns, from 4 on mirrored before."""
+        if self.flips is True:
+            return tuple(range(8))
+        turns = range(4) if self.rotation >= 90 else (0,)
+        return (*turns, *(4 + turn for turn in turns)) if self.flips else tuple(turns)
 
 
 def augmented_crop(
@@ -106,7 +115,11 @@ def _grid(
     corner: tuple[int, int],
 ) -> tuple[Tensor, Tensor]:
     """Row and column in the image, (*size) each, of every pixel of the crop."""
-    flip_rows, flip_columns, swap = rng.integers(0, 2, 3) if a.flips else (0, 0, 0)
+    flip_rows, flip_columns, swap = 0, 0, 0
+    if a.flips == "mirror":
+        flip_columns = int(rng.integers(0, 2))
+    elif a.flips:
+        flip_rows, flip_columns, swap = rng.integers(0, 2, 3).tolist()
     angle = math.radians(rng.uniform(-a.rotation, a.rotation))
     zoom = _log_uniform(rng, a.scale)
     bumps = rng.normal(0.0, 1.0, (2, 3, 3)) * a.elastic

@@ -47,6 +47,33 @@ def test_valid_convolutions_see_the_mirrored_border():
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("turns", [[0], [0, 4], [0, 1, 2, 3]])
+def test_symmetries_are_those_that_each_model_was_trained_with(turns):
+    model, other = network(SAME), network(SAME)
+    model.info["symmetries"] = turns
+    image = torch.randn(1, 24, 40)
+    plain = Predictor([model])
+    seen = []
+    for turn in turns:
+        moved = torch.rot90(image.flip(-1) if turn >= 4 else image, turn % 4, (-2, -1))
+        found = torch.rot90(torch.from_numpy(plain(TensorSource(moved))), -turn % 4, (-2, -1))
+        seen.append(found.flip(-1) if turn >= 4 else found)
+    expected = torch.stack(seen).mean(0)
+    predict = Predictor([model], symmetries=True)
+    np.testing.assert_allclose(predict(TensorSource(image)), expected, atol=1e-5)
+    both = Predictor([model, other], symmetries=True)(TensorSource(image))
+    all_eight = torch.from_numpy(Predictor([other], symmetries=True)(TensorSource(image)))
+    np.testing.assert_allclose(both, (expected + all_eight) / 2, atol=1e-5)
+
+
+@pytest.mark.parametrize("damaged", [[], [8], ["0"], 3])
+def test_damaged_symmetries_are_told(damaged):
+    model = network(SAME)
+    model.info["symmetries"] = damaged
+    with pytest.raises(InputError, match="symmetries"):
+        Predictor([model], symmetries=True)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_receptive_radius_is_an_upper_bound_and_not_a_wild_one(name):
     model = network(CONFIGS[name])

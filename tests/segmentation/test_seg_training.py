@@ -182,11 +182,11 @@ def test_a_run_is_not_made_another_one_when_it_goes_on(folder, tmp_path, capsys)
         error = capsys.readouterr().err
         assert f"a was started with {told}, not {option} {model}: leave that out to" in error
         assert ("have moved" in error) == (option == "--data")
-    assert run_train("--out", run, "--resume", "--no-flips", "--recipe", "paper") == 2
+    assert run_train("--out", run, "--resume", "--flips", "False", "--recipe", "paper") == 2
     error = capsys.readouterr().err
     assert "--network segmentation" in error
     assert "--network paper" in error
-    assert "--no-flips" in error
+    assert "--flips False" in error
     assert {file: file.read_bytes() for file in before} == before
 
 

@@ -283,7 +283,7 @@ def test_a_large_folder_is_not_opened_before_it_is_used(tmp_path: Path) -> None:
         (tmp_path / f"{i}.png").write_bytes(b"nothing")
     for i in (0, 13, 26, 39):
         write_image(tmp_path / f"{i}.png", COLOUR[i])
-    data = DiffusionData(tmp_path)
+    data = DiffusionData(tmp_path, flips=False)  # else some are, to see whether to mirror them
     assert everything(data) == list(range(40))
     save(tmp_path)
     np.testing.assert_array_equal(data.images(range(40)), COLOUR)
@@ -338,7 +338,7 @@ def test_archives_are_read(tmp_path: Path, shape: tuple[int, ...]) -> None:
         expected = np.stack([laid_over(image, (255, 255, 255)) for image in images])
     np.testing.assert_array_equal(found, expected)
     assert ("transparent" in data.describe()) == (shape[2:] == (4,))
-    assert not data.flips
+    assert data.flips  # noise, which has no left and right
 
 
 @pytest.mark.parametrize(
@@ -489,7 +489,7 @@ def test_images_of_mixed_sizes_can_be_cropped(tmp_path: Path) -> None:
 
 def test_shapes_need_no_files() -> None:
     data = DiffusionData("shapes", seed=3)
-    assert (data.size, data.channels, data.classes, data.flips) == ((32, 32), 3, (), False)
+    assert (data.size, data.channels, data.classes, data.flips) == ((32, 32), 3, (), True)
     assert set(data.samples(0)[0, 0]) == {"image"}
     np.testing.assert_array_equal(data.images([7])[0], example(3, 7)[1].picture)
     data = DiffusionData("shapes", seed=3, captions=True, size=16)
@@ -581,12 +581,14 @@ def test_data_can_be_sent_to_a_worker_process(tmp_path: Path, kind: str) -> None
 
 
 @pytest.mark.parametrize(
-    ("flips", "captions", "expected"), [(None, False, False), (True, False, True)]
+    ("flips", "captions", "expected"),
+    [(None, True, False), (True, False, True), (False, False, False)],
 )
 def test_flips_can_be_asked_for(
     tmp_path: Path, flips: bool | None, captions: bool, expected: bool
 ) -> None:
-    assert DiffusionData(captioned(tmp_path), flips=flips).flips is expected
+    data = DiffusionData(captioned(tmp_path), flips=flips, captions=captions)
+    assert data.flips is expected
 
 
 # -- mistakes
