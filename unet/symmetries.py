@@ -109,7 +109,8 @@ def _chosen(found: dict[str, Telling], seen: str) -> Symmetries:
         )
     if strong:
         return Symmetries(False, told(strong[0]))
-    said = f"up and down cannot be told apart: {upright.share:.0%} right of {seen}"
+    can = "can hardly" if upright.odds <= ODDS else "cannot"
+    said = f"up and down {can} be told apart: {upright.share:.0%} right of {seen}"
     turns = found["quarter turns"].share
     return Symmetries(True, f"{said}; left and right {across.share:.0%}, quarter turns {turns:.0%}")
 

@@ -228,7 +228,7 @@ OTHERS = {
     "--noise": "linear",
     "--prediction": "eps",
     "--shift": 2.0,
-    "--flips": "False",
+    "--flips": "True",
     "--init": "model",
 }
 
