@@ -249,7 +249,7 @@ class _Work:
             "min_size": self.segmenter.min_size,
             "tile": predict.tile,
             "overlap": predict.overlap,
-            "tta": predict.symmetries,
+            "tta": [list(turns) for turns in predict.turns],
             "precision": str(predict.dtype),
             "reading": self.reading.to_dict(),
         }

@@ -355,7 +355,7 @@ class NoAutoencoder:
 def write_latents(folder: Path) -> None:
     (folder / "x.npz").write_bytes(NPZ[0])
     fake: Any = NoAutoencoder()
-    data = LatentData(DiffusionData(folder / "x.npz"), fake, folder / "latents")
+    data = LatentData(DiffusionData(folder / "x.npz", flips=False), fake, folder / "latents")
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         data.encode()
     for i in range(data.count):

@@ -441,11 +441,11 @@ def test_no_image_is_no_score():
 
 
 def objects_of(count: int = 3) -> SegmentationData:
-    """Squares of 6 x 6 pixels, every second one touching the next."""
+    """Rectangles of 10 x 12 pixels, every second one touching the next."""
     numbers = np.zeros((count, 40, 56), np.uint16)
     for n in range(12):
         row, column = divmod(n, 4)
-        numbers[:, 12 * row + 2 : 12 * row + 8, 6 * column + 2 : 6 * column + 8] = n + 1
+        numbers[:, 13 * row + 1 : 13 * row + 11, 12 * column + 2 : 12 * column + 14] = n + 1
     pairs = pairs_from_arrays(phantom_stack(count, (40, 56), seed=1)[0], numbers)
     return SegmentationData(pairs[:1], pairs[1:], instances=True)
 
@@ -480,7 +480,7 @@ def test_objects_are_scored_beside_their_classes() -> None:
 
 def test_objects_below_the_smallest_do_not_count() -> None:
     data = objects_of()
-    found = Evaluation(data.table, smallest=37)
+    found = Evaluation(data.table, smallest=121)
     found.add(0, "0", as_probability(data.load(0)[1]), data.load(0)[1], data.objects(0))
     assert found.scores()["found"] == 0
 
