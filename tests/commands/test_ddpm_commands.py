@@ -262,10 +262,13 @@ def test_a_run_in_the_default_folder_goes_on_with_its_own_settings(
 ) -> None:
     shutil.copytree(trained / "run", tmp_path / "runs/ddpm")
     monkeypatch.chdir(tmp_path)
+    log = (trained / "run/metrics.jsonl").read_bytes()
     saved = load_config(DiffusionOptions, trained / "run/config.yaml")
     assert run_train("--resume", "--steps", saved["steps"] + 1) == 0
     found = load_config(DiffusionOptions, tmp_path / "runs/ddpm/config.yaml")
     assert (found["data"], found["width"]) == (saved["data"], saved["width"])
+    assert found["steps"] == saved["steps"] + 1
+    assert (trained / "run/metrics.jsonl").read_bytes() == log  # where it was before
 
 
 def test_five_images_are_enough(tmp_path) -> None:

@@ -301,7 +301,9 @@ def _base(cls: type, argv: list[str], recipes: Path | None) -> tuple[list[str], 
         # A run goes on with its own settings, whatever else is chosen over them.
         out = _take(argv, "--out")[1] or values.get("out") or getattr(cls, "out", None)
         if out is not None and (Path(out) / "config.yaml").is_file():
-            values = _over(load_config(cls, Path(out) / "config.yaml"), values)
+            own = load_config(cls, Path(out) / "config.yaml")
+            # The folder may have been moved since.
+            values = {**_over(own, values), "out": Path(out)}
     if any(_values(argv, f"--{name.replace('_', '-')}") for name in BUDGETS):
         values = {name: value for name, value in values.items() if name not in BUDGETS}
     return argv, values
