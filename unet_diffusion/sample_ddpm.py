@@ -157,7 +157,8 @@ def main(options: SampleOptions) -> None:
     processes.wait()
     if processes.main:
         write_pictures(options, sampler, wanted, folder)
-        say_next("eval-ddpm", "--model", options.model, "--data", trained_on(options.model))
+        if model.condition is None:  # which eval-ddpm judges
+            say_next("eval-ddpm", "--model", options.model, "--data", trained_on(options.model))
 
 
 def trained_on(model: str) -> str:

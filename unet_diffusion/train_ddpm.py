@@ -17,7 +17,8 @@ def main(options: DiffusionOptions) -> None:
         prompt = ("--prompt", "what it shall show")
         say_next("txt2img", "--model", pipeline, *prompt, "--out", "pictures")
     else:
-        say_next("sample-ddpm", "--model", options.out / "model", "--out", "samples")
+        given = ("--condition", "pictures") if options.condition else ()
+        say_next("sample-ddpm", "--model", options.out / "model", *given, "--out", "samples")
 
 
 def command(argv: Sequence[str] | None = None) -> int:
