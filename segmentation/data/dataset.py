@@ -79,14 +79,11 @@ class SegmentationData:
         declared = {pair.nodata for pair in self.pairs} - {None}
         if isinstance(ignore_value, tuple) and self._palette() is not None:
             ignore_value = self._index_of(ignore_value)
-        if ignore_value is None and table is None and len(declared) == 1:
-            ignore_value = declared.pop()
-            self.notes.append(f"mask value {ignore_value} has no label, as its files declare")
-        elif ignore_value is None and table is not None and self._drawings() and VOID in declared:
-            ignore_value, table = (
-                VOID,
-                table.ignoring(VOID),
-            )  # crowds, which the model need not know
+        # What no pixel has is no matter, and 0 is declared by programs that mean the background.
+        self._declared = declared.pop() if ignore_value is None and len(declared) == 1 else None
+        if table is not None and self._drawings() and self._declared == VOID:
+            # crowds, which the model need not know
+            ignore_value, table = VOID, table.ignoring(VOID)
         self.ignore_value = ignore_value
         self.table = table or self._find_table(names)
         self.normalisation = normalisation or self._find_normalisation()
@@ -166,6 +163,7 @@ class SegmentationData:
     def _find_table(self, names: Sequence[str]) -> ClassTable:
         """The classes of the masks; see `segmentation.data.masks`."""
         if self.instances:
+            self._take_declared(None)
             return self._instance_table()
         survey = Survey.of((pair.where, self._measured_mask(pair)) for pair in self.pairs)
         first = self.pairs[0].mask
@@ -176,8 +174,10 @@ class SegmentationData:
             (pair.read_mask() for pair in self.pairs[:JUDGED]), expected=as_cellpose
         ):
             self.instances = True
+            self._take_declared(survey)
             self.notes.append("the masks number objects, so background, cell and border are learnt")
             return self._instance_table()
+        self._take_declared(survey)
         if self._drawings():
             self._tell_of_drawings("classes")
         else:
@@ -196,6 +196,13 @@ class SegmentationData:
         return ClassTable.counted(
             survey.pixels, self.ignore_value, self._known(survey, names), self._palette()
         )
+
+    def _take_declared(self, survey: Survey | None) -> None:
+        """Ignores the value that the masks' files declare, if pixels have it."""
+        value = self._declared
+        if value and (survey is None or value in survey.pixels):
+            self.ignore_value = value
+            self.notes.append(f"mask value {value} has no label, as its files declare")
 
     def _measured_mask(self, pair: Pair) -> Array:
         """The mask's values (N, 1[, 3]) where the image holds data; all of it mostly."""

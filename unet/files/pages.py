@@ -220,21 +220,17 @@ class Stored:
             )
         return replace(self, axes=axes)
 
-    def count(self, kinds: str) -> int:
-        """Channels (of "CS"), or else slices."""
-        return math.prod(
-            n
-            for axis, n in zip(self.axes, self.shape, strict=True)
-            if axis not in "YX" and (axis in CHANNELS) == (kinds == CHANNELS)
-        )
-
     @property
     def channels(self) -> int:
-        return self.count(CHANNELS)
+        """The product of the axes that are channels."""
+        lengths = zip(self.axes, self.shape, strict=True)
+        return math.prod(n for axis, n in lengths if axis in CHANNELS)
 
     @property
     def pages(self) -> int:
-        return self.count("")
+        """Slices: the product of all axes but rows, columns and channels."""
+        lengths = zip(self.axes, self.shape, strict=True)
+        return math.prod(n for axis, n in lengths if axis not in "YX" + CHANNELS)
 
     @property
     def size(self) -> tuple[int, int]:

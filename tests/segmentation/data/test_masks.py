@@ -248,6 +248,23 @@ def test_what_was_not_measured_is_in_no_statistic_and_ignored(
     assert (mask[~hole] != IGNORE).all()
 
 
+@pytest.mark.parametrize(
+    ("declared", "values", "ignored"),
+    [("7", (0, 1), 7), ("200", (0, 1, 7), None), ("0", (0, 1, 7), None)],
+)
+def test_what_a_mask_declares_is_ignored_if_pixels_have_it(
+    tmp_path: Path, declared: str, values: tuple[int, ...], ignored: int | None
+) -> None:
+    """0 is declared by programs that mean the background."""
+    for i in range(3):
+        write_image(tmp_path / "images" / f"{i}.png", np.zeros((64, 64), np.uint8))
+        (tmp_path / "masks").mkdir(exist_ok=True)
+        tags = [(42113, "s", 0, declared, True)]
+        tifffile.imwrite(tmp_path / "masks" / f"{i}.tif", blobs(i, (0, 1, 7)), extratags=tags)
+    table = SegmentationData(find_pairs(tmp_path)).table
+    assert (table.values, table.ignore_value) == (values, ignored)
+
+
 def test_a_value_that_nobody_declared_is_recognised_where_all_of_it_is_ignored() -> None:
     images = np.random.default_rng(0).uniform(0, 1, (3, 64, 64)).astype(np.float32)
     images[:, :20] = -1e6
