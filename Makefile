@@ -1,13 +1,16 @@
 # make demo and make test do all the set-up: they need Python 3.11 (or newer) and make.
 #   VENV=DIR     the virtual environment to make and use (default .venv)
 #   PYTHON=FILE  the Python to make it with (default: python3.11, else python3)
+#   CONSTRAINTS=FILE  the versions to install (default constraints.txt)
 #   ARGS=...     more arguments for pytest or the demo: make test ARGS="-k metrics -x"
 SHELL := /bin/sh
 VENV ?= .venv
 PYTHON ?=
+CONSTRAINTS ?= constraints.txt
 ARGS ?=
 
-PY = "$(VENV)/bin/python"
+BIN = $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
+PY = "$(BIN)/python"
 
 .PHONY: help demo test test-slow test-gpu lint audit docs bench venv clean
 .DEFAULT_GOAL := help
@@ -22,7 +25,7 @@ test: venv  ## run the tests (ISBI2012_DIR, MNIST_DIR and NUCLEI_DIR, when set, 
 	@$(PY) -m pytest -n auto $(ARGS)
 
 test-slow: venv  ## run the tests marked slow, the notebooks among them
-	@$(PY) -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[notebooks]"
+	@$(PY) -m pip install -qq --disable-pip-version-check -c "$(CONSTRAINTS)" -e ".[notebooks]"
 	@$(PY) -m pytest -m slow $(ARGS)
 
 test-gpu: venv  ## run the tests that need a GPU; UNET_GPU_TESTS=cpu rehearses them without
@@ -37,7 +40,7 @@ lint: venv  ## ruff check, ruff format --check, mypy
 AUDIT = $(PY) -m pip_audit --progress-spinner off --disable-pip --no-deps --strict -r
 
 audit: venv  ## known holes of constraints.txt (Error 3: the database cannot be reached)
-	@$(PY) -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[audit]"
+	@$(PY) -m pip install -qq --disable-pip-version-check -c "$(CONSTRAINTS)" -e ".[audit]"
 	@echo "pillow==8.0.0" > "$(VENV)/.known"; \
 	if ! $(AUDIT) "$(VENV)/.known" 2>/dev/null | grep -q "PYSEC\|GHSA\|CVE"; then \
 		echo "not audited: the database cannot be reached" >&2; exit 3; \
@@ -45,13 +48,13 @@ audit: venv  ## known holes of constraints.txt (Error 3: the database cannot be 
 	@$(AUDIT) constraints.txt
 
 docs: venv  ## build the pages of docs/ into site/, which opens from the disk
-	@$(PY) -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	@$(PY) -m pip install -qq --disable-pip-version-check -c "$(CONSTRAINTS)" -e ".[docs]"
 	@export NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true; \
 	said=$$($(PY) -m mkdocs build --strict 2>&1) || { echo "$$said" >&2; exit 1; }
 	@echo "pages: site/index.html"
 
 bench: venv  ## measure this code beside others; ARGS="--rows sd-v1", docs/benchmarks.md
-	@$(PY) -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[bench]"
+	@$(PY) -m pip install -qq --disable-pip-version-check -c "$(CONSTRAINTS)" -e ".[bench]"
 	@$(PY) benchmarks/bench.py $(ARGS)
 
 # The stamp holds the place of the tree (an editable install points at it) and the checksum of the
@@ -59,11 +62,11 @@ bench: venv  ## measure this code beside others; ARGS="--rows sd-v1", docs/bench
 venv:  ## make or refresh the virtual environment
 	@set -eu; \
 	venv="$(VENV)"; \
-	stamp="$$(pwd) $$(cat pyproject.toml constraints.txt | cksum)"; \
-	if [ "$$(cat "$$venv/.stamp" 2>/dev/null)" = "$$stamp" ] && [ -x "$$venv/bin/python" ]; then \
+	stamp="$$(pwd) $$(cat pyproject.toml "$(CONSTRAINTS)" | cksum)"; \
+	if [ "$$(cat "$$venv/.stamp" 2>/dev/null)" = "$$stamp" ] && [ -x "$(BIN)/python" ]; then \
 		exit 0; \
 	fi; \
-	if [ ! -x "$$venv/bin/python" ]; then \
+	if [ ! -x "$(BIN)/python" ]; then \
 		python=; \
 		for candidate in $(if $(PYTHON),"$(PYTHON)",python3.11 python3); do \
 			if "$$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' \
@@ -80,8 +83,8 @@ venv:  ## make or refresh the virtual environment
 	fi; \
 	rm -f "$$venv/.stamp"; \
 	echo "installing the packages of constraints.txt into $$venv (a few minutes, once)"; \
-	"$$venv/bin/python" -m pip install -qq --disable-pip-version-check \
-		-c constraints.txt -e ".[test,lint]"; \
+	"$(BIN)/python" -m pip install -qq --disable-pip-version-check \
+		-c "$(CONSTRAINTS)" -e ".[test,lint]"; \
 	printf '%s' "$$stamp" > "$$venv/.stamp"
 
 clean:  ## remove the virtual environment and the caches, never a run

@@ -85,3 +85,20 @@ def test_notebooks_run_from_a_clean_kernel(notebook: Path, tmp_path: Path) -> No
         resources={"metadata": {"path": str(tmp_path)}},
     )
     run.execute()
+
+
+def test_what_others_run_names_what_is_there() -> None:
+    """The workflow's targets are the Makefile's; the container gets every package of the wheel."""
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), re.M))
+    workflow = yaml.safe_load((ROOT / ".github/workflows/checks.yml").read_text("utf-8"))
+    steps = [step.get("run", "") for job in workflow["jobs"].values() for step in job["steps"]]
+    made = {
+        t for step in steps for call in re.findall(r"make ([a-z -]+)", step) for t in call.split()
+    }
+    assert made and made <= targets
+    packages = re.search(r"packages = \[(.*)\]", (ROOT / "pyproject.toml").read_text("utf-8"))
+    copied = re.findall(r"^COPY (.+) \S+$", (ROOT / "Dockerfile").read_text("utf-8"), re.M)
+    files = {name for names in copied for name in names.split()}
+    assert packages and files >= set(re.findall(r'"(\w+)"', packages[1]))
+    allowed = set((ROOT / ".dockerignore").read_text("utf-8").split())
+    assert files <= {name.removeprefix("!") for name in allowed}
