@@ -95,10 +95,12 @@ def test_what_others_run_names_what_is_there() -> None:
     made = {
         t for step in steps for call in re.findall(r"make ([a-z -]+)", step) for t in call.split()
     }
-    assert made and made <= targets
+    assert made
+    assert made <= targets
     packages = re.search(r"packages = \[(.*)\]", (ROOT / "pyproject.toml").read_text("utf-8"))
     copied = re.findall(r"^COPY (.+) \S+$", (ROOT / "Dockerfile").read_text("utf-8"), re.M)
     files = {name for names in copied for name in names.split()}
-    assert packages and files >= set(re.findall(r'"(\w+)"', packages[1]))
+    assert packages
+    assert files >= set(re.findall(r'"(\w+)"', packages[1]))
     allowed = set((ROOT / ".dockerignore").read_text("utf-8").split())
     assert files <= {name.removeprefix("!") for name in allowed}
