@@ -106,11 +106,11 @@ class ImageGenerator:
             pictures: a file that all images are made from, or one for each, or fewer to be taken in
                 turn, for a model that was trained with a condition.
             negative: with `guidance` and `prompts`: a text to lead away from.
-            guidance: scale of classifier-free guidance; 1: none.
+            guidance: scale of guidance; 1: none.
             steps: from noise to image.
             sampler: ddpm, ddim, euler, heun, dpmpp-2m or dpmpp-2m-sde.
             batch_size: images at a time.
-            settings: the other fields of `SamplingOptions`: spacing, eta, variance, clip,
+            settings: the other fields of `SamplingOptions`: spacing, eta, variance, clip, guide,
                 guidance_rescale, guidance_interval, precision.
 
         Returns:

@@ -191,7 +191,12 @@ class SamplingOptions:
     """With ddpm: variance of the noise in each step."""
 
     guidance: float = 1.0
-    """Scale of classifier-free guidance; 1: none."""
+    """Scale of guidance: how much further than what the model says of the class, text or condition
+    asked for, away from what it says of none; 1: none."""
+
+    guide: str | None = None
+    """With --guidance: model folder of a lesser version of the model, smaller or trained for less
+    long, to lead away from instead (autoguidance). It needs no classes."""
 
     negative: str = ""
     """With --guidance and captions: a text to lead away from."""
@@ -230,8 +235,11 @@ class SamplingOptions:
             raise InputError(
                 f"--variance {self.variance} is for --sampler ddpm, not {self.sampler}"
             )
+        if self.guide and self.negative:
+            raise InputError("--guide and --negative each say what to lead away from: give one")
         if self.guidance == 1:
             given = {
+                "--guide": self.guide,
                 "--negative": self.negative,
                 "--guidance-rescale": self.guidance_rescale,
                 "--guidance-interval": self.guidance_interval != (0.0, math.inf),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,37 +116,67 @@ class ImageSampler:
 
     def _denoiser(self) -> DenoiserLike:
         options, model = self.options, self.model
-        if options.guidance != 1 and not (self.classes or model.text or model.condition):
+        knows = self.classes or model.text or model.condition
+        if options.guidance != 1 and not (knows or options.guide):
             raise InputError(
                 f"--guidance {options.guidance} needs a model that knows classes, captions or a "
-                "condition, and this one was trained without: leave it out"
+                "condition, and this one was trained without: leave it out, or give a --guide"
             )
         if options.negative and not model.text:
             raise InputError(
                 f"--negative {options.negative!r} needs a model that was trained with captions, "
                 "and this one was not: leave it out"
             )
-        dtype = trained_precision(options.precision, self.device)
-
-        def network(x: Tensor, t: Tensor, **given: Any) -> Tensor:
-            with computing_in(dtype, x.device):
-                found: Tensor = model(x, t, **given)
-            return found
-
-        denoiser: DenoiserLike = Denoiser(network, self.schedule, _known(model, "prediction"))
+        denoiser = self._of(model)
         if options.guidance != 1:
-            with torch.no_grad():
-                null = model.conditioning([options.negative or None])
             denoiser = Guided(
                 denoiser,
                 options.guidance,
-                null,
+                self._away(),
                 rescale=options.guidance_rescale,
                 interval=options.guidance_interval,
             )
         if options.clip == "none" or self.autoencoder:  # latents have no range
             return denoiser
         return Clipped(denoiser, options.clip)
+
+    def _of(self, model: DiffusionUNet) -> DenoiserLike:
+        """A model as a function of noisy images, in the precision asked for."""
+        dtype = trained_precision(self.options.precision, self.device)
+
+        def network(x: Tensor, t: Tensor, **given: Any) -> Tensor:
+            with computing_in(dtype, x.device):
+                found: Tensor = model(x, t, **given)
+            return found
+
+        schedule = NoiseSchedule.from_dict(_known(model, "schedule"))
+        return Denoiser(network, schedule, _known(model, "prediction"))
+
+    def _away(self) -> Mapping[str, Tensor] | DenoiserLike:
+        """What guidance leads away from: a lesser model, or no class, text or picture."""
+        model, guide = self.model, self.options.guide
+        if guide is None:
+            with torch.no_grad():
+                return model.conditioning([self.options.negative or None])
+        lesser = load_for_sampling(guide, str(self.device)).eval()
+        if "text" in {**model.info, **lesser.info}:
+            raise InputError(
+                f"--guide {guide}: each of two models of captions reads them by an encoder of its "
+                "own, trained along, and guidance gives both the same: leave --guide out"
+            )
+        for said, facts in (
+            ("channels of its images", [m.image_channels for m in (model, lesser)]),
+            ("classes", [m.classes for m in (model, lesser)]),
+            ("condition", [m.condition for m in (model, lesser)]),
+            ("text encoder", [m.info.get("text_encoder") for m in (model, lesser)]),
+            ("autoencoder", [m.info.get("autoencoder") for m in (model, lesser)]),
+        ):
+            if facts[0] != facts[1]:
+                raise InputError(
+                    f"--guide {guide} and the model differ in the {said}: choose a smaller or "
+                    "shorter training on the same data"
+                )
+        return self._of(lesser)
 
     def class_index(self, name: int | str) -> int:
         """The index of a class by its name, or by itself.

@@ -1,4 +1,4 @@
-"""Classifier-free guidance: a denoiser that goes further where its conditioning leads."""
+"""Guidance: a denoiser that goes further away from where a lesser one leads."""
 
 from __future__ import annotations
 
@@ -23,26 +23,32 @@ class Guided:
     and x0 likewise; `scale` is 1 + w of the paper. Both come from one batch of twice the size; at
     scale 1 there is nothing to add, and a single evaluation is all it costs.
 
+    With another denoiser instead of the null conditioning it is autoguidance (Karras et al., arXiv
+    2406.02507, eq. 3): both are given the same conditioning, or none, and what leads away is that
+    the other one is a smaller network, or was trained for less long, and errs in the same places.
+
     Args:
         denoiser: what to guide.
-        scale: 1 is no guidance, 0 is the null conditioning alone.
-        null: what to lead away from, in tensors of one row or as many as there are images:
-            {"classes": torch.tensor([config.classes - 1])} for a network whose last class stands
-            for none; {"context": ..., "mask": ...} of the empty or the negative prompt for text.
+        scale: 1 is no guidance, 0 is what is led away from alone.
+        away: what to lead away from: a denoiser of the same schedule, or conditioning in tensors of
+            one row or as many as there are images: {"classes": torch.tensor([config.classes - 1])}
+            for a network whose last class stands for none; {"context": ..., "mask": ...} of the
+            empty or the negative prompt for text.
         rescale: phi, how far the guided output's standard deviation is brought back to that of
             the conditional output, image by image (arXiv 2305.08891, sec. 3.4).
         interval: guide only where lowest < sigma <= highest, sigma being noise per signal
             (arXiv 2404.07724, eq. 5).
 
     Raises:
-        InputError: a scale below 0, a rescale outside [0, 1], an empty interval.
+        InputError: a scale below 0, a rescale outside [0, 1], an empty interval; denoisers of two
+            schedules.
     """
 
     def __init__(
         self,
         denoiser: DenoiserLike,
         scale: float,
-        null: Mapping[str, Tensor],
+        away: Mapping[str, Tensor] | DenoiserLike,
         *,
         rescale: float = 0.0,
         interval: tuple[float, float] = (0.0, math.inf),
@@ -53,29 +59,45 @@ class Guided:
             raise InputError(f"guidance rescale {rescale} must be from 0 to 1")
         if not interval[0] < interval[1]:
             raise InputError(f"guidance interval {interval} is empty: give lowest < highest sigma")
-        self.denoiser, self.scale, self.null = denoiser, scale, dict(null)
+        if not isinstance(away, Mapping) and away.schedule != denoiser.schedule:
+            raise InputError(
+                f"the guide was trained with other noise levels ({away.schedule}) than what it is "
+                f"to guide ({denoiser.schedule}): choose one of the same schedule"
+            )
+        self.denoiser, self.scale, self.away = denoiser, scale, away
         self.rescale, self.interval = rescale, interval
         self.schedule, self.prediction = denoiser.schedule, denoiser.prediction
 
     def __call__(self, x: Tensor, t: Any, **conditioning: Any) -> Denoised:
-        batch, known = len(x), not isinstance(t, Tensor)  # on the host, which waits for no GPU
+        known = not isinstance(t, Tensor)  # on the host, which waits for no GPU
         if self.scale == 1 or (known and not self._inside(self.schedule.level(t).sigma)):
             return self.denoiser(x, t, **conditioning)
-        times = t if known else torch.cat([t.expand(batch)] * 2)
-        both = doubled(for_batch(conditioning, batch), for_batch(self.null, batch))
-        x0, eps, mix = self.denoiser(torch.cat([x, x]), times, **both)
+        wanted, unwanted = self._both(x, t, conditioning)
+        x0, eps, mix = wanted
         scale = self.scale if known else self._scales(t).to(x0).view(-1, 1, 1, 1)
-        guided_x0, guided_eps = (n + scale * (c - n) for c, n in (y.chunk(2) for y in (x0, eps)))
+        guided_x0 = unwanted.x0 + scale * (x0 - unwanted.x0)
+        guided_eps = unwanted.eps + scale * (eps - unwanted.eps)
         if self.rescale:
             rates = self.schedule.rates(t, x0)
             rule = get_prediction(self.prediction, self.schedule)
-            conditional = rule.target(x0[:batch], eps[:batch], *rates)
+            conditional = rule.target(x0, eps, *rates)
             guided = rule.target(guided_x0, guided_eps, *rates)
             ratio = _std(conditional) / _std(guided)
             # Outside the interval both are the same, and the ratio is 1.
             guided = guided * (self.rescale * ratio + 1 - self.rescale)
             guided_x0, guided_eps = rule.to_x0_eps(guided, x.to(x0), *rates)
-        return Denoised(guided_x0, guided_eps, None if mix is None else mix[:batch])
+        return Denoised(guided_x0, guided_eps, mix)
+
+    def _both(self, x: Tensor, t: Any, conditioning: dict[str, Any]) -> tuple[Denoised, Denoised]:
+        """What is wanted, and what to lead away from."""
+        if not isinstance(self.away, Mapping):
+            return self.denoiser(x, t, **conditioning), self.away(x, t, **conditioning)
+        batch = len(x)
+        times = torch.cat([t.expand(batch)] * 2) if isinstance(t, Tensor) else t
+        both = doubled(for_batch(conditioning, batch), for_batch(dict(self.away), batch))
+        x0, eps, mix = self.denoiser(torch.cat([x, x]), times, **both)
+        first = None if mix is None else mix[:batch]
+        return Denoised(x0[:batch], eps[:batch], first), Denoised(x0[batch:], eps[batch:], None)
 
     def _scales(self, t: Tensor) -> Tensor:
         """The scale at each timestep: 1 outside the interval."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -190,3 +191,24 @@ def test_what_a_model_does_not_know_is_said() -> None:
 def test_mistaken_options_are_refused(options: dict[str, Any], told: str) -> None:
     with pytest.raises(InputError, match=told):
         SamplingOptions(**options)
+
+
+def test_a_smaller_model_guides_and_one_of_other_data_is_refused(tmp_path: Path) -> None:
+    network = model(("a", "b"))
+    plain = sampler(network)(2, [0, 1])
+    network.save_pretrained(tmp_path / "itself")
+    itself = sampler(network, guidance=3.0, guide=str(tmp_path / "itself"))(2, [0, 1])
+    assert np.abs(itself.astype(int) - plain).max() <= 1
+    torch.manual_seed(1)
+    lesser = DiffusionUNet(replace(network.config, channels=4), 1, network.info)
+    lesser.save_pretrained(tmp_path / "lesser")
+    away = sampler(network, guidance=3.0, guide=str(tmp_path / "lesser"))(2, [0, 1])
+    assert (away != plain).any()
+    model(("a", "c")).save_pretrained(tmp_path / "other")
+    with pytest.raises(InputError, match="differ in the classes"):
+        sampler(network, guidance=3.0, guide=str(tmp_path / "other"))
+    model(schedule=NoiseSchedule(steps=7).to_dict()).save_pretrained(tmp_path / "noise")
+    with pytest.raises(InputError, match="other noise levels"):
+        sampler(model(), guidance=3.0, guide=str(tmp_path / "noise"))
+    with pytest.raises(InputError, match="does nothing without --guidance"):
+        SamplingOptions(guide="lesser")

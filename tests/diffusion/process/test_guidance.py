@@ -61,6 +61,18 @@ def test_guidance_extrapolates_the_networks_output(name: PredictionName, scale: 
     assert_close((x0, eps), wanted, atol=1e-4, rtol=1e-4)
 
 
+def test_a_lesser_denoiser_leads_away_like_the_null_conditioning() -> None:
+    """arXiv 2406.02507, eq. 3: of two Gaussians of one spread, the mean moves that many times as
+    far from the lesser one's; a guide that is the model itself changes nothing."""
+    x = images()
+    good, lesser = (GaussianDenoiser(S, mean=mean, std=0.1) for mean in (0.4, 0.3))
+    found = Guided(good, 3.0, lesser)(x, T)
+    assert_close(found.x0, GaussianDenoiser(S, mean=0.6, std=0.1)(x, T).x0, atol=1e-5, rtol=1e-5)
+    assert_close(Guided(good, 3.0, good)(x, T), good(x, T), atol=1e-6, rtol=1e-6)
+    with pytest.raises(InputError, match="other noise levels"):
+        Guided(good, 3.0, GaussianDenoiser(NoiseSchedule(steps=10), mean=0.0, std=0.1))
+
+
 def test_scale_1_is_the_plain_denoiser_at_its_cost() -> None:
     denoiser, x = Counting(S), images()
     guided = Guided(denoiser, 1.0, {"classes": NULL}, rescale=0.7)
@@ -202,7 +214,7 @@ def test_equal_lengths_without_masks_get_none() -> None:
 )
 def test_wrong_settings_are_refused(arguments: dict[str, Any], says: str) -> None:
     with pytest.raises(InputError, match=says):
-        Guided(GaussianDenoiser(S), **({"scale": 2.0, "null": {}} | arguments))
+        Guided(GaussianDenoiser(S), **({"scale": 2.0, "away": {}} | arguments))
 
 
 def test_a_null_conditioning_of_another_kind_is_refused() -> None:
