@@ -106,7 +106,7 @@ def decide(options: DiffusionOptions, data: Data) -> DiffusionPlan:
         info["condition"] = images.condition.to_dict()
     with torch.device("meta"):
         model = DiffusionUNet(network, outputs, info)
-    fit, optimizer = chosen_fit(options)
+    fit, optimizer = chosen_fit(options, start)
     mirrored = [Decision("mirrored", "left to right" if images.flips else "no", images.flips_why)]
     if autoencoder:
         mirrored = []  # latents never are
@@ -158,9 +158,11 @@ def millions(parameters: Iterable[Parameter]) -> str:
     return f"{sum(p.numel() for p in parameters) / 1e6:.2f} M parameters"
 
 
-def chosen_fit(options: DiffusionOptions) -> tuple[FitPlan, Decision]:
+def chosen_fit(options: DiffusionOptions, start: Start | None = None) -> tuple[FitPlan, Decision]:
     """Optimizer, rate and batch where none is named.
 
+    What a segmentation starts has everything to learn about noise: there adamw's steps are as much
+    too small as for random weights (docs/experiments.md).
     At a high rate a network learns the look of images, but not what a text says of places, which
     shows in the noisiest levels alone.
     """
@@ -168,9 +170,13 @@ def chosen_fit(options: DiffusionOptions) -> tuple[FitPlan, Decision]:
         options,
         {
             "with captions muon is untried": options.captions,
-            "muon's steps would move the weights of --init far": options.init,
+            "muon's steps would move the weights of --init far": (
+                options.init and not (start and start.crossed)
+            ),
         },
     )
+    if optimizer == "muon" and options.init and not options.optimizer:
+        why = "as for random weights: it has everything to learn about noise"
     lr, beta2 = (7e-4, 0.99) if options.captions else (2e-3, 0.999)
     if optimizer == "muon":
         lr *= 10

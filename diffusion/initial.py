@@ -68,7 +68,7 @@ def find_start(path: str, ranges: Mapping[str, ValueRange] | None = None) -> Sta
         lambda config, trunk: with_time(*with_pixels(config, trunk, *pixels)),
         "the same at every timestep",
     )
-    return replace(start, info={})
+    return replace(start, info={}, crossed=True)
 
 
 def take_over(model: DiffusionUNet, start: Start) -> str:

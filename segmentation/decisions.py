@@ -206,7 +206,7 @@ def chosen_fit(
     What a diffusion model starts has everything to learn about labels: there adamw's steps are as
     much too small as for random weights (docs/experiments.md).
     """
-    goes_on = start is not None and "classes" in start.info
+    goes_on = start is not None and not start.crossed
     optimizer, why = choose_optimizer(
         options, {"muon's steps would move the weights of a segmentation far": goes_on}
     )

@@ -105,22 +105,16 @@ def build(name: str) -> tuple[FolderModel, dict[str, Any]]:
     """A preset's or a folder's model without memory for its weights, and what is known of it."""
     import torch
 
-    from diffusion.model import DiffusionUNet
-    from segmentation.model import SegmentationUNet
-    from unet.weights.folder import read_config
+    from unet_diffusion.starting import KINDS, read_model
 
-    kinds: dict[str, type[FolderModel]] = {m.task: m for m in (SegmentationUNet, DiffusionUNet)}
     if preset := PRESETS.get(name):
-        kind = kinds["diffusion" if preset.config.time else "segmentation"]
+        kind = KINDS["diffusion" if preset.config.time else "segmentation"]
         with torch.device("meta"):
             model = kind(preset.config, preset.out_channels).eval()
     elif not Path(name).exists():
         raise InputError(f"'{name}' is neither a preset ({', '.join(PRESETS)}) nor a model folder")
     else:
-        task = read_config(Path(name))["task"]
-        if task not in kinds:
-            raise InputError(f"the task '{task}' is unknown: a model is for {' or '.join(kinds)}")
-        model = kinds[task].from_pretrained(name)
+        model = read_model(Path(name))
     facts: dict[str, Any] = {"name": name, "task": model.task}
     facts["source"] = preset.source if preset else "model folder"
     facts["parameters"] = sum(p.numel() for p in model.parameters())

@@ -1,9 +1,10 @@
-"""Where the two lives meet: a diffusion model as the start of a segmentation."""
+"""Where the two lives meet: a model of either, and one as the start of the other."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,18 +12,33 @@ from torch import Tensor
 
 from diffusion.data.pixels import WHOLE, ValueRange, known_ranges
 from diffusion.initial import find_start, their_unet
+from diffusion.model import DiffusionUNet
 from diffusion.process.schedule import NoiseSchedule
 from diffusion.stable.folder import CONFIGS, read_schedule
 from diffusion.text import WordEncoder
+from segmentation.model import SegmentationUNet
 from unet.errors import InputError
 from unet.weights.crossing import only_token, plain, without_conditioning
-from unet.weights.folder import load_strictly
+from unet.weights.folder import FolderModel, load_strictly, read_config
 from unet.weights.start import Start, read_start
 from unet.words import counted
 
 TIMESTEP = 0.05  # of all, at which a diffusion model looks at images: docs/experiments.md
 
+KINDS: dict[str, type[FolderModel]] = {m.task: m for m in (SegmentationUNet, DiffusionUNet)}
 _COMMANDS = {"segmentation": "seg", "diffusion": "ddpm"}
+
+
+def read_model(folder: Path) -> FolderModel:
+    """The model of a folder, of whichever task.
+
+    Raises:
+        InputError: no model folder, or one of a task that is not ours.
+    """
+    task = read_config(folder)["task"]
+    if task not in KINDS:
+        raise InputError(f"the task '{task}' is unknown: a model is for {' or '.join(KINDS)}")
+    return KINDS[task].from_pretrained(folder)
 
 
 def segmentation_start(path: str | None, timestep: float = TIMESTEP) -> Start | None:
@@ -74,7 +90,7 @@ def segmentation_start(path: str | None, timestep: float = TIMESTEP) -> Start | 
         lambda config, trunk: without_conditioning(config, trunk, t=t, context=context),
         f"as it is at timestep {t}",
     )
-    return replace(start, info=_pixels(schedule, t, channels, ranges))
+    return replace(start, info=_pixels(schedule, t, channels, ranges), crossed=True)
 
 
 def what_it_starts(path: str) -> dict[str, str]:

@@ -30,9 +30,11 @@ from diffusion.training import (
     stratified_timesteps,
 )
 from tests.forks import as_spawned
+from unet import UNetConfig
 from unet.errors import InputError
 from unet.training.batches import BatchKeys
 from unet.training.task import Processes
+from unet.weights.start import Start
 
 
 @pytest.fixture(scope="module")
@@ -337,6 +339,10 @@ def test_text_is_learned_by_an_optimizer_and_a_start_of_its_own() -> None:
         chosen_fit(replace(plain, **given))[0].optimizer
         for given in ({}, {"captions": True}, {"init": "a/model"}, {"shard": True}, {"lr": 1e-3})
     ] == ["muon", "adamw", "adamw", "adamw", "adamw"]
+    begun = replace(plain, init="a/model")
+    for crossed, expected in ((False, "adamw"), (True, "muon")):
+        start = Start(where="a/model", config=UNetConfig(), info={}, read=dict, crossed=crossed)
+        assert chosen_fit(begun, start)[0].optimizer == expected
     assert chosen_fit(DiffusionOptions(captions=True, lr=1e-3))[0].lr == 1e-3
     for asked, starts_at_zero in ((text, False), (plain, True)):
         data = DiffusionData("shapes", captions=asked.captions)

@@ -492,9 +492,9 @@ def test_the_default_recipe_is_what_training_does_anyway():
     assert {name: getattr(SegmentationOptions, name) for name in recipe} == recipe
 
 
-def start_of(info: dict[str, object]) -> Start:
-    """A start of a segmentation, whose info knows classes, or of a diffusion model."""
-    return Start(where="a/model", config=UNetConfig(), info=info, read=dict)
+def start_of(crossed: bool) -> Start:
+    """A start of a segmentation, or of a diffusion model."""
+    return Start(where="a/model", config=UNetConfig(), info={}, read=dict, crossed=crossed)
 
 
 def test_the_optimizer_follows_the_weights_and_the_rate():
@@ -502,8 +502,8 @@ def test_the_optimizer_follows_the_weights_and_the_rate():
         chosen_fit(SegmentationOptions(out=Path("run"), **given), start)[0]
         for given, start in (
             ({}, None),
-            ({}, start_of({"classes": {}})),
-            ({}, start_of({})),
+            ({}, start_of(False)),
+            ({}, start_of(True)),
             ({"shard": True}, None),
             ({"lr": 0.01}, None),
             ({"optimizer": "muon"}, None),

@@ -1,13 +1,22 @@
-"""Exponential moving average of a model's weights and buffers."""
+"""Moving averages of a model's weights and buffers, and such as are chosen after training."""
 
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from unet.errors import InputError
 from unet.training.shard import local
+
+KEPT = (0.05, 0.10)  # relative widths of the averages that a run keeps, as in the paper
+WIDEST = 0.28  # of a power function; at 0.289 the average is over the whole run, evenly
 
 
 class EMA:
@@ -29,10 +38,14 @@ class EMA:
         self.averaged: list[tuple[Tensor, Tensor]] = []  # ours and its own, found once:
         self.copied: list[tuple[Tensor, Tensor]] = []  # a large network has hundreds
 
+    def decay_after(self, updates: int) -> float:
+        """The decay of the next update."""
+        return min(self.decay, (1 + updates) / (10 + updates))
+
     @torch.no_grad()
     def update(self, model: nn.Module, updates: int) -> None:
         """Takes up the model's weights after `updates` earlier updates."""
-        decay = min(self.decay, (1 + updates) / (10 + updates))
+        decay = self.decay_after(updates)
         if self.followed is not model:
             self.followed = model
             pairs = list(zip(_tensors(self.model), _tensors(model), strict=True))
@@ -43,6 +56,70 @@ class EMA:
         if self.copied:
             counters, counted = zip(*self.copied, strict=True)
             torch._foreach_copy_(counters, counted)
+
+
+class PowerEMA(EMA):
+    """An average whose profile is a power of the time, however long the run gets to be.
+
+    After step T the weights of step t count as t^gamma (Karras et al., EDM2, arXiv 2312.02696, eq.
+    2), so an early step is forgotten at the same rate as the run is getting longer. From two of
+    these, kept at some moments of a run, an average of any other width is put together later.
+
+    Args:
+        model: the model to follow.
+        std: standard deviation of the profile, as a share of the time so far; see `exponent`.
+    """
+
+    def __init__(self, model: nn.Module, std: float) -> None:
+        super().__init__(model, decay=0.0)
+        self.std, self.exponent = std, exponent(std)
+
+    def decay_after(self, updates: int) -> float:
+        return (1 - 1 / (updates + 1)) ** (self.exponent + 1)
+
+
+class Profile(NamedTuple):
+    """How much the weights of each step count in an average, at a moment of the run."""
+
+    std: float  # relative to the steps so far
+    step: int  # at which it was taken
+
+
+def exponent(std: float) -> float:
+    """The gamma of the profile t^gamma with this relative standard deviation (EDM2, eq. 4).
+
+    Raises:
+        InputError: a width that is not above 0 and at most `WIDEST`.
+    """
+    if not 0 < std <= WIDEST:
+        raise InputError(f"the width {std} of an average must be above 0 and at most {WIDEST}")
+    inverse = std**-2
+    return float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max())
+
+
+def put_together(kept: Sequence[Profile], wanted: Profile) -> tuple[NDArray[np.float64], float]:
+    """The factors with which averages that were kept add up to one that was not.
+
+    They are those of the least squares between the profiles (EDM2, eq. 5 and appendix C.4).
+
+    Returns:
+        A factor for each of `kept`, and the error that is left: the norm of the difference between
+        the profiles over the norm of the wanted one.
+    """
+    among = np.array([[_product(a, b) for b in kept] for a in kept])
+    with_wanted = np.array([_product(a, wanted) for a in kept])
+    factors = np.linalg.lstsq(among, with_wanted, rcond=None)[0]
+    square = _product(wanted, wanted)
+    left = square - 2 * factors @ with_wanted + factors @ among @ factors
+    return factors, math.sqrt(max(left, 0.0) / square)
+
+
+def _product(a: Profile, b: Profile) -> float:
+    """The integral of the product of two profiles, (gamma + 1) t^gamma / T^(gamma + 1) up to T."""
+    first, last = sorted((a, b), key=lambda profile: profile.step)
+    ga, gb = exponent(first.std), exponent(last.std)
+    together = (ga + 1) * (gb + 1) / (ga + gb + 1)
+    return together * (first.step / last.step) ** gb / last.step
 
 
 def _tensors(model: nn.Module) -> list[Tensor]:

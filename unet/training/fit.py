@@ -22,7 +22,7 @@ from unet.errors import DiskError, InputError, Interrupted, RunError
 from unet.files.writing import DISK_FULL
 from unet.training.batches import BatchKeys, make_batches, next_batch
 from unet.training.config_file import keep_config
-from unet.training.ema import EMA
+from unet.training.ema import EMA, KEPT, PowerEMA, Profile
 from unet.training.optimizer import make_optimizer
 from unet.training.plan import FitPlan, told
 from unet.training.run import RunFolder, rng_state, set_rng_state, signals_caught, tensorboard
@@ -89,9 +89,10 @@ class Trainer:
         if not plan.shard:  # which takes no other format
             model.to(memory_format=training_format(self.device))  # type: ignore[call-overload]
         self.ema = EMA(model, plan.ema) if plan.ema else None
+        self.powers = [PowerEMA(model, std) for std in KEPT] if plan.snapshots else []
         self.model = self.accelerator.prepare_model(model, evaluation_mode=plan.shard)
         if plan.shard:
-            averaged = [self.ema.model] if self.ema else []
+            averaged = [ema.model for ema in (self.ema, *self.powers) if ema]
             half = torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else None
             shard([model, *averaged], self.processes.count, self.device, half)
         self.optimizer = self.accelerator.prepare(make_optimizer(model, plan))
@@ -105,7 +106,7 @@ class Trainer:
         self.going_on = True  # a full disk may be passed over
         self.unwritten: set[str] = set()
         self.state = RunState(
-            self.accelerator, model, self.ema, self.optimizer, self.processes, plan
+            self.accelerator, model, self.ema, self.optimizer, self.processes, plan, self.powers
         )
         set_seed(plan.seed, device_specific=True)  # dropout differs between processes
         if plan.resume:
@@ -130,7 +131,7 @@ class Trainer:
         )
         self.started = time.monotonic() - progress.seconds
         with signals_caught() as caught, closing(batches), self._bar() as bar:
-            while self.timetable.share(progress) < 1:
+            while (share := self.timetable.share(progress)) < 1:
                 loss = self._step(batches)
                 progress.step += 1
                 if loss is not None:
@@ -138,6 +139,8 @@ class Trainer:
                     progress.loss_count += 1
                 signum = self._agree(max(caught, default=0))
                 self._advance(bar)
+                if self.powers and self.timetable.snapshot_due(progress, share):
+                    self._save_snapshots()
                 if progress.step % plan.log_every == 0:
                     self._log_training()
                 due = self.timetable.evaluation_due(progress)
@@ -174,8 +177,9 @@ class Trainer:
             lr = self.plan.lr * group.get("lr_scale", 1.0)
             group["lr"] = lr * self.timetable.rate(self.progress)
         loss = self.stepper(parts, self.progress)
-        if self.ema and loss is not None:
-            self.ema.update(self.stepper.plain, self.progress.step)
+        for ema in (self.ema, *self.powers):
+            if ema and loss is not None:
+                ema.update(self.stepper.plain, self.progress.step)
         return loss
 
     def _agree(self, signum: int) -> int:
@@ -262,6 +266,16 @@ class Trainer:
         if self.main:
             self._written("the state", lambda: self.folder.save_state(state))
 
+    def _save_snapshots(self) -> None:
+        for power in self.powers:
+            weights, profile = (
+                whole(power.model.state_dict()),
+                Profile(power.std, self.progress.step),
+            )
+            if self.main:
+                save = functools.partial(self.folder.save_snapshot, profile, weights)
+                self._written("a snapshot", save)
+
     def _written(self, what: str, write: Callable[[], object]) -> bool:
         """Writes to the run folder. A full disk is told once and passed over while the run goes on,
         as there may be room again when the next state is saved."""
@@ -290,6 +304,7 @@ class Trainer:
             self._say(f"resuming {self.folder.path} at step {self.progress.step}")
         if self.main:
             self.folder.cut_log(self.progress.step if state else -1)
+            self.folder.cut_snapshots(self.progress.step)
 
     # -- what a person sees -----------------------------------------------------------------------
 

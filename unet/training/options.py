@@ -97,6 +97,11 @@ class FitOptions:
     ema: float = 0.999
     """Decay of the exponential moving average of the weights, after its warm-up; 0: none."""
 
+    snapshots: int = 0
+    """Moments, evenly spread, at which two averages of the weights are kept in snapshots/, of which
+    `unet ema` puts together averages of any width when the run is over. Each is as large as the
+    model; 0: none."""
+
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic of the network; auto: bf16 where the processor computes in it, else fp32."""
 
@@ -153,7 +158,7 @@ class FitOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"--{name.replace('_', '-')} {value} must be at least 1")
-        for name in ("evaluations", "clip", "weight_decay", "seed"):
+        for name in ("evaluations", "snapshots", "clip", "weight_decay", "seed"):
             if not getattr(self, name) >= 0:
                 flag = name.replace("_", "-")
                 raise InputError(f"--{flag} {getattr(self, name)} must be 0 or more")

@@ -56,6 +56,7 @@ class FitPlan:
     warmup: float
     clip: float
     ema: float
+    snapshots: int
     precision: Literal["auto", "fp32", "bf16", "fp16"]
     device: Literal["auto", "cpu"]
     checkpointing: bool

@@ -5,6 +5,7 @@ metrics.jsonl  one JSON object a line: training every few steps, evaluations
 samples/       pictures made during training
 model/         the best weights so far, a model folder
 state/         everything that resuming needs
+snapshots/     averages of the weights, of which others are put together (with --snapshots)
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -25,10 +27,12 @@ from torch import Tensor
 
 from unet.errors import DiskError, InputError
 from unet.files.writing import replacing, write_text
+from unet.training.ema import Profile
 from unet.training.plan import FitPlan
+from unet.weights.folder import save_weights
 from unet.weights.pickles import load_pickle
 
-_PARTS = ("config.yaml", "metrics.jsonl", "samples", "model", "state")
+_PARTS = ("config.yaml", "metrics.jsonl", "samples", "model", "state", "snapshots")
 
 
 class RunFolder:
@@ -40,6 +44,7 @@ class RunFolder:
         self.samples = path / "samples"
         self.model = path / "model"
         self.state = path / "state" / "state.pt"
+        self.snapshots = path / "snapshots"
 
     @contextmanager
     def locked(self, *, resume: bool) -> Iterator[None]:
@@ -69,7 +74,7 @@ class RunFolder:
                 f"another process is training in {self.path}: wait for it, or give another --out"
             ) from error
         try:
-            for folder in (self.path, self.model, self.state.parent, self.samples):
+            for folder in (self.path, self.model, self.state.parent, self.samples, self.snapshots):
                 for leftover in folder.glob(".*.tmp"):  # of a kill in the middle of a write
                     leftover.unlink(missing_ok=True)
             yield
@@ -93,6 +98,28 @@ class RunFolder:
         if self.metrics.exists():
             kept = [json.dumps(e) + "\n" for e in read_log(self.metrics) if e["step"] <= step]
             write_text(self.metrics, "".join(kept))
+
+    def save_snapshot(self, profile: Profile, weights: Mapping[str, Tensor]) -> None:
+        """Keeps an average of the weights, by the name of its width and step."""
+        save_weights(weights, self.snapshots / f"{profile.step:08d}-{profile.std:.2f}.safetensors")
+
+    def kept_snapshots(self) -> dict[Profile, Path]:
+        """The averages that are kept, in the order of their steps."""
+        names = (
+            re.fullmatch(r"(\d{8,})-(0\.\d\d)", p.stem)
+            for p in self.snapshots.glob("*.safetensors")
+        )
+        found = sorted((int(name[1]), float(name[2])) for name in names if name)
+        return {
+            Profile(std, step): self.snapshots / f"{step:08d}-{std:.2f}.safetensors"
+            for step, std in found
+        }
+
+    def cut_snapshots(self, step: int) -> None:
+        """Drops those after `step`, which a resumed run takes again."""
+        for profile, file in self.kept_snapshots().items():
+            if profile.step > step:
+                file.unlink()
 
     def save_state(self, state: Mapping[str, Any]) -> None:
         """Replaces the state whole. It holds tensors, numbers, strings, and lists of them only."""

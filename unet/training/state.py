@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from accelerate import Accelerator
@@ -27,6 +27,7 @@ class RunState:
     Args:
         model: as it is trained, without the wrapper of several processes.
         optimizer: as the accelerator prepared it.
+        powers: the averages that are kept in snapshots.
     """
 
     def __init__(
@@ -37,8 +38,10 @@ class RunState:
         optimizer: AcceleratedOptimizer,
         processes: Processes,
         plan: FitPlan,
+        powers: Sequence[EMA] = (),
     ) -> None:
         self.accelerator, self.model, self.ema = accelerator, model, ema
+        self.powers = powers
         self.optimizer, self.processes, self.plan = optimizer, processes, plan
         self.file = RunFolder(plan.out).state
 
@@ -53,6 +56,7 @@ class RunState:
             "figures": dict(figures),
             "model": whole(self.model.state_dict()),
             "ema": whole(self.ema.model.state_dict()) if self.ema else None,
+            "powers": [whole(power.model.state_dict()) for power in self.powers],
             "optimizer_name": self.plan.optimizer,
             "optimizer": whole(self.optimizer.state_dict()),
             "scaler": scaler.state_dict() if scaler else None,
@@ -90,6 +94,8 @@ class RunState:
         load_whole(self.model, state["model"])
         if self.ema:
             load_whole(self.ema.model, state["ema"])
+        for power, saved in zip(self.powers, state.get("powers", []), strict=True):
+            load_whole(power.model, saved)
         settings = [
             {k: v for k, v in group.items() if k != "params"}
             for group in self.optimizer.param_groups

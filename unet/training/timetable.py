@@ -63,3 +63,10 @@ class Timetable:
             return done > count * progress.evaluated_step // self.steps
         spacing = max(self.seconds / max(count, 1), progress.evaluation_seconds / EVALUATION_SHARE)
         return count > 0 and progress.seconds - progress.evaluated_seconds >= spacing
+
+    def snapshot_due(self, progress: Progress, before: float) -> bool:
+        """Whether one of the plan's moments is passed; `before`: the share of a step ago."""
+        count = self.plan.snapshots
+        if self.steps:
+            return count * progress.step // self.steps > count * (progress.step - 1) // self.steps
+        return int(count * min(1.0, self.share(progress))) > int(count * before)

@@ -104,14 +104,7 @@ class FolderModel(nn.Module, ABC):
             "unet": self.config.to_dict(),
             "info": self.info,
         }
-        # contiguous() also for channels_last weights: the file holds plain NCHW.
-        state = {k: v.detach().contiguous() for k, v in self.state_dict().items()}
-        file = folder / WEIGHTS
-        with replacing(file) as temporary:
-            try:
-                save_file(state, temporary, metadata={"format": "pt"})
-            except SafetensorError as error:  # which is how safetensors reports a full disk
-                raise DiskError(f"{file} cannot be written, is the disk full? {error}") from error
+        save_weights(self.state_dict(), folder / WEIGHTS)
         write_text(folder / CONFIG, json.dumps(described, indent=2) + "\n")
         write_card(folder, self.card())
         if push_to_hub:
@@ -212,9 +205,28 @@ def read_config(folder: Path) -> dict[str, Any]:
     return described
 
 
+def save_weights(state: Mapping[str, Tensor], file: Path) -> None:
+    """Writes tensors to a safetensors file, which is replaced whole.
+
+    Raises:
+        DiskError: the disk is full.
+    """
+    # contiguous() also for channels_last weights: the file holds plain NCHW.
+    plain = {k: v.detach().contiguous() for k, v in state.items()}
+    with replacing(file) as temporary:
+        try:
+            save_file(plain, temporary, metadata={"format": "pt"})
+        except SafetensorError as error:  # which is how safetensors reports a full disk
+            raise DiskError(f"{file} cannot be written, is the disk full? {error}") from error
+
+
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """The weights of a model folder, by name."""
-    file = folder / WEIGHTS
+    return load_weights(folder / WEIGHTS)
+
+
+def load_weights(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, by name."""
     try:
         return load_file(file)
     except (OSError, SafetensorError, TypeError) as error:  # the last: a size that is too large

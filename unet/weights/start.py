@@ -27,12 +27,14 @@ class Start:
         config: the trunk's shape.
         info: as `FolderModel` keeps it.
         read: gives the state dict of the model, trunk and head.
+        crossed: whether they have learnt the other task than the one that they start.
     """
 
     where: str
     config: UNetConfig
     info: Mapping[str, Any]
     read: Callable[[], Mapping[str, Tensor]]
+    crossed: bool = False
 
     def changed(
         self,

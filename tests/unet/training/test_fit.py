@@ -30,7 +30,7 @@ from unet import InputError, UNetConfig
 from unet.device import training_format
 from unet.errors import RunError
 from unet.training.batches import BatchKeys, Draw, sample_rng
-from unet.training.ema import EMA
+from unet.training.ema import EMA, KEPT, PowerEMA, Profile, exponent, put_together
 from unet.training.fit import fit
 from unet.training.options import FitOptions
 from unet.training.plan import plan_fit
@@ -40,6 +40,7 @@ from unet.training.timetable import Progress, Timetable
 
 TOY = Path(__file__).parent / "toy_training.py"
 ROOT = Path(__file__).parents[3]
+LOGGED = ("--log-every", 7, "--snapshots", 3)
 TWO = {
     "torchrun": ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
     "accelerate launch": (
@@ -161,6 +162,40 @@ def test_ema_is_the_weighted_sum_with_warm_up_and_averages_buffers():
     assert not any(p.requires_grad for p in ema.model.parameters())
 
 
+@pytest.mark.parametrize("std", [0.02, 0.05, 0.1, 0.25])
+def test_the_exponent_gives_the_width_of_the_profile(std):
+    times = (torch.arange(20000, dtype=torch.float64) + 0.5) / 20000
+    weights = times ** exponent(std)
+    mean = (weights * times).sum() / weights.sum()
+    spread = ((weights * (times - mean) ** 2).sum() / weights.sum()).sqrt()
+    assert spread.item() == pytest.approx(std, rel=1e-3)
+
+
+def test_an_average_put_together_afterwards_is_the_one_kept_directly():
+    """EDM2, arXiv 2312.02696, sec. 3: of a random walk of 640 steps, 16 snapshots of two widths."""
+    model = nn.Linear(40, 1)
+    kept, direct = ([PowerEMA(model, std) for std in stds] for stds in (KEPT, (0.04, 0.075, 0.15)))
+    snapshots: dict[Profile, torch.Tensor] = {}
+    for step in range(1, 641):
+        with torch.no_grad():
+            model.weight.add_(torch.randn_like(model.weight))
+        for average in (*kept, *direct):
+            average.update(model, step - 1)
+        if step % 40 == 0:
+            snapshots |= {Profile(a.std, step): a.model.weight.double().clone() for a in kept}
+    for average in direct:
+        factors, left = put_together(list(snapshots), Profile(average.std, 640))
+        assert left < 0.06
+        found = sum(f * w for f, w in zip(factors, snapshots.values(), strict=True))
+        wanted = average.model.weight.double()
+        assert (found - wanted).norm() < 0.01 * wanted.norm()
+    factors, left = put_together(list(snapshots), Profile(0.05, 320))
+    one_hot = [float(profile == (0.05, 320)) for profile in snapshots]
+    assert factors == pytest.approx(one_hot, abs=1e-6)
+    assert left < 1e-4
+    assert put_together(list(snapshots), Profile(0.01, 320))[1] > 0.1  # too narrow for these
+
+
 # -- the budget -----------------------------------------------------------------------------------
 
 
@@ -238,7 +273,7 @@ def test_impossible_options_are_refused(wrong, message):
 def uninterrupted(tmp_path_factory):
     """40 steps with shuffling, random samples, dropout and averaging."""
     run = tmp_path_factory.mktemp("fit") / "uninterrupted"
-    done = toy("--out", run, "--steps", 40, "--dropout", 0.3, "--norm", "batch", "--log-every", 7)
+    done = toy("--out", run, "--steps", 40, "--dropout", 0.3, "--norm", "batch", *LOGGED)
     assert done.returncode == 0, done.stderr
     return run
 
@@ -282,7 +317,7 @@ def test_training_maps_are_laid_out_for_the_processor(monkeypatch):
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_killed_and_resumed_run_ends_bit_identical(uninterrupted, tmp_path, signum):
     run = tmp_path / "run"
-    options = ("--steps", 40, "--dropout", 0.3, "--norm", "batch", "--log-every", 7)
+    options = ("--steps", 40, "--dropout", 0.3, "--norm", "batch", *LOGGED)
     killed = toy("--out", run, *options, "--die-at", 24, "--with-signal", int(signum))
     if signum == signal.SIGKILL:  # the last state is that of the evaluation at step 20
         assert killed.returncode == -signal.SIGKILL
@@ -302,14 +337,17 @@ def test_a_killed_and_resumed_run_ends_bit_identical(uninterrupted, tmp_path, si
     )
     for part in ("model", "ema"):
         assert all(torch.equal(ours[part][k], v) for k, v in theirs[part].items())
-    best, expected = (load_file(r / "model/model.safetensors") for r in (run, uninterrupted))
-    assert all(torch.equal(best[k], v) for k, v in expected.items())
+    taken = [f"snapshots/{at:08d}-{std:.2f}.safetensors" for at in (14, 27, 40) for std in KEPT]
+    for file in ("model/model.safetensors", *taken):
+        best, expected = (load_file(r / file) for r in (run, uninterrupted))
+        assert all(torch.equal(best[k], v) for k, v in expected.items()), file
+    assert len(list((run / "snapshots").iterdir())) == len(taken)
     assert without_times(run) == without_times(uninterrupted)
 
 
 def test_a_run_killed_before_its_first_state_starts_again(uninterrupted, tmp_path):
     run = tmp_path / "run"
-    options = ("--steps", 40, "--dropout", 0.3, "--norm", "batch", "--log-every", 7)
+    options = ("--steps", 40, "--dropout", 0.3, "--norm", "batch", *LOGGED)
     assert toy("--out", run, *options, "--die-at", 3).returncode == -signal.SIGKILL
     resumed = toy("--out", run, *options, "--resume", "--die-at", 0)
     assert "starting at the first step" in resumed.stdout
@@ -463,7 +501,7 @@ def test_a_compiled_network_takes_the_same_steps(tmp_path, processes, precision)
 
 
 def test_workers_do_not_change_a_run(uninterrupted, tmp_path):
-    options = ("--steps", 40, "--dropout", 0.3, "--norm", "batch", "--log-every", 7)
+    options = ("--steps", 40, "--dropout", 0.3, "--norm", "batch", *LOGGED)
     assert toy("--out", tmp_path / "run", *options, "--workers", 2).returncode == 0
     assert without_times(tmp_path / "run") == without_times(uninterrupted)
 
