@@ -74,13 +74,11 @@ def load_config(cls: type, path: Path | str) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for key, value in content.items():
         name = key.replace("-", "_") if isinstance(key, str) else reprlib.repr(key)
+        name, value = _of_today(name, value, hints)
         if name not in hints:
             today = RENAMED.get(name)
             hint = f"; it is {today} now" if today in hints else nearest(name, list(hints))
             raise InputError(f"'{path}' sets the unknown option '{name}'{hint}")
-        if name == "channels" and "colour" in hints and not isinstance(value, list):
-            # of an earlier version, in which it was the number of channels
-            name, value = "colour", {1: "grey", 3: "rgb"}.get(value)
         try:
             values[name] = _decode(value, hints[name])
         except ValueError:
@@ -89,6 +87,15 @@ def load_config(cls: type, path: Path | str) -> dict[str, Any]:
                 f"which must be {expected(hints[name])}"
             ) from None
     return values
+
+
+def _of_today(name: str, value: Any, hints: Iterable[str]) -> tuple[str, Any]:
+    """An option that an earlier version wrote, as it is today."""
+    if name == "channels" and "colour" in hints and not isinstance(value, list):
+        return "colour", {1: "grey", 3: "rgb"}.get(value)  # it was their number
+    if name == "tensorboard" and "trackers" in hints:
+        return "trackers", [name] if value else []
+    return name, value
 
 
 def save_config(config: Any, path: Path | str, remarks: Iterable[str] = ()) -> None:

@@ -6,7 +6,7 @@ import copy
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
 from typing import Any
 
@@ -25,12 +25,13 @@ from unet.training.config_file import keep_config
 from unet.training.ema import EMA, KEPT, PowerEMA, Profile
 from unet.training.optimizer import make_optimizer
 from unet.training.plan import FitPlan, told
-from unet.training.run import RunFolder, rng_state, set_rng_state, signals_caught, tensorboard
+from unet.training.run import RunFolder, rng_state, set_rng_state, signals_caught
 from unet.training.shard import shard, whole
 from unet.training.state import RunState
 from unet.training.step import Stepper
 from unet.training.task import Batch, Processes, Task, join
 from unet.training.timetable import Progress, Timetable
+from unet.training.trackers import Trackers
 
 FEW = 4  # samples over which the statistics of batch norm are unsteady
 
@@ -112,7 +113,7 @@ class Trainer:
         if plan.resume:
             self._restore()
         self._remark_on_batch_norm()
-        self.board = tensorboard(plan, self.progress.step) if self.main else None
+        self.trackers = Trackers(plan, self.progress.step, vars(task.options), main=self.main)
         # Nothing of a run that is refused is left behind, so this comes last.
         if self.main:
             self.folder.samples.mkdir(parents=True, exist_ok=True)
@@ -236,7 +237,7 @@ class Trainer:
                 self._written("pictures", functools.partial(picture.save, file))
             held_out = {f"val_{k}": v for k, v in figures.items()}
             self._log(**held_out, kept=kept)
-            self._board(figures, "val")
+            self.trackers.log(figures, "val", self.progress.step)
             if figures:
                 shown = "  ".join(f"{k} {v:.4f}" for k, v in figures.items())
                 self._say(f"step {progress.step}: {task.held_out}: {shown}")
@@ -256,8 +257,7 @@ class Trainer:
                 f"no evaluation gave a finite {name}, so no weights "
                 f"were kept in {self.folder.model}: look at {self.folder.metrics}"
             )
-        if self.board:
-            self.board.close()
+        self.trackers.close()
 
     # -- files ------------------------------------------------------------------------------------
 
@@ -359,12 +359,7 @@ class Trainer:
         progress.loss_sum, progress.loss_count = 0.0, 0
         if self.main:
             self._log(**values)
-            self._board(values, "train")
+            self.trackers.log(values, "train", self.progress.step)
 
     def _log(self, **values: Any) -> None:
         self._written("the log", lambda: self.folder.log(step=self.progress.step, **values))
-
-    def _board(self, values: Mapping[str, float], group: str) -> None:
-        if self.board:
-            for name, value in values.items():
-                self.board.add_scalar(f"{group}/{name}", value, self.progress.step)

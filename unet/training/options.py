@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from unet.files.pages import Reading
 
 OptimizerName = Literal["adamw", "muon", "sgd", "rmsprop"]
+TrackerName = Literal["tensorboard", "wandb", "mlflow"]
 BUDGETS = ("steps", "epochs", "max_minutes")  # options of which one is given
 
 
@@ -143,8 +144,9 @@ class FitOptions:
     log_every: int = 10
     """Steps between lines in metrics.jsonl."""
 
-    tensorboard: bool = False
-    """Write TensorBoard events to the run folder as well."""
+    trackers: tuple[TrackerName, ...] = ()
+    """Programs that follow the run as well: tensorboard (events in OUT/tensorboard), wandb, mlflow.
+    They are set up by their own environment variables, such as WANDB_MODE=offline."""
 
     def __post_init__(self) -> None:
         for name in BUDGETS:

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 from unet.config import UNetConfig
 from unet.device import pick_device
-from unet.training.options import FitOptions, OptimizerName
+from unet.training.options import FitOptions, OptimizerName, TrackerName
 from unet.weights.start import Start
 from unet.words import counted
 
@@ -69,7 +69,7 @@ class FitPlan:
     evaluations: int
     save_every: int
     log_every: int
-    tensorboard: bool
+    trackers: tuple[TrackerName, ...]
 
     def together(self, processes: int = 1) -> int:
         """Samples that go through the network together in a step: they fit into memory with all

@@ -191,19 +191,6 @@ def signals_caught() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def tensorboard(plan: FitPlan, step: int) -> Any:
-    """A writer of TensorBoard events where the options ask for one."""
-    if not plan.tensorboard:
-        return None
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise InputError(
-            "--tensorboard needs the package tensorboard: pip install tensorboard"
-        ) from error
-    return SummaryWriter(plan.out / "tensorboard", purge_step=step + 1)
-
-
 def rng_state(device: torch.device) -> dict[str, Tensor]:
     """PyTorch's random numbers of this process, to be saved."""
     state = {"cpu": torch.get_rng_state()}

@@ -607,12 +607,43 @@ def test_tensorboard_events_when_asked_for(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run = tmp_path / "run"
-    assert toy("--out", run, "--steps", 10, "--log-every", 5, "--tensorboard").returncode == 0
+    options = ("--steps", 10, "--log-every", 5, "--trackers", "tensorboard")
+    assert toy("--out", run, *options).returncode == 0
     events = EventAccumulator(str(run / "tensorboard")).Reload()
     logged = [(e.step, e.value) for e in events.Scalars("train/loss")]
     assert [s for s, _ in logged] == [5, 10]
     assert [v for _, v in logged] == pytest.approx([v for _, v in losses(run)], rel=1e-6)
     assert "val/loss" in events.Tags()["scalars"]
+
+
+@pytest.mark.parametrize("name", ["wandb", "mlflow"])
+def test_other_trackers_are_told_offline_and_go_on_with_their_run(name, tmp_path, monkeypatch):
+    tracker = pytest.importorskip(name)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    if name == "mlflow":
+        pytest.importorskip("sqlalchemy")  # of the whole package, for a database on the disk
+    run, names = tmp_path / "run", []
+    for steps, resume in ((4, False), (8, True)):
+        options = ToyOptions(
+            out=run, steps=steps, log_every=2, trackers=(name,), evaluations=1, resume=resume
+        )
+        fit(toy_task(options), plan_fit(options))
+        names.append((run / "state/trackers.json").read_text())
+    assert names[0] == names[1]
+    if name == "wandb":
+        assert len(list((run / "wandb").glob("offline-run-*"))) == 2
+    else:
+        (kept,) = tracker.search_runs(search_all_experiments=True, output_format="list")
+        assert kept.data.metrics["train/loss"] > 0
+
+
+def test_a_tracker_that_is_missing_is_named_before_anything_is_trained(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    options = ToyOptions(out=tmp_path / "run", steps=4, trackers=("wandb",))
+    with pytest.raises(InputError, match="--trackers wandb needs a package that is missing"):
+        fit(toy_task(options), plan_fit(options))
+    assert not (tmp_path / "run").exists()
 
 
 # -- the run folder -------------------------------------------------------------------------------
