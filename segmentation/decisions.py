@@ -25,6 +25,7 @@ from unet.geometry import input_size, output_size
 from unet.symmetries import Flips, find_symmetries
 from unet.training.plan import (
     AS_ASKED,
+    Budget,
     Decision,
     FitPlan,
     RunPlan,
@@ -38,6 +39,7 @@ from unet.weights.crossing import plain
 from unet.weights.start import Start, read_start
 from unet.words import counted
 
+PRETRAINING = 0.5  # of the budget, for unlabelled images: docs/experiments.md
 NETWORK = "segmentation"  # where none is named
 BATCH = 4  # crops a step
 CROP = 256  # usual side of a training crop
@@ -123,7 +125,7 @@ def decide(
             "as of the start" if start else f"of {counted(len(data.train), 'image')}",
         ),
         optimizer,
-        told_budget(options),
+        after_pretraining(fit) if options.unlabelled else told_budget(options),
         *judgement.decisions,
         *smallest,
         *part,
@@ -214,7 +216,18 @@ def chosen_fit(
         why = "as for random weights: it has everything to learn about labels"
     lr, momentum = (0.08, 0.8) if optimizer == "muon" else (2e-3, 0.9)
     fit = plan_fit(options, batch_size=BATCH, optimizer=optimizer, lr=lr, momentum=momentum)
+    if options.unlabelled is not None:
+        amount, unit = fit.budget
+        rest = amount - PRETRAINING * amount
+        fit = replace(fit, budget=Budget(max(1, round(rest)) if unit == "steps" else rest, unit))
     return fit, Decision("optimizer", f"{optimizer} at {fit.lr:g}", why)
+
+
+def after_pretraining(fit: FitPlan) -> Decision:
+    """What is left of a budget of which the unlabelled images have had their part."""
+    amount, unit = fit.budget
+    share = f"{1 - PRETRAINING:.0%} of the budget, the rest went to the unlabelled images"
+    return Decision("budget", f"{amount:g} {unit}", share)
 
 
 def chosen_crop(

@@ -112,6 +112,11 @@ class SegmentationOptions(LabelOptions, FitOptions):
     a network without a timestep. Its network and the scaling of its images come with them, and its
     head where that fits."""
 
+    unlabelled: Path | None = None
+    """Folder of images without labels, of the same kind: a diffusion model of them, in
+    RUN/pretraining, is trained for a part of the budget first, and starts the segmentation. For
+    other labels it is there already: --init RUN/pretraining/model."""
+
     loss: Literal["ce", "dice", "dice-ce", "focal", "tversky", "lovasz"] = "ce"
     """Loss: ce is the binary cross-entropy where there are two classes."""
 

@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "scripts": {"unet_diffusion"},
 }
 DOORS = {"main.py", "__main__.py"}  # of unet_diffusion, whose commands know nothing of each other
-SHARED = {"unet_diffusion.starting"}  # what they share
+SHARED = {"unet_diffusion.starting", "unet_diffusion.pretraining"}  # what they share
 OURS = {*MAY_IMPORT, "tests", "benchmarks"}
 PICKLES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 

@@ -45,6 +45,11 @@ class CrossvalOptions(SegmentationOptions):
         super().__post_init__()
         if self.folds < 2:
             raise InputError(f"--folds {self.folds} must be at least 2")
+        if self.unlabelled is not None:
+            raise InputError(
+                "--unlabelled has no place here: train a diffusion model of the images once, and "
+                "start every fold from it with --init"
+            )
         for name in ("fold", "val_names", "val"):
             if getattr(self, name) != getattr(SegmentationOptions, name):
                 flag = name.replace("_", "-")

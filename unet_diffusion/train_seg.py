@@ -10,9 +10,13 @@ from unet.training.cli import run_script, say_next
 
 def main(options: SegmentationOptions) -> None:
     from segmentation.training import train  # torch takes seconds to import: not before parsing
+    from unet_diffusion.pretraining import learn_unlabelled
     from unet_diffusion.starting import segmentation_start
 
-    train(options, segmentation_start(options.init))
+    if options.unlabelled is not None:
+        train(*learn_unlabelled(options))
+    else:
+        train(options, segmentation_start(options.init))
     model = options.out / "model"
     say_next("predict-seg", "--model", model, "--input", "new_images", "--out", "predictions")
 

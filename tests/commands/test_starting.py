@@ -18,6 +18,7 @@ from segmentation.data.phantom import phantom_stack
 from segmentation.model import SegmentationUNet
 from segmentation.options import SegmentationOptions
 from unet import UNetConfig
+from unet.errors import RunError
 from unet.files.images import write_image
 from unet.training.cli import run_script
 from unet.weights.folder import FolderModel
@@ -184,3 +185,78 @@ def test_a_model_that_starts_nothing_is_refused(
     assert train(*given, *SHORT) == 2
     assert told in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+# -- unlabelled images first
+
+TINY = ("--width", 8, "--batch-size", 2, "--crop", 32, "--evaluations", 1, "--log-every", 1)
+
+
+@pytest.fixture
+def unlabelled(tmp_path: Path) -> Path:
+    for i, image in enumerate(phantom_stack(4, (40, 48), seed=7)[0]):
+        write_image(tmp_path / f"unlabelled/{i}.png", image)
+    return tmp_path / "unlabelled"
+
+
+@pytest.fixture(autouse=True)
+def few_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SHOWN", "FRAMES", "JUDGED"):
+        monkeypatch.setattr(f"diffusion.judging.report.{name}", 4)
+    monkeypatch.setattr("diffusion.training.SHOWN", 4)
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return SegmentationUNet.from_pretrained(run / "model").state_dict()
+
+
+def test_unlabelled_images_come_first(data: Path, unlabelled: Path, tmp_path: Path, capsys) -> None:
+    """A half of the budget each; killed in either part it ends with the same weights."""
+    given = ("--data", data, "--unlabelled", unlabelled, *TINY, "--steps", 6)
+    assert run_seg(*given, "--out", tmp_path / "one") == 0
+    told = capsys.readouterr().out
+    assert "started with trunk, head.norm of " in told
+    assert "3 steps" in told
+    assert DiffusionUNet.from_pretrained(tmp_path / "one/pretraining/model").config.time
+    assert (tmp_path / "one/pretraining/report.png").exists()
+    assert run_seg(*given, "--out", tmp_path / "one") == 2
+    assert "holds a run already" in capsys.readouterr().err
+    for place, part in (("first", "diffusion.training"), ("second", "segmentation.training")):
+        run = tmp_path / place
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(f"{part}._finish", killed)
+            assert run_seg(*given, "--out", run) == 1
+        assert run_seg("--out", run, "--resume") == 0
+        ours, theirs = weights(run), weights(tmp_path / "one")
+        assert all(torch.equal(v, theirs[k]) for k, v in ours.items()), place
+
+
+def killed(*_: object) -> None:
+    raise RunError("killed")
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (("--network", "segmentation"), "needs a network that takes a timestep"),
+        (("--init", "a/model"), "give one of them"),
+        (("--crop", 64), "too few for a crop of 64"),
+        (("--unlabelled", "COLOUR"), "RGB uint8 in the unlabelled"),
+        (("--unlabelled", "nowhere"), "no such folder"),
+    ],
+)
+def test_unlabelled_images_that_do_not_go_with_the_labelled_ones_are_refused(
+    more: tuple[object, ...], told: str, data: Path, unlabelled: Path, tmp_path: Path, capsys
+) -> None:
+    write_image(tmp_path / "colour/0.png", np.zeros((64, 64, 3), np.uint8))
+    more = tuple(tmp_path / "colour" if m == "COLOUR" else m for m in more)
+    given = ("--data", data, "--unlabelled", unlabelled, *TINY, "--steps", 2)
+    assert run_seg(*given, *more, "--out", tmp_path / "run") == 2
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_held_out_images_among_the_unlabelled_ones_are_told(data: Path, tmp_path: Path, capsys):
+    given = ("--data", data, "--unlabelled", data / "image", *TINY, "--steps", 2)
+    assert run_seg(*given, "--out", tmp_path / "run") == 0
+    assert "1 of the 1 held-out images are among the unlabelled ones" in capsys.readouterr().out
