@@ -59,15 +59,17 @@ def first_part(options: SegmentationOptions, run: Path, crop: int) -> DiffusionO
     """The diffusion run: the segmentation's network, crops, batch and device; its share of time."""
     amount, unit = given_budget(options)
     part = PRETRAINING * amount
-    values: dict[str, Any] = {
+    budget: dict[str, Any] = {
         "max_minutes" if unit == "minutes" else unit: max(1, round(part))
         if unit == "steps"
         else part,
-        "channels": find_data(options)[0].info.channels,
     }
     return DiffusionOptions(
         out=run,
         data=str(options.unlabelled),
+        axes=options.axes,
+        channels=options.channels,
+        nodata=options.nodata,
         crops=True,
         size=crop,
         network=options.network or NETWORK,
@@ -80,7 +82,7 @@ def first_part(options: SegmentationOptions, run: Path, crop: int) -> DiffusionO
         compile=options.compile,
         seed=options.seed,
         resume=(run / "config.yaml").exists(),
-        **values,
+        **budget,
     )
 
 
@@ -111,7 +113,7 @@ def check(options: SegmentationOptions, unlabelled: Path) -> int:
     stride = plain(config).stride
     crop = options.crop or max(stride, min(CROP, side) // stride * stride)
     for file in files:
-        info = image_info(file)
+        info = options.reading.of(image_info(file, options.reading))
         if (info.channels, info.dtype) != (wanted.channels, wanted.dtype):
             raise InputError(
                 f"{kind(info)} in the unlabelled {str(file)!r}, but {kind(wanted)} in the labelled "
@@ -135,7 +137,9 @@ def _tell_held_out(options: SegmentationOptions, pairs: list[Pair], files: list[
         options.val_names or None,
         ignore_value=options.ignore_value,
     )
-    sizes = {(image_info(f).height, image_info(f).width) for f in files}
+    reading = options.reading
+    headers = {file: image_info(file, reading) for file in files}
+    sizes = {(info.height, info.width) for info in headers.values()}
     whole = {p.source: p for p in pairs}
     held_out = [whole[p.source] for p in val]
     alike = {
@@ -143,8 +147,8 @@ def _tell_held_out(options: SegmentationOptions, pairs: list[Pair], files: list[
         for p in held_out
         if (p.info.height, p.info.width) in sizes
     }
-    pages = ((f, page) for f in files if alike for page in range(image_info(f).pages))
-    found = {alike.get(hash(read_image(f, page).tobytes())) for f, page in pages} - {None}
+    pages = ((f, page) for f in files if alike for page in range(headers[f].pages))
+    found = {alike.get(hash(read_image(f, p, reading).tobytes())) for f, p in pages} - {None}
     if found and is_main_process():
         print(
             f"note: {len(found)} of the {len(val)} held-out images are among the unlabelled ones: "
