@@ -39,7 +39,7 @@ from unet.weights.crossing import plain
 from unet.weights.start import Start, read_start
 from unet.words import counted
 
-PRETRAINING = 0.5  # of the budget, for unlabelled images: docs/experiments.md
+PRETRAINING = 2 / 3  # of the budget, for unlabelled images: docs/experiments.md
 NETWORK = "segmentation"  # where none is named
 BATCH = 4  # crops a step
 CROP = 256  # usual side of a training crop
@@ -227,7 +227,7 @@ def after_pretraining(fit: FitPlan) -> Decision:
     """What is left of a budget of which the unlabelled images have had their part."""
     amount, unit = fit.budget
     share = f"{1 - PRETRAINING:.0%} of the budget, the rest went to the unlabelled images"
-    return Decision("budget", f"{amount:g} {unit}", share)
+    return Decision("budget", counted(round(amount, 2), unit.removesuffix("s")), share)
 
 
 def chosen_crop(
