@@ -1,9 +1,11 @@
 """What a start by denoising is worth where labels are few: few_labels.py --isbi FOLDER --out DIR.
 
-For each amount of labels and each seed, which chooses the slices and the corner, two segmentations
-of the same network on the same labels, as long: from random weights, and from a diffusion model of
-the unlabelled slices. Slices 24 to 29 are scored by the last weights, so nothing is chosen on them.
-Each figure is written when it is there, and a run that is started again goes on.
+For each amount of labels and each seed, which chooses the slices and the corner, three
+segmentations of the same network on the same labels: from random weights for the whole budget; from
+a diffusion model of the unlabelled slices, which has had its part of the budget as with
+--unlabelled; and from that model for the whole budget, as where it is there already. Slices 24 to
+29 are scored by the last weights, so nothing is chosen on them. Each figure is written when it is
+there, and a run that is started again goes on.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import numpy as np  # noqa: E402
 from diffusion.options import DiffusionOptions  # noqa: E402
 from diffusion.training import train as train_diffusion  # noqa: E402
 from segmentation.data.pairs import Pair, find_pairs  # noqa: E402
+from segmentation.decisions import PRETRAINING  # noqa: E402
 from segmentation.judging.evaluation import evaluate  # noqa: E402
 from segmentation.judging.labelled import labelled_data  # noqa: E402
 from segmentation.options import SegmentationOptions  # noqa: E402
@@ -37,6 +40,11 @@ from unet_diffusion.starting import segmentation_start  # noqa: E402
 
 FIRST_HELD_OUT = 24  # slices from here on are scored
 UNLABELLED = 7  # a mask value that no class has
+WAYS = {
+    "random": ("#d55e00", "from random weights"),
+    "denoising": ("#0072b2", "from denoising, within the same budget"),
+    "given": ("#009e73", "the same budget, denoising done before"),
+}
 FIGURES = ("v_rand", "v_info", "pixel_error", "dice")
 
 
@@ -56,11 +64,11 @@ class Options:
     seeds: int = 3
     """Choices of slices and corners."""
 
-    minutes: float = 15.0
-    """Minutes of each segmentation."""
+    steps: int | None = None
+    """Budget in steps, which other work on the machine does not change; none given: --minutes."""
 
-    pretraining: float = 15.0
-    """Minutes of the diffusion model, which all seeds share."""
+    minutes: float = 15.0
+    """Budget in minutes."""
 
     network: str = "shared"
     """Preset of the network, on both sides."""
@@ -70,6 +78,12 @@ class Options:
 
     threads: int = 2
     """Threads of the computation."""
+
+    def budget(self, share: float) -> dict[str, Any]:
+        """A part of the budget, as the trainers take it."""
+        if self.steps is not None:
+            return {"steps": max(1, round(share * self.steps))}
+        return {"max_minutes": share * self.minutes}
 
     def __post_init__(self) -> None:
         for amount in self.labels:
@@ -89,7 +103,7 @@ def main(options: Options) -> None:
         for seed in range(options.seeds):
             folder = options.out / f"labels-{amount}-{seed}"
             write_labels(folder, pairs[:FIRST_HELD_OUT], amount, seed)
-            for way in ("random", "denoising"):
+            for way in WAYS:
                 key = {"labels": amount, "seed": seed, "way": way}
                 if any(key.items() <= row.items() for row in rows):
                     continue
@@ -122,8 +136,8 @@ def pretrained(options: Options) -> Path:
                 size=options.crop,
                 network=options.network,
                 batch_size=4,
-                max_minutes=options.pretraining,
                 resume=(run / "config.yaml").exists(),
+                **options.budget(PRETRAINING),
             )
         )
     return run / "model"
@@ -153,16 +167,16 @@ def segmented(
     """The figures of a segmentation on the slices that are scored."""
     run = folder / way
     sparse = not folder.name.split("-")[1].endswith("s")
-    given: dict[str, Any] = {"init": str(drawn)} if way == "denoising" else {}
+    share = 1 - PRETRAINING if way == "denoising" else 1.0
+    given = options.budget(share) | ({} if way == "random" else {"init": str(drawn)})
     train_segmentation(
         SegmentationOptions(
             out=run,
             data=str(folder),
             ignore_value=UNLABELLED if sparse else None,
             val=0,
-            network=None if given else options.network,
+            network=options.network if way == "random" else None,
             crop=options.crop,
-            max_minutes=options.minutes,
             evaluations=0,
             seed=seed,
             resume=(run / "config.yaml").exists(),
@@ -186,7 +200,7 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
 def medians(rows: list[dict[str, Any]]) -> Iterator[tuple[str, str, dict[str, list[float]]]]:
     """Labels, way, and each figure of all seeds."""
     for amount in dict.fromkeys(row["labels"] for row in rows):
-        for way in ("random", "denoising"):
+        for way in WAYS:
             own = [row for row in rows if (row["labels"], row["way"]) == (amount, way)]
             if own:
                 yield amount, way, {k: [row[k] for row in own] for k in FIGURES}
@@ -219,11 +233,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(6.4, 4.0), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    ways = (
-        ("random", "#d55e00", "from random weights"),
-        ("denoising", "#0072b2", "from denoising"),
-    )
-    for way, colour, label in ways:
+    for way, (colour, label) in WAYS.items():
         own = [(pixels(a), f["v_rand"]) for a, w, f in medians(rows) if w == way]
         places = [place for place, _ in own]
         axes.fill_between(
