@@ -18,19 +18,19 @@ TOKENS = 5  # of the example that is traced
 
 
 class Evaluation(nn.Module):
-    """What the network predicts for noisy images, with all that it is conditioned by in order.
+    """What the network predicts for noisy images.
 
     Args:
         model: in evaluation mode, on the CPU.
-        wanted: the names of the arguments of `DiffusionUNet.forward` behind x and t.
+        condition: the name of the argument of `DiffusionUNet.forward` that it is conditioned by.
     """
 
-    def __init__(self, model: DiffusionUNet, wanted: tuple[str, ...]) -> None:
+    def __init__(self, model: DiffusionUNet, condition: str | None) -> None:
         super().__init__()
-        self.model, self.wanted = model, wanted
+        self.model, self.condition = model, condition
 
-    def forward(self, noisy: Tensor, timestep: Tensor, *conditioning: Tensor) -> Tensor:
-        given = dict(zip(self.wanted, conditioning, strict=True))
+    def forward(self, noisy: Tensor, timestep: Tensor, condition: Tensor | None = None) -> Tensor:
+        given = {} if self.condition is None else {self.condition: condition}
         found: Tensor = self.model(noisy, timestep, **given)
         return found
 
@@ -42,7 +42,7 @@ def exportable(model: DiffusionUNet) -> Exportable:
     any multiple.
 
     Raises:
-        InputError: a model that lacks its schedule or prediction.
+        InputError: a model that lacks its schedule or prediction, or with several conditions.
     """
     for name in ("schedule", "prediction", "size"):
         if name not in model.info:
@@ -73,8 +73,11 @@ def exportable(model: DiffusionUNet) -> Exportable:
     if model.config.classes:
         inputs["classes"] = torch.zeros(2, dtype=torch.int64)
         axes["classes"] = {0: "batch"}
+    names = tuple(inputs)[2:]
+    if len(names) > 1:
+        raise InputError(f"a model with {' and '.join(names)} at once is not exported, only of one")
     return Exportable(
-        module=Evaluation(twin, tuple(inputs)[2:]).eval(),
+        module=Evaluation(twin, *(names or (None,))).eval(),
         inputs=inputs,
         axes=axes,
         output="prediction",

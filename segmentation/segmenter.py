@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor
 
-from segmentation.bioimage import write_package
 from segmentation.data.classes import IGNORE, ClassTable, Value
 from segmentation.data.instances import INSTANCE_NAMES, instances_from_classes, without_small
 from segmentation.data.normalisation import Normalisation
-from segmentation.export import exportable
+from segmentation.export.bioimage import write_package
+from segmentation.export.graph import exportable
 from segmentation.model import SegmentationUNet
 from segmentation.predict import Precision, Predictor, Probability, Source, classes
 from unet.device import pick_device
@@ -289,7 +289,7 @@ class Segmenter:
             to: onnx, torchscript, pt2, openvino, or bioimageio: a package of bioimage.io.
             out: the file, .onnx, .pt, .pt2, .xml or .zip; an earlier one is replaced.
             image: of a package: for its test and its cover; of a batch the first.
-            name, authors, licence: of a package; see `segmentation.bioimage.write_package`.
+            name, authors, licence: of a package; see `segmentation.export.bioimage.write_package`.
 
         Raises:
             InputError: several models; another ending; a package that is not installed.

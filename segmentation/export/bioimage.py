@@ -20,7 +20,7 @@ from PIL import Image
 
 from segmentation.data.classes import ClassTable
 from segmentation.data.normalisation import Normalisation
-from segmentation.export import exportable, metadata
+from segmentation.export.graph import exportable, metadata
 from segmentation.model import SegmentationUNet
 from segmentation.pictures import class_colours, grey_or_rgb
 from segmentation.predict import classes
