@@ -276,6 +276,7 @@ class Segmenter:
         to: Format | Literal["bioimageio"],
         out: str | Path,
         *,
+        int8: Sequence[Image] = (),
         image: Image | None = None,
         name: str = "U-Net",
         authors: Sequence[str] = (),
@@ -288,6 +289,8 @@ class Segmenter:
         Args:
             to: onnx, torchscript, pt2, openvino, or bioimageio: a package of bioimage.io.
             out: the file, .onnx, .pt, .pt2, .xml or .zip; an earlier one is replaced.
+            int8: of onnx: images like those of the training, by which the convolutions are
+                quantised to 8-bit integers.
             image: of a package: for its test and its cover; of a batch the first.
             name, authors, licence: of a package; see `segmentation.export.bioimage.write_package`.
 
@@ -301,19 +304,28 @@ class Segmenter:
             )
         (model,) = self.predict.models
         if to != "bioimageio":
-            exportable(model).write(to, Path(out))
+            samples = [pixels for one in int8 for pixels in self._pixels(one)]
+            planes = [rearrange(p.astype(np.float32), "h w c -> c h w") for p in samples]
+            exportable(model).write(to, Path(out), [torch.from_numpy(p) for p in planes])
             return
         if image is None:
             raise InputError("a package needs an image like those of the training: give image=")
-        shown: list[Array] = []
+        if int8:
+            raise InputError("8-bit integers are for onnx alone, not for bioimageio")
+        pixels = self._pixels(image)[0]
+        write_package(model, Path(out), pixels, name=name, authors=authors, licence=licence)
+
+    def _pixels(self, image: Image) -> list[Array]:
+        """The images (H, W, C) of a call, checked and in the type of the training images."""
+        found: list[Array] = []
 
         def keep(source: Source) -> Array:
             assert isinstance(source, RasterSource)
-            shown.append(np.asarray(source.pixels[:, :]))
+            found.append(np.ascontiguousarray(source.pixels[:, :]))
             return np.zeros(0)
 
         self._each(image, keep)
-        write_package(model, Path(out), shown[0], name=name, authors=authors, licence=licence)
+        return found
 
     @property
     def has_labels(self) -> bool:

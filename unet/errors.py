@@ -15,6 +15,7 @@ _EXTRAS = {  # a package that some part imports when it is used, and the extra t
     "pydicom": "medical",
     "onnx": "export",
     "onnxscript": "export",
+    "onnxruntime": "export",
     "openvino": "openvino",
     "bioimageio": "bioimageio",
 }

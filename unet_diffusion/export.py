@@ -31,6 +31,10 @@ class ExportOptions:
     to: Literal["onnx", "torchscript", "pt2", "openvino", "bioimageio"]
     """The format."""
 
+    int8: tuple[Path, ...] = ()
+    """With onnx, of a segmentation: a few images like those of the training, by which convolutions
+    are quantised to 8-bit integers: faster, and nearly the same masks."""
+
     image: Path | None = None
     """With bioimageio: an image like those of the training, for the test and the cover."""
 
@@ -48,6 +52,8 @@ class ExportOptions:
         given = [f"--{name}" for name, value in about.items() if value]
         if self.to != "bioimageio" and given:
             raise InputError(f"{given[0]} is for --to bioimageio alone, not {self.to}: leave it")
+        if self.int8 and self.to != "onnx":
+            raise InputError(f"--int8 is for --to onnx alone, not {self.to}: leave it")
         if self.to == "bioimageio" and self.image is None:
             raise InputError("--to bioimageio needs --image FILE, an image like the training's")
 
@@ -62,6 +68,7 @@ def main(options: ExportOptions) -> None:
         load(options.model, device="cpu").export(
             options.to,
             options.out,
+            int8=options.int8,
             image=options.image,
             name=options.name or Path(options.model).resolve().parent.name,
             authors=options.authors,
@@ -72,6 +79,8 @@ def main(options: ExportOptions) -> None:
             f"{options.model} is a diffusion model, and what the BioImage Model Zoo runs is called "
             "once an image, not once a step: choose --to onnx, torchscript, pt2 or openvino"
         )
+    elif options.int8:
+        raise InputError(f"{options.model} is a diffusion model, and --int8 is for a segmentation")
     else:
         from diffusion.export import exportable
         from diffusion.model import DiffusionUNet

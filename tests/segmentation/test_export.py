@@ -165,6 +165,25 @@ def test_every_format_gives_the_same(network: str, tmp_path: Path) -> None:
             np.testing.assert_allclose(found, here(model, image), atol=1e-4, err_msg=name)
 
 
+@pytest.mark.slow  # a second export, and the calibration
+def test_int8_is_smaller_and_gives_nearly_the_same_masks(onnx_file: Path, tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime", reason="pip install onnxruntime")
+    onnx = pytest.importorskip("onnx", reason=EXTRA)
+    for i, image in enumerate(pictures(((64, 64), (50, 70)))):
+        write_image(tmp_path / f"{i}.png", image)
+    out, model = tmp_path / "int8.onnx", onnx_file.with_name("model")
+    argv = ["--model", str(model), "--to", "onnx", str(out)]
+    assert export.command([*argv, "--int8", *map(str, sorted(tmp_path.glob("*.png")))]) == 0
+    kinds = {node.op_type for node in onnx.load(out).graph.node}
+    assert "QuantizeLinear" in kinds
+    session = onnxruntime.InferenceSession(out)
+    assert session.get_modelmeta().custom_metadata_map["threshold"] == "0.47"
+    for image in pictures(((45, 61), (16, 100))):
+        (found,) = session.run(None, {"image": as_input(image)})
+        mask = found[0, 1] > 0.47
+        assert (mask == (here(load(model, device="cpu"), image)[1] > 0.47)).mean() > 0.9
+
+
 @pytest.mark.slow  # a package is exported twice, and the zoo's test takes seconds
 def test_the_zoo_s_own_test_passes_without_the_net(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

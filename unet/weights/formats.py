@@ -6,11 +6,11 @@ import json
 import logging
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ SUFFIXES: dict[Format, str] = {
 }
 METADATA = "metadata.json"  # the file in TorchScript's and PyTorch 2's that holds the metadata
 OPSET = 18  # of ONNX: onnxruntime and onnxruntime-web from 1.14 (2023) on, OpenVINO from 2023.1 on
+_QUANTISED = ["Conv", "ConvTranspose", "MaxPool", "Concat", "Relu"]  # not the pixels, nor softmax
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +51,12 @@ class Exportable:
     output: str
     metadata: Mapping[str, str]
 
-    def write(self, to: Format, out: Path) -> None:
+    def write(self, to: Format, out: Path, calibration: Sequence[Tensor] = ()) -> None:
         """Writes the file, in place of an earlier one; of OpenVINO also `out` with .bin.
+
+        Args:
+            calibration: of ONNX with a single input: images, by whose activations convolutions
+                are quantised to 8-bit integers; none given: all is float32.
 
         Raises:
             InputError: a file of another ending; a package that is not installed.
@@ -63,9 +68,13 @@ class Exportable:
                 f"a file of {to} ends in {SUFFIXES[to]}: give {out.with_suffix(SUFFIXES[to])} "
                 f"instead of {out}"
             )
+        if calibration and to != "onnx":
+            raise InputError(f"8-bit integers are for onnx alone, not for {to}: leave them out")
         out.parent.mkdir(parents=True, exist_ok=True)
         with with_extras(), torch.no_grad(), _quietly():
-            if to == "onnx":
+            if calibration:
+                self._write_int8(out, calibration)
+            elif to == "onnx":
                 self._write_onnx(out)
             elif to == "openvino":
                 self._write_openvino(out)
@@ -116,6 +125,31 @@ class Exportable:
         del model.graph.value_info[:]  # sizes of the steps, in the exporter's names
         with replacing(out) as temporary:
             temporary.write_bytes(model.SerializeToString())
+
+    def _write_int8(self, out: Path, calibration: Sequence[Tensor]) -> None:
+        """Static quantisation, with a scale for each output channel of a convolution."""
+        from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
+
+        (name,) = self.inputs
+        images = iter([{name: image[None].numpy()} for image in calibration])
+
+        class Reader(CalibrationDataReader):
+            def get_next(self) -> dict[str, Any] | None:
+                return next(images, None)
+
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
+            made = Path(folder) / "float32.onnx"
+            self._write_onnx(made)
+            with replacing(out) as temporary:
+                quantize_static(
+                    made,
+                    temporary,
+                    Reader(),
+                    per_channel=True,
+                    activation_type=QuantType.QUInt8,
+                    weight_type=QuantType.QInt8,
+                    op_types_to_quantize=_QUANTISED,
+                )
 
     def _write_openvino(self, out: Path) -> None:
         import openvino
