@@ -39,7 +39,7 @@ class ExportOptions:
     """With bioimageio: an image like those of the training, for the test and the cover."""
 
     name: str | None = None
-    """With bioimageio: the model's name. None given: that of the run's folder."""
+    """With bioimageio: the model's name. None given: U-Net and the name of the run's folder."""
 
     authors: tuple[str, ...] = ()
     """With bioimageio: the names of the authors."""
@@ -63,6 +63,7 @@ def main(options: ExportOptions) -> None:
 
     task = read_config(Path(options.model))["task"]
     if task == "segmentation":
+        from segmentation.export.bioimage import NAME
         from segmentation.segmenter import load
 
         load(options.model, device="cpu").export(
@@ -70,7 +71,7 @@ def main(options: ExportOptions) -> None:
             options.out,
             int8=options.int8,
             image=options.image,
-            name=options.name or Path(options.model).resolve().parent.name,
+            name=options.name or f"U-Net {Path(options.model).resolve().parent.name}"[:NAME],
             authors=options.authors,
             licence=options.licence,
         )

@@ -31,6 +31,7 @@ from unet.geometry import receptive_radius
 from unet.weights.formats import OPSET
 
 FORMAT = "0.5.4"  # which later programs read as well; nothing newer is used
+NAME = 128  # characters of a name, at most; 5 at least
 TEST = 256  # pixels a side of the test image, at most
 HALO = 64  # pixels that a tile's border may be wrong by, at most
 COVER = 256
@@ -59,6 +60,8 @@ def write_package(
     """
     if out.suffix != ".zip":
         raise InputError(f"a package ends in .zip: give {out.with_suffix('.zip')} instead of {out}")
+    if not 5 <= len(name) <= NAME:
+        raise InputError(f"the name {name!r} of a package must have from 5 to {NAME} characters")
     radius = receptive_radius(model.config)
     halo = int(min(HALO, radius))
     least = 2 * halo + model.config.stride

@@ -184,6 +184,7 @@ def test_int8_is_smaller_and_gives_nearly_the_same_masks(onnx_file: Path, tmp_pa
         assert (mask == (here(load(model, device="cpu"), image)[1] > 0.47)).mean() > 0.9
 
 
+@pytest.mark.filterwarnings("ignore")  # the zoo's code leaves files open
 @pytest.mark.slow  # a package is exported twice, and the zoo's test takes seconds
 def test_the_zoo_s_own_test_passes_without_the_net(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
