@@ -11,11 +11,13 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from diffusion.export import exportable
 from diffusion.model import DiffusionUNet
 from diffusion.options import SamplingOptions
 from diffusion.plans import Wanted
 from diffusion.sampling import Images, ImageSampler, load_for_sampling
 from unet.errors import InputError, as_keywords
+from unet.weights.formats import Format
 
 Class: TypeAlias = "int | str | None"  # its index or its name; None: any
 SETTINGS = tuple(field.name for field in fields(SamplingOptions))
@@ -68,6 +70,18 @@ class ImageGenerator:
     def reads_prompts(self) -> bool:
         """Whether it was trained with captions."""
         return self.model.text is not None
+
+    def export(self, to: Format, out: str | Path) -> None:
+        """Writes one evaluation of the network as a file for other programs.
+
+        Args:
+            to: onnx, torchscript, pt2 or openvino.
+            out: the file, .onnx, .pt, .pt2 or .xml; an earlier one is replaced.
+
+        Raises:
+            InputError: another ending; a package that is not installed.
+        """
+        exportable(self.model).write(to, Path(out))
 
     def __repr__(self) -> str:
         height, width = self.size

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -18,6 +18,8 @@ from torch import Tensor
 from segmentation.data.classes import IGNORE, ClassTable, Value
 from segmentation.data.instances import INSTANCE_NAMES, instances_from_classes, without_small
 from segmentation.data.normalisation import Normalisation
+from segmentation.export.bioimage import write_package
+from segmentation.export.graph import exportable
 from segmentation.model import SegmentationUNet
 from segmentation.predict import Precision, Predictor, Probability, Source, classes
 from unet.device import pick_device
@@ -26,6 +28,7 @@ from unet.files.images import Blocks, image_info
 from unet.files.pages import Array, ImageInfo, Reading, missing
 from unet.files.rasters import open_raster
 from unet.files.volumes import is_volume
+from unet.weights.formats import Format
 from unet.words import channels_said, counted
 
 Image: TypeAlias = "Array | Tensor | str | Path"  # or a batch of them
@@ -267,6 +270,62 @@ class Segmenter:
                 f"{len(self.classes)}: take the mask, and number the parts of the class you mean"
             )
         return self._each(image, lambda source: self.numbered(self._decided(source)))
+
+    def export(
+        self,
+        to: Format | Literal["bioimageio"],
+        out: str | Path,
+        *,
+        int8: Sequence[Image] = (),
+        image: Image | None = None,
+        name: str = "U-Net",
+        authors: Sequence[str] = (),
+        licence: str | None = None,
+    ) -> None:
+        """Writes the model as a file for other programs, which gives `probability` of all classes.
+
+        Tiles, `threshold` and `min_size` are not inside. One model is written, not a mean.
+
+        Args:
+            to: onnx, torchscript, pt2, openvino, or bioimageio: a package of bioimage.io.
+            out: the file, .onnx, .pt, .pt2, .xml or .zip; an earlier one is replaced.
+            int8: of onnx: images like those of the training, by which the convolutions are
+                quantised to 8-bit integers.
+            image: of a package: for its test and its cover; of a batch the first.
+            name, authors, licence: of a package; see `segmentation.export.bioimage.write_package`.
+
+        Raises:
+            InputError: several models; another ending; a package that is not installed.
+        """
+        if len(self.predict.models) > 1:
+            raise InputError(
+                f"{len(self.predict.models)} models cannot be exported as one: load and export "
+                "each of them"
+            )
+        (model,) = self.predict.models
+        if to != "bioimageio":
+            samples = [pixels for one in int8 for pixels in self._pixels(one)]
+            planes = [rearrange(p.astype(np.float32), "h w c -> c h w") for p in samples]
+            exportable(model).write(to, Path(out), [torch.from_numpy(p) for p in planes])
+            return
+        if image is None:
+            raise InputError("a package needs an image like those of the training: give image=")
+        if int8:
+            raise InputError("8-bit integers are for onnx alone, not for bioimageio")
+        pixels = self._pixels(image)[0]
+        write_package(model, Path(out), pixels, name=name, authors=authors, licence=licence)
+
+    def _pixels(self, image: Image) -> list[Array]:
+        """The images (H, W, C) of a call, checked and in the type of the training images."""
+        found: list[Array] = []
+
+        def keep(source: Source) -> Array:
+            assert isinstance(source, RasterSource)
+            found.append(np.ascontiguousarray(source.pixels[:, :]))
+            return np.zeros(0)
+
+        self._each(image, keep)
+        return found
 
     @property
     def has_labels(self) -> bool:

@@ -20,10 +20,10 @@ from tqdm import tqdm
 from segmentation.output import AT_ONCE, FilePredictor, as_16_bit
 from segmentation.predict import Predictor
 from segmentation.segmenter import RasterSource
-from unet.errors import InputError
+from unet.errors import InputError, with_extras
 from unet.files.images import Blocks
 from unet.files.pages import ALL, CHANNELS, Array, ImageInfo, Stored, Volume, as_read, naming
-from unet.files.volumes import open_volume, volume_name, with_extras
+from unet.files.volumes import open_volume, volume_name
 from unet.files.writing import write_text
 from unet.training.task import Processes
 from unet.words import counted

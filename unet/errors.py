@@ -7,6 +7,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 _LONGEST = 6000  # characters of a message: a file's name can have 4096
+_EXTRAS = {  # a package that some part imports when it is used, and the extra that brings it
+    "zarr": "zarr",
+    "numcodecs": "zarr",
+    "h5py": "hdf5",
+    "nibabel": "medical",
+    "pydicom": "medical",
+    "onnx": "export",
+    "onnxscript": "export",
+    "onnxruntime": "export",
+    "openvino": "openvino",
+    "bioimageio": "bioimageio",
+}
 
 
 class InputError(ValueError):
@@ -37,6 +49,21 @@ def as_keywords(*names: str) -> Iterator[None]:
         flags = "|".join(name.replace("_", "-") for name in names)
         text = re.sub(rf"--({flags})(?![\w-])", lambda m: m[1].replace("-", "_"), str(error))
         raise InputError(text) from error
+
+
+@contextmanager
+def with_extras() -> Iterator[None]:
+    """A package that is missing in here is one sentence, with the command that brings it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        name = (error.name or "").partition(".")[0]
+        if name not in _EXTRAS:
+            raise
+        raise InputError(
+            f"it takes the package {name}, which is not installed: "
+            f'pip install "unet-diffusion[{_EXTRAS[name]}]"'
+        ) from error
 
 
 class RunError(RuntimeError):

@@ -52,7 +52,8 @@ class Linear(nn.Linear):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():  # which would tie a graph to the number of rows
+        tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]  # stubs lack it
+        if torch.compiler.is_compiling() or tracing:  # which would tie a graph to the rows' number
             return super().forward(x)
         rows = x.numel() // self.in_features
         pays = _WIDE and rows >= _MANY_ROWS and rows * self.weight.numel() >= _MUCH_WORK

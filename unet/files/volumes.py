@@ -12,19 +12,12 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
-from unet.errors import InputError
+from unet.errors import InputError, with_extras
 from unet.files.pages import Volume
 
 _HDF5 = re.compile(r"(?P<file>.*\.(?:h5|hdf5|hdf))(?::/*(?P<inside>.*))?", re.IGNORECASE)
 _NIFTI = re.compile(r".*\.nii(\.gz)?", re.IGNORECASE)
 _ADDRESS = re.compile(r"[a-z][a-z0-9+]+:/", re.IGNORECASE)
-_EXTRAS = {  # the package that a reader imports, and the extra that brings it
-    "zarr": "zarr",
-    "numcodecs": "zarr",
-    "h5py": "hdf5",
-    "nibabel": "medical",
-    "pydicom": "medical",
-}
 
 
 def is_volume(path: Path) -> bool:
@@ -78,21 +71,6 @@ def open_volume(path: Path) -> Iterator[Volume]:
         reader = _reader(_kind(path))
     with reader(path) as volume:
         yield volume
-
-
-@contextmanager
-def with_extras() -> Iterator[None]:
-    """A package that is missing in here is one sentence, with the command that brings it."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        name = (error.name or "").partition(".")[0]
-        if name not in _EXTRAS:
-            raise
-        raise InputError(
-            f"it takes the package {name}, which is not installed: "
-            f'pip install "unet-diffusion[{_EXTRAS[name]}]"'
-        ) from error
 
 
 def _reader(kind: str) -> Callable[[Path], AbstractContextManager[Volume]]:
