@@ -294,4 +294,4 @@ class SamplingOptions:
 
     @property
     def _sampler_said(self) -> str:
-        return self.sampler or "the default one"
+        return self.sampler or "dpmpp-2m-sde"
