@@ -111,7 +111,6 @@ def test_a_run_holds_the_model_and_the_pictures(trained: Path) -> None:
         ("--prediction", "x0", "--weighting", "min-snr", "--timesteps", "100"),
         ("--zero-snr", "--noise", "scaled-linear", "--ema", "0"),
         ("--noise", "flow", "--coupling", "ot"),
-        ("--prediction", "edm", "--learn-variance"),
         ("--noise", "sigmoid", "--network", "diffusion"),
         ("--timesteps", "4", "--noise", "linear"),
         ("--precision", "fp32"),  # after the others in "auto", in the same process
@@ -129,6 +128,7 @@ def test_every_kind_of_training_runs_and_samples(trained, tmp_path, options) -> 
     assert run_sample(*arguments, "--steps", 3, *variance) == 0
 
 
+@pytest.mark.slow  # two trainings and six samplings of each kind: the laws are in process/
 @pytest.mark.parametrize(
     ("kind", "options", "refused", "told"),
     [
@@ -138,7 +138,12 @@ def test_every_kind_of_training_runs_and_samples(trained, tmp_path, options) -> 
             ("--sampler", "ddpm"),
             "--sampler ddpm draws noise on the way",
         ),
-        ("edm", ("--prediction", "edm"), ("--churn", "3"), "--churn 3.0 is for --sampler euler"),
+        (
+            "edm",
+            ("--prediction", "edm", "--learn-variance"),
+            ("--churn", "3"),
+            "--churn 3.0 is for --sampler euler",
+        ),
     ],
 )
 def test_flow_and_edm_do_all_that_other_models_do(
