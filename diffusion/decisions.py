@@ -15,6 +15,7 @@ from diffusion.initial import find_start, their_unet
 from diffusion.model import DiffusionUNet
 from diffusion.networks import automatic_config
 from diffusion.options import DiffusionOptions
+from diffusion.process.levels import TrainingLevels
 from diffusion.process.loss import Weighting
 from diffusion.process.prediction import PredictionName, get_prediction
 from diffusion.process.schedule import NoiseSchedule
@@ -42,6 +43,9 @@ from unet.weights.start import Start
 from unet.words import counted
 
 PREDICTION: PredictionName = "v"  # where neither the user nor a pipeline says another
+_OWN_NOISE = ("flow", "edm")  # predictions that have noise of their own
+# Mean and deviation of log(sigma): EDM's (table 1), and the logit-normal one of arXiv 2403.03206.
+_LOG_SIGMA = (-1.2, 1.2), (0.0, 1.0)
 TEXT_CHANNELS = 128  # of a token of our own text encoder
 
 
@@ -51,7 +55,8 @@ class DiffusionPlan(RunPlan):
 
     Attributes:
         options: the command line with each choice filled in, which repeats the run.
-        shift: above 1, noisy levels are trained on more often.
+        levels: the noise levels that are trained on.
+        coupled: noise goes to images near it.
         label_dropout: share of the images that are shown without their class or caption.
         clip: what reads the captions; None: no captions, or a text encoder that is trained along.
         attention_only: the rest of the network stays as it is.
@@ -61,7 +66,8 @@ class DiffusionPlan(RunPlan):
     schedule: NoiseSchedule
     prediction: PredictionName
     weighting: Weighting
-    shift: float
+    levels: TrainingLevels
+    coupled: bool
     label_dropout: float
     clip: ClipText | None
     attention_only: bool
@@ -112,12 +118,17 @@ def decide(options: DiffusionOptions, data: Data) -> DiffusionPlan:
         mirrored = []  # latents never are
     batch = AS_ASKED if options.batch_size else f"the default of {fit.optimizer}"
     shift = (3.0 if options.captions else 1.0) if options.shift is None else options.shift
+    log_sigma, told_levels = chosen_levels(options, schedule, prediction)
+    if coupled := options.coupling == "ot":
+        info["coupling"] = "ot"
     decisions = (
         Decision("network", millions(model.parameters()), why),
         *chosen_part(options, model),
         *text,
         *mirrored,
         *noise,
+        *told_levels,
+        *([Decision("coupling", "noise goes to images near it", AS_ASKED)] if coupled else []),
         Decision("batch", counted(fit.batch_size, "image"), batch),
         optimizer,
         told_budget(options),
@@ -136,7 +147,8 @@ def decide(options: DiffusionOptions, data: Data) -> DiffusionPlan:
         schedule=schedule,
         prediction=prediction,
         weighting=options.weighting,
-        shift=shift,
+        levels=TrainingLevels(schedule, shift, log_sigma),
+        coupled=coupled,
         label_dropout=options.label_dropout,
         clip=clip,
         start=start,
@@ -204,12 +216,14 @@ def chosen_noise(
         if options.zero_snr:
             schedule = replace(schedule, zero_snr=True)
     else:
+        own: Any = options.prediction if options.prediction in _OWN_NOISE else "cosine"
         schedule = NoiseSchedule(
-            kind=options.noise or "cosine",
+            kind=options.noise or own,
             steps=1000 if options.timesteps is None else options.timesteps,
             zero_snr=options.zero_snr,
         )
-    prediction = options.prediction or (theirs[1] if theirs else PREDICTION)
+    own_prediction: Any = options.noise if options.noise in _OWN_NOISE else PREDICTION
+    prediction = options.prediction or (theirs[1] if theirs else own_prediction)
     get_prediction(prediction, schedule)
     theirs_why = f"as of {options.init}" if theirs else "the default"
     told_noise = f"{schedule.kind}, {schedule.steps} levels"
@@ -221,6 +235,29 @@ def chosen_noise(
             Decision("predicted", prediction, AS_ASKED if options.prediction else theirs_why),
         ],
     )
+
+
+def chosen_levels(
+    options: DiffusionOptions, schedule: NoiseSchedule, prediction: PredictionName
+) -> tuple[tuple[float, float] | None, list[Decision]]:
+    """Mean and deviation of log(sigma) in training; None: all timesteps are as likely.
+
+    Raises:
+        InputError: a mean for levels that are uniform.
+    """
+    levels = options.levels
+    if levels is None:
+        normal = options.log_sigma is not None or prediction == "edm" or schedule.kind == "flow"
+        levels = "log-normal" if normal else "uniform"
+    if levels == "uniform":
+        if options.log_sigma is not None:
+            raise InputError(
+                f"--log-sigma {options.log_sigma} is for --levels log-normal, not uniform"
+            )
+        return None, []
+    mean, std = found = options.log_sigma or _LOG_SIGMA[schedule.kind == "flow"]
+    why = AS_ASKED if options.levels or options.log_sigma else f"the default of {prediction}"
+    return found, [Decision("levels", f"log(sigma) {mean:g} +- {std:g}", why)]
 
 
 def _noise_of(init: str | None, start: Start) -> tuple[NoiseSchedule, PredictionName] | None:

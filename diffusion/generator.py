@@ -102,7 +102,7 @@ class ImageGenerator:
         negative: str = SamplingOptions.negative,
         guidance: float = SamplingOptions.guidance,
         steps: int = SamplingOptions.steps,
-        sampler: str = SamplingOptions.sampler,
+        sampler: str | None = SamplingOptions.sampler,
         batch_size: int = SamplingOptions.batch_size,
         **settings: Any,
     ) -> Images:
@@ -122,10 +122,12 @@ class ImageGenerator:
             negative: with `guidance` and `prompts`: a text to lead away from.
             guidance: scale of guidance; 1: none.
             steps: from noise to image.
-            sampler: ddpm, ddim, euler, heun, dpmpp-2m or dpmpp-2m-sde.
+            sampler: ddpm, ddim, euler, heun, flow-heun, dpmpp-2m or dpmpp-2m-sde; None: the last
+                one, or dpmpp-2m where training coupled noise with images.
             batch_size: images at a time.
-            settings: the other fields of `SamplingOptions`: spacing, eta, variance, clip, guide,
-                guidance_rescale, guidance_interval, precision.
+            settings: the other fields of `SamplingOptions`: spacing, shift, eta, churn,
+                churn_interval, churn_noise, variance, clip, guide, guidance_rescale,
+                guidance_interval, precision.
 
         Returns:
             uint8 (N, H, W, C).

@@ -135,6 +135,8 @@ class DiffusionUNet(FolderModel):
         facts["Prediction"] = str(self.info.get("prediction"))
         if isinstance(schedule, Mapping):
             facts["Noise schedule"] = ", ".join(f"{k} {v}" for k, v in schedule.items())
+        if "coupling" in self.info:
+            facts["Coupling"] = "noise was given to images near it: sample without fresh noise"
         if {"text", "text_encoder"} & self.info.keys():
             tag, wanted = "text-to-image", ', prompts="a text"'
             facts["Texts"] = "captions: give prompts, and guidance=3 for images closer to them"

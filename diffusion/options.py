@@ -108,18 +108,20 @@ class DiffusionOptions(ReadingOptions, FitOptions):
     trained: Literal["all", "attention"] = "all"
     """attention: of the network in --init, train the spatial transformers alone."""
 
-    noise: Literal["cosine", "linear", "scaled-linear", "sigmoid"] | None = None
-    """Noise schedule; none given: that of a pipeline in --init, else cosine."""
+    noise: Literal["cosine", "linear", "scaled-linear", "sigmoid", "flow", "edm"] | None = None
+    """Noise schedule; none given: that of a pipeline in --init, else the one of --prediction flow
+    or edm, else cosine."""
 
     timesteps: int | None = None
     """Noise levels T; none given: those of a pipeline's schedule, else 1000."""
 
     zero_snr: bool = False
-    """Leave no signal at all at the last noise level (not with eps)."""
+    """Leave no signal at all at the last noise level (not with eps or edm)."""
 
-    prediction: Literal["v", "eps", "x0"] | None = None
-    """What the network predicts: the noise, the image, or v, a mixture of both; none given: what a
-    pipeline in --init does, else v."""
+    prediction: Literal["v", "eps", "x0", "flow", "edm"] | None = None
+    """What the network predicts: the noise, the image, v, a mixture of both, the velocity of flow
+    matching, or what EDM's preconditioning leaves; none given: what a pipeline in --init does, else
+    the one of --noise flow or edm, else v."""
 
     learn_variance: bool = False
     """Learn the variance of the reverse steps as well, by the hybrid loss."""
@@ -129,6 +131,20 @@ class DiffusionOptions(ReadingOptions, FitOptions):
 
     shift: float | None = None
     """Above 1, noisy levels are trained on more often; none given: 1, with captions 3."""
+
+    levels: Literal["uniform", "log-normal"] | None = None
+    """How noise levels are drawn: all timesteps alike, or log(sigma) normal, sigma being noise per
+    signal; none given: log-normal with --noise flow, where it is logit-normal, and with
+    --prediction edm, else uniform."""
+
+    log_sigma: tuple[float, float] | None = None
+    """With log-normal levels: mean and standard deviation of log(sigma); none given: 0 1 with
+    --noise flow, else -1.2 1.2."""
+
+    coupling: Literal["independent", "ot"] = "independent"
+    """ot: within the images that go through the network together, or those of one class among them,
+    noise goes to images near it (optimal transport), which straightens the way from one to the
+    other."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -163,11 +179,27 @@ class DiffusionOptions(ReadingOptions, FitOptions):
             raise InputError(
                 "--trained attention leaves the rest of the network as it is: give one with --init"
             )
+        if self.log_sigma is not None and not (
+            math.isfinite(self.log_sigma[0]) and 0 < self.log_sigma[1] < math.inf
+        ):
+            raise InputError(
+                f"--log-sigma {self.log_sigma}: give a mean and a standard deviation above 0"
+            )
+        if self.coupling == "ot" and (self.captions or self.condition):
+            raise InputError(
+                "--coupling ot would make the noise depend on the text or picture of an image, "
+                "while sampling draws it for any of them: leave it out with --captions and "
+                "--condition"
+            )
         if self.zero_snr and self.prediction == "eps":
             raise InputError(
                 "--zero-snr leaves no signal at the last noise level, where --prediction eps says "
                 "nothing about the image: choose --prediction v or x0"
             )
+
+
+Samplers = Literal["ddpm", "ddim", "euler", "heun", "flow-heun", "dpmpp-2m", "dpmpp-2m-sde"]
+CHURNING = ("euler", "heun", "flow-heun")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,15 +209,29 @@ class SamplingOptions:
     steps: int = 20
     """Steps from noise to image."""
 
-    sampler: Literal["ddpm", "ddim", "euler", "heun", "dpmpp-2m", "dpmpp-2m-sde"] = "dpmpp-2m-sde"
-    """Sampler. heun evaluates the network twice a step, the others once. ddpm and dpmpp-2m-sde draw
-    noise in each step, which repairs what a network of little training does wrong."""
+    sampler: Samplers | None = None
+    """Sampler. heun and flow-heun evaluate the network twice a step, the others once. ddpm and
+    dpmpp-2m-sde draw noise in each step, which repairs what a network of little training does
+    wrong; none given: dpmpp-2m-sde, or dpmpp-2m where training coupled noise with images."""
 
     spacing: Literal["trailing", "leading", "linspace", "karras"] = "trailing"
     """How the steps are spread over the noise levels."""
 
+    shift: float = 1.0
+    """Above 1, more of the steps are at high noise: 3 is usual for large images by flow matching
+    (not with --spacing karras)."""
+
     eta: float = 0.0
     """With ddim: share of fresh noise in each step, from 0 (none) to 1 (as ddpm)."""
+
+    churn: float = 0.0
+    """With euler, heun or flow-heun: noise that is added before each step (EDM's S_churn)."""
+
+    churn_interval: tuple[float, float] = (0.0, math.inf)
+    """With --churn: only between these noise levels (noise per signal; S_min and S_max)."""
+
+    churn_noise: float = 1.0
+    """With --churn: standard deviation of that noise (S_noise)."""
 
     variance: Literal["fixed-small", "fixed-large", "learned"] = "fixed-small"
     """With ddpm: variance of the noise in each step."""
@@ -230,10 +276,17 @@ class SamplingOptions:
         if not 0 <= self.seed < 2**32:
             raise InputError(f"--seed {self.seed} must be from 0 to below 2^32")
         if self.eta and self.sampler != "ddim":
-            raise InputError(f"--eta {self.eta} is for --sampler ddim, not {self.sampler}")
+            raise InputError(f"--eta {self.eta} is for --sampler ddim, not {self._sampler_said}")
+        if self.churn and self.sampler not in CHURNING:
+            raise InputError(
+                f"--churn {self.churn} is for --sampler {', '.join(CHURNING)}, not "
+                f"{self._sampler_said}"
+            )
+        if not self.churn and (self.churn_noise != 1 or self.churn_interval != (0.0, math.inf)):
+            raise InputError("--churn-interval and --churn-noise do nothing without --churn")
         if self.variance != "fixed-small" and self.sampler != "ddpm":
             raise InputError(
-                f"--variance {self.variance} is for --sampler ddpm, not {self.sampler}"
+                f"--variance {self.variance} is for --sampler ddpm, not {self._sampler_said}"
             )
         if self.guide and self.negative:
             raise InputError("--guide and --negative each say what to lead away from: give one")
@@ -246,3 +299,7 @@ class SamplingOptions:
             }
             for flag in (flag for flag, value in given.items() if value):
                 raise InputError(f"{flag} does nothing without --guidance above 1: give both")
+
+    @property
+    def _sampler_said(self) -> str:
+        return self.sampler or "dpmpp-2m-sde"

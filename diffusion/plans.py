@@ -124,8 +124,11 @@ class Plans:
         """`count` images between two (1, C, H, W), both among them (DDIM, appendix D.5).
 
         Both are encoded by DDIM's inversion, mixed on the sphere, and decoded by DDIM, whatever the
-        sampler, since nothing else comes back to where it started.
+        sampler, since nothing else comes back to where it started. A level without signal, from
+        which no image comes back, is left out.
         """
+        level = self.denoiser.schedule.level
+        timesteps = [t for t in self.timesteps if level(t).signal > 0]
         first, last = self._encoded(first), self._encoded(last)
         given: dict[str, Any] = {"conditioning": self.model.conditioning([wanted])}
         ends: list[Tensor] = []
@@ -133,20 +136,19 @@ class Plans:
         def run(places: range, seeds: Sequence[int], wanted: Wanted) -> Iterator[Step]:
             if not ends:
                 ends.extend(
-                    finish(invert(self.denoiser, end, self.timesteps, **given))
-                    for end in (first, last)
+                    finish(invert(self.denoiser, end, timesteps, **given)) for end in (first, last)
                 )
             share = torch.linspace(0, 1, count)[list(places)].to(first).view(-1, 1, 1, 1)
-            return sample(
-                self.denoiser, slerp(ends[0], ends[1], share), self.timesteps, "ddim", **given
-            )
+            return sample(self.denoiser, slerp(ends[0], ends[1], share), timesteps, "ddim", **given)
 
-        steps = len(self.timesteps)
+        steps = len(timesteps)
         return Plan(run, steps, steps, once=2 * ITERATIONS * steps)
 
     def _plan(self, run: Run, timesteps: Sequence[float]) -> Plan:
         downs = sum(t > to for t, to in pairwise([*timesteps, CLEAN]))
-        evaluations = count_evaluations(self.sampler, timesteps, self.denoiser.schedule)
+        evaluations = count_evaluations(
+            self.sampler, timesteps, self.denoiser.schedule, **self.options
+        )
         return Plan(run, downs, evaluations)
 
     def noise(self, source: NoiseSource) -> Tensor:

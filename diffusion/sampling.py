@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from diffusion.process.denoiser import Clipped, Denoiser
 from diffusion.process.guidance import Guided
 from diffusion.process.noise import SEEDS, NoiseSource
 from diffusion.process.prediction import DenoiserLike
-from diffusion.process.samplers import Step, get_sampler
+from diffusion.process.samplers import CHURN, Step, get_sampler
 from diffusion.process.schedule import NoiseSchedule
 from diffusion.stable.autoencoder import Autoencoder
 from diffusion.stable.clip import ClipText
@@ -59,18 +60,32 @@ class ImageSampler:
         options: SamplingOptions,
         autoencoder: Autoencoder | None = None,
     ) -> None:
+        coupled = "coupling" in model.info
+        if options.sampler is None:
+            options = replace(options, sampler="dpmpp-2m" if coupled else "dpmpp-2m-sde")
+        assert options.sampler is not None
         self.model, self.options = model.eval(), options
         self.autoencoder = autoencoder or self._read_parts()
         self.schedule = NoiseSchedule.from_dict(_known(model, "schedule"))
         self.height, self.width = model.size
         self.classes = model.classes
-        self.timesteps = self.schedule.timesteps(options.steps, options.spacing)
+        self.timesteps = self.schedule.timesteps(
+            options.steps, options.spacing, shift=options.shift
+        )
         self.sampler_options: dict[str, Any] = {}
         if options.sampler == "ddim":
             self.sampler_options["eta"] = options.eta
         elif options.sampler == "ddpm":
             self.sampler_options["variance"] = options.variance
-        get_sampler(options.sampler, self.sampler_options)
+        elif options.churn:
+            self.sampler_options |= {name: getattr(options, name) for name in CHURN}
+        chosen = get_sampler(options.sampler, self.sampler_options)
+        if coupled and chosen.draws_noise(self.sampler_options):
+            raise InputError(
+                f"--sampler {options.sampler} draws noise on the way, which is right only where "
+                "training drew it for each image alone, and this model was trained with --coupling "
+                "ot: choose ddim, euler, heun, flow-heun or dpmpp-2m, without --eta and --churn"
+            )
         self.denoiser = self._denoiser()
         self.plans = Plans(
             model,

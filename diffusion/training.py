@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from diffusion.model import DiffusionUNet
 from diffusion.options import CHANNELS, DiffusionOptions
 from diffusion.pictures import grid, table
 from diffusion.process.denoiser import Denoiser
+from diffusion.process.levels import TrainingLevels, coupled
 from diffusion.process.loss import diffusion_loss
 from diffusion.process.noise import NoiseSource
 from diffusion.stable.autoencoder import Autoencoder
@@ -189,57 +190,48 @@ class NoisedSamples:
         return self.samples.name(index)
 
 
-def stratified_timesteps(
-    position: Tensor, place: Tensor, batch: int, steps: int, *, seed: int = 0, shift: float = 1.0
-) -> Tensor:
-    """Timesteps (B,): over a whole batch one from each of its equal parts of 0 ... steps - 1.
+def stratified(position: Tensor, place: Tensor, batch: int, *, seed: int = 0) -> Tensor:
+    """Numbers (B,) in [0, 1): over a whole batch one from each of as many equal parts.
 
-    Without a shift each alone is uniform; together they cover all noise levels, which makes the
-    loss of a batch less noisy (as the low-discrepancy sampler of arXiv 2107.00630, appendix I.1).
-    They are the same however a batch is cut for processes and accumulated parts.
+    Each alone is uniform; together they cover all noise levels, which makes the loss of a batch
+    less noisy (as the low-discrepancy sampler of arXiv 2107.00630, appendix I.1). They are the same
+    however a batch is cut for processes and accumulated parts.
 
     Args:
         position: (B,) of the samples in the stream of all samples, in which each batch takes the
             next `batch`; all of one batch.
-        place: (B,), uniform in [0, 1): where in its part a timestep lies.
+        place: (B,), uniform in [0, 1): where in its part a number lies.
         seed: of the order in which the samples of each batch get the parts.
-        shift: above 1, noisy levels are likelier: u in [0, 1] becomes shift u / (1 + (shift - 1) u)
-            (arXiv 2403.03206, eq. 23).
     """
     stream = (seed, int(position[0]) // batch, 0, 1)  # not that of an epoch's order, or of a sample
     order = np.random.default_rng(stream).permutation(batch)
-    u = (torch.from_numpy(order).to(position.device)[position % batch] + place) / batch
-    u = shift * u / (1 + (shift - 1) * u)
-    return (u * steps).long().clamp(max=steps - 1)
+    return (torch.from_numpy(order).to(position.device)[position % batch] + place) / batch
 
 
 @dataclass(frozen=True)
 class Timesteps:
     """What a whole batch gets: its timesteps, and no more tokens than its longest text has.
 
-    Args: those of `stratified_timesteps`; `padded`: padding after a text does not count.
+    Args: those of `stratified`; `coupled`: noise goes to images near it, of those that go through
+    the network together; `padded`: padding after a text does not count.
     """
 
     batch: int
-    steps: int
+    levels: TrainingLevels
     seed: int
-    shift: float
+    coupled: bool
     padded: bool
 
     @classmethod
     def of(cls, plan: DiffusionPlan) -> Timesteps:
         padded = plan.clip is None  # with CLIP, padding counts
-        return cls(plan.fit.batch_size, plan.schedule.steps, plan.fit.seed, plan.shift, padded)
+        return cls(plan.fit.batch_size, plan.levels, plan.fit.seed, plan.coupled, padded)
 
     def __call__(self, batch: Batch) -> Batch:
-        t = stratified_timesteps(
-            batch["position"],
-            batch["place"],
-            self.batch,
-            self.steps,
-            seed=self.seed,
-            shift=self.shift,
-        )
+        t = self.levels(stratified(batch["position"], batch["place"], self.batch, seed=self.seed))
+        if self.coupled:
+            noise = coupled(batch["noise"], batch["image"], batch.get("label"))
+            batch = {**batch, "noise": noise}
         if "tokens" not in batch or not self.padded:
             return {**batch, "t": t}
         tokens = batch["tokens"]
@@ -276,12 +268,13 @@ class DiffusionTask:
         by heart.
         """
         figures = {}
+        levels = replace(self.plan.levels, shift=1.0)
         val = self.data.val[:MOST_JUDGED]
         for name, images in (("loss", val), ("seen", spread(self.data.train, len(val)))):
             indices = list(images) * -(-LEAST_JUDGED // len(images))
             # Neighbours in the list are far apart in noise, lest the level follow the image.
             order = np.random.default_rng(0).permutation(len(indices))
-            t = torch.from_numpy(((order + 0.5) / len(order) * self.schedule.steps).astype(int))
+            t = levels(torch.from_numpy((order + 0.5) / len(order)))
             part = processes.share(range(len(indices)))
             size = self.plan.fit.together(processes.count)
             total = self._total(model, part, [indices[i] for i in part], t[list(part)], size)

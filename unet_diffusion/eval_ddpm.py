@@ -8,9 +8,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args
 
-from diffusion.options import DiffusionOptions, SamplingOptions
+from diffusion.options import CHURNING, DiffusionOptions, Samplers, SamplingOptions
 from unet.errors import InputError
 from unet.training.cli import run_script, say_next
 from unet.training.config_file import load_config
@@ -71,7 +71,7 @@ class EvalOptions(SamplingOptions):
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(SamplingOptions)}
         if not self.compare:
             return [SamplingOptions(**fields)]
-        samplers = get_args(get_type_hints(SamplingOptions)["sampler"])
+        samplers = get_args(Samplers)
         named = {way.partition(":")[0] for way in self.compare}
         found = []
         for way in self.compare:
@@ -79,8 +79,9 @@ class EvalOptions(SamplingOptions):
             if not (colon and re.fullmatch("[0-9]{1,6}", steps) and sampler in samplers):
                 raise InputError(f"--compare {way!r}: write sampler:steps, such as ddim:50")
             given = {**fields, "sampler": sampler, "steps": int(steps)}
-            for option, owner in (("eta", "ddim"), ("variance", "ddpm")):
-                if owner in named - {sampler}:
+            owned = {key: {*CHURNING} for key in ("churn", "churn_interval", "churn_noise")}
+            for option, owners in {"eta": {"ddim"}, "variance": {"ddpm"}, **owned}.items():
+                if sampler not in owners and named & owners:
                     given[option] = getattr(SamplingOptions, option)
             found.append(SamplingOptions(**given))
         return found

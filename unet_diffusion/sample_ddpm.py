@@ -259,9 +259,10 @@ def made(
     doubled = ", each for twice the images (guidance)" if options.guidance != 1 else ""
     before = f", after {plan.once} for the two" if plan.once else ""
     shared = f", shared by {processes.count} processes" if processes.count > 1 else ""
+    by = sampler.options.sampler
     said = (
         f"{counted(options.count, 'image')} of {sampler.height} x {sampler.width} by "
-        f"{options.sampler}: {counted(plan.evaluations, 'evaluation')} of the network an image"
+        f"{by}: {counted(plan.evaluations, 'evaluation')} of the network an image"
         f"{doubled}{before}{shared}"
     )
     if processes.main:

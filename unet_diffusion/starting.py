@@ -13,6 +13,7 @@ from torch import Tensor
 from diffusion.data.pixels import WHOLE, ValueRange, known_ranges
 from diffusion.initial import find_start, their_unet
 from diffusion.model import DiffusionUNet
+from diffusion.process.prediction import PREDICTIONS, Prediction, get_prediction
 from diffusion.process.schedule import NoiseSchedule
 from diffusion.stable.folder import CONFIGS, read_schedule
 from diffusion.text import WordEncoder
@@ -24,6 +25,7 @@ from unet.weights.start import Start, read_start
 from unet.words import counted
 
 TIMESTEP = 0.05  # of all, at which a diffusion model looks at images: docs/experiments.md
+_BY_BETAS = ("linear", "scaled-linear", "cosine", "sigmoid")
 
 KINDS: dict[str, type[FolderModel]] = {m.task: m for m in (SegmentationUNet, DiffusionUNet)}
 _COMMANDS = {"segmentation": "seg", "diffusion": "ddpm"}
@@ -49,7 +51,8 @@ def segmentation_start(path: str | None, timestep: float = TIMESTEP) -> Start | 
 
     Args:
         path: the folder of a model of either task, or of a diffusers U-Net or pipeline.
-        timestep: as a share of all timesteps, from 0 to 1.
+        timestep: as a share of all timesteps, from 0 to 1; for flow and edm, whose timesteps are
+            spread otherwise, the level of the cosine schedule there.
 
     Raises:
         InputError: no such model, or one whose trunk does not cross: it works on latents, or reads
@@ -64,8 +67,10 @@ def segmentation_start(path: str | None, timestep: float = TIMESTEP) -> Start | 
     if unet:
         known = (unet.parent / "scheduler" / CONFIGS["scheduler"]).is_file()
         schedule = read_schedule(unet.parent).noise if known else NoiseSchedule(kind="linear")
+        rule = PREDICTIONS["v"]  # as all of theirs, it shows the network x itself
     else:
         schedule = NoiseSchedule.from_dict(start.info.get("schedule", {}))
+        rule = get_prediction(start.info.get("prediction", "v"), schedule)
     channels = start.config.in_channels
     if "condition" in start.info:
         raise InputError(
@@ -78,6 +83,10 @@ def segmentation_start(path: str | None, timestep: float = TIMESTEP) -> Start | 
             "start from a diffusion model of images"
         )
     t = round(timestep * (schedule.steps - 1))
+    if schedule.kind not in _BY_BETAS:
+        cosine = NoiseSchedule(kind="cosine", steps=schedule.steps)
+        t = round(schedule.timestep(cosine.level(t).sigma))
+    told, signal = _seen(schedule, rule, t)
     context = _empty_text(start)
     try:
         if start.config.context_channels is not None:
@@ -87,10 +96,10 @@ def segmentation_start(path: str | None, timestep: float = TIMESTEP) -> Start | 
     ranges = known_ranges(start.info)
     start = start.changed(
         plain(start.config),
-        lambda config, trunk: without_conditioning(config, trunk, t=t, context=context),
+        lambda config, trunk: without_conditioning(config, trunk, t=told, context=context),
         f"as it is at timestep {t}",
     )
-    return replace(start, info=_pixels(schedule, t, channels, ranges), crossed=True)
+    return replace(start, info=_pixels(signal, channels, ranges), crossed=True)
 
 
 def what_it_starts(path: str) -> dict[str, str]:
@@ -107,17 +116,23 @@ def what_it_starts(path: str) -> dict[str, str]:
     return found
 
 
-def _pixels(
-    schedule: NoiseSchedule, t: int, channels: int, ranges: Mapping[str, ValueRange]
-) -> Mapping[str, Any]:
-    """The normalisation of a segmentation that shows images as timestep t has them.
+def _seen(schedule: NoiseSchedule, rule: Prediction, t: int) -> tuple[float, float]:
+    """What a network is told of a timestep, and the factor of the images that it is shown there."""
+    image = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    rates = schedule.rates(t, image)
+    shown, told = rule.inputs(rates[0] * image, torch.tensor([t]), *rates)
+    return told.item(), shown.item()
+
+
+def _pixels(signal: float, channels: int, ranges: Mapping[str, ValueRange]) -> Mapping[str, Any]:
+    """The normalisation of a segmentation that shows images as diffusion does, times a signal.
 
     With the values v from a to b: signal (2 (v - a) / (b - a) - 1) = (v - mean) / std, with the
     middle of the values as mean and their half span over the signal as std.
     """
     dtype, values = next(iter(ranges.items()), ("uint8", WHOLE["uint8"]))
     middle, half = (values.high + values.low) / 2, (values.high - values.low) / 2
-    scale = [middle] * channels, [half / schedule.level(t).signal] * channels
+    scale = [middle] * channels, [half / signal] * channels
     return {"normalisation": {"mean": scale[0], "std": scale[1], "dtype": dtype}}
 
 

@@ -36,7 +36,7 @@ class Denoiser:
     precision; everything around it is float32 (or float64, if x is).
 
     Raises:
-        InputError: eps-prediction under a schedule that ends without signal.
+        InputError: eps- or edm-prediction under a schedule that ends without signal.
     """
 
     model: Callable[..., Tensor]
@@ -54,10 +54,11 @@ class Denoiser:
         given = (
             t.expand(len(x)) if isinstance(t, Tensor) else torch.full((len(x),), t, device=x.device)
         )
-        output = self.model(x, given, **for_batch(conditioning, len(x)))
-        output, mix = split_output(output, x)
         rule = get_prediction(self.prediction, self.schedule)
-        x0, eps = rule.to_x0_eps(output, x, *self.schedule.rates(t, x))
+        rates = self.schedule.rates(t, x)
+        output = self.model(*rule.inputs(x, given, *rates), **for_batch(conditioning, len(x)))
+        output, mix = split_output(output, x)
+        x0, eps = rule.to_x0_eps(output, x, *rates)
         return Denoised(x0, eps, mix)
 
 

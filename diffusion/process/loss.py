@@ -38,7 +38,7 @@ def diffusion_loss(
     loss L_simple + 0.001 L_vlb (Improved DDPM, eq. 16), of which L_vlb teaches the variance alone.
 
     Args:
-        model: called as model(x_t, t, **conditioning).
+        model: called as model(x_t, t, **conditioning), with both as the prediction has it.
         x0: (B, C, H, W) images in [-1, 1], which are k / 127.5 - 1 where the variance is learned.
         t: (B,) timesteps, whole numbers.
         noise: (B, C, H, W), standard normal.
@@ -47,7 +47,7 @@ def diffusion_loss(
     rule = get_prediction(prediction, schedule)
     signal, sigma = schedule.rates(t, x0)
     x = signal * x0 + sigma * noise
-    output, mix = split_output(model(x, t, **conditioning), x)
+    output, mix = split_output(model(*rule.inputs(x, t, signal, sigma), **conditioning), x)
     error = (output - rule.target(x0, noise, signal, sigma)) ** 2
     loss = loss_weight(weighting, rule, schedule.snr(t)) * reduce(error, "b ... -> b", "mean")
     if mix is None:
@@ -73,7 +73,8 @@ def loss_weight(name: Weighting, rule: Prediction, snr: Tensor, gamma: float = 5
     """The weight of each image's squared error, of the shape of its SNR.
 
     "plain" is 1. "min-snr" (arXiv 2303.09556) is min(SNR, gamma) for an error of x0, which is
-    divided by SNR for eps and by SNR + 1 for v; a timestep without signal has weight 0.
+    divided by SNR for eps and by SNR + 1 for v; a timestep without signal has weight 0. "plain" is
+    for edm the weight of its paper, 1 / c_out^2 for an error of x0.
     """
     if name == "plain":
         return torch.ones_like(snr)

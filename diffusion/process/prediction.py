@@ -1,7 +1,9 @@
-"""What the network predicts: the noise, the image or v, and the way from each to the others.
+"""What the network is shown and what it predicts, and the way from there to image and noise.
 
 A network that sees x_t = signal x_0 + sigma eps may predict eps, x_0 or v = signal eps - sigma x_0.
-Each gives both others; they differ in how much errors at different noise levels count.
+Each gives both others; they differ in how much errors at different noise levels count. Flow
+matching and EDM show the network the same x in other units and have outputs of their own: at equal
+noise per signal, sigma / signal, all of them are changes of variables of each other.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ from torch import Tensor
 from diffusion.process.schedule import NoiseSchedule
 from unet.errors import InputError
 
-PredictionName = Literal["eps", "x0", "v"]
+PredictionName = Literal["eps", "x0", "v", "flow", "edm"]
+
+SIGMA_DATA = 0.5  # EDM, table 1: the standard deviation of images in [-1, 1]
 
 
 class Denoised(NamedTuple):
@@ -41,6 +45,10 @@ class DenoiserLike(Protocol):
         ...
 
 
+def _unchanged(value: Tensor, signal: Tensor, sigma: Tensor) -> Tensor:
+    return value
+
+
 @dataclass(frozen=True)
 class Prediction:
     """The formulas of one kind of prediction; `signal` and `sigma` are the rates at t."""
@@ -53,6 +61,17 @@ class Prediction:
 
     min_snr_divisor: Callable[[Tensor], Tensor]
     """SNR to the factor between the squared error of x0 and that of the output."""
+
+    seen: Callable[[Tensor, Tensor, Tensor], Tensor] = _unchanged
+    """(x_t, signal, sigma) to what the network is shown."""
+
+    told: Callable[[Tensor, Tensor, Tensor], Tensor] = _unchanged
+    """(t, signal, sigma), all (B,), to what it is told of the noise level."""
+
+    def inputs(self, x: Tensor, t: Tensor, signal: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """What the network is given for x (B, C, H, W) at timesteps t (B,)."""
+        rates = (rate.flatten().expand(len(t)) for rate in (signal, sigma))
+        return self.seen(x, signal, sigma), self.told(t, *rates)
 
 
 PREDICTIONS: dict[PredictionName, Prediction] = {
@@ -74,7 +93,44 @@ PREDICTIONS: dict[PredictionName, Prediction] = {
         ),
         min_snr_divisor=lambda snr: snr + 1,
     ),
+    # Flow matching (arXiv 2210.02747, eq. 22 and 23 with their time reversed): the velocity of the
+    # straight path (1 - s) x0 + s eps, which is x / (signal + sigma) with s its share of noise.
+    "flow": Prediction(
+        target=lambda x0, eps, signal, sigma: eps - x0,
+        to_x0_eps=lambda output, x, signal, sigma: (
+            (x - sigma * output) / (signal + sigma),
+            (x + signal * output) / (signal + sigma),
+        ),
+        min_snr_divisor=lambda snr: (1 + snr.sqrt()) ** 2,
+        seen=lambda x, signal, sigma: x / (signal + sigma),
+    ),
+    # EDM (arXiv 2206.00364), eq. 7 and table 1, whose sigma is sigma / signal here, and whose image
+    # in noise is x / signal; multiplied out, as no signal may be left.
+    "edm": Prediction(
+        target=lambda x0, eps, signal, sigma: (
+            (sigma * x0 - signal * SIGMA_DATA**2 * eps) / (SIGMA_DATA * _deviation(signal, sigma))
+        ),
+        to_x0_eps=lambda output, x, signal, sigma: _edm_x0_eps(output, x, signal, sigma),
+        min_snr_divisor=lambda snr: snr + SIGMA_DATA**-2,
+        seen=lambda x, signal, sigma: x / _deviation(signal, sigma),  # c_in
+        told=lambda t, signal, sigma: (sigma / signal).log() / 4,  # c_noise
+    ),
 }
+
+
+def _deviation(signal: Tensor, sigma: Tensor) -> Tensor:
+    """The standard deviation of x, where that of the images is SIGMA_DATA."""
+    return torch.hypot(SIGMA_DATA * signal, sigma)
+
+
+def _edm_x0_eps(output: Tensor, x: Tensor, signal: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """c_skip x + c_out F, and the noise that goes with it."""
+    deviation = _deviation(signal, sigma)
+    mean = x / deviation**2  # which x0 and eps have signal SIGMA_DATA^2 and sigma of
+    return (
+        signal * SIGMA_DATA**2 * mean + SIGMA_DATA * sigma / deviation * output,
+        sigma * mean - SIGMA_DATA * signal / deviation * output,
+    )
 
 
 def get_prediction(name: PredictionName, schedule: NoiseSchedule) -> Prediction:
@@ -82,14 +138,16 @@ def get_prediction(name: PredictionName, schedule: NoiseSchedule) -> Prediction:
 
     Raises:
         InputError: an unknown name; eps where the last timestep has no signal: there the network
-            sees nothing but the noise, and x0 does not follow (arXiv 2305.08891, sec. 3.1).
+            sees nothing but the noise, and x0 does not follow (arXiv 2305.08891, sec. 3.1); edm,
+            which tells it the logarithm of noise per signal.
     """
     if name not in tuple(PREDICTIONS):  # a damaged file may give what cannot be looked up
         raise InputError(f"prediction {name!r} is unknown; choose one of {', '.join(PREDICTIONS)}")
-    if name == "eps" and schedule.zero_snr:
+    if name in ("eps", "edm") and schedule.ends_in_noise:
+        where = "flow" if schedule.kind == "flow" else "zero_snr"
         raise InputError(
-            "eps-prediction is undefined at a timestep without signal: choose v- or x0-prediction "
-            "with zero_snr, or a schedule without it"
+            f"{name}-prediction is undefined at a timestep without signal: choose v- or "
+            f"x0-prediction with {where}, or a schedule without it"
         )
     return PREDICTIONS[name]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import pairwise
 from typing import Any, Literal
@@ -25,7 +25,7 @@ from unet.errors import InputError
 
 _FARTHEST = 200  # sigma from which Heun's step is corrected; the linear schedule ends at 157
 
-SamplerName = Literal["ddpm", "ddim", "euler", "heun", "dpmpp-2m", "dpmpp-2m-sde"]
+SamplerName = Literal["ddpm", "ddim", "euler", "heun", "flow-heun", "dpmpp-2m", "dpmpp-2m-sde"]
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,8 @@ def euler_step(m: Moment) -> Tensor:
     """Euler's step of the probability flow ODE dx/dsigma = eps, for x in units of its signal.
 
     EDM (arXiv 2206.00364), alg. 1 without its correction. In the units of DDPM it is the
-    deterministic DDIM (arXiv 2010.02502, eq. 13 and 14), in which no level is infinitely far.
+    deterministic DDIM (arXiv 2010.02502, eq. 13 and 14), in which no level is infinitely far; on
+    the straight path of flow matching, where ds is multiplied by eps - x0, it is the same step.
     """
     return ddim_step(m)
 
@@ -103,6 +104,21 @@ def heun_step(m: Moment) -> Tensor:
 
 def _corrected(at: Level, to: Level) -> bool:
     return to.noise > 0 and at.sigma < _FARTHEST
+
+
+def flow_heun_step(m: Moment) -> Tensor:
+    """Heun's step of dx/ds = eps - x0, for x on the straight path of flow matching.
+
+    Such an x is (1 - s) x0 + s eps, our x over signal + noise. No level is infinitely far in s, so
+    steps from pure noise are corrected as well: all but the last one.
+    """
+    x = euler_step(m)
+    if m.to.noise == 0:
+        return x
+    ahead = m.denoise(x)
+    difference = (ahead.eps - ahead.x0) - (m.now.eps - m.now.x0)
+    half = (m.to.flow_time - m.at.flow_time) / 2
+    return x + (m.to.signal + m.to.noise) * half * difference
 
 
 def dpmpp_2m_step(m: Moment) -> Tensor:
@@ -134,6 +150,53 @@ def _extrapolated_x0(m: Moment) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Churn:
+    """Noise that is added before each step: EDM (arXiv 2206.00364), alg. 2."""
+
+    churn: float = 0.0
+    """S_churn: sigma is multiplied by 1 + churn / n, at most by sqrt(2), as far as the schedule's
+    noisiest level; 0: not at all."""
+
+    churn_interval: tuple[float, float] = (0.0, math.inf)
+    """S_min and S_max, the sigmas between which this is done."""
+
+    churn_noise: float = 1.0
+    """S_noise, the standard deviation of the noise."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.churn < math.inf or not 0 < self.churn_noise < math.inf:
+            raise InputError(
+                f"churn {self.churn} must be 0 or more, and churn_noise {self.churn_noise} above 0"
+            )
+        if not self.churn_interval[0] < self.churn_interval[1]:
+            raise InputError(
+                f"churn_interval {self.churn_interval} is empty: give lowest < highest sigma"
+            )
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> Churn:
+        """What a sampler's options say of it."""
+        return cls(**{name: options[name] for name in CHURN if name in options})
+
+    def path(self, schedule: NoiseSchedule, times: Sequence[float]) -> list[float]:
+        """The timesteps with those before each step down to which noise is added."""
+        downs = sum(t > to for t, to in pairwise(times))
+        factor = 1 + min(self.churn / downs, math.sqrt(2) - 1)
+        lowest, highest = self.churn_interval
+        found = []
+        for t, to in pairwise(times):
+            found.append(t)
+            sigma = schedule.level(t).sigma
+            if to < t and factor > 1 and lowest <= sigma <= highest:
+                noisier = schedule.timestep(factor * sigma)
+                found += [noisier] * (noisier > t)
+        return [*found, times[-1]]
+
+
+CHURN = tuple(field.name for field in fields(Churn))
+
+
+@dataclass(frozen=True)
 class Sampler:
     """A step function, and what it costs."""
 
@@ -144,16 +207,26 @@ class Sampler:
     draws_noise: Callable[[Mapping[str, Any]], bool]
     """Whether the run is random beyond its start, by the options."""
 
+    churns: bool = False
+    """Whether it has the options of `Churn`."""
+
 
 def _one(at: Level, to: Level) -> int:
     return 1
 
 
+def _if_churned(options: Mapping[str, Any]) -> bool:
+    return options.get("churn", 0.0) > 0
+
+
 SAMPLERS: dict[SamplerName, Sampler] = {
     "ddpm": Sampler(ddpm_step, _one, lambda options: True),
     "ddim": Sampler(ddim_step, _one, lambda options: options.get("eta", 0.0) > 0),
-    "euler": Sampler(euler_step, _one, lambda options: False),
-    "heun": Sampler(heun_step, lambda at, to: 1 + _corrected(at, to), lambda options: False),
+    "euler": Sampler(euler_step, _one, _if_churned, churns=True),
+    "heun": Sampler(heun_step, lambda at, to: 1 + _corrected(at, to), _if_churned, churns=True),
+    "flow-heun": Sampler(
+        flow_heun_step, lambda at, to: 1 + (to.noise > 0), _if_churned, churns=True
+    ),
     "dpmpp-2m": Sampler(dpmpp_2m_step, _one, lambda options: False),
     "dpmpp-2m-sde": Sampler(dpmpp_2m_sde_step, _one, lambda options: True),
 }
@@ -163,29 +236,35 @@ def get_sampler(name: SamplerName, options: Mapping[str, Any]) -> Sampler:
     """The sampler of a name, its step with the options filled in.
 
     Raises:
-        InputError: an unknown sampler, an option that it does not have, an eta outside [0, 1].
+        InputError: an unknown sampler, an option that it does not have or that is out of range.
     """
     if name not in SAMPLERS:
         raise InputError(f"sampler {name!r} is unknown; choose one of {', '.join(SAMPLERS)}")
     sampler = SAMPLERS[name]
     _, *known = inspect.signature(sampler.step).parameters
+    known += CHURN * sampler.churns
     for option, value in options.items():
         if option not in known:
             has = f"it has {', '.join(known)}" if known else "it has none"
             raise InputError(f"sampler {name!r} has no option {option} (given {value}); {has}")
     if not 0 <= options.get("eta", 0.0) <= 1:
         raise InputError(f"eta must be from 0 (DDIM) to 1 (DDPM), not {options['eta']}")
-    return Sampler(partial(sampler.step, **options), sampler.evaluations, sampler.draws_noise)
+    Churn.of(options)  # which checks it
+    return replace(sampler, step=partial(sampler.step, **_of_step(options)))
+
+
+def _of_step(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name not in CHURN}
 
 
 def count_evaluations(
-    name: SamplerName, timesteps: Sequence[float], schedule: NoiseSchedule
+    name: SamplerName, timesteps: Sequence[float], schedule: NoiseSchedule, **options: Any
 ) -> int:
     """Evaluations of the network in a run to the clean image, jumps back up not counted."""
-    evaluations = get_sampler(name, {}).evaluations
+    evaluations = get_sampler(name, options).evaluations
     return sum(
         evaluations(schedule.level(t), schedule.level(to))
-        for t, to in pairwise([*timesteps, CLEAN])
+        for t, to in pairwise(Churn.of(options).path(schedule, [*timesteps, CLEAN]))
         if t >= to
     )
 
@@ -236,7 +315,8 @@ def sample(
         end: the level that the last step goes to. 0 is Stable Diffusion's `set_alpha_to_one=False`
             and `final_sigmas_type="sigma_min"`, which stop at the noise of timestep 0.
         constrain: takes x and its timestep after each step, and returns what to go on with.
-        options: of the sampler: `eta` of "ddim", `variance` of "ddpm".
+        options: of the sampler: `eta` of "ddim", `variance` of "ddpm", the fields of `Churn` of
+            "euler", "heun" and "flow-heun".
 
     Raises:
         InputError: before the first step: an unknown sampler or option, timesteps beyond the
@@ -254,7 +334,10 @@ def sample(
         raise InputError(f"sampler {sampler!r} draws noise: give it a source, NoiseSource(seeds)")
     if noise is not None:
         noise.check(x)
-    return _run(denoiser, x, times, chosen.step, noise, dict(conditioning or {}), constrain)
+    churn = Churn.of(options)
+    path = churn.path(denoiser.schedule, times)
+    spread, given = churn.churn_noise, dict(conditioning or {})
+    return _run(denoiser, x, path, chosen.step, noise, spread, given, constrain)
 
 
 @torch.no_grad()
@@ -264,6 +347,7 @@ def _run(
     times: Sequence[float],
     step: Callable[[Moment], Tensor],
     noise: NoiseSource | None,
+    spread: float,
     conditioning: dict[str, Any],
     constrain: Callable[[Tensor, float], Tensor] | None,
 ) -> Iterator[Step]:
@@ -276,7 +360,8 @@ def _run(
         at, to = denoiser.schedule.level(t), denoiser.schedule.level(goal)
         if goal > t:
             kept = to.signal / at.signal
-            x, before = kept * x + math.sqrt(to.noise**2 - (kept * at.noise) ** 2) * draw(), None
+            added = spread * math.sqrt(to.noise**2 - (kept * at.noise) ** 2)
+            x, before = kept * x + added * draw(), None
             continue
         now = denoiser(x, t, **conditioning)
         ahead = partial(denoiser, t=goal, **conditioning)

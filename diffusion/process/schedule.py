@@ -18,18 +18,21 @@ from functools import cached_property
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
+import scipy.special
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from unet.errors import InputError
 
-Kind = Literal["linear", "scaled-linear", "cosine", "sigmoid"]
+Kind = Literal["linear", "scaled-linear", "cosine", "sigmoid", "flow", "edm"]
 Spacing = Literal["trailing", "leading", "linspace", "karras"]
 
 CLEAN = -1
 MOST_STEPS = 100_000
 _LARGEST_BETA = 0.999  # Improved DDPM, sec. 3.2
 _RHO = 7.0  # EDM, sec. 3: more, shorter steps at low noise
+_EDM_SIGMAS = 0.002, 80.0  # EDM, table 1
 
 
 class Level(NamedTuple):
@@ -42,6 +45,11 @@ class Level(NamedTuple):
     def sigma(self) -> float:
         """Noise per signal, EDM's sigma (arXiv 2206.00364); inf where no signal is left."""
         return self.noise / self.signal if self.signal else math.inf
+
+    @property
+    def flow_time(self) -> Any:
+        """s of the straight path (1 - s) x0 + s eps that has this much noise per signal."""
+        return self.noise / (self.signal + self.noise)
 
     @property
     def half_log_snr(self) -> float:
@@ -87,14 +95,19 @@ class NoiseSchedule:
     kind: Kind = "linear"
     """linear: DDPM's betas; scaled-linear: Stable Diffusion's, whose square roots are linear;
     cosine: Improved DDPM's (arXiv 2102.09672, eq. 17); sigmoid: betas along a sigmoid, as in the
-    code of GeoDiff (arXiv 2203.02923)."""
+    code of GeoDiff (arXiv 2203.02923); flow: the straight path (1 - s) x0 + s eps of flow matching
+    (arXiv 2210.02747) with s = (t + 1) / T, of the same noise per signal; edm: sigma^(1/7) from
+    0.002 to 80 in equal strides (arXiv 2206.00364, eq. 5).
+
+    x has variance 1 for data of variance 1 in all of them: on the straight path, and in EDM's
+    units, it is scaled, which `Prediction.seen` undoes for the network."""
 
     steps: int = 1000
     """Timesteps T."""
 
     beta_start: float = 1e-4
-    """First beta for T = 1000, of all kinds but cosine; scaled by 1000 / T, so that any number of
-    timesteps ends at about the same noise."""
+    """First beta for T = 1000, of the kinds that are made of betas; scaled by 1000 / T, so that any
+    number of timesteps ends at about the same noise."""
 
     beta_end: float = 0.02
     """Last beta for T = 1000, likewise."""
@@ -118,6 +131,11 @@ class NoiseSchedule:
             )
         if not isinstance(self.zero_snr, bool):
             raise InputError(f"zero_snr must be true or false, not {self.zero_snr!r}")
+        if self.zero_snr and self.kind == "flow":
+            raise InputError(
+                "zero_snr is for schedules that end with some signal, and flow ends without: leave "
+                "it out"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON values."""
@@ -132,6 +150,11 @@ class NoiseSchedule:
                 f"{settings!r} is no noise schedule, which holds nothing but {', '.join(known)}"
             )
         return cls(**settings)
+
+    @property
+    def ends_in_noise(self) -> bool:
+        """Whether no signal at all is left at the last timestep."""
+        return self.zero_snr or self.kind == "flow"
 
     # ------------------------------------------------------------------------------------------
     # Tables, (T,) float64
@@ -158,9 +181,16 @@ class NoiseSchedule:
 
     @cached_property
     def _alpha_bar(self) -> np.ndarray:
+        if self.kind == "flow":
+            signal, noise = self._straight(np.arange(self.steps))
+            return signal**2 / (signal**2 + noise**2)
         if self.kind == "cosine":
             along = np.arange(self.steps + 1) / self.steps
             betas = 1 - _ratios(np.cos((along + 0.008) / 1.008 * np.pi / 2) ** 2)
+        elif self.kind == "edm":
+            smallest, largest = (sigma ** (1 / _RHO) for sigma in _EDM_SIGMAS)
+            sigmas = np.linspace(smallest, largest, self.steps) ** _RHO
+            betas = 1 - _ratios(np.append(1.0, 1 / (1 + sigmas**2)))
         elif self.kind == "linear":
             betas = np.linspace(self.beta_start, self.beta_end, self.steps)
         elif self.kind == "scaled-linear":
@@ -168,14 +198,20 @@ class NoiseSchedule:
         else:
             rise = 1 / (1 + np.exp(-np.linspace(-6, 6, self.steps)))
             betas = self.beta_start + rise * (self.beta_end - self.beta_start)
-        if self.kind != "cosine":
+        if self.kind not in ("cosine", "edm"):
             betas = betas * (1000 / self.steps)
-        alpha_bar = np.cumprod(1 - np.minimum(betas, _LARGEST_BETA))
+        if self.kind != "edm":  # whose last level is far from no signal
+            betas = np.minimum(betas, _LARGEST_BETA)
+        alpha_bar = np.cumprod(1 - betas)
         if self.zero_snr:
             signal = np.sqrt(alpha_bar)
             signal = (signal - signal[-1]) * (signal[0] / (signal[0] - signal[-1]))
             alpha_bar = signal**2
         return alpha_bar
+
+    def _straight(self, t: Any) -> tuple[Any, Any]:
+        """1 - s and s of the straight path at timesteps."""
+        return (self.steps - 1 - t) / self.steps, (t + 1) / self.steps
 
     # ------------------------------------------------------------------------------------------
     # Levels
@@ -185,8 +221,13 @@ class NoiseSchedule:
 
         Args:
             t: whole or fractional timesteps from 0 to T - 1, or CLEAN. In between, log(sigma) is
-                interpolated linearly, so that every sigma has its timestep (see `timestep`).
+                interpolated linearly, so that every sigma has its timestep (see `timestep`); of
+                flow, the formula holds.
         """
+        if self.kind == "flow":
+            signal, noise = self._straight(t.to(dtype))
+            size = torch.hypot(signal, noise)
+            return Level(signal / size, noise / size)
         signal, noise = _tables(self, t.device, dtype)
         low = t.floor().long() if t.is_floating_point() else t.long()
         exact = Level(signal[low], noise[low])
@@ -234,9 +275,17 @@ class NoiseSchedule:
 
     def timestep(self, sigma: float) -> float:
         """The fractional timestep whose level has this sigma, or the nearest that there is."""
-        log_sigma = np.log((self.noise / self.signal).numpy())
-        t = np.interp(math.log(sigma), log_sigma, np.arange(self.steps))
+        t = self.timesteps_at(np.log(sigma))
         return round(float(t), 9)  # so that the sigma of a whole timestep leads back to it
+
+    def timesteps_at(self, log_sigma: Any) -> NDArray[np.float64]:
+        """The fractional timesteps of these log(sigma), or the nearest that there are."""
+        if self.kind == "flow":
+            s = scipy.special.expit(log_sigma)  # as sigma = s / (1 - s)
+            return np.clip(s * self.steps - 1, 0, self.steps - 1)
+        with np.errstate(divide="ignore"):  # of no signal
+            known = np.log(self.noise.numpy() / self.signal.numpy())
+        return np.asarray(np.interp(log_sigma, known, np.arange(self.steps)))
 
     def chain(self, timesteps: Sequence[float]) -> Posterior:
         """The posteriors of a run's moves, from each timestep to the next and at last to CLEAN.
@@ -254,7 +303,9 @@ class NoiseSchedule:
     # ------------------------------------------------------------------------------------------
     # Respacing
 
-    def timesteps(self, n: int, spacing: Spacing = "trailing", *, offset: int = 0) -> list[float]:
+    def timesteps(
+        self, n: int, spacing: Spacing = "trailing", *, offset: int = 0, shift: float = 1.0
+    ) -> list[float]:
         """The n timesteps at which a sampling run asks the network, descending.
 
         Args:
@@ -264,10 +315,14 @@ class NoiseSchedule:
                 2305.08891, table 2, and whole numbers; "karras" spaces sigma^(1/7) evenly between
                 the largest and the smallest sigma (EDM, eq. 5), at fractional timesteps.
             offset: added to "leading"; Stable Diffusion's `steps_offset` is 1.
+            shift: above 1, more of the steps are at high noise: u = (t + 1) / T becomes
+                shift u / (1 + (shift - 1) u), at fractional timesteps; of flow, every sigma is
+                multiplied by it (arXiv 2403.03206, eq. 23).
 
         Raises:
             InputError: more steps than timesteps, an unknown spacing, "karras" where the largest
-                sigma is infinite (zero_snr), an offset beyond the schedule.
+                sigma is infinite (zero_snr, flow), an offset beyond the schedule, a shift below 1,
+                or one of "karras".
         """
         if not 1 <= n <= self.steps:
             raise InputError(
@@ -279,6 +334,11 @@ class NoiseSchedule:
             raise InputError(f"timestep spacing {spacing!r} is unknown; choose one of {spacings}")
         if offset and spacing != "leading":
             raise InputError(f"an offset ({offset}) is for leading timesteps, not {spacing} ones")
+        if not 1 <= shift < math.inf or (shift > 1 and spacing == "karras"):
+            raise InputError(
+                f"shift {shift} must be a number of 1 or more, and 1 with karras spacing, which "
+                "says itself how the steps are spread"
+            )
         if spacing == "karras":
             return self._karras(n)
         if spacing == "trailing":
@@ -292,12 +352,16 @@ class NoiseSchedule:
                 )
         else:
             t = np.round(np.linspace(0, self.steps - 1, max(n, 2)))[::-1][:n]
+        if shift > 1:
+            u = (t + 1) / self.steps
+            return (self.steps * shift * u / (1 + (shift - 1) * u) - 1).tolist()
         return t.astype(int).tolist()
 
     def _karras(self, n: int) -> list[float]:
-        if self.zero_snr:
+        if self.ends_in_noise:
+            why = "flow" if self.kind == "flow" else "zero_snr"
             raise InputError(
-                "karras spacing needs a finite largest sigma, but with zero_snr the last timestep "
+                f"karras spacing needs a finite largest sigma, but with {why} the last timestep "
                 "has no signal: choose trailing spacing"
             )
         largest, smallest = (self.level(t).sigma ** (1 / _RHO) for t in (self.steps - 1, 0))

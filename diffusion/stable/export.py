@@ -75,6 +75,8 @@ def scheduler_config(model: DiffusionUNet) -> dict[str, Any]:
     schedule = NoiseSchedule.from_dict(model.info["schedule"])
     if schedule.kind not in _KINDS:
         raise InputError(f"diffusers' DDIMScheduler has no noise schedule {schedule.kind!r}")
+    if model.info["prediction"] not in _PREDICTIONS:
+        raise InputError(f"diffusers' DDIMScheduler knows no {model.info['prediction']}-prediction")
     scale = 1000 / schedule.steps  # our betas are those of T = 1000, diffusers' those of its own T
     values = {
         "_class_name": "DDIMScheduler",

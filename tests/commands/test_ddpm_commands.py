@@ -110,6 +110,7 @@ def test_a_run_holds_the_model_and_the_pictures(trained: Path) -> None:
         ("--prediction", "eps", "--noise", "linear", "--learn-variance"),
         ("--prediction", "x0", "--weighting", "min-snr", "--timesteps", "100"),
         ("--zero-snr", "--noise", "scaled-linear", "--ema", "0"),
+        ("--noise", "flow", "--coupling", "ot"),
         ("--noise", "sigmoid", "--network", "diffusion"),
         ("--timesteps", "4", "--noise", "linear"),
         ("--precision", "fp32"),  # after the others in "auto", in the same process
@@ -125,6 +126,58 @@ def test_every_kind_of_training_runs_and_samples(trained, tmp_path, options) -> 
     variance = ("--sampler", "ddpm", "--variance", "learned") if "eps" in options else ()
     arguments = ("--model", tmp_path / "run/model", "--out", tmp_path / "out", "--count", 2)
     assert run_sample(*arguments, "--steps", 3, *variance) == 0
+
+
+@pytest.mark.slow  # two trainings and six samplings of each kind: the laws are in process/
+@pytest.mark.parametrize(
+    ("kind", "options", "refused", "told"),
+    [
+        (
+            "flow",
+            ("--noise", "flow", "--coupling", "ot", "--levels", "uniform"),
+            ("--sampler", "ddpm"),
+            "--sampler ddpm draws noise on the way",
+        ),
+        (
+            "edm",
+            ("--prediction", "edm", "--learn-variance"),
+            ("--churn", "3"),
+            "--churn 3.0 is for --sampler euler",
+        ),
+    ],
+)
+def test_flow_and_edm_do_all_that_other_models_do(
+    trained, tmp_path, capsys, kind, options, refused, told
+) -> None:
+    data, run, image = trained / "discs.npz", tmp_path / "run", tmp_path / "image.png"
+    arguments = ("--data", data, "--classes", *SMALL, "--out", run, *options)
+    assert run_train(*arguments, "--steps", 1) == 0
+    assert run_train("--resume", "--out", run, "--data", data, "--classes", "--steps", 2) == 0
+    info = DiffusionUNet.from_pretrained(run / "model").info
+    assert (info["prediction"], info["schedule"]["kind"]) == (kind, kind)
+    card = (run / "model/README.md").read_text()
+    assert f"kind {kind}" in card
+    assert ("coupling" in info) == ("sample without fresh noise" in card) == (kind == "flow")
+    write_image(image, discs(1)[0])
+    model = ("--model", run / "model", "--count", 2, "--steps", 4)
+    churn = ("--sampler", "heun", "--churn", "4", "--spacing", "karras")
+    for i, given in enumerate(
+        (
+            ("--guidance", "2"),
+            ("--init", image),
+            ("--inpaint", image, "--mask", image),
+            ("--interpolate", image, image),
+            churn if kind == "edm" else ("--sampler", "flow-heun", "--shift", "3"),
+        )
+    ):
+        assert run_sample(*model, "--out", tmp_path / f"out{i}", *given) == 0
+    capsys.readouterr()
+    assert run_sample(*model, "--out", tmp_path / "no", *refused) == 2
+    assert told in capsys.readouterr().err
+    judged = ("--model", run / "model", "--data", data, "--count", 4, "--steps", 2)
+    assert run_eval(*judged, "--bits", 1, "--out", tmp_path / "found.json") == 0
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert np.isfinite(found["bits"]["bits per dimension"])
 
 
 @pytest.fixture(scope="module")
@@ -425,6 +478,11 @@ def test_copies_are_said_to_be_looked_for_in_other_data(trained, tmp_path, capsy
         (("--label-dropout", "1"), "--label-dropout"),
         (("--zero-snr", "--prediction", "eps"), "--prediction v or x0"),
         (("--timesteps", "1"), "steps from 2"),
+        (("--noise", "flow", "--prediction", "edm"), "edm-prediction is undefined"),
+        (("--noise", "flow", "--zero-snr"), "flow ends without"),
+        (("--levels", "uniform", "--log-sigma", "0", "1"), "is for --levels log-normal"),
+        (("--log-sigma", "0", "0"), "a standard deviation above 0"),
+        (("--coupling", "ot", "--captions"), "leave it out with --captions and --condition"),
         (("--seed", str(2**32)), "--seed 4294967296"),
         (
             ("--network", "paper"),
@@ -461,6 +519,8 @@ def test_a_mistake_is_one_sentence_before_training(tmp_path, capsys, arguments, 
         (("--inpaint", "IMAGE", "--mask", "SMALL"), "of the same proportions"),
         (("--interpolate", "IMAGE", "IMAGE", "--count", "1"), "there are at least 2"),
         (("--init", "IMAGE", "--gif"), "out of noise alone"),
+        (("--churn-noise", "1.1"), "do nothing without --churn"),
+        (("--shift", "0.5"), "shift 0.5 must be a number of 1 or more"),
     ],
 )
 def test_a_mistake_is_one_sentence_before_sampling(

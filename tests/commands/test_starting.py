@@ -12,18 +12,19 @@ import torch
 from diffusion.data.pixels import to_unit
 from diffusion.model import DiffusionUNet
 from diffusion.options import DiffusionOptions
+from diffusion.process.denoiser import Denoiser
 from diffusion.process.schedule import NoiseSchedule
 from segmentation.data.normalisation import Normalisation
 from segmentation.data.phantom import phantom_stack
 from segmentation.model import SegmentationUNet
 from segmentation.options import SegmentationOptions
-from unet import UNetConfig
+from unet import UNet, UNetConfig
 from unet.errors import RunError
 from unet.files.images import write_image
 from unet.training.cli import run_script
 from unet.weights.folder import FolderModel
 from unet_diffusion import describe, train_ddpm, train_seg
-from unet_diffusion.starting import TIMESTEP
+from unet_diffusion.starting import TIMESTEP, segmentation_start
 
 SCHEDULE = NoiseSchedule(kind="linear", steps=200)
 CONFIG = UNetConfig(
@@ -90,6 +91,33 @@ def test_a_diffusion_model_starts_a_segmentation(data: Path, tmp_path: Path, cap
     with torch.no_grad():
         found = student.trunk(torch.from_numpy(seen)[None])
         assert torch.allclose(found, teacher.trunk(shown[None], torch.tensor([t])), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["flow", "edm"])
+def test_flow_and_edm_start_a_segmentation_at_the_noise_of_the_cosine_schedule(
+    tmp_path: Path, kind: Any
+) -> None:
+    schedule, seen = NoiseSchedule(kind=kind), []
+    teacher = diffusion_model(tmp_path, schedule=schedule.to_dict(), prediction=kind)
+    start = segmentation_start(str(tmp_path))
+    assert start is not None
+    t = int(start.where.rpartition(" ")[2])
+    cosine = NoiseSchedule(kind="cosine").level(round(TIMESTEP * 999))
+    assert schedule.level(t).sigma == pytest.approx(cosine.sigma, rel=0.02)
+    trunk = UNet(start.config).eval()
+    state = {k.removeprefix("trunk."): v for k, v in start.read().items() if "trunk." in k}
+    trunk.load_state_dict(state)
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 32, 1), np.uint8)
+    image = to_unit(torch.from_numpy(pixels)).permute(2, 0, 1)[None]
+    shown = torch.from_numpy(Normalisation.from_dict(start.info["normalisation"])(pixels))[None]
+
+    def network(*given: torch.Tensor) -> torch.Tensor:
+        seen.append(teacher.trunk(*given))
+        return given[0]
+
+    with torch.no_grad():
+        Denoiser(network, schedule, kind)(schedule.level(t).signal * image, t)
+        assert torch.allclose(trunk(shown), seen[0], atol=1e-4)
 
 
 def test_a_segmentation_starts_a_diffusion_model(data: Path, tmp_path: Path, capsys) -> None:

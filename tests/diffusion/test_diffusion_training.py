@@ -21,13 +21,15 @@ from diffusion.judging.report import level_errors
 from diffusion.model import DiffusionUNet
 from diffusion.networks import automatic_config
 from diffusion.options import DiffusionOptions
+from diffusion.process.levels import TrainingLevels
+from diffusion.process.schedule import NoiseSchedule
 from diffusion.text import PADDING
 from diffusion.training import (
     DiffusionTask,
     NoisedSamples,
     Timesteps,
     make_model,
-    stratified_timesteps,
+    stratified,
 )
 from tests.forks import as_spawned
 from unet import UNetConfig
@@ -57,10 +59,13 @@ def network(data: DiffusionData, **values: Any) -> DiffusionUNet:
 # -- noise levels
 
 
-def timesteps(batch: int, turn: int, steps: int, **given: Any) -> torch.Tensor:
+def timesteps(
+    batch: int, turn: int, steps: int, *, seed: int = 0, shift: float = 1.0
+) -> torch.Tensor:
     """Those of a whole batch."""
     place = torch.from_numpy(np.random.default_rng((batch, turn)).random(batch))
-    return stratified_timesteps(turn * batch + torch.arange(batch), place, batch, steps, **given)
+    u = stratified(turn * batch + torch.arange(batch), place, batch, seed=seed)
+    return TrainingLevels(NoiseSchedule(steps=steps), shift)(u)
 
 
 @pytest.mark.parametrize("shift", [0.5, 1.0, 3.0])
@@ -118,7 +123,8 @@ def test_a_batch_in_parts_has_the_noise_levels_of_the_whole(
         for _, draws in zip(range(accumulate), keys, strict=False):
             position = torch.tensor([position for position, _, _ in draws])
             slots = position % batch
-            found = stratified_timesteps(position, place[slots], batch, 1000)
+            u = stratified(position, place[slots], batch)
+            found = TrainingLevels(NoiseSchedule())(u)
             assert torch.equal(found, whole[slots])
 
 
@@ -348,7 +354,7 @@ def test_text_is_learned_by_an_optimizer_and_a_start_of_its_own() -> None:
         data = DiffusionData("shapes", captions=asked.captions)
         plan = decide(asked, data)
         model = make_model(plan)
-        assert plan.shift == plan.options.shift == (3.0 if asked.captions else 1.0)
+        assert plan.levels.shift == plan.options.shift == (3.0 if asked.captions else 1.0)
         assert model.config.zero_init is starts_at_zero
         assert bool(model.head.conv.weight.any()) is not starts_at_zero
 

@@ -10,14 +10,14 @@ from torch.testing import assert_close
 
 from diffusion.model import DiffusionUNet
 from diffusion.process.denoiser import Clipped, Denoiser
-from diffusion.process.prediction import Denoised, PredictionName
+from diffusion.process.prediction import PREDICTIONS, Denoised, PredictionName
 from diffusion.process.schedule import NoiseSchedule
 from tests.diffusion.exact import GaussianDenoiser, Wavy, wavy_denoiser
 from unet.config import UNetConfig
 from unet.errors import InputError
 
 S = NoiseSchedule()
-every_prediction = pytest.mark.parametrize("name", ["eps", "x0", "v"])
+every_prediction = pytest.mark.parametrize("name", list(PREDICTIONS))
 
 
 def images(n: int = 3) -> Tensor:
@@ -34,7 +34,7 @@ def test_image_and_noise_make_up_x(name: PredictionName, t: Any) -> None:
     assert mix is None
 
 
-@every_prediction
+@pytest.mark.parametrize("name", ["eps", "x0", "v"])
 def test_a_denoiser_of_the_true_prediction_is_exact(name: PredictionName) -> None:
     """The exact Gaussian denoiser's output, in any parameterisation, is believed."""
     exact = GaussianDenoiser(S)

@@ -28,7 +28,7 @@ from tests.diffusion.exact import GaussianDenoiser, Wavy, wavy_denoiser
 from unet.errors import InputError
 
 S = NoiseSchedule(kind="cosine", steps=50)
-NAMES: list[PredictionName] = ["eps", "x0", "v"]
+NAMES: list[PredictionName] = list(PREDICTIONS)
 UNKNOWN: Any = "other"
 every_prediction = pytest.mark.parametrize("name", NAMES)
 
@@ -105,7 +105,7 @@ def network(prediction: PredictionName) -> tuple[list[Tensor], Callable[..., Ten
     return seen, model
 
 
-@every_prediction
+@pytest.mark.parametrize("name", ["eps", "x0", "v"])
 def test_the_loss_is_the_mean_squared_error_of_each_image(name: PredictionName) -> None:
     x0, t, noise = batch()
     seen, model = network(name)

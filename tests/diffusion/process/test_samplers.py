@@ -382,7 +382,13 @@ def test_dpm_solver_is_the_formula_of_its_paper() -> None:
 # ----------------------------------------------------------------------------------------------
 # Laws of whole runs
 
-ODE: list[tuple[SamplerName, float]] = [("ddim", 1), ("euler", 1), ("heun", 2), ("dpmpp-2m", 2)]
+ODE: list[tuple[SamplerName, float]] = [
+    ("ddim", 1),
+    ("euler", 1),
+    ("heun", 2),
+    ("flow-heun", 2),
+    ("dpmpp-2m", 2),
+]
 SDE: list[tuple[SamplerName, dict[str, Any]]] = [
     ("ddpm", {}),
     ("ddpm", {"variance": "fixed-large"}),
@@ -627,7 +633,11 @@ def test_steps_need_no_gradient_and_change_nothing() -> None:
     ("arguments", "says"),
     [
         ({"sampler": "plms"}, "'plms' is unknown.*dpmpp-2m-sde"),
-        ({"sampler": "euler", "eta": 0.5}, "'euler' has no option eta .given 0.5.; it has none"),
+        ({"sampler": "euler", "eta": 0.5}, "'euler' has no option eta .given 0.5.; it has churn"),
+        ({"sampler": "dpmpp-2m", "eta": 0.5}, "no option eta .given 0.5.; it has none"),
+        ({"sampler": "heun", "churn": -1}, "churn -1 must be 0 or more"),
+        ({"sampler": "heun", "churn_interval": (2, 1)}, "is empty"),
+        ({"sampler": "heun", "churn": 1, "noise": None}, "'heun' draws noise"),
         ({"sampler": "ddim", "variance": "learned"}, "no option variance.*it has eta"),
         ({"eta": 1.5}, "eta must be from 0.*not 1.5"),
         ({"eta": 0.5, "noise": None}, "'ddim' draws noise"),
