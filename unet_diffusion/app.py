@@ -98,6 +98,7 @@ def serve(options: AppOptions, folder: Path, password: str | None) -> None:
             "the page needs Gradio: pip install 'unet-diffusion[app]', in a clone pip install "
             "-e '.[app]'"
         ) from error
+    from unet.training.run import signals_caught
     from unet_diffusion.page.build import serve as open_page
     from unet_diffusion.page.shared import Page
 
@@ -120,9 +121,9 @@ def serve(options: AppOptions, folder: Path, password: str | None) -> None:
         print("note: anybody who reaches this address can use the page: give --password-file")
     print(f"the page: {address} (Ctrl-C closes it)", flush=True)
     try:
-        while True:
-            time.sleep(3600)
-    except KeyboardInterrupt:
+        with signals_caught() as caught:
+            while not caught:
+                time.sleep(0.5)
         print("closing, once what is at work has saved its state", flush=True)
     finally:
         for command in page.watched.values():

@@ -46,10 +46,22 @@ def tab(page: Page) -> None:
                 stop = gr.Button("Stop")
         with gr.Column(scale=2):
             view = gr.Image(
-                label="Pictures", format="png", interactive=False, height=560, elem_id="drawn"
+                label="Pictures",
+                format="png",
+                interactive=False,
+                height=560,
+                elem_id="drawn",
+                buttons=["fullscreen", "download"],
             )
             said = gr.Markdown(elem_id="draw-said")
-            maps = gr.Gallery(label="Where each word goes", visible=False, format="png", columns=1)
+            maps = gr.Gallery(
+                label="Where each word goes",
+                visible=False,
+                format="png",
+                columns=1,
+                buttons=["fullscreen", "download"],
+                elem_id="maps",
+            )
             files = gr.File(
                 label="Files", file_count="multiple", interactive=False, elem_id="draw-downloads"
             )

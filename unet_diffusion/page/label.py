@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,7 +18,14 @@ from scipy import ndimage
 
 from segmentation.data.classes import IGNORE, class_names
 from segmentation.output import AT_ONCE, FilePredictor, Slice, find_slices
-from segmentation.pictures import class_colours, grey_or_rgb, instance_overlay, overlay
+from segmentation.pictures import (
+    class_colours,
+    class_legend,
+    grey_or_rgb,
+    instance_overlay,
+    overlay,
+    overlay_legend,
+)
 from segmentation.predict import Probability
 from segmentation.segmenter import RasterSource
 from unet.errors import InputError
@@ -26,7 +34,7 @@ from unet.files.pictures import RGB
 from unet.files.rasters import open_raster
 from unet.files.writing import write_text
 from unet.words import counted
-from unet_diffusion.page.shared import SEGMENTATION, Page, packed, sentences
+from unet_diffusion.page.shared import SEGMENTATION, Page, packed, sentences, swatches
 
 LAYERS = ("overlay", "mask", "probability", "uncertainty")
 COLUMNS = ("image", "class", "mask value", "pixels", "share", "objects")
@@ -140,6 +148,19 @@ def picture(done: Labelled, image: Slice, layer: str, opacity: float) -> RGB:
     return np.rint(mixed).astype(np.uint8)
 
 
+def meaning(done: Labelled, layer: str) -> str:
+    """What the colours of a layer stand for."""
+    table = done.predictor.segmenter.table
+    if layer == "mask":
+        return swatches(class_legend(table))
+    if layer == "overlay":
+        return "" if done.predictor.numbers else swatches(overlay_legend(table))
+    if layer == "uncertainty":
+        return "entropy of the probabilities: dark is sure, bright is not"
+    of = class_names(table)[1] if len(table.values) == 2 else "the chosen class"
+    return f"probability of {html.escape(of)}: dark is 0, bright is 1"
+
+
 def zoomed(whole: RGB, zoom: float, middle: tuple[float, float]) -> tuple[RGB, tuple[int, ...]]:
     """The part around a point of an image, enlarged pixel by pixel, and its box in the image.
 
@@ -228,6 +249,7 @@ def tab(page: Page, current: gr.State, model: gr.Dropdown) -> None:
                 buttons=["fullscreen", "download"],
                 height=480,
             )
+            legend = gr.HTML()
     table = gr.Dataframe(
         headers=list(COLUMNS), label="Areas", interactive=False, elem_id="areas", max_height=300
     )
@@ -269,11 +291,11 @@ def tab(page: Page, current: gr.State, model: gr.Dropdown) -> None:
     @sentences
     def look(
         done: Labelled | None, name: str, kind: str, over: float, times: float, at: Any
-    ) -> tuple[Any, Any]:
+    ) -> tuple[Any, Any, str]:
         image = chosen(done, name)
         if done is None or image is None:
-            return None, (0, 0, 1, 1)
-        return zoomed(picture(done, image, kind, over), times, at)
+            return None, (0, 0, 1, 1), ""
+        return *zoomed(picture(done, image, kind, over), times, at), meaning(done, kind)
 
     @sentences
     def move(
@@ -293,15 +315,15 @@ def tab(page: Page, current: gr.State, model: gr.Dropdown) -> None:
     found = [current, shown, threshold, table, downloads]
     for event in (files.upload, model.change):
         event(label, [model, files], found, **work, **hidden).success(
-            look, looked, [view, box], **hidden
+            look, looked, [view, box, legend], **hidden
         )
     threshold.release(
         decide, [current, threshold], [current, table, downloads], **work, **hidden
-    ).success(look, looked, [view, box], **hidden)
+    ).success(look, looked, [view, box, legend], **hidden)
     for changed in (shown.input, layer.input, opacity.release, zoom.release):
-        changed(look, looked, [view, box], **work, **hidden)
+        changed(look, looked, [view, box, legend], **work, **hidden)
     view.select(move, [current, shown, box], middle, **hidden).then(
-        look, looked, [view, box], **hidden
+        look, looked, [view, box, legend], **hidden
     )
 
 

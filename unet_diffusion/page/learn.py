@@ -6,7 +6,6 @@ The human stays in the loop, as in ilastik (Berg et al., Nature Methods 16, 2019
 
 from __future__ import annotations
 
-import html
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ from PIL import Image
 from scipy import ndimage
 
 from segmentation.data.classes import IGNORE, ClassTable, Value, class_names
-from segmentation.data.instances import CELL
+from segmentation.data.instances import CELL, INSTANCE_NAMES
 from segmentation.data.pairs import Pair, find_pairs
 from segmentation.data.splits import split_pairs
 from segmentation.judging.evaluation import evaluate
@@ -35,12 +34,12 @@ from segmentation.training import find_data
 from unet.errors import InputError
 from unet.files.images import read_image, write_image
 from unet.files.pages import Array
-from unet.files.pictures import RGB
+from unet.files.pictures import RGB, Legend
 from unet.training.config_file import load_config
 from unet.training.run import read_log
 from unet.words import counted
 from unet_diffusion.page.label import Labelled, chosen, picture
-from unet_diffusion.page.shared import SEGMENTATION, Known, Page, sentences
+from unet_diffusion.page.shared import SEGMENTATION, Known, Page, sentences, swatches
 
 CANVAS = 640  # pixels a side to which small images are enlarged to be painted on
 SURE = 250  # of a stroke's alpha: its soft edge says nothing
@@ -54,35 +53,41 @@ class Lesson:
     Attributes:
         folder: holds labelled/ and held-out/, which `unet train-seg` reads, and run-1/, ....
         ignore: mask value of the pixels that were not painted.
+        base: name of the model that it began with.
         runs: how many there are.
     """
 
     folder: Path
     ignore: Value
+    base: str
     runs: int = 0
 
 
-def palette(table: ClassTable) -> list[tuple[str, tuple[int, int, int]]]:
-    """The names and colours of the brush: a class each, and 'don't know'."""
-    colours = [tuple(map(int, colour)) for colour in [*COLOURS, (255, 255, 255)]]
+def palette(table: ClassTable) -> Legend:
+    """The names and colours of the brush: a class each, as overlays have them, and 'don't know'."""
     names = class_names(table)
-    if len(names) == 3 and names[2] == "border":  # which follows from where cells touch
-        names = names[:2]
-    found = list(zip(names, colours, strict=False))
-    return [*found, ("don't know", (GREY, GREY, GREY))]  # type: ignore[list-item]  # of three
+    colours = [tuple(map(int, colour)) for colour in COLOURS]
+    if table.names == INSTANCE_NAMES:  # whose border follows from where cells touch
+        names = names[: CELL + 1]
+    if len(names) != 2:
+        order = [(255, 255, 255), *colours]
+    else:
+        order = colours[:2] if table.shares[0] < table.shares[1] else colours[1::-1]
+    found = [(name, (r, g, b)) for name, (r, g, b) in zip(names, order, strict=False)]
+    return [*found, ("don't know", (GREY, GREY, GREY))]
 
 
-def painted(layers: Sequence[Array], size: tuple[int, int], classes: int) -> NDArray[np.uint8]:
+def painted(layers: Sequence[Array], size: tuple[int, int], brush: Legend) -> NDArray[np.uint8]:
     """Class indices (H, W) of what was painted in the colours of `palette`; elsewhere IGNORE.
 
     Args:
         layers: (h, w, 4), the later ones above; of the size of the image or of its enlargement.
         size: height and width of the image.
-        classes: how many colours are classes. Any other colour, such as that of a soft edge between
-            two strokes, and 'don't know' are IGNORE.
+        brush: the colours in the order of the classes, the last one 'don't know'. Any other colour,
+            such as that of a soft edge between two strokes, is IGNORE, too.
     """
     found = np.full(size, IGNORE, np.uint8)
-    colours = np.concatenate([COLOURS, [[255] * 3]])[:classes].astype(np.int64)
+    colours = np.array([colour for _, colour in brush[:-1]], np.int64)
     for layer in layers:
         if layer.shape[:2] != size:
             small = Image.fromarray(layer).resize(size[::-1], Image.Resampling.NEAREST)
@@ -176,15 +181,14 @@ def save_lesson(
     page: Page, lesson: Lesson | None, done: Labelled, image: Slice, classes: NDArray[np.uint8]
 ) -> Lesson:
     """Adds an image with its painted pixels to the folder, which is made at the first one."""
-    segmenter = done.predictor.segmenter
-    if lesson is None:
-        known = page.known(done.model, SEGMENTATION)
+    segmenter, known = done.predictor.segmenter, page.known(done.model, SEGMENTATION)
+    if lesson is None or lesson.base != base_of(known):
         pairs = judges(page, known)
         place = page.folder / "lessons"
         place.mkdir(parents=True, exist_ok=True)
         number = 1 + len(list(place.iterdir()))
         folder = place / f"{time.strftime('%Y%m%d-%H%M%S')}-{number}"
-        lesson = Lesson(folder, free_value(segmenter))
+        lesson = Lesson(folder, free_value(segmenter), base_of(known))
         write_pairs(pairs, folder / "held-out")
     values = mask_values(classes, segmenter.table, lesson.ignore, instances=segmenter.instances)
     labelled = lesson.folder / "labelled"
@@ -192,6 +196,11 @@ def save_lesson(
     write_image(labelled / "image" / f"{image.name}.tif", pixels)
     write_image(labelled / "label" / f"{image.name}.png", values)
     return lesson
+
+
+def base_of(known: Known) -> str:
+    """The name of the model that a model has learnt on from, its own if it has not."""
+    return known.name.partition(" + ")[0]
 
 
 def curve(run: Path) -> pd.DataFrame:
@@ -224,6 +233,7 @@ def tab(page: Page, current: gr.State, model: gr.Dropdown) -> None:
         image_mode="RGBA",
         height=760,
         elem_id="editor",
+        buttons=["fullscreen"],
         brush=gr.Brush(default_size=12, colors=["#00dce6"], color_mode="fixed"),
     )
     with gr.Row():
@@ -240,17 +250,12 @@ def tab(page: Page, current: gr.State, model: gr.Dropdown) -> None:
             raise InputError("label an image first: drop it into the tab Label")
         colours = palette(done.predictor.segmenter.table)
         codes = [f"rgb({r}, {g}, {b})" for _, (r, g, b) in colours]
-        boxes = "".join(
-            f"<span style='margin-right:1.5em'><span style='background:{code};display:inline-block;"
-            f"width:1em;height:1em;border:1px solid #888'></span> {html.escape(what)}</span>"
-            for code, (what, _) in zip(codes, colours, strict=True)
-        )
         value = canvas(picture(done, image, "overlay", opacity))
         brush = gr.Brush(12, colors=codes, default_color=codes[0], color_mode="fixed")
         names = [one.name for one in done.images]
         return (
             gr.update(choices=names, value=image.name),
-            boxes,
+            swatches(colours),
             gr.update(
                 value={"background": value, "layers": [], "composite": None},
                 brush=brush,
@@ -271,9 +276,8 @@ def tab(page: Page, current: gr.State, model: gr.Dropdown) -> None:
         if done is None or image is None or drawn is None:
             raise InputError("show an image first, and paint on it")
         segmenter, known = done.predictor.segmenter, page.known(done.model, SEGMENTATION)
-        colours = len(palette(segmenter.table)) - 1
         size = image.info.height, image.info.width
-        classes = painted(drawn.get("layers") or [], size, colours)
+        classes = painted(drawn.get("layers") or [], size, palette(segmenter.table))
         count = int((classes != IGNORE).sum())
         if not count:
             raise InputError(
@@ -295,6 +299,8 @@ def tab(page: Page, current: gr.State, model: gr.Dropdown) -> None:
             yield lesson, text, curve(run), gr.skip()
             time.sleep(1)
         command.check()
+        if not (run / "model").is_dir():
+            raise InputError("it was stopped before it was judged once: the old model is kept")
         _, new = score(run / "model", held, segmenter.table.ignore_value)
         what = f"{figure} on {counted(len(find_pairs(held)), 'held-out image')}"
         place = run.relative_to(page.folder)
@@ -304,8 +310,7 @@ def tab(page: Page, current: gr.State, model: gr.Dropdown) -> None:
             )
             yield lesson, f"{text}, which is in {place}", curve(run), gr.skip()
             return
-        base = known.name.partition(" + ")[0]
-        name = f"{base} + {lesson.folder.name.rpartition('-')[2]}.{lesson.runs}"
+        name = f"{lesson.base} + {lesson.folder.name.rpartition('-')[2]}.{lesson.runs}"
         reading = known.reading or done.predictor.reading
         page.models[name] = Known(name, run / "model", SEGMENTATION, reading)
         text = f"**the new model is used**: {what} rose from {old:.3f} to {new:.3f}"
@@ -315,7 +320,7 @@ def tab(page: Page, current: gr.State, model: gr.Dropdown) -> None:
     work: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": 1}
     training = {**work, "concurrency_id": "training"}
     given = [current, shown, see]
-    for event in (take.click, shown.input, see.release):
+    for event in (take.click, shown.input):
         event(begin, given, [shown, legend, editor], **work, concurrency_id="work")
     learn.click(
         study,

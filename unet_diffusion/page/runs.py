@@ -85,13 +85,19 @@ def tab(page: Page) -> None:
             names, value=names[-1] if names else None, label="Run", elem_id="run", scale=2
         )
         minutes = gr.Number(
-            None, label="Minutes in all (none: as it has)", minimum=0, elem_id="more-minutes"
+            0, label="Minutes in all (0: as it has)", minimum=0, elem_id="more-minutes"
         )
         again = gr.Button("Resume", variant="primary", elem_id="resume")
         stop = gr.Button("Stop", elem_id="stop-run")
     said = gr.Markdown(elem_id="run-said")
     plot = gr.LinePlot(x="step", y="loss", color="images", height=280)
-    gallery = gr.Gallery(label="Report and samples", columns=3, format="png", elem_id="samples")
+    gallery = gr.Gallery(
+        label="Report and samples",
+        columns=3,
+        format="png",
+        elem_id="samples",
+        buttons=["fullscreen", "download"],
+    )
     timer, seen = gr.Timer(2), gr.State(None)
 
     def chosen(given: object) -> Path:

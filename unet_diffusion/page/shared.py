@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import html
 import inspect
 import re
 import signal
@@ -26,6 +27,7 @@ from segmentation.predict import Predictor
 from segmentation.segmenter import Segmenter, load_models
 from unet.errors import InputError, RunError
 from unet.files.pages import Reading
+from unet.files.pictures import Legend
 from unet.memory import ran_out_of_memory
 from unet.weights.folder import read_config
 
@@ -153,9 +155,9 @@ class Page:
 
     def started(self, session: str | None, run: Path, *words: object) -> Command:
         """A training, as the job of a session."""
-        busy = self.watched.get(run)
-        if busy is not None and busy.running:
-            raise InputError(f"{run.name} is at work already: stop it first")
+        busy = [where.name for where, command in self.watched.items() if command.running]
+        if busy:
+            raise InputError(f"{busy[0]} is being trained: wait for its end, or stop it")
         command = self.watched[run] = Command(*words)
         if session is not None:
             self.jobs[session] = command
@@ -227,6 +229,15 @@ def sentences(work: Callable[..., Any]) -> Callable[..., Any]:
 def _without_folders(text: str) -> str:
     """The sentence with the names of absolute paths alone: where they lie is not for the page."""
     return re.sub(r"(?<![\w.])/(?:[^\s/'\"]+/)+(?=[^\s/'\"])", "", text)
+
+
+def swatches(legend: Legend) -> str:
+    """What colours stand for, as HTML: names are other people's text."""
+    box = "display:inline-block;width:1em;height:1em;border:1px solid #888;background:"
+    return " &emsp; ".join(
+        f"<span style='{box}rgb({r}, {g}, {b})'></span> {html.escape(name)}"
+        for name, (r, g, b) in legend
+    )
 
 
 def packed(files: Sequence[Path], folder: Path, name: str) -> Path:
