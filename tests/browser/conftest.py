@@ -105,7 +105,7 @@ def browser() -> Iterator[object]:
 @pytest.fixture
 def tab(browser, served) -> Iterator[object]:
     """A window of a reader of the page. Nothing in it may ask another machine for anything."""
-    window = browser.new_context(viewport={"width": 1200, "height": 1400})
+    window = browser.new_context(viewport={"width": 800, "height": 900})
     page = window.new_page()
     elsewhere: list[str] = []
     page.on("request", lambda request: elsewhere.append(request.url))

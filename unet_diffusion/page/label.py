@@ -215,7 +215,7 @@ def found_slices(page: Page, name: str, files: Sequence[str]) -> tuple[Labelled,
                 )
         slices += found
     if not slices:
-        raise InputError(" | ".join(wrong) or "no file was given: drop an image")
+        raise InputError(" | ".join(wrong))
     return Labelled(page.results(), name, predictor, slices), wrong
 
 
@@ -263,7 +263,10 @@ def tab(page: Page, current: gr.State, model: gr.Dropdown) -> None:
 
     @sentences
     def label(name: str, given: list[str] | None) -> Iterator[Any]:
-        done, wrong = found_slices(page, name, given or [])
+        if not given:  # another model is chosen, before there is an image
+            yield [gr.skip()] * 5
+            return
+        done, wrong = found_slices(page, name, given)
         waiting, done.images = done.images, []
         for text in wrong:
             gr.Warning(text, duration=None)

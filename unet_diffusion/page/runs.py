@@ -33,6 +33,12 @@ def find_runs(folder: Path) -> dict[str, Path]:
     return {name: found[name] for name in sorted(found, key=natural_key)}
 
 
+def shown_runs(page: Page) -> dict[str, Path]:
+    """The runs of the folder, and before them those that learnt on this page."""
+    lessons = find_runs(page.folder / "lessons")
+    return {f"lessons/{name}": run for name, run in lessons.items()} | find_runs(page.runs)
+
+
 def command_of(run: Path) -> str:
     """The command that trains a run: which of them its options are of.
 
@@ -79,7 +85,7 @@ def pictures(run: Path) -> list[tuple[Image.Image, str]]:
 
 def tab(page: Page) -> None:
     """Builds the tab."""
-    names = list(find_runs(page.runs))
+    names = list(shown_runs(page))
     with gr.Row():
         name = gr.Dropdown(
             names, value=names[-1] if names else None, label="Run", elem_id="run", scale=2
@@ -101,14 +107,14 @@ def tab(page: Page) -> None:
     timer, seen = gr.Timer(2), gr.State(None)
 
     def chosen(given: object) -> Path:
-        found = find_runs(page.runs).get(str(given))
+        found = shown_runs(page).get(str(given))
         if found is None:
             raise InputError(f"choose a run: {page.runs.name} has none of that name")
         return found
 
     @sentences
     def look(given: str | None, before: Any) -> Any:
-        found = find_runs(page.runs)
+        found = shown_runs(page)
         listed = gr.update(choices=list(found))
         if given not in found:
             text = f"{len(found)} runs" if found else f"there is no run in {page.runs.name}/ yet"

@@ -228,7 +228,7 @@ def sentences(work: Callable[..., Any]) -> Callable[..., Any]:
 
 def _without_folders(text: str) -> str:
     """The sentence with the names of absolute paths alone: where they lie is not for the page."""
-    return re.sub(r"(?<![\w.])/(?:[^\s/'\"]+/)+(?=[^\s/'\"])", "", text)
+    return re.sub(r"(?<![\w./:])/(?:[^\s/'\"]+/)+(?=[^\s/'\"])", "", text)
 
 
 def swatches(legend: Legend) -> str:
