@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,12 +70,10 @@ def runs(tmp_path_factory) -> Path:
     return folder / "runs"
 
 
-@pytest.fixture(scope="session")
-def served(runs, tmp_path_factory) -> Iterator[Served]:
-    folder = tmp_path_factory.mktemp("app")
-    models = (runs / "squares/model", runs / "shapes/model")
-    limits = ("--max-upload", 1, "--max-pixels", 300_000)
-    process = unet("app", "--model", *models, "--folder", folder, "--runs", runs, *limits)
+@contextmanager
+def opened(*words: object) -> Iterator[str]:
+    """A page that is served by the command, at the address that it says."""
+    process = unet("app", *words)
     assert process.stdout is not None
     said = []
     for line in process.stdout:
@@ -82,11 +81,20 @@ def served(runs, tmp_path_factory) -> Iterator[Served]:
         if line.startswith("the page: "):
             break
     assert said[-1].startswith("the page: http://127.0.0.1:"), said
-    yield Served(said[-1].split()[2], folder, runs, models[0])
+    yield said[-1].split()[2]
     process.terminate()
     rest, _ = process.communicate(timeout=60)
     assert "unet_diffusion/page" not in rest, rest  # a traceback of ours
     assert process.returncode == 0
+
+
+@pytest.fixture(scope="session")
+def served(runs, tmp_path_factory) -> Iterator[Served]:
+    folder = tmp_path_factory.mktemp("app")
+    models = (runs / "squares/model", runs / "shapes/model")
+    limits = ("--max-upload", 1, "--max-pixels", 300_000)
+    with opened("--model", *models, "--folder", folder, "--runs", runs, *limits) as address:
+        yield Served(address, folder, runs, models[0])
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ import json
 import re
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 from filelock import FileLock, Timeout
 
 from segmentation.data.pairs import find_pairs
-from tests.browser.conftest import SIDE, Served, run, square
+from tests.browser.conftest import SIDE, Served, opened, run, square
 from unet.files.images import read_image, read_mask, write_image
 
 pytestmark = pytest.mark.browser
@@ -167,9 +168,8 @@ def test_what_is_no_image_or_too_large_is_a_sentence(tab, tmp_path) -> None:
     assert "exceed the maximum allowed size of 1.0 Mb" in sentence(tab)
 
 
-def answer(url: str, body: object = None) -> int:
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+def answer(url: str, data: bytes | None = None, kind: str = "application/json") -> int:
+    request = urllib.request.Request(url, data, {"Content-Type": kind})
     try:
         with urllib.request.urlopen(request, timeout=10) as reply:
             return reply.status
@@ -186,13 +186,24 @@ def test_no_path_reaches_a_file_outside_the_folder(tab, served: Served) -> None:
     label = next(d for d in fns["dependencies"] if d["targets"][0][1] == "upload")
     file = {"path": str(secret), "meta": {"_type": "gradio.FileData"}}
     asked = {"data": ["squares", [file]], "fn_index": label["id"], "session_hash": "../../x"}
-    answer(f"{served.address}gradio_api/queue/join", asked)
+    answer(f"{served.address}gradio_api/queue/join", json.dumps(asked).encode())
     stream = f"{served.address}gradio_api/queue/data?session_hash=../../x"
     with urllib.request.urlopen(stream, timeout=20) as reply:
         events = [line for line in reply if b"process_completed" in line]
     assert events
     assert all(b'"success":false' in event for event in events)
     assert not any(b"border_weight" in event for event in events)
+
+
+def test_a_password_is_asked_for(served: Served, tmp_path: Path) -> None:
+    (tmp_path / "password.txt").write_text("sésame\n", encoding="utf-8")
+    said = ("--password-file", tmp_path / "password.txt", "--folder", tmp_path / "app")
+    with opened("--model", served.model, *said) as address:
+        assert answer(f"{address}config") == 401
+        for word, status in (("sesame", 400), ("sésame", 200)):
+            form = urllib.parse.urlencode({"username": "any", "password": word}).encode()
+            kind = "application/x-www-form-urlencoded"
+            assert answer(f"{address}login", form, kind) == status
 
 
 def test_two_people_at_once_get_their_own(tab, browser, served: Served, tmp_path) -> None:

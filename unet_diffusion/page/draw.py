@@ -76,9 +76,9 @@ def tab(page: Page) -> None:
         wanted = f"Draw from {known.condition.said()}" if known.condition else ""
         return (
             gr.update(choices=[ANY, *known.classes], value=ANY, visible=bool(known.classes)),
-            gr.update(visible=text),
-            gr.update(visible=text),
-            gr.update(visible=known.condition is not None, label=wanted),
+            gr.update(visible=text, value=""),
+            gr.update(visible=text, value=""),
+            gr.update(visible=known.condition is not None, label=wanted, value=None),
             gr.update(visible=led, value=1),
             gr.update(visible=text, value=False),
         )
@@ -87,8 +87,8 @@ def tab(page: Page) -> None:
     def run(
         name: str,
         class_name: str,
-        text: str,
-        away: str,
+        text: str | None,
+        away: str | None,
         file: str | None,
         number: float,
         length: float,
@@ -98,11 +98,12 @@ def tab(page: Page) -> None:
         looked: bool,
     ) -> Iterator[Any]:
         known = page.drawer(name)
+        text, away = (text or "").strip(), (away or "").strip()  # None where it is not shown
         options = SamplingOptions(
             steps=min(int(length), MOST_STEPS),
             sampler=how,
             guidance=scale,
-            negative=away.strip() if scale != 1 else "",
+            negative=away if scale != 1 else "",
             seed=int(first or 0),
         )
         wanted, drawer = asked(page, known, options, int(number), class_name, text, file)
@@ -117,12 +118,12 @@ def tab(page: Page) -> None:
         made = [folder.write_grid(numbers), *(folder.file(i) for i in numbers)]
         folder.write_gif(frames)
         figures = []
-        if looked and text.strip():
+        if looked and text:
             shown = wanted[:FIGURES]
             images, heat = drawer.attending(shown)
             words = [drawer.text.words(str(one)) for one in shown]
             figures = [attention_figure(*each) for each in zip(images, words, heat, strict=True)]
-        remarks = drawer.text.remarks(text.strip()) if text.strip() and known.text else []
+        remarks = drawer.text.remarks(text) if text else []
         given = [*made, folder.path / "appearing.gif"]
         archive = packed(given, folder.path, "all.zip")
         yield (
@@ -178,6 +179,6 @@ def asked(
                 f"{page.most_pixels:,} pixels that the page takes"
             )
         return [sampler.made_from(Path(file))] * count, sampler
-    classes = [] if class_name == ANY or not model.classes else [class_name]
-    prompts = [text.strip()] if text.strip() else []
+    classes = [] if class_name in (ANY, None) or not model.classes else [class_name]
+    prompts = [text] if text else []
     return sampler.wanted(range(count), classes, prompts), sampler
