@@ -17,6 +17,7 @@ import pytest
 from unet.files.images import write_image
 
 ROOT = Path(__file__).parents[2]
+PATIENCE = 120_000  # milliseconds, of a busy machine
 SIDE = 64  # pixels of the images
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 
@@ -115,6 +116,7 @@ def tab(browser, served) -> Iterator[object]:
     """A window of a reader of the page. Nothing in it may ask another machine for anything."""
     window = browser.new_context(viewport={"width": 800, "height": 900})
     page = window.new_page()
+    page.set_default_timeout(PATIENCE)
     elsewhere: list[str] = []
     page.on("request", lambda request: elsewhere.append(request.url))
     page.goto(served.address)

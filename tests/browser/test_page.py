@@ -109,7 +109,7 @@ def test_what_is_painted_raises_the_score_on_held_out_images(tab, served, tmp_pa
     tab.fill("#learn-minutes input[type=number]", "0.2")
     tab.click("#learn")
     tab.wait_for_function(
-        "/is used|kept the old/.test(document.querySelector('#verdict').innerText)", timeout=90_000
+        "/is used|kept the old/.test(document.querySelector('#verdict').innerText)", timeout=240_000
     )
     verdict = tab.inner_text("#verdict")
     old, new = map(float, re.search(r"from ([\d.]+) to ([\d.]+)", verdict).groups())
@@ -230,7 +230,7 @@ def at_work(path: Path) -> bool:
 
 
 def until(condition) -> None:
-    end = time.monotonic() + 40
+    end = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.2)
