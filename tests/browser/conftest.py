@@ -22,6 +22,11 @@ SIDE = 64  # pixels of the images
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 
+def pytest_ignore_collect(config: pytest.Config) -> bool | None:
+    """The default run does not import Gradio, which takes seconds."""
+    return True if "not browser" in config.option.markexpr else None
+
+
 def unet(*words: object) -> subprocess.Popen[str]:
     line = [sys.executable, "-m", "unet_diffusion", *map(str, words)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -93,7 +94,8 @@ def test_a_model_is_chosen_by_its_name_alone(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="no model is chosen"):
             page.known(name, "segmentation")
     (tmp_path / "model.safetensors").touch()
-    (tmp_path / "config.json").write_text('{"task": "classifier"}')
+    described = {"task": "classifier", "out_channels": 1, "unet": {}, "info": {}}
+    (tmp_path / "config.json").write_text(json.dumps(described))
     with pytest.raises(ValueError, match="'classifier'"):
         known_model(tmp_path, "x")
 
