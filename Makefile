@@ -12,11 +12,11 @@ ARGS ?=
 BIN = $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 PY = "$(BIN)/python"
 
-.PHONY: help demo test test-slow test-gpu lint audit docs bench venv clean
+.PHONY: help demo test test-slow test-gpu test-browser lint audit docs bench venv clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 demo: venv  ## train, predict and evaluate on embedded data; prints where the pictures are
 	@$(PY) scripts/demo.py $(ARGS)
@@ -30,6 +30,10 @@ test-slow: venv  ## run the tests marked slow, the notebooks among them
 
 test-gpu: venv  ## run the tests that need a GPU; UNET_GPU_TESTS=cpu rehearses them without
 	@$(PY) -m pytest -m gpu tests/gpu $(ARGS)
+
+test-browser: venv  ## run the tests of the page (they need a Chromium: found, or named by CHROMIUM)
+	@$(PY) -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[app,browser]"
+	@$(PY) -m pytest -m browser tests/browser $(ARGS)
 
 lint: venv  ## ruff check, ruff format --check, mypy
 	@$(PY) -m ruff check .

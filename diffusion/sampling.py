@@ -309,12 +309,12 @@ class ImageSampler:
 
     def appearing(
         self, count: int, wanted: Wanted | None = None, *, first: int = 0
-    ) -> list[Images]:
+    ) -> Iterator[Images]:
         """The first images as they appear: the noise, and what it has become after each step."""
         seeds = image_seeds(self.options.seed, count, first)
-        frames = [self._decoded(self.plans.noise(NoiseSource(seeds)))]
-        steps = self.plans.from_noise().run(range(count), seeds, wanted or [None] * count)
-        return frames + [self._decoded(step.x) for step in steps]
+        yield self._decoded(self.plans.noise(NoiseSource(seeds)))
+        for step in self.plans.from_noise().run(range(count), seeds, wanted or [None] * count):
+            yield self._decoded(step.x)
 
     def attending(
         self, wanted: Wanted, steps: tuple[int, int] | None = None, *, first: int = 0

@@ -105,9 +105,10 @@ class FilePredictor:
         if math.prod(source.shape) > AT_ONCE:
             self._run_in_bands(source, *self.files(image, out)[:3])
             return lambda: None
-        return functools.partial(self._write, image, out, source, self.segmenter.predict(source))
+        return functools.partial(self.write, image, out, source, self.segmenter.predict(source))
 
-    def _write(self, image: Slice, out: Path, source: RasterSource, found: Probability) -> None:
+    def write(self, image: Slice, out: Path, source: RasterSource, found: Probability) -> None:
+        """Writes what `predict` gave for one image: these files, at this predictor's threshold."""
         mask, probability, picture, *labels = self.files(image, out)
         decided = self.segmenter.decided(found, source)
         table = self.segmenter.table

@@ -19,7 +19,7 @@ from unet.training.cli import COMPLETION, completable, complete, stdout_is_close
 COMMANDS = {
     "Segmentation": ("train-seg", "predict-seg", "eval-seg", "crossval-seg"),
     "Diffusion": ("train-ddpm", "sample-ddpm", "eval-ddpm", "train-classifier", "txt2img"),
-    "Both": ("ema", "export", "describe", "demo"),
+    "Both": ("ema", "export", "describe", "app", "demo"),
 }
 NAMES = tuple(name for names in COMMANDS.values() for name in names)
 

@@ -179,7 +179,7 @@ def write_pictures(
         folder.write_npz(numbers, labels or None)
     shown = wanted[:SHOWN]
     if options.gif:
-        folder.write_gif(sampler.appearing(len(shown), shown, first=options.first))
+        folder.write_gif(list(sampler.appearing(len(shown), shown, first=options.first)))
     if options.attention:
         images, maps = sampler.attending(shown, options.attention_steps, first=options.first)
         words = [sampler.text.words(str(text)) for text in shown]

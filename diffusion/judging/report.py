@@ -53,7 +53,7 @@ def write_report(run: Path, model: DiffusionUNet, data: Data, seed: int, togethe
     samples = sampler(SHOWN, wanted)
     every = few_steps(model, seed, together, FRAMES, autoencoder)
     chosen = [i * SHOWN // APPEARING for i in range(APPEARING)]
-    frames = every.appearing(APPEARING, [wanted[i] for i in chosen])
+    frames = list(every.appearing(APPEARING, [wanted[i] for i in chosen]))
     with replacing(run / "samples" / "appearing.png") as temporary:
         strip(frames).save(temporary, format="png")
     write_gif(run / "samples" / "appearing.gif", frames)

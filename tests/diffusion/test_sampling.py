@@ -144,7 +144,7 @@ def test_evaluations_are_counted_and_steps_reported() -> None:
 
 def test_a_sample_appears_out_of_noise() -> None:
     made = sampler(model())
-    frames = made.appearing(2)
+    frames = list(made.appearing(2))
     assert len(frames) == 6
     assert (frames[-1] == made(2)).all()
     assert frames[0].std() > 60  # noise, of which a third is clamped

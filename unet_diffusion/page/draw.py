@@ -1,0 +1,184 @@
+"""The tab Draw: pictures of a diffusion model, shown as they come out of noise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import gradio as gr
+
+from diffusion.attention_maps import attention_figure
+from diffusion.model import DiffusionUNet
+from diffusion.options import SamplingOptions
+from diffusion.output import SampleFolder
+from diffusion.pictures import grid
+from diffusion.plans import Wanted
+from diffusion.sampling import Images, ImageSampler
+from unet.errors import InputError
+from unet.files.images import image_info
+from unet.training.task import Processes
+from unet_diffusion.page.shared import DIFFUSION, Page, packed, sentences
+
+MOST, MOST_STEPS, FIGURES = 16, 250, 4  # pictures, steps, and pictures whose attention is shown
+ANY = "any"
+
+
+def tab(page: Page) -> None:
+    """Builds the tab."""
+    names = page.names(DIFFUSION)
+    samplers = get_args(get_type_hints(SamplingOptions)["sampler"])
+    with gr.Row():
+        with gr.Column(scale=1, min_width=300):
+            model = gr.Dropdown(names, value=names[0] if names else None, label="Model")
+            kind = gr.Dropdown([ANY], value=ANY, label="Class", visible=False, elem_id="class")
+            prompt = gr.Textbox(label="Prompt", visible=False, elem_id="prompt")
+            negative = gr.Textbox(label="Lead away from (with guidance)", visible=False)
+            condition = gr.File(label="Picture or mask to draw from", visible=False)
+            count = gr.Slider(1, MOST, 4, step=1, label="Pictures", elem_id="count")
+            steps = gr.Slider(1, MOST_STEPS, 20, step=1, label="Steps", elem_id="steps")
+            sampler = gr.Dropdown(list(samplers), value=SamplingOptions.sampler, label="Sampler")
+            guidance = gr.Slider(1, 10, 1, step=0.1, label="Guidance", visible=False)
+            seed = gr.Number(0, precision=0, minimum=0, label="Seed", elem_id="seed")
+            attention = gr.Checkbox(label="Show where each word goes", visible=False)
+            with gr.Row():
+                draw = gr.Button("Draw", variant="primary", elem_id="draw")
+                stop = gr.Button("Stop")
+        with gr.Column(scale=2):
+            view = gr.Image(
+                label="Pictures",
+                format="png",
+                interactive=False,
+                height=560,
+                elem_id="drawn",
+                buttons=["fullscreen", "download"],
+            )
+            said = gr.Markdown(elem_id="draw-said")
+            maps = gr.Gallery(
+                label="Where each word goes",
+                visible=False,
+                format="png",
+                columns=1,
+                buttons=["fullscreen", "download"],
+                elem_id="maps",
+            )
+            files = gr.File(
+                label="Files", file_count="multiple", interactive=False, elem_id="draw-downloads"
+            )
+
+    @sentences
+    def fit(name: str | None) -> Any:
+        if not name:
+            return [gr.skip()] * 6
+        known = page.drawer(name)
+        text = "text_encoder" in known.info or known.text is not None
+        led = bool(text or known.classes or known.condition)
+        wanted = f"Draw from {known.condition.said()}" if known.condition else ""
+        return (
+            gr.update(choices=[ANY, *known.classes], value=ANY, visible=bool(known.classes)),
+            gr.update(visible=text, value=""),
+            gr.update(visible=text, value=""),
+            gr.update(visible=known.condition is not None, label=wanted, value=None),
+            gr.update(visible=led, value=1),
+            gr.update(visible=text, value=False),
+        )
+
+    @sentences
+    def run(
+        name: str,
+        class_name: str,
+        text: str | None,
+        away: str | None,
+        file: str | None,
+        number: float,
+        length: float,
+        how: Any,
+        scale: float,
+        first: float | None,
+        looked: bool,
+    ) -> Iterator[Any]:
+        known = page.drawer(name)
+        text, away = (text or "").strip(), (away or "").strip()  # None where it is not shown
+        options = SamplingOptions(
+            steps=min(int(length), MOST_STEPS),
+            sampler=how,
+            guidance=scale,
+            negative=away if scale != 1 else "",
+            seed=int(first or 0),
+        )
+        wanted, drawer = asked(page, known, options, int(number), class_name, text, file)
+        frames: list[Images] = []
+        for i, frame in enumerate(drawer.appearing(len(wanted), wanted)):
+            frames.append(frame)
+            yield grid(frame), f"step {i} of {options.steps}", gr.skip(), gr.skip()
+        folder = SampleFolder(page.results() / "pictures")
+        folder.begin(Processes(), drawer.channels)
+        folder.add(frames[-1], 0)
+        numbers = range(len(wanted))
+        made = [folder.write_grid(numbers), *(folder.file(i) for i in numbers)]
+        folder.write_gif(frames)
+        figures = []
+        if looked and text:
+            shown = wanted[:FIGURES]
+            images, heat = drawer.attending(shown)
+            words = [drawer.text.words(str(one)) for one in shown]
+            figures = [attention_figure(*each) for each in zip(images, words, heat, strict=True)]
+        remarks = drawer.text.remarks(text) if text else []
+        given = [*made, folder.path / "appearing.gif"]
+        archive = packed(given, folder.path, "all.zip")
+        yield (
+            grid(frames[-1]),
+            " | ".join(remarks) or f"seed {options.seed}: done",
+            gr.update(value=figures, visible=bool(figures)),
+            [str(path) for path in (archive, *given)],
+        )
+
+    hidden: dict[str, Any] = {"api_visibility": "private"}
+    knobs = [kind, prompt, negative, condition, guidance, attention]
+    model.change(fit, model, knobs, **hidden)
+    begun = draw.click(
+        run,
+        [
+            *(model, kind, prompt, negative, condition),
+            *(count, steps, sampler, guidance, seed, attention),
+        ],
+        [view, said, maps, files],
+        concurrency_id="work",
+        concurrency_limit=1,
+        show_progress="hidden",
+        **hidden,
+    )
+    stop.click(None, None, None, cancels=[begun], **hidden)
+    gr.on(None, fit, model, knobs, **hidden)  # as the page opens
+
+
+def asked(
+    page: Page,
+    model: DiffusionUNet,
+    options: SamplingOptions,
+    count: int,
+    class_name: str,
+    text: str,
+    file: str | None,
+) -> tuple[Wanted, ImageSampler]:
+    """What each picture is to show, and what draws it.
+
+    Raises:
+        InputError: what the model does not know; a condition that is missing, or too large.
+    """
+    if not 1 <= count <= MOST:
+        raise InputError(f"{count} pictures: ask for 1 to {MOST}")
+    sampler = ImageSampler(model, options)
+    if model.condition is not None:
+        if not file:
+            raise InputError(f"this model draws from {model.condition.said()}: give a file")
+        info = image_info(Path(file))
+        if info.height * info.width > page.most_pixels:
+            raise InputError(
+                f"{Path(file).name} is {info.height} x {info.width}, which is more than the "
+                f"{page.most_pixels:,} pixels that the page takes"
+            )
+        return [sampler.made_from(Path(file))] * count, sampler
+    classes = [] if class_name in (ANY, None) or not model.classes else [class_name]
+    prompts = [text] if text else []
+    return sampler.wanted(range(count), classes, prompts), sampler

@@ -1,0 +1,347 @@
+"""The tab Correct and learn: painted pixels train the model on, and held-out images judge it.
+
+The human stays in the loop, as in ilastik (Berg et al., Nature Methods 16, 2019) and Cellpose 2
+(Pachitariu and Stringer, Nature Methods 19, 2022). The folder and the run are ordinary ones.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from PIL import Image
+from scipy import ndimage
+
+from segmentation.data.classes import IGNORE, ClassTable, Value, class_names
+from segmentation.data.instances import CELL, INSTANCE_NAMES
+from segmentation.data.pairs import Pair, find_pairs
+from segmentation.data.splits import split_pairs
+from segmentation.judging.evaluation import evaluate
+from segmentation.judging.labelled import held_out, known_cells, labelled_data
+from segmentation.options import SegmentationOptions
+from segmentation.output import Slice
+from segmentation.pictures import COLOURS, GREY
+from segmentation.predict import Predictor
+from segmentation.segmenter import Segmenter, load_models
+from segmentation.training import find_data
+from unet.errors import InputError
+from unet.files.images import read_image, write_image
+from unet.files.pages import Array
+from unet.files.pictures import RGB, Legend
+from unet.training.config_file import load_config
+from unet.training.run import read_log
+from unet.words import counted
+from unet_diffusion.page.label import Labelled, chosen, picture
+from unet_diffusion.page.shared import SEGMENTATION, Known, Page, sentences, swatches
+
+CANVAS = 640  # pixels a side to which small images are enlarged to be painted on
+SURE = 250  # of a stroke's alpha: its soft edge says nothing
+SCORES = {"ap": "mean AP", "v_rand": "V_Rand", "dice": "mean Dice"}  # the first that there is
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What one person has painted: a folder of images and masks, and the runs that learnt from it.
+
+    Attributes:
+        folder: holds labelled/ and held-out/, which `unet train-seg` reads, and run-1/, ....
+        ignore: mask value of the pixels that were not painted.
+        base: name of the model that it began with.
+        runs: how many there are.
+    """
+
+    folder: Path
+    ignore: Value
+    base: str
+    runs: int = 0
+
+
+def palette(table: ClassTable) -> Legend:
+    """The names and colours of the brush: a class each, as overlays have them, and 'don't know'."""
+    names = class_names(table)
+    colours = [tuple(map(int, colour)) for colour in COLOURS]
+    if table.names == INSTANCE_NAMES:  # whose border follows from where cells touch
+        names = names[: CELL + 1]
+    if len(names) != 2:
+        order = [(255, 255, 255), *colours]
+    else:
+        order = colours[:2] if table.shares[0] < table.shares[1] else colours[1::-1]
+    found = [(name, (r, g, b)) for name, (r, g, b) in zip(names, order, strict=False)]
+    return [*found, ("don't know", (GREY, GREY, GREY))]
+
+
+def painted(layers: Sequence[Array], size: tuple[int, int], brush: Legend) -> NDArray[np.uint8]:
+    """Class indices (H, W) of what was painted in the colours of `palette`; elsewhere IGNORE.
+
+    Args:
+        layers: (h, w, 4), the later ones above; of the size of the image or of its enlargement.
+        size: height and width of the image.
+        brush: the colours in the order of the classes, the last one 'don't know'. Any other colour,
+            such as that of a soft edge between two strokes, is IGNORE, too.
+    """
+    found = np.full(size, IGNORE, np.uint8)
+    colours = np.array([colour for _, colour in brush[:-1]], np.int64)
+    for layer in layers:
+        if layer.shape[:2] != size:
+            small = Image.fromarray(layer).resize(size[::-1], Image.Resampling.NEAREST)
+            layer = np.asarray(small)
+        distance = abs(layer[..., None, :3].astype(np.int64) - colours).max(axis=-1)
+        nearest, touched = distance.argmin(axis=-1), layer[..., 3] > 0
+        clear = (layer[..., 3] >= SURE) & (distance.min(axis=-1) <= 3)
+        found[touched] = np.where(clear, nearest, IGNORE)[touched]
+    return found
+
+
+def mask_values(
+    classes: NDArray[np.uint8], table: ClassTable, ignore: Value, *, instances: bool
+) -> Array:
+    """The mask (H, W[, 3]) of painted classes, with the values of the training masks.
+
+    Of a model of numbered objects each patch of cell is one.
+    """
+    if not instances:
+        return table.ignoring(ignore).decode(classes)
+    numbers = np.asarray(ndimage.label(classes == CELL)[0], np.uint16)
+    return np.where(classes == IGNORE, np.uint16(ignore), numbers)  # type: ignore[arg-type]
+
+
+def free_value(segmenter: Segmenter) -> Value:
+    """A mask value for pixels without a label: the model's, or one that no class has."""
+    table = segmenter.table
+    if segmenter.instances:
+        return 65535
+    if table.ignore_value is not None:
+        return table.ignore_value
+    choices: list[Value] = [255, *range(255)]
+    if isinstance(table.values[0], tuple):
+        choices = [(v, v, v) for v in (224, *range(255))]
+    return next(value for value in choices if value not in table.values)
+
+
+def judges(page: Page, known: Known) -> list[Pair]:
+    """The labelled images that judge: those of --held-out, or those that the model's run held out.
+
+    Raises:
+        InputError: there are none.
+    """
+    if page.held_out is not None:
+        return find_pairs(page.held_out)
+    config = known.path.parent / "config.yaml"
+    if not config.is_file():
+        raise InputError(
+            f"nothing says whether what is learnt is better: {known.name} is in no run folder; "
+            "start the page with --held-out and a folder of labelled images"
+        )
+    run = SegmentationOptions(**load_config(SegmentationOptions, config))
+    pairs = find_data(run)
+    if not split_pairs(pairs, run.val, run.fold, run.val_names or None)[1]:
+        raise InputError(
+            f"the run of {known.name} held nothing out: start the page with --held-out and a "
+            "folder of labelled images"
+        )
+    return held_out(pairs, [run])
+
+
+def write_pairs(pairs: Sequence[Pair], folder: Path) -> None:
+    """Images and masks as files of a folder that `unet train-seg` reads."""
+    for i, pair in enumerate(pairs):
+        name = f"{i:04d}"
+        write_image(folder / "image" / f"{name}.tif", pair.read_image())
+        mask = pair.read_mask()
+        wide = mask.astype(np.uint16) if mask.max() > 255 else mask.astype(np.uint8)
+        write_image(folder / "label" / f"{name}.png", wide, pair.palette)
+
+
+def score(folder: Path, held: Path, ignore: Value | None) -> tuple[str, float]:
+    """The name and the figure of a model on held-out images, at its own threshold."""
+    models, table, threshold = load_models([folder])
+    data = labelled_data(models, find_pairs(held), table, ignore)
+    cells = known_cells(models, data)
+    found = evaluate(
+        Predictor(models), data, data.val, threshold=threshold, thresholds=(), cells=cells
+    ).scores()
+    key = next(key for key in SCORES if key in found)
+    return SCORES[key], found[key]
+
+
+def canvas(image: RGB) -> RGB:
+    """The image to be painted on, enlarged by a whole number where it is small."""
+    factor = max(1, CANVAS // max(image.shape[:2]))
+    return image.repeat(factor, axis=0).repeat(factor, axis=1)
+
+
+def save_lesson(
+    page: Page, lesson: Lesson | None, done: Labelled, image: Slice, classes: NDArray[np.uint8]
+) -> Lesson:
+    """Adds an image with its painted pixels to the folder, which is made at the first one."""
+    segmenter, known = done.predictor.segmenter, page.known(done.model, SEGMENTATION)
+    if lesson is None or lesson.base != base_of(known):
+        pairs = judges(page, known)
+        place = page.folder / "lessons"
+        place.mkdir(parents=True, exist_ok=True)
+        number = 1 + len(list(place.iterdir()))
+        folder = place / f"{time.strftime('%Y%m%d-%H%M%S')}-{number}"
+        lesson = Lesson(folder, free_value(segmenter), base_of(known))
+        write_pairs(pairs, folder / "held-out")
+    values = mask_values(classes, segmenter.table, lesson.ignore, instances=segmenter.instances)
+    labelled = lesson.folder / "labelled"
+    pixels = read_image(image.path, image.page, done.predictor.reading)
+    write_image(labelled / "image" / f"{image.name}.tif", pixels)
+    write_image(labelled / "label" / f"{image.name}.png", values)
+    return lesson
+
+
+def base_of(known: Known) -> str:
+    """The name of the model that a model has learnt on from, its own if it has not."""
+    return known.name.partition(" + ")[0]
+
+
+def curve(run: Path) -> pd.DataFrame:
+    """The losses of a run so far, for a plot: step, loss, of which images."""
+    file = run / "metrics.jsonl"
+    log = read_log(file) if file.exists() else []
+    names = {"loss": "training", "val_loss": "held out"}
+    rows = [(e["step"], float(e[k]), n) for e in log for k, n in names.items() if k in e]
+    return pd.DataFrame(rows, columns=["step", "loss", "images"])
+
+
+def tab(page: Page, current: gr.State, model: gr.Dropdown) -> None:
+    """Builds the tab; `current` holds what was labelled in the tab before, `model` is chosen."""
+    lesson = gr.State(None)
+    gr.Markdown(
+        "Paint over what is wrong, in the colour of the class that it is. What is not painted, and "
+        "*don't know*, counts for nothing."
+    )
+    with gr.Row():
+        shown = gr.Dropdown([], label="Image", interactive=True, elem_id="learn-image", scale=2)
+        see = gr.Slider(0, 1, 0.5, step=0.05, label="Opacity of what was found", scale=2)
+        take = gr.Button("Show the image", elem_id="learn-show", scale=1)
+    legend = gr.HTML()
+    editor = gr.ImageEditor(
+        label="Brush",
+        sources=(),
+        transforms=(),
+        layers=False,
+        format="png",
+        image_mode="RGBA",
+        height=760,
+        elem_id="editor",
+        buttons=["fullscreen"],
+        brush=gr.Brush(default_size=12, colors=["#00dce6"], color_mode="fixed"),
+    )
+    with gr.Row():
+        minutes = gr.Slider(0.1, 60, 2, step=0.1, label="Minutes", elem_id="learn-minutes", scale=3)
+        learn = gr.Button("Learn from this", variant="primary", elem_id="learn", scale=1)
+        stop = gr.Button("Stop", elem_id="learn-stop", scale=1)
+    verdict = gr.Markdown(elem_id="verdict")
+    plot = gr.LinePlot(x="step", y="loss", color="images", height=260)
+
+    @sentences
+    def begin(done: Labelled | None, name: str, opacity: float) -> Any:
+        image = chosen(done, name) or (done.images[0] if done and done.images else None)
+        if done is None or image is None:
+            raise InputError("label an image first: drop it into the tab Label")
+        colours = palette(done.predictor.segmenter.table)
+        codes = [f"rgb({r}, {g}, {b})" for _, (r, g, b) in colours]
+        value = canvas(picture(done, image, "overlay", opacity))
+        brush = gr.Brush(12, colors=codes, default_color=codes[0], color_mode="fixed")
+        names = [one.name for one in done.images]
+        return (
+            gr.update(choices=names, value=image.name),
+            swatches(colours),
+            gr.update(
+                value={"background": value, "layers": [], "composite": None},
+                brush=brush,
+                canvas_size=value.shape[1::-1],
+            ),
+        )
+
+    @sentences
+    def study(
+        done: Labelled | None,
+        name: str,
+        drawn: dict[str, Any] | None,
+        before: Lesson | None,
+        length: float,
+        request: gr.Request,
+    ) -> Iterator[Any]:
+        image = chosen(done, name)
+        if done is None or image is None or drawn is None:
+            raise InputError("show an image first, and paint on it")
+        segmenter, known = done.predictor.segmenter, page.known(done.model, SEGMENTATION)
+        size = image.info.height, image.info.width
+        classes = painted(drawn.get("layers") or [], size, palette(segmenter.table))
+        count = int((classes != IGNORE).sum())
+        if not count:
+            raise InputError(
+                "nothing is painted yet: choose the brush, and paint over what is wrong"
+            )
+        lesson = save_lesson(page, before, done, image, classes)
+        lesson = replace(lesson, runs=lesson.runs + 1)
+        run, held = lesson.folder / f"run-{lesson.runs}", lesson.folder / "held-out"
+        said = f"learning from {counted(count, 'painted pixel')} of {image.name}"
+        yield lesson, f"{said}: scoring the model as it is", curve(run), gr.skip()
+        figure, old = score(known.path, held, segmenter.table.ignore_value)
+        command = page.started(
+            request.session_hash, run, *command_line(known, lesson, run, length, segmenter)
+        )
+        end = time.monotonic() + 60 * length
+        while command.running:
+            left = max(0, end - time.monotonic())
+            text = f"{said}: {figure} {old:.3f} on held-out images so far; {left:.0f} s left"
+            yield lesson, text, curve(run), gr.skip()
+            time.sleep(1)
+        command.check()
+        if not (run / "model").is_dir():
+            raise InputError("it was stopped before it was judged once: the old model is kept")
+        _, new = score(run / "model", held, segmenter.table.ignore_value)
+        what = f"{figure} on {counted(len(find_pairs(held)), 'held-out image')}"
+        place = run.relative_to(page.folder)
+        if not new > old:
+            text = (
+                f"**kept the old model**: {what} is {old:.3f} with it, {new:.3f} with the new one"
+            )
+            yield lesson, f"{text}, which is in {place}", curve(run), gr.skip()
+            return
+        name = f"{lesson.base} + {lesson.folder.name.rpartition('-')[2]}.{lesson.runs}"
+        reading = known.reading or done.predictor.reading
+        page.models[name] = Known(name, run / "model", SEGMENTATION, reading)
+        text = f"**the new model is used**: {what} rose from {old:.3f} to {new:.3f}"
+        choices = gr.update(choices=page.names(SEGMENTATION), value=name)
+        yield lesson, f"{text}; the run is {place}", curve(run), choices
+
+    work: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": 1}
+    training = {**work, "concurrency_id": "training"}
+    given = [current, shown, see]
+    for event in (take.click, shown.input):
+        event(begin, given, [shown, legend, editor], **work, concurrency_id="work")
+    learn.click(
+        study,
+        [current, shown, editor, lesson, minutes],
+        [lesson, verdict, plot, model],
+        show_progress="minimal",
+        **training,
+    )
+
+    def halt(request: gr.Request) -> None:
+        page.ended(request.session_hash)
+
+    stop.click(halt, None, None, api_visibility="private")
+
+
+def command_line(
+    known: Known, lesson: Lesson, run: Path, minutes: float, segmenter: Segmenter
+) -> list[object]:
+    """The command that learns from a lesson; anybody can type it again."""
+    value = lesson.ignore if isinstance(lesson.ignore, tuple) else (lesson.ignore,)
+    words: list[object] = ["train-seg", "--data", lesson.folder / "labelled"]
+    words += ["--val-data", lesson.folder / "held-out", "--ignore-value", *value]
+    words += ["--init", known.path, "--out", run, "--max-minutes", minutes]
+    return [*words, "--instances"] if segmenter.instances else words

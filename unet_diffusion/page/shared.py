@@ -1,0 +1,249 @@
+"""What the tabs share: models, commands in processes of their own, errors as sentences."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import html
+import inspect
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import traceback
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from diffusion.model import DiffusionUNet
+from diffusion.sampling import load_for_sampling
+from segmentation.predict import Predictor
+from segmentation.segmenter import Segmenter, load_models
+from unet.errors import InputError, RunError
+from unet.files.pages import Reading
+from unet.files.pictures import Legend
+from unet.memory import ran_out_of_memory
+from unet.weights.folder import read_config
+
+SEGMENTATION, DIFFUSION = "segmentation", "diffusion"
+PATIENCE = 60.0  # seconds in which a command that is to end saves its state
+
+
+class Command:
+    """A command of ours in a process of its own, as from a terminal: its run is an ordinary one."""
+
+    def __init__(self, *words: object) -> None:
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115  # as long as the process
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "unet_diffusion", *map(str, words)],
+            stdin=subprocess.DEVNULL,
+            stdout=self._said,
+            stderr=subprocess.STDOUT,
+        )
+        atexit.register(self.stop)
+
+    @property
+    def running(self) -> bool:
+        return self.process.poll() is None
+
+    def stop(self) -> None:
+        """Ends it as Ctrl-C does: its state is saved, so that it can be resumed."""
+        atexit.unregister(self.stop)
+        if not self.running:
+            return
+        self.process.send_signal(signal.SIGINT)
+        try:
+            self.process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+    def said(self) -> list[str]:
+        """The lines that it has written so far."""
+        self._said.seek(0)
+        return self._said.read().decode(errors="replace").splitlines()
+
+    def check(self) -> None:
+        """Raises RunError with its last sentence, where it ended in an error."""
+        if self.process.returncode in (None, 0, 128 + signal.SIGINT, -signal.SIGINT):
+            return
+        lines = [line for line in self.said() if line.strip()] or ["it said nothing"]
+        errors = [line for line in lines if line.startswith("error: ")] or lines
+        raise RunError(errors[-1].removeprefix("error: "))
+
+
+@dataclass(frozen=True)
+class Known:
+    """A model that the page offers."""
+
+    name: str
+    path: Path
+    task: str
+    reading: Reading | None = None
+    """How files are read for it, where its own `config.json` no longer says it."""
+
+
+@dataclass
+class Page:
+    """What the page works with.
+
+    Attributes:
+        folder: holds everything that the page writes.
+        models: by name, those of both tasks.
+        runs: the folder whose runs are shown.
+        held_out: labelled images by which new models are judged; None: those of a model's run.
+        most_pixels: of the images of one upload together.
+        jobs: the command that each session runs, by the session's hash.
+        watched: the command that works in a run folder.
+    """
+
+    folder: Path
+    models: dict[str, Known]
+    runs: Path
+    held_out: Path | None = None
+    most_pixels: int = 2**26
+    jobs: dict[str, Command] = field(default_factory=dict)
+    watched: dict[Path, Command] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._lock = threading.Lock()
+        self._loaded: dict[str, Any] = {}
+
+    def names(self, task: str) -> list[str]:
+        return [known.name for known in self.models.values() if known.task == task]
+
+    def known(self, name: object, task: str) -> Known:
+        """The model of that name, of the list: a name from a browser is never a path."""
+        found = self.models.get(str(name))
+        if found is None or found.task != task:
+            kind = "labels pixels" if task == SEGMENTATION else "draws"
+            raise InputError(
+                f"no model is chosen that {kind}: unet app --model RUN/model gives one"
+            )
+        return found
+
+    def segmenter(self, name: object) -> Segmenter:
+        def load(folder: Path) -> Segmenter:
+            models, table, threshold = load_models([folder])
+            return Segmenter(Predictor(models, precision="auto"), table, threshold)
+
+        found: Segmenter = self._once(self.known(name, SEGMENTATION), load)
+        return found
+
+    def drawer(self, name: object) -> DiffusionUNet:
+        load = functools.partial(load_for_sampling, device="auto")
+        found: DiffusionUNet = self._once(self.known(name, DIFFUSION), load)
+        return found
+
+    def _once(self, known: Known, load: Callable[[Path], Any]) -> Any:
+        with self._lock:
+            if known.name not in self._loaded:
+                self._loaded[known.name] = load(known.path)
+            return self._loaded[known.name]
+
+    def results(self) -> Path:
+        """A new folder for what one person is given; its name is not one that can be guessed."""
+        place = self.folder / "files" / "results"
+        place.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(dir=place))
+
+    def started(self, session: str | None, run: Path, *words: object) -> Command:
+        """A training, as the job of a session."""
+        busy = [where.name for where, command in self.watched.items() if command.running]
+        if busy:
+            raise InputError(f"{busy[0]} is being trained: wait for its end, or stop it")
+        command = self.watched[run] = Command(*words)
+        if session is not None:
+            self.jobs[session] = command
+        return command
+
+    def ended(self, session: str | None) -> None:
+        """A tab was closed: its job ends, and is saved."""
+        command = self.jobs.pop(session or "", None)
+        if command is not None:
+            command.stop()
+
+
+def known_model(path: Path, name: str) -> Known:
+    """A model folder to offer under a name.
+
+    Raises:
+        InputError: no model, or one of another task.
+    """
+    task = read_config(path).get("task")
+    if task not in (SEGMENTATION, DIFFUSION):
+        raise InputError(
+            f"--model {path} is of the task {task!r}: give segmentations and diffusion"
+        )
+    return Known(name, path, str(task))
+
+
+def sentences(work: Callable[..., Any]) -> Callable[..., Any]:
+    """What goes wrong in an event of the page becomes a sentence there, without paths of uploads.
+
+    What is nobody's mistake keeps its traceback in the terminal.
+    """
+
+    def told(error: Exception) -> gr.Error:
+        if isinstance(error, gr.Error):
+            return error
+        if isinstance(error, (InputError, RunError)):
+            return gr.Error(_without_folders(str(error)), duration=None, print_exception=False)
+        if ran_out_of_memory(error):
+            text = "the memory ran out: give smaller images, or fewer at a time"
+            return gr.Error(text, print_exception=False)
+        traceback.print_exception(error)
+        if isinstance(error, OSError):
+            text = f"a file cannot be used: {error.strerror or error}"
+        else:
+            text = f"{type(error).__name__}, which is our mistake: the terminal has the details"
+        return gr.Error(_without_folders(text), print_exception=False)
+
+    if inspect.isgeneratorfunction(work):
+
+        @functools.wraps(work)
+        def steps(*args: Any, **kwargs: Any) -> Iterator[Any]:
+            try:
+                yield from work(*args, **kwargs)
+            except Exception as error:
+                raise told(error) from None
+
+        return steps
+
+    @functools.wraps(work)
+    def once(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return work(*args, **kwargs)
+        except Exception as error:
+            raise told(error) from None
+
+    return once
+
+
+def _without_folders(text: str) -> str:
+    """The sentence with the names of absolute paths alone: where they lie is not for the page."""
+    return re.sub(r"(?<![\w./:])/(?:[^\s/'\"]+/)+(?=[^\s/'\"])", "", text)
+
+
+def swatches(legend: Legend) -> str:
+    """What colours stand for, as HTML: names are other people's text."""
+    box = "display:inline-block;width:1em;height:1em;border:1px solid #888;background:"
+    return " &emsp; ".join(
+        f"<span style='{box}rgb({r}, {g}, {b})'></span> {html.escape(name)}"
+        for name, (r, g, b) in legend
+    )
+
+
+def packed(files: Sequence[Path], folder: Path, name: str) -> Path:
+    """One archive of the files, each under its own name."""
+    path = folder / name
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:  # pictures are deflated already
+        for file in files:
+            archive.write(file, file.name)
+    return path
