@@ -43,6 +43,11 @@ class PredictOptions(ReadingOptions):
     """Also number the connected parts of the second of two classes, or the objects of a model of
     numbered masks, in NAME_labels.tif and the overlay."""
 
+    uncertainty: bool = False
+    """Also write NAME_entropy.png, how unsure each pixel is, and where several models or symmetries
+    (--tta) are averaged NAME_disagreement.png, the part of it that is their disagreement; 16-bit as
+    probabilities, 65535 is the largest entropy, 1 bit of two classes."""
+
     tile: int = 1024
     """Larger images are predicted in tiles of at most that many pixels a side."""
 
@@ -96,6 +101,7 @@ def main(options: PredictOptions) -> int:
         threshold if options.threshold is None else options.threshold,
         min_size=options.min_size,
         labels=options.labels,
+        uncertainty=options.uncertainty,
         reading=options.reading,
     )
     volume = is_volume(options.input)
