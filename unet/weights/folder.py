@@ -98,12 +98,6 @@ class FolderModel(nn.Module, ABC):
             The address of the upload.
         """
         folder = Path(save_directory)
-        described = {
-            "task": self.task,
-            "out_channels": self.out_channels,
-            "unet": self.config.to_dict(),
-            "info": self.info,
-        }
         # contiguous() also for channels_last weights: the file holds plain NCHW.
         state = {k: v.detach().contiguous() for k, v in self.state_dict().items()}
         file = folder / WEIGHTS
@@ -112,11 +106,21 @@ class FolderModel(nn.Module, ABC):
                 save_file(state, temporary, metadata={"format": "pt"})
             except SafetensorError as error:  # which is how safetensors reports a full disk
                 raise DiskError(f"{file} cannot be written, is the disk full? {error}") from error
-        write_text(folder / CONFIG, json.dumps(described, indent=2) + "\n")
-        write_card(folder, self.card())
+        self.save_info(folder)
         if push_to_hub:
             return self._upload(folder, repo_id or folder.resolve().name, **hub)
         return None
+
+    def save_info(self, folder: Path) -> None:
+        """Writes config.json and the card to a folder that holds the weights already."""
+        described = {
+            "task": self.task,
+            "out_channels": self.out_channels,
+            "unet": self.config.to_dict(),
+            "info": self.info,
+        }
+        write_text(folder / CONFIG, json.dumps(described, indent=2) + "\n")
+        write_card(folder, self.card())
 
     def push_to_hub(self, repo_id: str, **hub: Any) -> str:
         """Uploads the model to a repository on the Hugging Face Hub, which is made if need be.
