@@ -14,7 +14,7 @@ import numpy as np
 from diffusion.model import DiffusionUNet
 from diffusion.options import SamplingOptions
 from diffusion.plans import Wanted
-from diffusion.sampling import Images, ImageSampler, load_for_sampling
+from diffusion.sampling import Images, ImageSampler, load_for_sampling, made_channels
 from unet.errors import InputError, as_keywords
 
 Class: TypeAlias = "int | str | None"  # its index or its name; None: any
@@ -57,7 +57,7 @@ class ImageGenerator:
     def channels(self) -> int:
         """Channels of the images: 1 (grey) or 3 (RGB)."""
         found = self._autoencoder
-        return found.image_channels if found else self.model.image_channels
+        return found.image_channels if found else made_channels(self.model)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -114,7 +114,7 @@ class ImageGenerator:
                 guidance_rescale, guidance_interval, precision.
 
         Returns:
-            uint8 (N, H, W, C).
+            uint8 (N, H, W, C); of a model of masks their values, (N, H, W, 1).
 
         Raises:
             InputError (a ValueError): a setting out of range, an unknown one, or one that the model
@@ -162,7 +162,7 @@ def _several(given: Any) -> list[Any]:
     """One or several of something as a list; None: none."""
     if given is None:
         return []
-    return [given] if isinstance(given, (str, int, np.integer)) else list(given)
+    return [given] if isinstance(given, (str, Path, int, np.integer)) else list(given)
 
 
 def _whole(name: str, value: object, least: int) -> int:

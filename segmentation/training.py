@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from segmentation.data.classes import class_names
 from segmentation.data.annotators import annotated_stack
+from segmentation.data.classes import class_names
 from segmentation.data.dataset import SegmentationData
 from segmentation.data.download import isbi2012_folder
 from segmentation.data.normalisation import Normalisation

@@ -43,5 +43,3 @@ def disagreement_map(
     """
     found: NDArray[np.float32] = np.maximum(entropy_map(probability) - entropies, 0)
     return found
-
-

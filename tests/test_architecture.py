@@ -21,7 +21,8 @@ MAY_IMPORT = {
     "scripts": {"unet_diffusion"},
 }
 DOORS = {"main.py", "__main__.py"}  # of unet_diffusion, whose commands know nothing of each other
-SHARED = {"unet_diffusion.starting"}  # what they share
+# What they share, or what composes both lives and is called from Python as well.
+SHARED = {"unet_diffusion.starting", "unet_diffusion.sampled"}
 OURS = {*MAY_IMPORT, "tests", "benchmarks"}
 PICKLES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 

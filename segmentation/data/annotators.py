@@ -1,9 +1,9 @@
 """Annotators: generated micrographs with six masks each, which disagree in known ways.
 
 The images are those of `segmentation.data.phantom`. Each annotator has a pen, thin or thick, and a
-habit: to count organelles as no part of the cells, to overlook faint membranes, or neither. Pens and
-habits are drawn independently, all of the same probability, so that the exact probability of each
-pixel is the mean of the six masks: a calibrated answer exists.
+habit: to count organelles as no part of the cells, to overlook faint membranes, or neither. All six
+are as likely, so that the exact probability of each pixel is the mean of the six masks: a calibrated
+answer exists.
 """
 
 from __future__ import annotations
@@ -68,5 +68,7 @@ def _pieces(tissue: Tissue, faint: np.ndarray) -> np.ndarray:
     sizes = np.bincount(parts.ravel(), minlength=count + 1)
     large = (sizes >= 20) & (np.arange(count + 1) > 0)
     near = faint & (tissue.distance <= tissue.half_width + _THICKER)
-    grown: np.ndarray = ndimage.binary_dilation(large[parts], iterations=3, mask=near | large[parts])
+    grown: np.ndarray = ndimage.binary_dilation(
+        large[parts], iterations=3, mask=near | large[parts]
+    )
     return grown

@@ -54,7 +54,11 @@ class Calibration:
             of_true = np.take_along_axis(p, true[None].astype(np.int64), axis=0)[0]
             self.squares += float(((p**2).sum(axis=0) - 2 * of_true + 1).sum())
         bins = np.clip((judged * BINS).astype(int), 0, BINS - 1)
-        for total, values in ((self.counts, None), (self.predicted, judged), (self.observed, right)):
+        for total, values in (
+            (self.counts, None),
+            (self.predicted, judged),
+            (self.observed, right),
+        ):
             total += np.bincount(bins, values, minlength=BINS)
 
     def merge(self, other: Calibration) -> None:

@@ -291,7 +291,9 @@ class Evaluation:
         lines.append(row.format("mean", f"{found['dice']:.4f}", f"{found['iou']:.4f}", "", "", ""))
         lines.append(f"accuracy {found['accuracy']:.4f}, cross-entropy {found['loss']:.4f}")
         if "ece" in found:
-            judged = f"of {class_names(self.table)[1]}" if self.has_threshold else "of the top class"
+            judged = (
+                f"of {class_names(self.table)[1]}" if self.has_threshold else "of the top class"
+            )
             lines.append(
                 f"probabilities {judged}: calibration error {found['ece']:.4f} (15 bins), Brier "
                 f"score {found['brier']:.4f}"
