@@ -144,8 +144,8 @@ def main(options: EvalOptions) -> None:
         after = found.calibration.scores()
         changes = ", ".join(f"{k} {before[k]:.4f} -> {after[k]:.4f}" for k in after if k in before)
         print(
-            f"temperature {said}, fitted on {counted(len(fitted), 'image')} and saved; of the other "
-            f"{len(judged)}: {changes}",
+            f"temperature {said}, fitted on {counted(len(fitted), 'image')} and saved; of the "
+            f"other {len(judged)}: {changes}",
             file=sys.stderr,
         )
     write_scores(options.out, found, data, pictures=options.pictures, **facts)
@@ -210,9 +210,9 @@ def chosen_pairs(options: EvalOptions) -> tuple[SegmentationOptions, list[Pair]]
         unseen = {pair.name for pair in held_out(pairs, own)}
         if trained := [pair.name for pair in chosen if pair.name not in unseen]:
             raise InputError(
-                f"--calibrate needs images that no model was trained on, and {trained[0]} is one of "
-                f"{counted(len(trained), 'image')} that were: leave out --split and --val-names, or "
-                "give other images with --data"
+                f"--calibrate needs images that no model was trained on, and {trained[0]} is one "
+                f"of {counted(len(trained), 'image')} that were: leave out --split and "
+                "--val-names, or give other images with --data"
             )
     if own and chosen is pairs and not options.val_names:
         print("note: the model was trained on most of these images", file=sys.stderr)

@@ -2,8 +2,8 @@
 
 The images are those of `segmentation.data.phantom`. Each annotator has a pen, thin or thick, and a
 habit: to count organelles as no part of the cells, to overlook faint membranes, or neither. All six
-are as likely, so that the exact probability of each pixel is the mean of the six masks: a calibrated
-answer exists.
+are as likely, so that the exact probability of a pixel is the mean of the six masks: there is a
+calibrated answer.
 """
 
 from __future__ import annotations

@@ -163,8 +163,8 @@ class Evaluation:
         self.images = sorted(self.images + other.images, key=lambda image: image.index)
 
     def scores(self, threshold: float | None = None) -> dict[str, float]:
-        """Cross-entropy ("loss"), accuracy, mean Dice and IoU, and those of `Calibration.scores`; of
-        cells the ISBI scores; of objects those of `Overlaps.scores`.
+        """Cross-entropy ("loss"), accuracy, mean Dice and IoU, `Calibration.scores`; of cells the
+        ISBI scores; of objects those of `Overlaps.scores`.
 
         Args:
             threshold: instead of that in use: 0.01, 0.02, ..., 0.99, and where there are ISBI

@@ -1,4 +1,4 @@
-"""Laws of uncertainty: entropy and disagreement against their definitions, wherever they are written."""
+"""Laws of uncertainty: entropy and disagreement against their definitions."""
 
 from __future__ import annotations
 

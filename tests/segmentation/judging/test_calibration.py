@@ -1,4 +1,4 @@
-"""Laws of calibration: exact probabilities have no error, and a known temperature is found again."""
+"""Laws of calibration: true probabilities have no error, and a temperature is found again."""
 
 from __future__ import annotations
 
