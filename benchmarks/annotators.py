@@ -31,6 +31,7 @@ from unet.files.images import write_image  # noqa: E402
 from unet.training.cli import run_script  # noqa: E402
 from unet_diffusion.sampled import MaskSampler  # noqa: E402
 
+WIDTH = 16  # channels of the finest level
 Masks = NDArray[np.bool_]  # (N, H, W), where membrane is
 
 
@@ -47,16 +48,16 @@ class Options:
     tested: int = 12
     """Images to judge by."""
 
-    side: int = 64
+    side: int = 32
     """Pixels of a side."""
 
-    minutes: float = 1.0
+    minutes: float = 0.5
     """Minutes of each segmentation."""
 
     members: int = 3
     """Segmentations in the ensemble."""
 
-    diffusion_minutes: float = 3.0
+    diffusion_minutes: float = 2.5
     """Minutes of each diffusion model."""
 
     codings: tuple[str, ...] = ("bits", "one-hot")
@@ -132,7 +133,7 @@ def segmented(options: Options, seed: int) -> Path:
             SegmentationOptions(
                 out=run,
                 data=str(options.out / "data"),
-                width=16,
+                width=WIDTH,
                 crop=options.side,
                 val=0.05,
                 best_by="loss",
@@ -156,6 +157,8 @@ def diffused(options: Options, coding: Any) -> Path:
                 condition=str(options.out / "data/images"),
                 target="mask",
                 mask_coding=coding,
+                width=WIDTH,
+                batch_size=16,
                 val=10,
                 evaluations=2,
                 max_minutes=options.diffusion_minutes,
