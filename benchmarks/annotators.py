@@ -51,14 +51,14 @@ class Options:
     side: int = 32
     """Pixels of a side."""
 
-    minutes: float = 0.5
-    """Minutes of each segmentation."""
+    steps: int = 400
+    """Steps of each segmentation."""
 
     members: int = 3
     """Segmentations in the ensemble."""
 
-    diffusion_minutes: float = 2.5
-    """Minutes of each diffusion model."""
+    diffusion_steps: int = 1000
+    """Steps of each diffusion model."""
 
     codings: tuple[str, ...] = ("bits", "one-hot")
     """Codings of the masks for these, a model each."""
@@ -138,7 +138,7 @@ def segmented(options: Options, seed: int) -> Path:
                 val=0.05,
                 best_by="loss",
                 evaluations=2,
-                max_minutes=options.minutes,
+                steps=options.steps,
                 seed=seed,
                 device="cpu",
             )
@@ -161,7 +161,7 @@ def diffused(options: Options, coding: Any) -> Path:
                 batch_size=16,
                 val=10,
                 evaluations=2,
-                max_minutes=options.diffusion_minutes,
+                steps=options.diffusion_steps,
                 device="cpu",
             )
         )
