@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from diffusion.options import SamplingOptions
+from diffusion.process.schedule import NoiseSchedule
 from diffusion.sampling import ImageSampler, load_for_sampling
 from segmentation.data.classes import ClassTable
 from segmentation.output import Slice, as_16_bit, find_slices
@@ -30,7 +32,8 @@ class MaskSampler:
         model: a model folder, or a repository on the Hugging Face Hub, of `train-ddpm --target
             mask`.
         count: samples of each image.
-        options: how they are made; image after image with the same noise.
+        options: how they are made, with the same noise for each image; in as many steps as the
+            model has noise levels, at most.
 
     Raises:
         InputError: no such model; in calls, a file that does not fit it.
@@ -44,7 +47,8 @@ class MaskSampler:
                 "--target mask"
             )
         self.masks, self.count = network.masks, count
-        self.sampler = ImageSampler(network, options)
+        most = NoiseSchedule.from_dict(network.info["schedule"]).steps
+        self.sampler = ImageSampler(network, replace(options, steps=min(options.steps, most)))
         values = self.masks.values
         self.table = ClassTable(values=values, shares=(1 / len(values),) * len(values))
 

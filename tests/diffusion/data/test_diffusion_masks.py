@@ -74,7 +74,7 @@ def test_what_is_no_mask_is_told(tmp_path):
 
 
 def test_a_model_of_masks_makes_masks_of_images(tmp_path, capsys):
-    write(tmp_path)
+    write(tmp_path, count=4, side=8)
     options = DiffusionOptions(
         out=tmp_path / "run",
         data=str(tmp_path / "masks"),
@@ -82,15 +82,17 @@ def test_a_model_of_masks_makes_masks_of_images(tmp_path, capsys):
         target="mask",
         width=8,
         steps=2,
+        evaluations=1,
         batch_size=4,
-        val=2,
+        timesteps=3,  # as many steps have its pictures, and the samples of predict-seg
+        val=1,
         device="cpu",
     )
     train(options)
     model = tmp_path / "run/model"
     torch.manual_seed(0)
     made = load(model, device="cpu")(3, pictures=tmp_path / "images/0.png", steps=3)
-    assert made.shape == (3, 16, 16, 1)
+    assert made.shape == (3, 8, 8, 1)
     assert set(np.unique(made)) <= {0, 255}
     assert "unet-predict-seg" in (model / "README.md").read_text()
     argv = ["--model", model, "--condition", tmp_path / "images", "--out", tmp_path / "made"]
@@ -117,7 +119,7 @@ def test_a_model_of_masks_makes_masks_of_images(tmp_path, capsys):
     assert np.array_equal(sampler(tmp_path / "images/3.png") * 255, samples)
     large = tmp_path / "large.png"
     write_image(large, read_image(tmp_path / "images/3.png").repeat(2, 0).repeat(2, 1))
-    assert sampler(large).shape == (3, 32, 32)
-    write_image(large, np.zeros((16, 20), np.uint8))
+    assert sampler(large).shape == (3, 16, 16)
+    write_image(large, np.zeros((8, 10), np.uint8))
     with pytest.raises(InputError, match="cut it to these proportions"):
         sampler(large)
