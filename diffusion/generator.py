@@ -15,7 +15,7 @@ from diffusion.export import exportable
 from diffusion.model import DiffusionUNet
 from diffusion.options import SamplingOptions
 from diffusion.plans import Wanted
-from diffusion.sampling import Images, ImageSampler, load_for_sampling
+from diffusion.sampling import Images, ImageSampler, load_for_sampling, made_channels
 from unet.errors import InputError, as_keywords
 from unet.weights.formats import Format
 
@@ -59,7 +59,7 @@ class ImageGenerator:
     def channels(self) -> int:
         """Channels of the images: 1 (grey) or 3 (RGB)."""
         found = self._autoencoder
-        return found.image_channels if found else self.model.image_channels
+        return found.image_channels if found else made_channels(self.model)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -130,7 +130,7 @@ class ImageGenerator:
                 guidance_interval, precision.
 
         Returns:
-            uint8 (N, H, W, C).
+            uint8 (N, H, W, C); of a model of masks their values, (N, H, W, 1).
 
         Raises:
             InputError (a ValueError): a setting out of range, an unknown one, or one that the model
@@ -178,7 +178,7 @@ def _several(given: Any) -> list[Any]:
     """One or several of something as a list; None: none."""
     if given is None:
         return []
-    return [given] if isinstance(given, (str, int, np.integer)) else list(given)
+    return [given] if isinstance(given, (str, Path, int, np.integer)) else list(given)
 
 
 def _whole(name: str, value: object, least: int) -> int:

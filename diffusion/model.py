@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion.data.conditions import Condition
+from diffusion.data.masks import MaskCoding
 from diffusion.text import TextEncoder, WordEncoder
 from unet.config import UNetConfig
 from unet.errors import InputError
@@ -60,6 +61,12 @@ class DiffusionUNet(FolderModel):
         """What each picture is made from, from its `info`; None: from noise alone."""
         saved = self.info.get("condition")
         return None if saved is None else Condition.from_dict(saved)
+
+    @property
+    def masks(self) -> MaskCoding | None:
+        """The classes of the masks that it makes, from its `info`; None: it makes images."""
+        saved = self.info.get("target")
+        return None if saved is None else MaskCoding.from_dict(saved)
 
     @property
     def image_channels(self) -> int:
@@ -140,6 +147,20 @@ class DiffusionUNet(FolderModel):
         if {"text", "text_encoder"} & self.info.keys():
             tag, wanted = "text-to-image", ', prompts="a text"'
             facts["Texts"] = "captions: give prompts, and guidance=3 for images closer to them"
+        command = f"unet-sample-ddpm --model {model} --out samples"
+        condition = None
+        with suppress(InputError):
+            condition = self.condition
+            if masks := self.masks:
+                facts["Makes"] = masks.said()
+                command = (
+                    f"unet-predict-seg --model {model} --samples 16 --input images --out masks"
+                )
+        if condition is not None:
+            facts["Made from"] = condition.said()
+            wanted = ', pictures="image.png"'
+            if "unet-sample" in command:
+                command += " --condition pictures"
         if "autoencoder" in self.info:
             facts["Latents"] = "of an autoencoder, which this folder does not hold"
         return Usage(
@@ -152,10 +173,7 @@ class DiffusionUNet(FolderModel):
                 f"sampler = load({json.dumps(where)})\n"
                 f"images = sampler(16, seed=0{wanted})  # uint8 (16, H, W, C)"
             ),
-            commands=(
-                f"unet-sample-ddpm --model {model} --out samples"
-                + (' --prompt "a text"' if wanted else ""),
-            ),
+            commands=(command + (' --prompt "a text"' if "prompts" in wanted else ""),),
             facts=facts,
         )
 

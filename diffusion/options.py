@@ -82,6 +82,13 @@ class DiffusionOptions(ReadingOptions, FitOptions):
     names; or from the image itself lowres:4 (a version 4 times smaller), grey, noise:0.2 or hole.
     """
 
+    target: Literal["image", "mask"] = "image"
+    """What is made. mask: --data is a folder of masks, each made from the image of its name in
+    --condition; those of several annotators are in a folder each."""
+
+    mask_coding: Literal["bits", "one-hot"] = "bits"
+    """With --target mask: the classes as binary digits, or a channel for each."""
+
     label_dropout: float = 0.1
     """Share of the images that are shown without their class, caption or condition, as guidance
     needs it."""
@@ -170,6 +177,11 @@ class DiffusionOptions(ReadingOptions, FitOptions):
             raise InputError(
                 "--condition goes neither with --classes nor with --captions or --latents: leave "
                 "one of them out"
+            )
+        if self.target == "mask" and (not self.condition or self.colour or self.latents):
+            raise InputError(
+                "--target mask makes masks from images: give the folder of these as --condition, "
+                "and leave out --colour and --latents"
             )
         if self.latents and (self.crops or self.flips):
             raise InputError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -76,9 +76,11 @@ class SampleFolder:
         name = f"{number:05d}" if self.names is None else self.names[number]
         return self.path / "images" / f"{name}.{self.suffix}"
 
-    def write_grid(self, numbers: Sequence[int]) -> Path:
-        """Of the first hundred of these images."""
-        return self._save(grid(self.read(numbers[:IN_GRID])), "grid.png")
+    def write_grid(
+        self, numbers: Sequence[int], shown: Callable[[Images], Images] = lambda images: images
+    ) -> Path:
+        """Of the first hundred of these images, as they are shown."""
+        return self._save(grid(shown(self.read(numbers[:IN_GRID]))), "grid.png")
 
     def write_npz(self, numbers: Sequence[int], labels: Sequence[int] | None) -> None:
         """`images` uint8 (N, H, W, C), and `labels` int64 (N,) where there are classes."""

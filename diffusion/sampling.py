@@ -106,7 +106,7 @@ class ImageSampler:
     def channels(self) -> int:
         """Channels of the images."""
         found = self.autoencoder
-        return found.image_channels if found else self.model.image_channels
+        return found.image_channels if found else made_channels(self.model)
 
     @property
     def device(self) -> torch.device:
@@ -267,7 +267,12 @@ class ImageSampler:
         return self.model.text
 
     def _decoded(self, x: Tensor) -> Images:
-        return to_bytes(self.autoencoder.decode(x) if self.autoencoder else x)
+        found = to_bytes(self.autoencoder.decode(x) if self.autoencoder else x)
+        return found if self.model.masks is None else self.model.masks.decode(found)
+
+    def shown(self, images: Images) -> Images:
+        """Images as they are, and masks with greys that can be told apart."""
+        return images if self.model.masks is None else self.model.masks.shown(images)
 
     # ------------------------------------------------------------------------------------------
     # Images
@@ -338,6 +343,11 @@ class ImageSampler:
             for done, step in enumerate(run, start=1):
                 record.paused, x = done not in counted, step.x
         return self._decoded(x), record.maps((self.height, self.width))
+
+
+def made_channels(model: DiffusionUNet) -> int:
+    """Channels of the images that a model makes, without an autoencoder."""
+    return model.image_channels if model.masks is None else 1
 
 
 def image_seeds(seed: int, count: int, first: int = 0) -> list[int]:

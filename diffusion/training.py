@@ -115,6 +115,7 @@ def load_data(options: DiffusionOptions) -> Data:
         captions=options.captions,
         how=how_to_read(options),
         condition=options.condition,
+        masks=options.mask_coding if options.target == "mask" else None,
     )
     return LatentData(images, autoencoder, options.out / "latents") if autoencoder else images
 
@@ -323,7 +324,7 @@ class DiffusionTask:
     def _samples(self, model: DiffusionUNet) -> Any:
         size = self.plan.fit.together()
         sampler = few_steps(model, self.plan.fit.seed, size, autoencoder=self.autoencoder)
-        return sampler(SHOWN, shown_conditions(self.data, SHOWN))
+        return sampler.shown(sampler(SHOWN, shown_conditions(self.data, SHOWN)))
 
     def _shown(self, x: Tensor) -> Any:
         """The first of images, or of the images that latents stand for."""

@@ -89,6 +89,8 @@ class SegmentationUNet(FolderModel):
             table = ClassTable.from_dict(self.info.get("classes", {}))
             names = table.names or [f"class {i}" for i in range(len(table.values))]
             pairs = zip(table.values, names, strict=True)
+            if "temperature" in self.info:
+                facts["Probabilities"] = f"calibrated, temperature {self.info['temperature']!s:.6}"
             facts["Mask values"] = ", ".join(f"{value} ({name})" for value, name in pairs)
         except InputError:  # which loading it will say
             pass

@@ -21,6 +21,7 @@ from segmentation.data.classes import ClassTable
 from segmentation.pictures import grey_or_rgb, instance_overlay, overlay, overlay_legend
 from segmentation.predict import Predictor, Probability
 from segmentation.segmenter import RasterSource, Segmenter
+from segmentation.uncertainty import disagreement_map, entropy_map
 from unet.errors import InputError
 from unet.files.images import image_info, list_images, write_image
 from unet.files.pages import AS_STORED, ImageInfo, Reading
@@ -50,10 +51,11 @@ class FilePredictor:
 
     For an image NAME, or NAME_PAGE of a stack: NAME_mask.png with the values of the training masks,
     NAME_probability.png (of the second of two classes, or of the chosen class of more; 16-bit,
-    65535 is 1), NAME_overlay.png, and NAME_labels.tif on request. The overlay has the image's size
-    and shows instances, numbered, where the model or `labels` makes them, else classes. Of an image
-    with more than AT_ONCE pixels, mask and probability are TIFFs, written in bands, and the overlay
-    is small and shows classes.
+    65535 is 1), NAME_overlay.png, and on request NAME_labels.tif, NAME_entropy.png and, where
+    several predictions are averaged, NAME_disagreement.png (16-bit, too; see
+    `segmentation.uncertainty`). The overlay has the image's size and shows instances, numbered,
+    where the model or `labels` makes them, else classes. Of an image with more than AT_ONCE pixels
+    all but the overlay are TIFFs, written in bands, and the overlay is small and shows classes.
 
     Args:
         min_size: connected parts of fewer pixels become the class that surrounds them, and
@@ -62,6 +64,7 @@ class FilePredictor:
             training images were read.
         labels: also number the connected parts of class 1 (4-connected, 0 is the rest), or the
             instances of a model that was trained with --instances.
+        uncertainty: also write the maps of `segmentation.uncertainty`.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class FilePredictor:
         *,
         min_size: int | None = None,
         labels: bool = False,
+        uncertainty: bool = False,
         reading: Reading = AS_STORED,
     ) -> None:
         self.segmenter = Segmenter(predict, table, threshold, min_size=min_size)
@@ -83,11 +87,15 @@ class FilePredictor:
             )
         self.labels, self.parts = labels, labels or bool(min_size)
         self.numbers = labels or self.segmenter.instances
+        self.unsure: list[str] = []  # the names of the maps
+        if uncertainty:
+            self.unsure = ["entropy", *["disagreement"] * (predict.members > 1)]
 
     def files(self, image: Slice, out: Path) -> list[Path]:
         """The files that `run` writes."""
         kind = "png" if image.info.height * image.info.width <= AT_ONCE else "tif"
         names = [f"mask.{kind}", f"probability.{kind}", "overlay.png"]
+        names += [f"{name}.{kind}" for name in self.unsure]
         return [out / f"{image.name}_{n}" for n in [*names, *["labels.tif"] * self.labels]]
 
     def run(self, image: Slice, out: Path) -> None:
@@ -103,13 +111,25 @@ class FilePredictor:
             open_raster(image.path, image.page, image.info, self.reading), image.info.nodata
         )
         if math.prod(source.shape) > AT_ONCE:
-            self._run_in_bands(source, *self.files(image, out)[:3])
+            self._run_in_bands(source, self.files(image, out))
             return lambda: None
-        return functools.partial(self.write, image, out, source, self.segmenter.predict(source))
+        found = self.segmenter.predict(source, entropies=bool(self.unsure))
+        return functools.partial(self.write, image, out, source, found)
+
+    def parted(self, found: Probability) -> tuple[Probability, list[NDArray[np.uint16]]]:
+        """Probabilities (K, H, W) of what was predicted, and the maps (H, W) that go with them."""
+        if not self.unsure:
+            return found, []
+        found, entropies = found[:-1], found[-1]
+        made = {"entropy": entropy_map(found), "disagreement": disagreement_map(found, entropies)}
+        return found, [as_16_bit(made[name][None]) for name in self.unsure]
 
     def write(self, image: Slice, out: Path, source: RasterSource, found: Probability) -> None:
         """Writes what `predict` gave for one image: these files, at this predictor's threshold."""
-        mask, probability, picture, *labels = self.files(image, out)
+        mask, probability, picture, *others = self.files(image, out)
+        found, unsure = self.parted(found)
+        for file, values in zip(others, unsure, strict=False):
+            write_image(file, values)
         decided = self.segmenter.decided(found, source)
         table = self.segmenter.table
         write_image(mask, table.decode(decided), palette=table.palette)
@@ -120,14 +140,13 @@ class FilePredictor:
             return
         numbers = self.segmenter.numbered(decided)
         write_image(picture, instance_overlay(shown, numbers))
-        for file in labels:
+        for file in others[len(unsure) :]:
             if (count := int(numbers.max())) > 65535:
                 raise InputError(f"{image.name} has {count} parts, more than a 16-bit label holds")
             write_image(file, numbers.astype(np.uint16))
 
-    def _run_in_bands(
-        self, source: RasterSource, mask: Path, probability: Path, picture: Path
-    ) -> None:
+    def _run_in_bands(self, source: RasterSource, files: Sequence[Path]) -> None:
+        mask, probability, picture, *others = files
         segmenter, table = self.segmenter, self.segmenter.table
         if self.parts:
             raise InputError(
@@ -138,15 +157,21 @@ class FilePredictor:
         values = table.decode(np.zeros((1, 1), np.uint8))
         step = -(-max(h, w) // PREVIEW)
         small: list[NDArray[np.uint8]] = []
-        with (
-            writing_bands(mask, (h, w, *values.shape[2:]), values.dtype, table.palette) as masks,
-            writing_bands(probability, (h, w), np.uint16) as probabilities,
-        ):
-            for top, band in segmenter.predict.bands(source):
+        with contextlib.ExitStack() as stack:
+            shape = (h, w, *values.shape[2:])
+            masks = stack.enter_context(writing_bands(mask, shape, values.dtype, table.palette))
+            probabilities, *unsure = (
+                stack.enter_context(writing_bands(file, (h, w), np.uint16))
+                for file in (probability, *others)
+            )
+            for top, found in segmenter.predict.bands(source, entropies=bool(self.unsure)):
+                band, mapped = self.parted(found)
                 rows = RasterSource(source.pixels[top : top + band.shape[1]], source.nodata)
                 decided = segmenter.decided(band, rows)
                 masks.write(top, table.decode(decided))
                 probabilities.write(top, as_16_bit(band))
+                for writer, values in zip(unsure, mapped, strict=True):
+                    writer.write(top, values)
                 small.append(decided[-top % step :: step, ::step])
         preview = grey_or_rgb(np.asarray(source.pixels[::step, ::step]))
         write_image(picture, overlay(preview, np.concatenate(small), table))

@@ -7,6 +7,7 @@ overlapping tiles (arXiv 1505.04597, fig. 2), in memory that does not grow with 
 from __future__ import annotations
 
 import copy
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from segmentation.data.augment import mirror
 from segmentation.model import SegmentationUNet
+from segmentation.uncertainty import entropy
 from unet.device import computing_in, trained_precision
 from unet.errors import InputError
 from unet.geometry import input_size, output_size, receptive_radius
@@ -117,6 +119,7 @@ class Predictor:
                 )
         self.models = [folded(model) for model in models]
         self.turns = [trained_symmetries(model) if symmetries else (0,) for model in models]
+        self.temperatures = [temperature(model) for model in models]
         self.device = next(models[0].parameters()).device
         self.dtype = trained_precision(precision, self.device)
         # Tiles start at multiples of the stride, so that pooling meets the same pixels as in the
@@ -132,21 +135,41 @@ class Predictor:
             )
         self.radius = max(receptive_radius(m.config) for m in models)
 
-    def __call__(self, source: Source) -> Probability:
-        """Probabilities (K, H, W) of a whole image; a single one is that of class 1."""
-        found = np.empty((self.models[0].out_channels, *source.shape), np.float32)
-        for top, band in self.bands(source):
+    @property
+    def members(self) -> int:
+        """Predictions that are averaged: models, times the symmetries of each."""
+        return sum(map(len, self.turns))
+
+    def __call__(self, source: Source, *, entropies: bool = False) -> Probability:
+        """Probabilities (K, H, W) of a whole image; a single one is that of class 1.
+
+        Args:
+            entropies: one channel more, the mean of the members' entropies, as a share of the
+                largest: see `segmentation.uncertainty`.
+        """
+        found = np.empty((self._channels(entropies), *source.shape), np.float32)
+        for top, band in self.bands(source, entropies=entropies):
             found[:, top : top + band.shape[1]] = band
         return found
 
-    def bands(self, source: Source) -> Iterator[tuple[int, Probability]]:
-        """Finished bands from top to bottom: their first row, and probabilities (K, rows, W)."""
+    def _channels(self, entropies: bool) -> int:
+        return self.models[0].out_channels + entropies
+
+    def bands(
+        self, source: Source, *, entropies: bool = False
+    ) -> Iterator[tuple[int, Probability]]:
+        """Finished bands from top to bottom: their first row, and probabilities (K, rows, W).
+
+        Args:
+            entropies: as in a call.
+        """
         height, width = source.shape
         rows, columns = self._spans(height), self._spans(width)
-        tiles = self._tiles(source, [(slice(*r), slice(*c)) for r in rows for c in columns])
+        rectangles = [(slice(*r), slice(*c)) for r in rows for c in columns]
+        tiles = self._tiles(source, rectangles, entropies)
         carried: Probability | None = None
         for i, (top, bottom) in enumerate(rows):
-            band = np.zeros((self.models[0].out_channels, bottom - top, width), np.float32)
+            band = np.zeros((self._channels(entropies), bottom - top, width), np.float32)
             vertical = self._weights(rows, i)[:, None]
             for j, (left, right) in enumerate(columns):
                 band[:, :, left:right] += next(tiles) * vertical * self._weights(columns, j)
@@ -181,9 +204,9 @@ class Predictor:
         return np.clip(x, 0, 1).astype(np.float32)
 
     def _tiles(
-        self, source: Source, rectangles: Sequence[tuple[slice, slice]]
+        self, source: Source, rectangles: Sequence[tuple[slice, slice]], entropies: bool = False
     ) -> Iterator[Probability]:
-        """Mean probabilities (K, h, w) of each rectangle in turn.
+        """Mean probabilities (K, h, w) of each rectangle in turn, and entropies if asked for.
 
         A GPU computes one while the next is read and the one before is blended.
         """
@@ -191,35 +214,44 @@ class Predictor:
         for rows, columns in rectangles:
             images = [_with_context(model, source, rows, columns) for model in self.models]
             ready = None if waiting is None else waiting.cpu()
-            waiting = self._tile(source, rows, columns, images)
+            waiting = self._tile(source, rows, columns, images, entropies)
             if ready is not None:
                 yield ready.numpy()
         if waiting is not None:
             yield waiting.cpu().numpy()
 
     def _tile(
-        self, source: Source, rows: slice, columns: slice, images: Sequence[Tensor]
+        self,
+        source: Source,
+        rows: slice,
+        columns: slice,
+        images: Sequence[Tensor],
+        entropies: bool,
     ) -> Tensor:
         """Probabilities of a rectangle, in smaller tiles where memory runs out."""
         if self._smaller is None:
             try:
-                return self._whole(images, rows.stop - rows.start, columns.stop - columns.start)
+                size = rows.stop - rows.start, columns.stop - columns.start
+                return self._whole(images, *size, entropies)
             except Exception as error:
-                size = self.tile // 2 // self.stride * self.stride
-                if not ran_out_of_memory(error) or size < 2 * self.stride:
+                side = self.tile // 2 // self.stride * self.stride
+                if not ran_out_of_memory(error) or side < 2 * self.stride:
                     raise
-            print(f"memory ran out: tiles of {size} pixels instead of {self.tile}", file=sys.stderr)
+            print(f"memory ran out: tiles of {side} pixels instead of {self.tile}", file=sys.stderr)
             give_back(self.device)
             self._smaller = copy.copy(self)
-            self._smaller.tile = size
-            self._smaller.overlap = min(self.overlap, size // 2 // self.stride * self.stride)
-        return torch.from_numpy(self._smaller(_Part(source, rows, columns)))
+            self._smaller.tile = side
+            self._smaller.overlap = min(self.overlap, side // 2 // self.stride * self.stride)
+        part = _Part(source, rows, columns)
+        return torch.from_numpy(self._smaller(part, entropies=entropies))
 
     @torch.inference_mode()
-    def _whole(self, images: Sequence[Tensor], h: int, w: int) -> Tensor:
+    def _whole(self, images: Sequence[Tensor], h: int, w: int, entropies: bool) -> Tensor:
         """Mean over the models and the symmetries, as many at a time as fit into a tile."""
-        total = torch.zeros(self.models[0].out_channels, h, w, device=self.device)
-        for model, image, turned in zip(self.models, images, self.turns, strict=True):
+        total = torch.zeros(self._channels(entropies), h, w, device=self.device)
+        for model, image, turned, warmth in zip(
+            self.models, images, self.turns, self.temperatures, strict=True
+        ):
             moved = image.to(self.device)
             at_once = max(1, self.tile**2 // moved[0].numel())
             for turns in _alike(turned, moved, at_once):
@@ -227,7 +259,10 @@ class Predictor:
                 batch = batch.contiguous(memory_format=torch.channels_last)
                 with computing_in(self.dtype, self.device):
                     logits = model(batch)
-                for turn, one in zip(turns, probabilities(logits.float()), strict=True):
+                found = probabilities(logits.float() / warmth)
+                if entropies:
+                    found = torch.cat([found, entropy(found)[:, None]], dim=1)
+                for turn, one in zip(turns, found, strict=True):
                     total += _turned_back(one, turn)[:, :h, :w] / len(turned)
         return total / len(self.models)
 
@@ -244,6 +279,18 @@ def trained_symmetries(model: SegmentationUNet) -> tuple[int, ...]:
     if not set(found) <= set(range(8)):
         raise InputError(f"the model's symmetries {found!r} are not from 0 to 7")
     return tuple(sorted(set(found)))
+
+
+def temperature(model: SegmentationUNet) -> float:
+    """What a model's logits are divided by before they become probabilities; 1 unless calibrated.
+
+    Raises:
+        InputError: its config.json gives no positive number.
+    """
+    found = model.info.get("temperature", 1.0)
+    if type(found) not in (int, float) or not 0 < found < math.inf:
+        raise InputError(f"the model's temperature {found!r} in its config.json must be above 0")
+    return float(found)
 
 
 def folded(model: SegmentationUNet) -> SegmentationUNet:

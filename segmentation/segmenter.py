@@ -22,6 +22,7 @@ from segmentation.export.bioimage import write_package
 from segmentation.export.graph import exportable
 from segmentation.model import SegmentationUNet
 from segmentation.predict import Precision, Predictor, Probability, Source, classes
+from segmentation.uncertainty import disagreement_map, entropy_map
 from unet.device import pick_device
 from unet.errors import InputError, as_keywords
 from unet.files.images import Blocks, image_info
@@ -253,6 +254,34 @@ class Segmenter:
         def find(source: Source) -> Probability:
             found = self.predict(source)
             return found[0] if len(found) == 1 else rearrange(found, "k h w -> h w k")
+
+        return self._each(image, find)
+
+    def uncertainty(self, image: Image) -> NDArray[np.float32]:
+        """Entropy of the probabilities, as a share of its largest, log2 K bits of K classes.
+
+        Returns:
+            (H, W) from 0 (sure) to 1 (all classes as likely); of a batch (N, H, W).
+        """
+        return self._each(image, lambda source: entropy_map(self.predict(source)))
+
+    def disagreement(self, image: Image) -> NDArray[np.float32]:
+        """The part of `uncertainty` that is disagreement of the models, or of the symmetries (tta).
+
+        Returns:
+            (H, W) from 0 to 1, the mutual information of class and member; of a batch (N, H, W).
+
+        Raises:
+            InputError: there is a single prediction, which agrees with itself.
+        """
+        if self.predict.members == 1:
+            raise InputError(
+                "a single prediction cannot disagree: load several models, or one with tta=True"
+            )
+
+        def find(source: Source) -> NDArray[np.float32]:
+            found = self.predict(source, entropies=True)
+            return disagreement_map(found[:-1], found[-1])
 
         return self._each(image, find)
 

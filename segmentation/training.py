@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from segmentation.data.annotators import annotated_stack
 from segmentation.data.classes import class_names
 from segmentation.data.dataset import SegmentationData
 from segmentation.data.download import isbi2012_folder
@@ -121,6 +122,8 @@ def _finish(
     folder = plan.fit.out / "model"
     model = SegmentationUNet.from_pretrained(folder).to(pick_device(plan.fit.device))
     model.info["threshold"] = figures.get("threshold", 0.5)
+    for key in ("temperature", "calibration"):  # of a run that goes on: fitted to other weights
+        model.info.pop(key, None)
     found = evaluate(
         Predictor([model]),
         data,
@@ -176,9 +179,24 @@ def find_data(options: SegmentationOptions) -> list[Pair]:
         return stained_pairs(STAINED_SLICES, options.seed, options.reading)
     if options.data == "phantom":
         return pairs_from_arrays(*phantom_stack(PHANTOM_SLICES, PHANTOM_SIZE, options.seed))
+    if options.data == "annotators":
+        return annotated_pairs(PHANTOM_SLICES, options.seed)
     published = options.data == "isbi2012" and not Path("isbi2012").is_dir()
     folder = isbi2012_folder() if published else Path(options.data)
     return _with_val(find_pairs(folder, **said), options)
+
+
+def annotated_pairs(count: int, seed: int, size: tuple[int, int] = PHANTOM_SIZE) -> list[Pair]:
+    """Generated images, each with the masks of all annotators; see `segmentation.data.annotators`.
+
+    A crop takes one annotator at random, as each mask makes a pair of its own.
+    """
+    images, masks = annotated_stack(count, size, seed)
+    return [
+        replace(pair, name=f"{pair.name}_{a + 1}", mask=mask)
+        for pair, of in zip(pairs_from_arrays(images, masks[:, 0]), masks, strict=True)
+        for a, mask in enumerate(of)
+    ]
 
 
 def stained_pairs(count: int, seed: int, reading: Reading = AS_STORED) -> list[Pair]:

@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from segmentation.output import AT_ONCE, FilePredictor, as_16_bit
-from segmentation.predict import Predictor
+from segmentation.predict import Predictor, Probability
 from segmentation.segmenter import RasterSource
 from unet.errors import InputError, with_extras
 from unet.files.images import Blocks
@@ -97,7 +97,8 @@ def predict_volume(
     overwrite: bool = False,
     processes: Processes | None = None,
 ) -> list[str]:
-    """Predicts a volume into NAME_mask.zarr and NAME_probability.zarr in a folder, as OME-Zarr.
+    """Predicts a volume into NAME_mask.zarr and NAME_probability.zarr in a folder, as OME-Zarr; and
+    into NAME_entropy.zarr and NAME_disagreement.zarr where the predictor gives such maps.
 
     They have the axes of the volume but for the channels, its scale, and its chunks, or thinner
     ones where their slices do not fit into SLAB_BYTES. In memory are the slices of a chunk, or of a
@@ -129,7 +130,7 @@ def predict_volume(
             )
         work = _Work(predictor, source, volume, stored, info, out)
         progress = Progress(out / f"{work.name}_progress", work.plan(), len(work.slabs))
-        going_on = _going_on(progress, (work.mask, work.probability), overwrite)
+        going_on = _going_on(progress, work.results, overwrite)
         processes.wait()  # lest one finds what another has begun
         todo: list[int] = []
         if processes.main:
@@ -202,11 +203,12 @@ class _Work:
         info: ImageInfo,
         out: Path,
     ) -> None:
-        self.segmenter, self.reading = predictor.segmenter, predictor.reading
+        self.predictor, self.reading = predictor, predictor.reading
+        self.segmenter = predictor.segmenter
         self.source, self.volume, self.stored, self.info = source, volume, stored, info
         self.name = volume_name(source)
-        self.mask = out / f"{self.name}_mask.zarr"
-        self.probability = out / f"{self.name}_probability.zarr"
+        names = ("mask", "probability", *predictor.unsure)
+        self.results = [out / f"{self.name}_{name}.zarr" for name in names]
         self.dtype = self.segmenter.table.decode(np.zeros((1, 1), np.uint8)).dtype
         self.slices = [i for i, axis in enumerate(stored.axes) if axis not in "YX" + CHANNELS]
         self.kept = [i for i, axis in enumerate(stored.axes) if axis not in CHANNELS]
@@ -251,11 +253,12 @@ class _Work:
             "overlap": predict.overlap,
             "tta": [list(turns) for turns in predict.turns],
             "precision": str(predict.dtype),
+            **({"uncertainty": self.predictor.unsure} if self.predictor.unsure else {}),
             "reading": self.reading.to_dict(),
         }
 
     def create(self) -> None:
-        """Makes the two arrays, empty."""
+        """Makes the arrays, empty."""
         with with_extras():
             from unet.files.zarrs import ZarrImage, create_ome_zarr
         volume, stored = self.volume, self.stored
@@ -272,7 +275,8 @@ class _Work:
         def kept(values: Sequence[Any] | None) -> tuple[Any, ...] | None:
             return None if values is None else tuple(values[i] for i in self.kept)
 
-        for file, dtype in ((self.mask, self.dtype), (self.probability, np.dtype(np.uint16))):
+        for i, file in enumerate(self.results):
+            dtype = np.dtype(np.uint16) if i else self.dtype
             image = ZarrImage(
                 shape=tuple(stored.shape[i] for i in self.kept),
                 axes="".join(stored.axes[i] for i in self.kept),
@@ -296,9 +300,7 @@ class _Work:
             self._run_in_bands(slab)
             return
         found = [self._found(pixels) for pixels in self._pixels(slab)]
-        for file, blocks in zip(
-            (self.mask, self.probability), zip(*found, strict=True), strict=True
-        ):
+        for file, blocks in zip(self.results, zip(*found, strict=True), strict=True):
             self._write(file, slab, ALL, np.stack(blocks))
 
     def _run_in_bands(self, slab: Slab) -> None:
@@ -306,18 +308,27 @@ class _Work:
             source = RasterSource(
                 Blocks(self.source, page, self.reading, self.info), self.info.nodata
             )
-            for top, band in self.segmenter.predict.bands(source):
+            bands = self.segmenter.predict.bands(source, entropies=self._unsure)
+            for top, band in bands:
                 rows = slice(top, top + band.shape[1])
                 part = RasterSource(source.pixels[rows], source.nodata)
-                decided = self.segmenter.table.decode(self.segmenter.decided(band, part))
-                self._write(self.mask, slab, rows, decided[None])
-                self._write(self.probability, slab, rows, as_16_bit(band)[None])
+                for file, block in zip(self.results, self._blocks(band, part), strict=True):
+                    self._write(file, slab, rows, block[None])
 
-    def _found(self, pixels: Array) -> tuple[Array, Array]:
-        """Mask and probability (H, W) of a slice (H, W, C)."""
+    @property
+    def _unsure(self) -> bool:
+        return bool(self.predictor.unsure)
+
+    def _found(self, pixels: Array) -> list[Array]:
+        """What is written of a slice (H, W, C)."""
         source = RasterSource(pixels, self.info.nodata)
-        found = self.segmenter.predict(source)
-        return self.segmenter.table.decode(self.segmenter.decided(found, source)), as_16_bit(found)
+        return self._blocks(self.segmenter.predict(source, entropies=self._unsure), source)
+
+    def _blocks(self, found: Probability, source: RasterSource) -> list[Array]:
+        """Mask and probability (H, W) of what was predicted, and the maps that go with them."""
+        found, unsure = self.predictor.parted(found)
+        decided = self.segmenter.table.decode(self.segmenter.decided(found, source))
+        return [decided, as_16_bit(found), *unsure]
 
     def _pixels(self, slab: Slab) -> Iterator[Array]:
         """The slices (H, W, C) of a slab, which is read once."""

@@ -15,6 +15,7 @@ from unet.training.config_file import load_config
 from unet.words import counted
 
 if TYPE_CHECKING:
+    from segmentation.data.dataset import SegmentationData
     from segmentation.data.pairs import Pair
 
 
@@ -26,7 +27,7 @@ class EvalOptions(LabelOptions):
     """Model folder, such as RUN/model; several are averaged."""
 
     out: Path
-    """Folder to make: scores.json, scores.csv (an image a line), pictures/."""
+    """Folder to make: scores.json, scores.csv (an image a line), reliability.png, pictures/."""
 
     data: str | None = None
     """Images and masks, as for train-seg; none given: those of the model's run."""
@@ -45,6 +46,11 @@ class EvalOptions(LabelOptions):
     tta: bool = False
     """Average over the symmetries of the image that the model was trained with, eight for
     micrographs: better, for as many times the time."""
+
+    calibrate: bool = False
+    """First fit a temperature for each model on the first half of the images, and save it in its
+    folder: from then on its probabilities are calibrated. The other half is scored, so that no
+    image judges what was fitted on it."""
 
     warping: bool = False
     """Also count the warping error of ISBI 2012, which takes minutes for some images; of cells that
@@ -75,10 +81,19 @@ class EvalOptions(LabelOptions):
             raise InputError("--split and --val-names both choose the images: give one of them")
         if not self.model:
             raise InputError("--model needs a model folder")
+        if self.calibrate and self.threshold is not None:
+            raise InputError("--calibrate moves the model's threshold: leave out --threshold")
+        if self.calibrate:
+            for folder in self.model:
+                if not Path(folder).is_dir():
+                    raise InputError(f"--calibrate writes into the model: {folder} is no folder")
 
 
 def main(options: EvalOptions) -> None:
-    from segmentation.judging.evaluation import evaluate
+    import numpy as np
+
+    from segmentation.judging.calibration import calibrate
+    from segmentation.judging.evaluation import Evaluation, evaluate
     from segmentation.judging.labelled import known_cells, labelled_data
     from segmentation.judging.report import write_scores
     from segmentation.predict import Predictor
@@ -101,15 +116,38 @@ def main(options: EvalOptions) -> None:
             "--warping counts splits and mergers of cells that thin membranes part, and the model "
             "was not trained on such masks: leave it out"
         )
-    found = evaluate(
-        Predictor(models, symmetries=options.tta, precision=options.precision),
-        data,
-        data.val,
-        threshold=threshold if options.threshold is None else options.threshold,
-        cells=cells,
-        warping=options.warping,
-    )
-    facts = {"models": list(options.model), "tta": options.tta}
+
+    def score(indices: Sequence[int], threshold: float) -> Evaluation:
+        return evaluate(
+            Predictor(models, symmetries=options.tta, precision=options.precision),
+            data,
+            indices,
+            threshold=threshold,
+            cells=cells,
+            warping=options.warping,
+        )
+
+    facts: dict[str, object] = {"models": list(options.model), "tta": options.tta}
+    judged = list(data.val)
+    if options.calibrate:
+        fitted, judged = halves(data)
+        before = score(judged, threshold).calibration.scores()
+        for folder, model in zip(options.model, models, strict=True):
+            calibrate(model, data, fitted)
+            model.save_info(Path(folder))
+        threshold = float(np.mean([model.info["threshold"] for model in models]))
+        facts["before_calibration"] = before
+        facts["temperatures"] = [model.info["temperature"] for model in models]
+    found = score(judged, threshold if options.threshold is None else options.threshold)
+    if options.calibrate:
+        said = ", ".join(f"{model.info['temperature']:.3f}" for model in models)
+        after = found.calibration.scores()
+        changes = ", ".join(f"{k} {before[k]:.4f} -> {after[k]:.4f}" for k in after if k in before)
+        print(
+            f"temperature {said}, fitted on {counted(len(fitted), 'image')} and saved; of the "
+            f"other {len(judged)}: {changes}",
+            file=sys.stderr,
+        )
     write_scores(options.out, found, data, pictures=options.pictures, **facts)
     if options.json:
         print((options.out / "scores.json").read_text(encoding="utf-8"), end="")
@@ -117,6 +155,25 @@ def main(options: EvalOptions) -> None:
         print("\n".join(found.lines()), f"\n\nscores and pictures: {options.out}")
         unseen = ("--input", "new_images", "--out", "predictions")
         say_next("predict-seg", "--model", *options.model, *unseen)
+
+
+def halves(data: SegmentationData) -> tuple[list[int], list[int]]:
+    """The images to fit a temperature on, and those to judge it by: the first half and the others.
+
+    Parts and masks of one image are on one side.
+
+    Raises:
+        InputError: there is a single image.
+    """
+    sources = list(dict.fromkeys(data.pairs[i].source for i in data.val))
+    if len(sources) < 2:
+        raise InputError(
+            "--calibrate fits on some images and judges by others, and here is a single one: give "
+            "two or more"
+        )
+    first = set(sources[: len(sources) // 2])
+    fitted = [i for i in data.val if data.pairs[i].source in first]
+    return fitted, [i for i in data.val if data.pairs[i].source not in first]
 
 
 def chosen_pairs(options: EvalOptions) -> tuple[SegmentationOptions, list[Pair]]:
@@ -149,7 +206,15 @@ def chosen_pairs(options: EvalOptions) -> tuple[SegmentationOptions, list[Pair]]
                 "name the images by --val-names"
             )
         chosen = held_out(pairs, runs)
-    elif own:
+    if options.calibrate and own:
+        unseen = {pair.name for pair in held_out(pairs, own)}
+        if trained := [pair.name for pair in chosen if pair.name not in unseen]:
+            raise InputError(
+                f"--calibrate needs images that no model was trained on, and {trained[0]} is one "
+                f"of {counted(len(trained), 'image')} that were: leave out --split and "
+                "--val-names, or give other images with --data"
+            )
+    if own and chosen is pairs and not options.val_names:
         print("note: the model was trained on most of these images", file=sys.stderr)
     print(f"scoring {len(chosen)} of {counted(len(pairs), 'image')}", file=sys.stderr)
     return own[0] if own else source, chosen

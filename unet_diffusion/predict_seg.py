@@ -43,6 +43,21 @@ class PredictOptions(ReadingOptions):
     """Also number the connected parts of the second of two classes, or the objects of a model of
     numbered masks, in NAME_labels.tif and the overlay."""
 
+    uncertainty: bool = False
+    """Also write NAME_entropy.png, how unsure each pixel is, and where several models or symmetries
+    (--tta) are averaged NAME_disagreement.png, the part of it that is their disagreement; 16-bit as
+    probabilities, 65535 is the largest entropy, 1 bit of two classes."""
+
+    samples: int = 0
+    """With a diffusion model of masks (train-ddpm --target mask): masks to sample of each image, of
+    which the mean, the probability and the entropy are written."""
+
+    keep_samples: bool = False
+    """With --samples: also write each of them, NAME_sample_0.png and so on."""
+
+    seed: int = 0
+    """With --samples: of their noise."""
+
     tile: int = 1024
     """Larger images are predicted in tiles of at most that many pixels a side."""
 
@@ -62,12 +77,21 @@ class PredictOptions(ReadingOptions):
     def __post_init__(self) -> None:
         if self.threshold is not None and not 0 <= self.threshold < 1:
             raise InputError(f"--threshold {self.threshold} must be in [0, 1)")
-        for name, least in (("tile", 1), ("overlap", 0), ("min_size", 0)):
+        for name, least in (("tile", 1), ("overlap", 0), ("min_size", 0), ("samples", 0)):
             if (getattr(self, name) or 0) < least:
                 flag = name.replace("_", "-")
                 raise InputError(f"--{flag} {getattr(self, name)} must be at least {least}")
         if not self.model:
             raise InputError("--model needs a model folder")
+        if not self.samples and (self.keep_samples or self.seed):
+            raise InputError(
+                "--keep-samples and --seed go with --samples: give how many, such as 16"
+            )
+        if self.samples and (len(self.model) > 1 or self.tta or self.labels or self.min_size):
+            raise InputError(
+                "--samples are of one model, as they are: leave out other models, --tta, --labels "
+                "and --min-size"
+            )
 
 
 def main(options: PredictOptions) -> int:
@@ -78,7 +102,18 @@ def main(options: PredictOptions) -> int:
     from unet.files.volumes import is_volume
     from unet.memory import PREDICTED, keep_freed_memory
     from unet.training.task import Processes
+    from unet.weights.folder import read_config
 
+    if options.samples:
+        return sampled_main(options)
+    if (
+        Path(options.model[0]).is_dir()
+        and read_config(Path(options.model[0]))["task"] == "diffusion"
+    ):
+        raise InputError(
+            f"{options.model[0]} is a diffusion model: say how many masks it shall sample of each "
+            "image, such as --samples 16"
+        )
     keep_freed_memory(PREDICTED)
     processes = Processes.started(options.device)
     models, table, threshold = load_models(options.model, options.device)
@@ -96,6 +131,7 @@ def main(options: PredictOptions) -> int:
         threshold if options.threshold is None else options.threshold,
         min_size=options.min_size,
         labels=options.labels,
+        uncertainty=options.uncertainty,
         reading=options.reading,
     )
     volume = is_volume(options.input)
@@ -109,6 +145,27 @@ def main(options: PredictOptions) -> int:
     labelled = ("--data", "labelled_images", "--out", "scores")
     say_next("eval-seg", "--model", *options.model, *labelled)
     return 0
+
+
+def sampled_main(options: PredictOptions) -> int:
+    """Predicts by samples of a diffusion model."""
+    from diffusion.options import SamplingOptions
+    from unet_diffusion.sampled import MaskSampler, predict_samples
+
+    settings = SamplingOptions(
+        seed=options.seed, device=options.device, precision=options.precision
+    )
+    sampler = MaskSampler(options.model[0], options.samples, settings)
+    failed = predict_samples(
+        sampler,
+        options.input,
+        options.out,
+        threshold=0.5 if options.threshold is None else options.threshold,
+        keep=options.keep_samples,
+        overwrite=options.overwrite,
+    )
+    print(f"masks: {options.out / '*_mask.png'}, probabilities and entropies beside them")
+    return 1 if failed else 0
 
 
 def command(argv: Sequence[str] | None = None) -> int:

@@ -142,6 +142,11 @@ def main(options: SampleOptions) -> None:
     processes = Processes.started(options.device)
     folder = SampleFolder(options.out, overwrite=options.overwrite)
     model = load_for_sampling(options.model, options.device)
+    if model.masks and (options.init or options.inpaint or options.interpolate):
+        raise InputError(
+            "--init, --inpaint and --interpolate are for models of images, and this one makes "
+            "masks: leave them out"
+        )
     sampler = ImageSampler(model, options)
     names = None
     if options.condition is not None:
@@ -179,12 +184,13 @@ def write_pictures(
         folder.write_npz(numbers, labels or None)
     shown = wanted[:SHOWN]
     if options.gif:
-        folder.write_gif(list(sampler.appearing(len(shown), shown, first=options.first)))
+        frames = sampler.appearing(len(shown), shown, first=options.first)
+        folder.write_gif([sampler.shown(frame) for frame in frames])
     if options.attention:
         images, maps = sampler.attending(shown, options.attention_steps, first=options.first)
         words = [sampler.text.words(str(text)) for text in shown]
         folder.write_attention(images, words, maps, options.first)
-    print(f"images: {folder.write_grid(numbers)}")
+    print(f"images: {folder.write_grid(numbers, sampler.shown)}")
 
 
 def given_conditions(options: SampleOptions, sampler: ImageSampler) -> tuple[Wanted, list[str]]:

@@ -16,6 +16,9 @@ def main(options: DiffusionOptions) -> None:
     if pipeline.is_dir():  # which diffusers reads, and whose prompts are those of Stable Diffusion
         prompt = ("--prompt", "what it shall show")
         say_next("txt2img", "--model", pipeline, *prompt, "--out", "pictures")
+    elif options.target == "mask":
+        images = ("--samples", "16", "--input", "new_images")
+        say_next("predict-seg", "--model", options.out / "model", *images, "--out", "predictions")
     else:
         given = ("--condition", "pictures") if options.condition else ()
         say_next("sample-ddpm", "--model", options.out / "model", *given, "--out", "samples")

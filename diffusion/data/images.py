@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diffusion.data.conditions import Condition, find_condition, partners
+from diffusion.data.masks import Coding, MaskCoding, find_masks
 from diffusion.data.pixels import (
     WHOLE,
     Pixels,
@@ -73,6 +74,7 @@ class DiffusionData:
             themselves, over white (with 4 channels: alpha is one of them).
         condition: what each picture is made from: a recipe or a folder, see
             `diffusion.data.conditions`; or that of a model.
+        masks: the files are masks, of which each class becomes a code: see `diffusion.data.masks`.
         ranges: the values of each type that become black and white; None: those that are used.
         seed: of the choice of held-out images, and of the pictures of "shapes".
 
@@ -101,6 +103,7 @@ class DiffusionData:
         how: HowToRead | None = None,
         ranges: Mapping[str, ValueRange] | None = None,
         condition: str | Condition | None = None,
+        masks: Coding | None = None,
         seed: int = 0,
     ) -> None:
         if size is not None and size < 1:
@@ -128,11 +131,18 @@ class DiffusionData:
         self._infos = self._check_headers()
         self.condition: Condition | None = None
         self._partners: list[str] = []
+        self.masks: MaskCoding | None = None
+        if masks is not None:
+            if not source.files:
+                raise InputError(f"'{data}': masks are made of a folder of masks, one a file")
+            self.masks = find_masks(source.files, masks)
+            channels = self.masks.channels
         self.channels = channels or max(info.channels for info in self._infos.values())
         if condition is not None:
             self._find_condition(condition)
         self.ranges = dict(ranges or {})
-        self._find_ranges()
+        if self.masks is None:
+            self._find_ranges()
         self._alike = size is None and not crops
         self.size = self._choose_size(size)
         self._keeps = self._bytes() <= CACHE_BYTES
@@ -176,8 +186,9 @@ class DiffusionData:
         return [None if self.labels is None else int(self.labels[i]) for i in used]
 
     def images(self, indices: Sequence[int]) -> NDArray[np.uint8]:
-        """The same images as bytes (N, H, W, C)."""
-        return np.stack([self.load(i)[1][..., : self.channels] for i in indices])
+        """The same images as bytes (N, H, W, C), and masks as greys, (N, H, W, 1)."""
+        found = np.stack([self.load(i)[1][..., : self.channels] for i in indices])
+        return found if self.masks is None else self.masks.shown(self.masks.decode(found))
 
     def caption(self, index: int) -> str:
         """The caption of an image, where captions were asked for."""
@@ -244,8 +255,8 @@ class DiffusionData:
             size = f"{size}, resized to {self.size[0]} x {self.size[1]} and cropped at the centre"
         kinds = sorted({f"{_colour(info.channels)} {info.dtype}" for info in infos})
         lines = [f"{counted(len(self.source.names) - len(self._bad), 'image')} of {size}"]
-        lines.append(", ".join(kinds))
-        if kinds != [used := f"{_colour(self.channels)} uint8"]:
+        lines.append(", ".join(kinds) if self.masks is None else self.masks.said())
+        if self.masks is None and kinds != [used := f"{_colour(self.channels)} uint8"]:
             lines[1] += f", all converted to {used}"
         for dtype in sorted({info.dtype for info in infos} - {"uint8"}):
             found = self.ranges.get(dtype, WHOLE[dtype])
@@ -253,7 +264,7 @@ class DiffusionData:
         if any(info.has_alpha for info in infos):
             colour = " ".join(map(str, self.how.background or ()))
             lines.append(f"transparent pixels are laid over the colour {colour}")
-        if self.labels is not None:
+        if self.labels is not None and self.masks is None:
             counts = np.bincount(self.labels, minlength=len(self.classes)).tolist()
             shown = [f"{name} ({n:,})" for name, n in zip(self.classes, counts, strict=True)]
             shown = shown if len(shown) <= 12 else [*shown[:10], "...", shown[-1]]
@@ -273,13 +284,7 @@ class DiffusionData:
         if image in self._cache or image in self._bad:
             return self._cache.get(image)
         try:
-            pixels = self.source.read(image)
-            try:
-                pixels = as_uint8(
-                    pixels, self.channels, self.ranges.get(pixels.dtype.name), self._nodata(image)
-                )
-            except InputError as error:
-                raise InputError(f"'{self.source.names[image]}': {error}") from error
+            pixels = self._read(image)
             if self._alike:
                 self._check_size(image, pixels.shape[:2], self.size)
             if self._partners and self.condition:
@@ -294,10 +299,30 @@ class DiffusionData:
         except InputError as error:
             self._leave_out(image, error)
             return None
-        pixels = pixels if self.crops else resized(pixels, self.size)
+        if not self.crops:
+            pixels = self._resized(pixels)
         if self._keeps:
             self._cache[image] = pixels
         return pixels
+
+    def _read(self, image: int) -> Pixels:
+        """An image as bytes (H, W, C), a mask as its codes."""
+        if self.masks is not None:
+            return self.masks.read(Path(self.source.files[image]))
+        pixels = self.source.read(image)
+        try:
+            known = self.ranges.get(pixels.dtype.name)
+            return as_uint8(pixels, self.channels, known, self._nodata(image))
+        except InputError as error:
+            raise InputError(f"'{self.source.names[image]}': {error}") from error
+
+    def _resized(self, pixels: Pixels) -> Pixels:
+        """Pixels of the size of all images; those of masks are of a class then, too."""
+        found = resized(pixels, self.size)
+        if self.masks is None or found is pixels:
+            return found
+        c = self.channels
+        return np.concatenate([self.masks.nearest(found[..., :c]), found[..., c:]], axis=2)
 
     def _leave_out(self, image: int, error: InputError) -> None:
         if not self.skip_bad:
@@ -410,7 +435,11 @@ class DiffusionData:
         images = np.unique(self._places[:, 0])
         if self.crops and len(images) == 1:
             return self._split_rows(val)
-        count = len(images)
+        group = np.arange(len(self.source.names))
+        if self._partners:  # those that are made from one picture are on one side
+            group = np.unique(self._partners, return_inverse=True)[1]
+        groups = list(dict.fromkeys(group[images].tolist()))
+        count = len(groups)
         least = 1 if self.crops else max(1, min(LEAST_VAL, count // 4))
         held_out = int(val) if val >= 1 else min(max(round(val * count), least), MOST_VAL)
         if held_out >= count:
@@ -419,10 +448,15 @@ class DiffusionData:
                 "on: give more images"
             )
         if self.crops:
-            last = self._places[:, 0] >= images[-held_out]
+            last = np.isin(group[self._places[:, 0]], groups[-held_out:])
             return np.flatnonzero(~last).tolist(), np.flatnonzero(last).tolist()
         order = np.random.default_rng(seed).permutation(count).tolist()
-        return order[:-held_out], order[-held_out:]
+        of: dict[int, list[int]] = {}
+        for place, image in enumerate(self._places[:, 0].tolist()):
+            of.setdefault(int(group[image]), []).append(place)
+        parts = order[:-held_out], order[-held_out:]
+        train, held = ([place for i in part for place in of[groups[i]]] for part in parts)
+        return train, held
 
     def _split_rows(self, val: float) -> tuple[list[int], list[int]]:
         """The crops of a single image: its lowest rows of crops are held out."""

@@ -50,10 +50,10 @@ def write_report(run: Path, model: DiffusionUNet, data: Data, seed: int, togethe
     autoencoder = autoencoder_of(data)
     sampler = few_steps(model, seed, together, autoencoder=autoencoder)
     wanted = shown_conditions(data, SHOWN)
-    samples = sampler(SHOWN, wanted)
+    samples = sampler.shown(sampler(SHOWN, wanted))
     every = few_steps(model, seed, together, FRAMES, autoencoder)
     chosen = [i * SHOWN // APPEARING for i in range(APPEARING)]
-    frames = list(every.appearing(APPEARING, [wanted[i] for i in chosen]))
+    frames = [every.shown(f) for f in every.appearing(APPEARING, [wanted[i] for i in chosen])]
     with replacing(run / "samples" / "appearing.png") as temporary:
         strip(frames).save(temporary, format="png")
     write_gif(run / "samples" / "appearing.gif", frames)

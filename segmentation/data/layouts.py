@@ -39,6 +39,7 @@ TRAIN_FOLDERS, VAL_FOLDERS = ("train", "training"), ("val", "valid", "validation
 _STACKS = ("train-volume.tif", "train-labels.tif")  # of ISBI 2012
 _CELLPOSE = re.compile(r"(_seg\.npy|_cp_output\.\w+|_flows\.\w+|_outlines\.\w+|_superpixels\.\w+)$")
 _CLASSES = ("classes.txt", "class_names.txt", "labels.txt")
+_NUMBERED = re.compile(r"[-_ ]?[0-9]+$")  # behind the name of a folder of masks
 _NAMES_BYTES, _CHUNK = 2**16, 2**22
 _PARTS = (("train", TRAIN_FOLDERS), ("val", VAL_FOLDERS), ("test", ("test", "testing")))
 
@@ -127,6 +128,10 @@ def _in_folder(data: Path) -> Layout:
         return _drawn(drawn)
     if len(images) == len(masks) == 1:
         return Layout(matches=_listed_parts(data, _across(images[0], masks[0])))
+    several = [f for f in folders if _NUMBERED.sub("", f.name.lower()) in MASK_FOLDERS]
+    if len(images) == 1 and not masks and len(several) > 1:  # masks-1/ masks-2/
+        files = [file for folder in several for file in _tree(folder)]
+        return Layout(matches=_annotated(_tree(images[0]), files, several[0]))
     if images and len(masks) > 1:
         raise InputError(
             f"{str(data)!r} has {len(masks)} folders that could hold the masks, "
@@ -408,7 +413,37 @@ def _across(images: Path, masks: Path) -> list[Match]:
             of = [[f for f in files if _part_of(f)[0] == part] for files in found]
             matches += [replace(m, part=part) for m in _matched(of[0], of[1], images, masks)]
         return matches
-    return _matched(found[0], found[1], images, masks)
+    return _annotated(found[0], found[1], masks) or _matched(found[0], found[1], images, masks)
+
+
+def _annotated(images: Sequence[Path], masks: Sequence[Path], masked: Path) -> list[Match]:
+    """Several masks of an image, MASKS/ANNOTATOR/NAME.png: a match for each; nothing, if there are
+    none such.
+    """
+    of = {stem_of(image): image for image in images}
+    by_image: dict[str, list[Path]] = defaultdict(list)
+    for mask in masks:
+        by_image[stem_of(mask)].append(mask)
+    if len(of) < len(images) or len(masks) == len(by_image):
+        several = [n for n in of if sum(s.startswith(f"{n}_") for s in by_image) > 1]
+        if len(of) == len(images) and several and len(masks) > len(images):
+            raise InputError(
+                f"{str(masked)!r} has several masks for {several[0]}: put those of each annotator "
+                f"into a folder of its own, {masked.name}/1/{several[0]}.png, "
+                f"{masked.name}/2/{several[0]}.png; of several objects give one numbered mask"
+            )
+        return []
+    _check_alone(
+        [image for name, image in of.items() if name not in by_image],
+        [files[0] for name, files in by_image.items() if name not in of],
+        "the masks of each annotator are in a folder of their own, named as their images",
+    )
+    matches = [
+        replace(_pair(of[name], mask), name=f"{name}_{mask.parent.name}")
+        for name in of
+        for mask in by_image[name]
+    ]
+    return matches
 
 
 def _tree(folder: Path) -> list[Path]:

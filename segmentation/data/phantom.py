@@ -161,20 +161,36 @@ def number_cells(inside: NDArray[np.bool_]) -> NDArray[np.int32]:
     return np.where(large, np.cumsum(large), 0)[components].astype(np.int32)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """A micrograph and what people may see in it in more than one way, all arrays (H, W)."""
+
+    image: Image
+    organelles: NDArray[np.bool_]  # where mitochondria lie
+    stain: Field  # of membranes, where there are some: 0.2 is faint, 1 nearly black
+
+
 def draw_image(rng: np.random.Generator, tissue: Tissue) -> Image:
     """The micrograph of a tissue, uint8 (H, W)."""
+    return draw(rng, tissue).image
+
+
+def draw(rng: np.random.Generator, tissue: Tissue) -> Drawn:
+    """The micrograph of a tissue, with what is in it."""
     shape = tissue.cells.shape
     ink = draw_cytoplasm(rng, tissue)
     ink += draw_specks(rng, tissue)
-    ink = draw_mitochondria(rng, tissue, ink)
-    ink = np.maximum(ink, draw_membrane(rng, tissue) + 0.2 * ink)
+    ink, organelles = draw_mitochondria(rng, tissue, ink)
+    stain = membrane_stain(rng, tissue)
+    ink = np.maximum(ink, draw_membrane(tissue, stain) + 0.2 * ink)
     ink += draw_densities(rng, tissue)
 
     white = rng.standard_normal((2, *shape), dtype=np.float32)
     blurred = ndimage.gaussian_filter(ink + 0.22 * white[0], 0.75)
     grey = 172 - 146 * (blurred + 0.04 * white[1])
     grey = grey * (1 + 0.07 * smooth_noise(rng, shape, 110)) + 7 * smooth_noise(rng, shape, 60)
-    return np.clip(np.rint(grey), 0, 255).astype(np.uint8)
+    image = np.clip(np.rint(grey), 0, 255).astype(np.uint8)
+    return Drawn(image=image, organelles=organelles, stain=stain)
 
 
 def draw_cytoplasm(rng: np.random.Generator, tissue: Tissue) -> Field:
@@ -190,12 +206,17 @@ def draw_cytoplasm(rng: np.random.Generator, tissue: Tissue) -> Field:
     return tone[tissue.cells] + rough[tissue.cells] * texture
 
 
-def draw_membrane(rng: np.random.Generator, tissue: Tissue) -> Field:
-    """Dark lines along the borders: fading here and there, pale and blurred where oblique."""
+def membrane_stain(rng: np.random.Generator, tissue: Tissue) -> Field:
+    """How dark membranes are, from 0.2 to 1: fading here and there."""
     shape = tissue.cells.shape
     stain = 0.73 + 0.26 * smooth_noise(rng, shape, 16)
     stain *= 1 - 0.75 * np.clip(smooth_noise(rng, shape, 20) - 1.0, 0, 1)
-    stain = np.clip(stain, 0.2, 1.0)
+    found: Field = np.clip(stain, 0.2, 1.0)
+    return found
+
+
+def draw_membrane(tissue: Tissue, stain: Field) -> Field:
+    """Dark lines along the borders, pale and blurred where oblique."""
     slant = np.clip(tissue.half_width / 3.2 - 1, 0, 1)
     core = tissue.half_width * 0.7
     profile = np.exp(-((tissue.distance / core) ** 2))
@@ -266,8 +287,11 @@ def stamp_rings(
     return total[7:-7, 7:-7].astype(np.float32)
 
 
-def draw_mitochondria(rng: np.random.Generator, tissue: Tissue, ink: Field) -> Field:
-    """`ink` with mitochondria over it: ovals with a dark rim, a grey matrix and striations.
+def draw_mitochondria(
+    rng: np.random.Generator, tissue: Tissue, ink: Field
+) -> tuple[Field, NDArray[np.bool_]]:
+    """`ink` with mitochondria over it, ovals with a dark rim, a grey matrix and striations, and
+    where they lie.
 
     They stand where a cell is wide enough, and flatten where they come near its membrane.
     """
@@ -275,7 +299,7 @@ def draw_mitochondria(rng: np.random.Generator, tissue: Tissue, ink: Field) -> F
     shape = tissue.cells.shape
     wobble = smooth_noise(rng, shape, 9)
     patchy = np.clip(0.7 + 0.5 * smooth_noise(rng, shape, 6), 0, 1.3)
-    taken = np.zeros(shape, bool)
+    taken, organelles = np.zeros((2, *shape), bool)
     for at in rng.integers(0, shape, (rng.poisson(tissue.cells.size / 1800), 2)):
         room = tissue.distance[tuple(at)] - 3.5
         short = room * rng.uniform(0.6, 1.0)
@@ -301,7 +325,8 @@ def draw_mitochondria(rng: np.random.Generator, tissue: Tissue, ink: Field) -> F
         cristae = np.sin(2 * np.pi * (u + 2.2 * wobble[box]) / period + np.sin(v / 4))
         matrix = depth + 0.25 * cristae * np.clip(-outside / 3, 0, 1) * patchy[box] + 0.6 * ink[box]
         ink[box] += body * (matrix - ink[box]) + rim * (0.9 - 0.7 * depth)
-    return ink
+        organelles[box] |= outside < 0
+    return ink, organelles
 
 
 def draw_densities(rng: np.random.Generator, tissue: Tissue) -> Field:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +29,8 @@ def split_pairs(
     """Training and validation pairs, by name, by fold, or else the last `val` of them.
 
     By default validation is one contiguous block, since neighbouring slices of a stack look alike.
-    Images that have no label at all are left out. A single image with labels is cut into strips of
+    Masks of one image by several annotators are on one side. Images that have no label at all are
+    left out. A single image with labels is cut into strips of
     as many labelled pixels, which are images of their own: nothing that is trained on shows a pixel
     that is held out.
 
@@ -53,18 +55,19 @@ def split_pairs(
     held_out = {names[i] for entry in val_names or () for i in _positions(entry, names)}
     if ignore_value is not None:
         pairs = [pair for pair in pairs if _labels(pair, ignore_value).any()]
-    count = len(pairs)
+    sources = list(dict.fromkeys(pair.source for pair in pairs))
+    count = len(sources)
     if not count:
         raise InputError("no image has a label: every pixel of the masks is ignored")
     if val_names is not None:
-        chosen = {i for i, pair in enumerate(pairs) if pair.name in held_out}
+        chosen = _of(sources, {pair.source for pair in pairs if pair.name in held_out})
         if not 0 < len(chosen) < count:
             raise InputError(
                 f"{len(chosen)} of {counted(count, 'image')} for validation; leave "
                 "some on each side"
             )
     elif fold is None and any(pair.part == "val" for pair in pairs):
-        chosen = {i for i, pair in enumerate(pairs) if pair.part == "val"}
+        chosen = _of(sources, {pair.source for pair in pairs if pair.part == "val"})
         if len(chosen) == count:
             raise InputError("no image is left to train on: all of them are held out")
     elif fold is not None:
@@ -74,16 +77,31 @@ def split_pairs(
         if not 1 <= k <= n or not 2 <= n <= most:
             raise InputError(f"fold {fold!r}: give k/n, such as 1/{min(5, most)}, k <= n <= {most}")
         if count == 1:
+            _check_alone(pairs)
             return _strips(pairs[0], (k - 1) / n, k / n, ignore_value)
         chosen = set(range(count * (k - 1) // n, count * k // n))
     elif val == 0:
         chosen = set()
     elif count == 1:
+        _check_alone(pairs)
         return _strips(pairs[0], 1 - val, 1.0, ignore_value)
     else:
         chosen = set(range(count - min(max(round(val * count), 1), count - 1), count))
-    train = [pair for i, pair in enumerate(pairs) if i not in chosen]
-    return train, [pairs[i] for i in sorted(chosen)]
+    unseen = {sources[i] for i in chosen}
+    train = [pair for pair in pairs if pair.source not in unseen]
+    return train, [pair for pair in pairs if pair.source in unseen]
+
+
+def _of(sources: Sequence[object], wanted: set[Any]) -> set[int]:
+    return {i for i, source in enumerate(sources) if source in wanted}
+
+
+def _check_alone(pairs: Sequence[Pair]) -> None:
+    if len(pairs) > 1:
+        raise InputError(
+            f"there is a single image, with {len(pairs)} masks: hold out nothing with --val 0, or "
+            "give more images"
+        )
 
 
 def _strips(

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from segmentation.data.classes import IGNORE, ClassTable, class_names
 from segmentation.data.dataset import SegmentationData
 from segmentation.data.instances import instances_from_classes, without_small
+from segmentation.judging.calibration import Calibration, fingerprint, fitted_on, full
 from segmentation.judging.instances import Numbers, Overlaps
 from segmentation.judging.isbi import THRESHOLDS, IsbiMetrics
 from segmentation.judging.metrics import ConfusionMatrix
@@ -91,6 +92,8 @@ class Evaluation:
         # Pixels of class 0 and 1 above the first k thresholds of the grid, and not the next.
         self.above = np.zeros((2, len(_GRID) + 1), np.int64)
         self.entropy = 0.0  # sum over the pixels
+        self.calibration = Calibration(len(table.values))
+        self.fitted = 0  # images that tell nothing of it, as the temperature was fitted on them
         self.images: list[ImageScores] = []  # in the order of their indices
 
     @property
@@ -105,12 +108,19 @@ class Evaluation:
         probability: Probability,
         mask: Mask,
         objects: Numbers | None = None,
+        *,
+        fitted: bool = False,
     ) -> None:
         """Scores one image: probabilities (K, H, W), as a `Predictor` gives them, and its mask.
 
         Args:
             objects: numbers (H, W) of the objects in the mask, where the classes are of such.
+            fitted: a temperature was fitted on it, so that it does not count for the calibration.
         """
+        if fitted:
+            self.fitted += 1
+        else:
+            self.calibration.add(probability, mask)
         found = classes(probability, self.threshold)
         confusion = ConfusionMatrix(self.confusion.classes)
         confusion.add(found, mask, ignore=IGNORE)
@@ -143,6 +153,8 @@ class Evaluation:
             raise InputError("cannot merge scores of different classes or thresholds")
         self.confusion.merge(other.confusion)
         self.entropy += other.entropy
+        self.calibration.merge(other.calibration)
+        self.fitted += other.fitted
         self.above += other.above
         if self.isbi and other.isbi:
             self.isbi.merge(other.isbi)
@@ -151,8 +163,8 @@ class Evaluation:
         self.images = sorted(self.images + other.images, key=lambda image: image.index)
 
     def scores(self, threshold: float | None = None) -> dict[str, float]:
-        """Cross-entropy ("loss"), accuracy, mean Dice and IoU; of cells the ISBI scores; of objects
-        those of `Overlaps.scores`.
+        """Cross-entropy ("loss"), accuracy, mean Dice and IoU, `Calibration.scores`; of cells the
+        ISBI scores; of objects those of `Overlaps.scores`.
 
         Args:
             threshold: instead of that in use: 0.01, 0.02, ..., 0.99, and where there are ISBI
@@ -164,6 +176,7 @@ class Evaluation:
         elif threshold != self.threshold:
             confusion = self._confusion_at(_GRID.index(threshold))
         found = {"loss": self.entropy / max(pixels, 1), **_figures(confusion)}
+        found |= self.calibration.scores()
         if self.isbi and self.isbi.slices:
             found |= self.isbi.at(threshold)
         if self.objects:
@@ -253,6 +266,8 @@ class Evaluation:
             "challenge": self.challenge(),
             **({"precision": self.objects.precision()} if self.objects else {}),
             "classes": self.per_class(),
+            "reliability": self.calibration.bins(),
+            "calibrated_on": self.fitted,
             "confusion": self.confusion.counts.tolist(),
             "per_image": [{"name": i.name, **i.scores} for i in self.worst_first()],
         }
@@ -275,6 +290,19 @@ class Evaluation:
             lines.append(row.format(one["class"], *(_shown(one[key]) for key in keys)))
         lines.append(row.format("mean", f"{found['dice']:.4f}", f"{found['iou']:.4f}", "", "", ""))
         lines.append(f"accuracy {found['accuracy']:.4f}, cross-entropy {found['loss']:.4f}")
+        if "ece" in found:
+            judged = (
+                f"of {class_names(self.table)[1]}" if self.has_threshold else "of the top class"
+            )
+            lines.append(
+                f"probabilities {judged}: calibration error {found['ece']:.4f} (15 bins), Brier "
+                f"score {found['brier']:.4f}"
+            )
+        if self.fitted:
+            lines.append(
+                f"the temperature was fitted on {counted(self.fitted, 'image')} of these: left out "
+                "of the calibration"
+            )
         if missing := self.missing():
             lines.append(f"no mask has {', '.join(missing)}: left out of the means")
         if never := self.never_predicted():
@@ -345,10 +373,13 @@ def evaluate(
         warping=warping,
         smallest=smallest_object(predict.models) if data.instances else 0,
     )
+    known = fitted_on(predict.models)
     for i in tqdm(indices, unit="image", desc="scoring", leave=False, disable=None):
-        probability = predict(RasterSource(data.pairs[i].read_image(), data.pairs[i].info.nodata))
+        image = data.pairs[i].read_image()
+        probability = predict(RasterSource(image, data.pairs[i].info.nodata))
         objects = data.objects(i) if data.instances else None
-        found.add(i, data.pairs[i].name, probability, data.load(i)[1], objects)
+        fitted = bool(known) and fingerprint(image) in known
+        found.add(i, data.pairs[i].name, probability, data.load(i)[1], objects, fitted=fitted)
     return found
 
 
@@ -370,7 +401,7 @@ def _nearest_best(thresholds: Sequence[float], scores: NDArray[np.float64]) -> f
 def _entropy(probability: Probability, mask: Mask) -> float:
     """Cross-entropy in nats, summed over the pixels that count; probabilities (K, H, W)."""
     valid = mask != IGNORE
-    p = probability if len(probability) > 1 else np.concatenate([1 - probability, probability])
+    p = full(probability)
     true = np.take_along_axis(p, np.where(valid, mask, 0)[None].astype(np.int64), axis=0)[0]
     return -float(np.log(np.maximum(true[valid], 1e-7), dtype=np.float64).sum())
 

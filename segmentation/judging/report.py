@@ -111,7 +111,8 @@ def write_scores(
     pictures: int = 50,
     **facts: object,
 ) -> None:
-    """Writes scores.json, scores.csv (an image a line) and pictures/, the worst images first.
+    """Writes scores.json, scores.csv (an image a line), reliability.png and pictures/, the worst
+    images first.
 
     Args:
         data: the data that the evaluation's images are from.
@@ -130,9 +131,46 @@ def write_scores(
         with replacing(folder / "pictures" / f"{rank:03d}_{image.name}.png") as temporary:
             picture = panel([picture_row(data, image)], titles=TITLES, legend=legend)
             picture.save(temporary, format="png")
+    if evaluation.calibration.scores():
+        with replacing(folder / "reliability.png") as temporary:
+            reliability_figure(evaluation).savefig(temporary, format="png")
+    else:
+        (folder / "reliability.png").unlink(missing_ok=True)
     # Last, so that where it is all of it is.
     content = {**facts, **evaluation.to_dict()}
     write_text(folder / "scores.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def reliability_figure(evaluation: Evaluation) -> Figure:
+    """What came true of the pixels by their probability, and how many pixels have each."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 6.5), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    calibration, scores = evaluation.calibration, evaluation.calibration.scores()
+    bins = calibration.bins()
+    predicted, observed = ([one[key] for one in bins] for key in ("predicted", "observed"))
+    above.plot([0, 1], [0, 1], color="#888888", lw=1, label="as it should be")
+    above.plot(predicted, observed, "o-", color=TRAINING, label="found")
+    name = shortened(class_names(evaluation.table)[1], 40)
+    what = f"pixels that are {name}" if evaluation.has_threshold else "pixels that are right"
+    above.set_ylabel(f"share of {what}", parse_math=False)
+    title = f"calibration error {scores['ece']:.4f}   Brier score {scores['brier']:.4f}"
+    above.set_title(title, fontsize=12)
+    above.legend(frameon=False)
+    count = len(calibration.counts)
+    middles = (np.arange(count) + 0.5) / count
+    below.bar(middles, calibration.counts, width=0.9 / count, color=TRAINING)
+    below.set_yscale("log")
+    below.set_ylabel("pixels")
+    of = name if evaluation.has_threshold else "the most probable class"
+    below.set_xlabel(f"probability of {of}", parse_math=False)
+    for axes in (above, below):
+        axes.set_xlim(0, 1)
+        axes.grid(alpha=0.25)
+    return figure
 
 
 def picture_row(

@@ -98,18 +98,22 @@ class FolderModel(nn.Module, ABC):
             The address of the upload.
         """
         folder = Path(save_directory)
+        save_weights(self.state_dict(), folder / WEIGHTS)
+        self.save_info(folder)
+        if push_to_hub:
+            return self._upload(folder, repo_id or folder.resolve().name, **hub)
+        return None
+
+    def save_info(self, folder: Path) -> None:
+        """Writes config.json and the card to a folder that holds the weights already."""
         described = {
             "task": self.task,
             "out_channels": self.out_channels,
             "unet": self.config.to_dict(),
             "info": self.info,
         }
-        save_weights(self.state_dict(), folder / WEIGHTS)
         write_text(folder / CONFIG, json.dumps(described, indent=2) + "\n")
         write_card(folder, self.card())
-        if push_to_hub:
-            return self._upload(folder, repo_id or folder.resolve().name, **hub)
-        return None
 
     def push_to_hub(self, repo_id: str, **hub: Any) -> str:
         """Uploads the model to a repository on the Hugging Face Hub, which is made if need be.

@@ -334,7 +334,7 @@ class Fixed(Predictor):
     """Predicts what it is told to, by the image's first pixel."""
 
     def __init__(self, predictions: dict[int, NDArray[np.float32]]) -> None:
-        self.predictions = predictions
+        self.predictions, self.models = predictions, []
 
     def __call__(self, source: Source) -> NDArray[np.float32]:
         return self.predictions[int(source.pixels[0, 0, 0])]  # type: ignore[attr-defined]

@@ -1,0 +1,125 @@
+"""Masks as what a diffusion model makes: each class a code of -1 and 1, one channel a digit.
+
+Codes are analog bits (arXiv 2208.04202), the digits of the class's number, or one-hot. What is
+made is of the class whose code is nearest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diffusion.data.pixels import Pixels
+from unet.errors import InputError
+from unet.files.images import read_mask
+
+Coding = Literal["bits", "one-hot"]
+MOST_VALUES = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskCoding:
+    """The classes of masks and their codes, saved with a model in `info["target"]`.
+
+    Attributes:
+        values: of the masks, from 0 to 255, rising.
+    """
+
+    values: tuple[int, ...]
+    coding: Coding = "bits"
+
+    @property
+    def channels(self) -> int:
+        """Digits of a code."""
+        return self.codes.shape[1]
+
+    @property
+    def codes(self) -> Pixels:
+        """The code (K, C) of each class, of 0 and 255, which are -1 and 1 to the network."""
+        count = len(self.values)
+        if self.coding == "one-hot":
+            return np.eye(count, dtype=np.uint8) * np.uint8(255)
+        digits = np.arange(max(1, (count - 1).bit_length()))
+        return ((np.arange(count)[:, None] >> digits & 1) * 255).astype(np.uint8)
+
+    def read(self, file: Path, page: int | None = None) -> Pixels:
+        """The codes (H, W, C) of a mask file.
+
+        Raises:
+            InputError: it cannot be read, holds colours, or another value than these.
+        """
+        mask = read_mask(file, page)
+        indices = np.searchsorted(self.values, mask).clip(max=len(self.values) - 1)
+        known = mask.ndim == 2 and np.array(self.values)[indices] == mask
+        if not np.all(known):
+            strange = "colours" if mask.ndim == 3 else np.unique(mask[~known])[:5].tolist()
+            raise InputError(f"{str(file)!r} holds {strange}, where masks have {list(self.values)}")
+        return self.codes[indices]
+
+    def indices(self, pixels: Pixels) -> NDArray[np.uint8]:
+        """The class (..., H, W) whose code is nearest to pixels (..., H, W, C)."""
+        signs = self.codes.astype(np.float32) / 127.5 - 1  # all of one length
+        found: NDArray[np.uint8] = (pixels.astype(np.float32) - 127.5).dot(signs.T).argmax(-1)
+        return found.astype(np.uint8)
+
+    def nearest(self, pixels: Pixels) -> Pixels:
+        """Pixels (..., H, W, C) with the nearest code in the place of each."""
+        return self.codes[self.indices(pixels)]
+
+    def decode(self, pixels: Pixels) -> Pixels:
+        """The mask values (..., H, W, 1) of pixels (..., H, W, C)."""
+        return np.array(self.values, np.uint8)[self.indices(pixels)][..., None]
+
+    def shown(self, masks: Pixels) -> Pixels:
+        """Mask values as greys that can be told apart, from black to white."""
+        indices = np.searchsorted(self.values, masks)
+        return np.round(indices * (255 / (len(self.values) - 1))).astype(np.uint8)
+
+    def said(self) -> str:
+        """What it is, for people."""
+        return f"masks of the values {', '.join(map(str, self.values))}, as {self.coding}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values, which `from_dict` reads back."""
+        return {"values": list(self.values), "coding": self.coding}
+
+    @classmethod
+    def from_dict(cls, saved: Any) -> MaskCoding:
+        """What `to_dict` gave, from JSON; InputError if it is none."""
+        values = saved.get("values") if isinstance(saved, Mapping) else None
+        if (
+            not isinstance(values, list)
+            or not all(type(value) is int and 0 <= value <= 255 for value in values)
+            or not 2 <= len(values) <= MOST_VALUES
+            or sorted(set(values)) != values
+            or saved.get("coding") not in get_args(Coding)
+        ):
+            raise InputError(f"the model's target is damaged: {saved!r:.200}")
+        return cls(values=tuple(values), coding=saved["coding"])
+
+
+def find_masks(files: Sequence[str], coding: Coding) -> MaskCoding:
+    """The classes of mask files, all of which are read.
+
+    Raises:
+        InputError: they are no masks: colours, values beyond 255, more than MOST_VALUES or one.
+    """
+    values: set[int] = set()
+    for file in files:
+        mask = read_mask(Path(file))
+        if mask.ndim == 3:
+            raise InputError(f"{file!r} holds colours, where --target mask makes masks of numbers")
+        values |= set(np.unique(mask).tolist())
+        if len(values) > MOST_VALUES or max(values) > 255:
+            raise InputError(
+                f"the files up to {file!r} hold {len(values)} values up to {max(values)}, where "
+                f"masks have up to {MOST_VALUES} values of 0 to 255: name a folder of masks"
+            )
+    if len(values) < 2:
+        raise InputError(f"all pixels of the masks have the value {values}; two are needed")
+    return MaskCoding(values=tuple(sorted(values)), coding=coding)

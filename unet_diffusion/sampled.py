@@ -1,0 +1,136 @@
+"""Masks that a diffusion model samples of an image, as predictions: mean, probability, entropy."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from diffusion.options import SamplingOptions
+from diffusion.process.schedule import NoiseSchedule
+from diffusion.sampling import ImageSampler, load_for_sampling
+from segmentation.data.classes import ClassTable
+from segmentation.output import Slice, as_16_bit, find_slices
+from segmentation.pictures import grey_or_rgb, overlay, overlay_legend
+from segmentation.predict import Probability, classes
+from segmentation.uncertainty import entropy_map
+from unet.errors import InputError
+from unet.files.images import read_image, write_image
+from unet.files.pictures import key
+
+Samples = NDArray[np.uint8]  # class indices (S, H, W)
+
+
+class MaskSampler:
+    """A diffusion model of masks, to be called with an image file: `samples = sampler("a.png")`.
+
+    Args:
+        model: a model folder, or a repository on the Hugging Face Hub, of `train-ddpm --target
+            mask`.
+        count: samples of each image.
+        options: how they are made, with the same noise for each image; in as many steps as the
+            model has noise levels, at most.
+
+    Raises:
+        InputError: no such model; in calls, a file that does not fit it.
+    """
+
+    def __init__(self, model: str | Path, count: int, options: SamplingOptions) -> None:
+        network = load_for_sampling(model, options.device)
+        if network.masks is None:
+            raise InputError(
+                f"{model} makes images, not masks: samples are drawn by a model of train-ddpm "
+                "--target mask"
+            )
+        self.masks, self.count = network.masks, count
+        most = NoiseSchedule.from_dict(network.info["schedule"]).steps
+        self.sampler = ImageSampler(network, replace(options, steps=min(options.steps, most)))
+        values = self.masks.values
+        self.table = ClassTable(values=values, shares=(1 / len(values),) * len(values))
+
+    def __call__(self, file: str | Path) -> Samples:
+        """Class indices (S, H, W) of `table`, of the size of the image.
+
+        An image of another size than the model's is resized, and its masks back.
+        """
+        file = Path(file)
+        height, width = read_image(file).shape[:2]
+        rows, columns = self.sampler.height, self.sampler.width
+        if height * columns != width * rows:
+            raise InputError(
+                f"{str(file)!r} is {height} x {width}, where the model makes masks of {rows} x "
+                f"{columns}: cut it to these proportions"
+            )
+        wanted = [self.sampler.made_from(file)] * self.count
+        made = self.sampler(self.count, wanted)[..., 0]
+        indices = np.searchsorted(self.masks.values, made).astype(np.uint8)
+        down, across = (np.arange(n) * m // n for n, m in ((height, rows), (width, columns)))
+        return indices[:, down[:, None], across]
+
+    def probability(self, samples: Samples) -> Probability:
+        """The share of the samples (K, H, W) of each class; of two (1, H, W), the second's."""
+        count = len(self.table.values)
+        kinds = [1] if count == 2 else range(count)
+        return np.stack([(samples == k).mean(axis=0, dtype=np.float32) for k in kinds])
+
+
+def predict_samples(
+    sampler: MaskSampler,
+    source: Path,
+    out: Path,
+    *,
+    threshold: float = 0.5,
+    keep: bool = False,
+    overwrite: bool = False,
+) -> list[str]:
+    """Samples masks of an image, or of each of a folder, and writes what they say together.
+
+    Of an image NAME: NAME_mask.png, the most probable class or the second of two above the
+    threshold; NAME_probability.png and NAME_entropy.png, 16-bit; NAME_overlay.png; legend.png.
+
+    Args:
+        keep: also write the samples, NAME_sample_0.png, ...
+
+    Returns:
+        What went wrong with the images that failed, a sentence each.
+
+    Raises:
+        InputError: no image, a stack, or files in the way, before anything is predicted.
+    """
+    slices, failed = find_slices(source)
+    digits = len(str(sampler.count - 1))
+    names = ["mask", "probability", "entropy", "overlay"]
+    names += [f"sample_{i:0{digits}d}" for i in range(sampler.count)] * keep
+    for image in slices:
+        if image.page is not None:
+            raise InputError(f"{str(image.path)!r} is a stack: give --samples images of one page")
+        for name in names:
+            if (file := out / f"{image.name}_{name}.png").exists() and not overwrite:
+                raise InputError(f"{file} exists already: give --overwrite or another --out")
+    for image in tqdm(slices, unit="image", disable=None):
+        try:
+            _write(sampler, image, [out / f"{image.name}_{n}.png" for n in names], threshold)
+        except InputError as error:
+            failed.append(str(error))
+    for message in failed:
+        print(f"error: {message}", file=sys.stderr)
+    if len(failed) < len(slices):
+        write_image(out / "legend.png", np.asarray(key(overlay_legend(sampler.table), 480)))
+    return failed
+
+
+def _write(sampler: MaskSampler, image: Slice, files: list[Path], threshold: float) -> None:
+    samples, table = sampler(image.path), sampler.table
+    probability = sampler.probability(samples)
+    decided = classes(probability, threshold)
+    mask, probable, unsure, picture, *kept = files
+    write_image(mask, table.decode(decided))
+    write_image(probable, as_16_bit(probability))
+    write_image(unsure, as_16_bit(entropy_map(probability)[None]))
+    write_image(picture, overlay(grey_or_rgb(read_image(image.path)), decided, table))
+    for file, sample in zip(kept, samples, strict=False):
+        write_image(file, table.decode(sample))
