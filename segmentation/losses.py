@@ -35,6 +35,7 @@ from unet.errors import InputError
 LossName = Literal["ce", "bce", "dice", "dice-ce", "focal", "tversky", "lovasz"]
 LOSSES: tuple[LossName, ...] = get_args(LossName)
 
+FLOW_WEIGHT = 2.5
 _SMOOTH = 1e-5  # pixels; keeps the Dice of nothing predicted where nothing is at 1
 
 
@@ -178,8 +179,32 @@ def lovasz(logits: Tensor, target: Tensor, weight: Tensor | None = None) -> Tens
     return _class_mean((errors * gradient).sum(1), sizes)
 
 
+class FlowLoss:
+    """A loss of objects, and the squared error of the arrows to their middles.
+
+    The second is the mean over all pixels of FLOW_WEIGHT |v - u|^2 within objects, 0 outside.
+
+    Args:
+        loss: of the logit of objects.
+    """
+
+    def __init__(self, loss: Loss) -> None:
+        self.loss = loss
+
+    def __call__(
+        self, found: Tensor, target: Tensor, weight: Tensor | None, flow: Tensor
+    ) -> Tensor:
+        """Of outputs (B, 3, H, W), target and weight as of any loss, and arrows (B, 2, H, W)."""
+        dtype = torch.promote_types(found.dtype, torch.float32)
+        arrows = found[:, 1:].to(dtype).masked_fill((target != 1)[:, None], 0)
+        error = (arrows - flow.masked_fill((target != 1)[:, None], 0)).square().sum(1)
+        return self.loss(found[:, :1], target, weight) + FLOW_WEIGHT * _mean(
+            error, (target != IGNORE).to(dtype)
+        )
+
+
 def deeply_supervised(
-    loss: Loss, logits: Sequence[Tensor], target: Tensor, weight: Tensor | None = None
+    loss: Callable[..., Tensor], logits: Sequence[Tensor], *targets: Tensor | None
 ) -> Tensor:
     """Mean loss over the levels of a decoder, each counted half of the next finer one.
 
@@ -188,24 +213,26 @@ def deeply_supervised(
 
     Args:
         logits: (B, K, h, w) of each level, the finest last; coarser ones are judged by every so
-            many pixels of the target.
+            many pixels of the targets.
+        targets: what the loss takes beside them, (B, ..., H, W) each.
     """
     total, shares = logits[-1].new_zeros(()), 0.0
     for i, level in enumerate(reversed(logits)):
         size = level.shape[-2:]
-        weights = None if weight is None else _nearest(weight, size)
-        total = total + 0.5**i * loss(level, _nearest(target, size), weights)
+        total = total + 0.5**i * loss(
+            level, *(t if t is None else _nearest(t, size) for t in targets)
+        )
         shares += 0.5**i
     return total / shares
 
 
 def _nearest(x: Tensor, size: Sequence[int]) -> Tensor:
-    """x (B, H, W) at the centres of a grid of h x w cells: (B, h, w)."""
+    """x (B, ..., H, W) at the centres of a grid of h x w cells: (B, ..., h, w)."""
     rows, columns = (
         ((torch.arange(n, device=x.device) + 0.5) * (whole / n)).long()
         for n, whole in zip(size, x.shape[-2:], strict=True)
     )
-    return x[:, rows[:, None], columns]
+    return x[..., rows[:, None], columns]
 
 
 # The function of each name, and the options that it takes.

@@ -66,6 +66,18 @@ def class_colours(classes: NDArray[np.integer], count: int) -> RGB:
     return table[classes]
 
 
+def object_colours(numbers: NDArray[np.integer]) -> RGB:
+    """Numbered objects (H, W) as (H, W, 3): neighbours in different colours, black where none is,
+    grey below 0, where pixels do not count.
+    """
+    known = np.unique(numbers[numbers > 0])
+    anew = np.where(numbers > 0, np.searchsorted(known, numbers) + 1, 0)
+    table = np.concatenate([np.zeros((1, 3), np.uint8), COLOURS[neighbour_colours(anew)]])
+    picture = table[anew]
+    picture[numbers < 0] = GREY
+    return picture
+
+
 def class_legend(table: ClassTable) -> Legend:
     """What the colours of `class_colours` stand for."""
     names = _names(table)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from segmentation.data.augment import mirror
+from segmentation.data.flows import Flow
 from segmentation.model import SegmentationUNet
 from unet.device import computing_in, trained_precision
 from unet.errors import InputError
@@ -80,7 +81,7 @@ class _Part:
 
 
 class Predictor:
-    """Class probabilities by one or several models, as their mean.
+    """Class probabilities by one or several models, as their mean, and flows where they give some.
 
     Args:
         models: models for the same classes, in evaluation mode. Copies of them predict.
@@ -107,16 +108,14 @@ class Predictor:
         symmetries: bool = False,
         precision: Precision = "fp32",
     ) -> None:
-        first = (models[0].config.in_channels, models[0].out_channels)
+        first = _shape(models[0])
         for model in models:
-            theirs = (model.config.in_channels, model.out_channels)
-            if theirs != first:
-                raise InputError(
-                    f"a model with {theirs[0]} channels and {theirs[1]} outputs cannot be averaged "
-                    f"with one with {first[0]} and {first[1]}"
-                )
+            if (theirs := _shape(model)) != first:
+                raise InputError(f"a model with {theirs} cannot be averaged with one with {first}")
         self.models = [folded(model) for model in models]
         self.turns = [trained_symmetries(model) if symmetries else (0,) for model in models]
+        self.flows = models[0].flows
+        self.kinds = 1 if self.flows else models[0].out_channels  # probabilities of a pixel
         self.device = next(models[0].parameters()).device
         self.dtype = trained_precision(precision, self.device)
         # Tiles start at multiples of the stride, so that pooling meets the same pixels as in the
@@ -134,13 +133,26 @@ class Predictor:
 
     def __call__(self, source: Source) -> Probability:
         """Probabilities (K, H, W) of a whole image; a single one is that of class 1."""
-        found = np.empty((self.models[0].out_channels, *source.shape), np.float32)
-        for top, band in self.bands(source):
-            found[:, top : top + band.shape[1]] = band
-        return found
+        return self.found(source)[0]
+
+    def found(self, source: Source) -> tuple[Probability, Flow | None]:
+        """What the call gives, and the flow (2, H, W) of models that know objects by it."""
+        whole = self._outputs(source)
+        return whole[: self.kinds], whole[self.kinds :] if self.flows else None
 
     def bands(self, source: Source) -> Iterator[tuple[int, Probability]]:
         """Finished bands from top to bottom: their first row, and probabilities (K, rows, W)."""
+        for top, band in self._bands(source):
+            yield top, band[: self.kinds]
+
+    def _outputs(self, source: Source) -> NDArray[np.float32]:
+        """Probabilities and flows (channels, H, W) of a whole image."""
+        found = np.empty((self.models[0].out_channels, *source.shape), np.float32)
+        for top, band in self._bands(source):
+            found[:, top : top + band.shape[1]] = band
+        return found
+
+    def _bands(self, source: Source) -> Iterator[tuple[int, NDArray[np.float32]]]:
         height, width = source.shape
         rows, columns = self._spans(height), self._spans(width)
         tiles = self._tiles(source, [(slice(*r), slice(*c)) for r in rows for c in columns])
@@ -213,7 +225,7 @@ class Predictor:
             self._smaller = copy.copy(self)
             self._smaller.tile = size
             self._smaller.overlap = min(self.overlap, size // 2 // self.stride * self.stride)
-        return torch.from_numpy(self._smaller(_Part(source, rows, columns)))
+        return torch.from_numpy(self._smaller._outputs(_Part(source, rows, columns)))
 
     @torch.inference_mode()
     def _whole(self, images: Sequence[Tensor], h: int, w: int) -> Tensor:
@@ -227,9 +239,18 @@ class Predictor:
                 batch = batch.contiguous(memory_format=torch.channels_last)
                 with computing_in(self.dtype, self.device):
                     logits = model(batch)
-                for turn, one in zip(turns, probabilities(logits.float()), strict=True):
-                    total += _turned_back(one, turn)[:, :h, :w] / len(turned)
+                for turn, one in zip(turns, self._activated(logits.float()), strict=True):
+                    back = _turned_back(one, turn)[:, :h, :w]
+                    if self.flows:
+                        back = torch.cat([back[:1], _arrows_back(back[1:], turn)])
+                    total += back / len(turned)
         return total / len(self.models)
+
+    def _activated(self, logits: Tensor) -> Tensor:
+        """Logits (B, channels, H, W) as probabilities, flows as they are."""
+        if self.flows:
+            return torch.cat([logits[:, :1].sigmoid(), logits[:, 1:]], 1)
+        return probabilities(logits)
 
 
 def trained_symmetries(model: SegmentationUNet) -> tuple[int, ...]:
@@ -294,6 +315,20 @@ def _alike(turns: Sequence[int], image: Tensor, at_once: int) -> Iterator[Sequen
 def _turned_back(image: Tensor, turn: int) -> Tensor:
     image = torch.rot90(image, -(turn % 4), (-2, -1))
     return image.flip(-1) if turn >= 4 else image
+
+
+def _arrows_back(flow: Tensor, turn: int) -> Tensor:
+    """Arrows (2, H, W), rows and columns, of an image that was turned and whose places are turned
+    back already: a quarter turn takes up to left."""
+    for _ in range(turn % 4):
+        flow = torch.stack([flow[1], -flow[0]])
+    return torch.stack([flow[0], -flow[1]]) if turn >= 4 else flow
+
+
+def _shape(model: SegmentationUNet) -> str:
+    """What models have in common whose outputs can be averaged, for people."""
+    kind = "flows" if model.flows else "classes"
+    return f"{model.config.in_channels} channels and {model.out_channels} outputs of {kind}"
 
 
 def _with_context(model: SegmentationUNet, source: Source, rows: slice, columns: slice) -> Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from segmentation.data.classes import IGNORE, ClassTable, class_names
 from segmentation.data.dataset import SegmentationData
+from segmentation.data.flows import Flow, follow, gathered
 from segmentation.data.instances import instances_from_classes, without_small
 from segmentation.judging.instances import Numbers, Overlaps
 from segmentation.judging.isbi import THRESHOLDS, IsbiMetrics
@@ -42,6 +43,7 @@ _NAMES = {
 LISTED = ("ap50", "ap", "pq", "dice", "iou", "accuracy", "v_rand", "v_info")  # of each image
 _GRID = tuple(i / 100 for i in range(1, 100))  # thresholds to choose from
 COARSE = _GRID[4::5]  # where each costs a watershed
+OBJECTS = (0.3, 0.4, 0.5, 0.6, 0.7)  # of what is an object: further out, few are found
 
 
 @dataclass(frozen=True)
@@ -53,11 +55,19 @@ class ImageScores:
     scores: dict[str, float]
     shape: tuple[int, int]
     packed: bytes  # the predicted classes, deflated: a fiftieth of them
+    packed_objects: bytes = b""  # and the objects, where the masks number some
 
     @property
     def prediction(self) -> Mask:
         """Predicted class indices (H, W)."""
         return np.frombuffer(zlib.decompress(self.packed), np.uint8).reshape(self.shape)
+
+    @property
+    def objects(self) -> NDArray[np.int32] | None:
+        """Numbers (H, W) of the objects that were found, None where the masks number none."""
+        if not self.packed_objects:
+            return None
+        return np.frombuffer(zlib.decompress(self.packed_objects), np.int32).reshape(self.shape)
 
 
 class Evaluation:
@@ -66,7 +76,8 @@ class Evaluation:
     Args:
         threshold: above which a pixel is of the second of two classes.
         thresholds: at which the ISBI scores are tried for `challenge`, beside the threshold in use:
-            half a second for 512 x 512 pixels; none: not tried.
+            half a second for 512 x 512 pixels; none: not tried. Where flows part objects, at which
+            these are tried, beside the threshold in use.
         cells: which of two classes are cells that membranes part; None: there are no ISBI scores.
         warping: also count the warping error, which takes seconds for each image and threshold.
         smallest: of objects: those that were found with fewer pixels do not count.
@@ -83,7 +94,9 @@ class Evaluation:
         smallest: int = 0,
     ) -> None:
         self.table, self.threshold, self.smallest = table, threshold, smallest
-        self.objects: Overlaps | None = None  # of the images that came with numbered objects
+        self.tried = sorted({threshold, *thresholds})  # for objects
+        # Of the images that came with numbered objects, at each threshold.
+        self.at_each: dict[float, Overlaps] = {}
         self.confusion = ConfusionMatrix(len(table.values))
         self.isbi: IsbiMetrics | None = None
         if self.has_threshold and cells is not None:
@@ -92,6 +105,11 @@ class Evaluation:
         self.above = np.zeros((2, len(_GRID) + 1), np.int64)
         self.entropy = 0.0  # sum over the pixels
         self.images: list[ImageScores] = []  # in the order of their indices
+
+    @property
+    def objects(self) -> Overlaps | None:
+        """Of the images that came with numbered objects, at the threshold in use."""
+        return self.at_each.get(self.threshold)
 
     @property
     def has_threshold(self) -> bool:
@@ -105,11 +123,13 @@ class Evaluation:
         probability: Probability,
         mask: Mask,
         objects: Numbers | None = None,
+        flow: Flow | None = None,
     ) -> None:
         """Scores one image: probabilities (K, H, W), as a `Predictor` gives them, and its mask.
 
         Args:
             objects: numbers (H, W) of the objects in the mask, where the classes are of such.
+            flow: by which predicted objects are parted; None: by their border class.
         """
         found = classes(probability, self.threshold)
         confusion = ConfusionMatrix(self.confusion.classes)
@@ -129,13 +149,27 @@ class Evaluation:
             one.add(*_as_isbi(probability, mask, self.isbi.cells), name)
             scores |= one.at(self.threshold)
             self.isbi.merge(one)
+        packed = [zlib.compress(found.tobytes(), 1)]
         if objects is not None:
-            numbers = without_small(instances_from_classes(found), self.smallest)
-            here = Overlaps.of(numbers, objects)
-            scores |= here.scores()
-            self.objects = here + (self.objects or Overlaps())
-        packed = zlib.compress(found.tobytes(), 1)
-        self.images.append(ImageScores(index, name, scores, mask.shape, packed))
+            for threshold, parted in self._parted(found, probability, flow):
+                here = Overlaps.of(parted, objects)
+                self.at_each[threshold] = here + self.at_each.get(threshold, Overlaps())
+                if threshold == self.threshold:
+                    scores |= here.scores()
+                    packed.append(zlib.compress(parted.tobytes(), 1))
+        self.images.append(ImageScores(index, name, scores, mask.shape, *packed))
+
+    def _parted(
+        self, found: Mask, probability: Probability, flow: Flow | None
+    ) -> Iterator[tuple[float, NDArray[np.int32]]]:
+        """The objects that are found at each threshold; of a border class at the one in use."""
+        if flow is None:
+            yield self.threshold, without_small(instances_from_classes(found), self.smallest)
+            return
+        ends = follow(flow, probability[0] > self.tried[0])
+        for threshold in self.tried:
+            inside = probability[0] > threshold
+            yield threshold, without_small(gathered(np.where(inside, ends, -1)), self.smallest)
 
     def merge(self, other: Evaluation) -> None:
         """Adds another share of the images: as if they had been added here."""
@@ -146,8 +180,8 @@ class Evaluation:
         self.above += other.above
         if self.isbi and other.isbi:
             self.isbi.merge(other.isbi)
-        if other.objects:
-            self.objects = other.objects + (self.objects or Overlaps())
+        for threshold, overlaps in other.at_each.items():
+            self.at_each[threshold] = overlaps + self.at_each.get(threshold, Overlaps())
         self.images = sorted(self.images + other.images, key=lambda image: image.index)
 
     def scores(self, threshold: float | None = None) -> dict[str, float]:
@@ -156,7 +190,7 @@ class Evaluation:
 
         Args:
             threshold: instead of that in use: 0.01, 0.02, ..., 0.99, and where there are ISBI
-                scores one of those tried. The cross-entropy has none.
+                scores or objects one of those tried. The cross-entropy has none.
         """
         pixels, confusion = int(self.confusion.counts.sum()), self.confusion
         if threshold is None or not self.has_threshold:
@@ -166,8 +200,10 @@ class Evaluation:
         found = {"loss": self.entropy / max(pixels, 1), **_figures(confusion)}
         if self.isbi and self.isbi.slices:
             found |= self.isbi.at(threshold)
-        if self.objects:
-            found |= self.objects.scores()
+        if self.at_each:
+            found |= self.at_each[
+                threshold if threshold in self.at_each else self.threshold
+            ].scores()
         return found
 
     def _confusion_at(self, k: int) -> ConfusionMatrix:
@@ -185,18 +221,22 @@ class Evaluation:
         tried = self.isbi and self.isbi.slices and len(self.isbi.thresholds) > 1
         return self.isbi.result() if self.isbi and tried else {}
 
-    def best_threshold(self, score: Literal["dice", "v_rand"] = "dice") -> float:
-        """The threshold with the highest mean Dice, of all pixels together, or mean V_Rand.
+    def best_threshold(self, score: Literal["dice", "v_rand", "ap"] = "dice") -> float:
+        """The threshold with the highest mean Dice, of all pixels together, mean V_Rand, or average
+        precision of objects.
 
         Of equal ones that next to 0.5. It belongs in the model's `info["threshold"]`, where these
         are images that the model did not see. 0.5 where nothing can be chosen: the masks have one
         of the two classes only, or there are more, of which the most probable one is taken.
 
         Args:
-            score: dice chooses among 0.01, 0.02, ..., 0.99; v_rand among the `thresholds`.
+            score: dice chooses among 0.01, 0.02, ..., 0.99; the others among the `thresholds`.
         """
         if not self.has_threshold or not self.confusion.occurs.all():
             return 0.5
+        if score == "ap":
+            ap = [self.at_each[threshold].scores()["ap"] for threshold in self.tried]
+            return _nearest_best(self.tried, np.array(ap))
         if score == "v_rand":
             if not self.isbi:
                 raise ValueError("V_Rand is of cells: evaluate with cells")
@@ -340,15 +380,16 @@ def evaluate(
     found = Evaluation(
         data.table,
         threshold,
-        thresholds=thresholds,
+        thresholds=() if data.instances else thresholds,
         cells=cells,
         warping=warping,
         smallest=smallest_object(predict.models) if data.instances else 0,
     )
     for i in tqdm(indices, unit="image", desc="scoring", leave=False, disable=None):
-        probability = predict(RasterSource(data.pairs[i].read_image(), data.pairs[i].info.nodata))
+        source = RasterSource(data.pairs[i].read_image(), data.pairs[i].info.nodata)
+        probability, flow = predict.found(source)
         objects = data.objects(i) if data.instances else None
-        found.add(i, data.pairs[i].name, probability, data.load(i)[1], objects)
+        found.add(i, data.pairs[i].name, probability, data.load(i)[1], objects, flow)
     return found
 
 
