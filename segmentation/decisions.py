@@ -111,9 +111,9 @@ def decide(
     smallest: list[Decision] = []
     if data.instances:
         info["smallest_object"] = smallest_counted(data.objects(i) for i in data.train)
-        why = "1 in 100 of the training objects are smaller"
         value = counted(info["smallest_object"], "pixel")
-        smallest = [Decision("smallest object", value, why)]
+        reason = "1 in 100 of the training objects are smaller"
+        smallest = [Decision("smallest object", value, reason)]
     scored, part = chosen_part(data, fit)
     loss, balance = chosen_loss(options, data, 1 if data.instances else outputs)
     decisions = (

@@ -166,6 +166,36 @@ def test_symmetries_make_a_prediction_that_turns_with_the_image():
         np.testing.assert_allclose(predict(TensorSource(turn(image))), expected, atol=1e-5)
 
 
+def arrows(seed: int = 0) -> SegmentationUNet:
+    torch.manual_seed(seed)
+    return SegmentationUNet(SAME, 3, {"objects": "flows"}).eval()
+
+
+def test_arrows_turn_with_the_image():
+    predict = Predictor([arrows()], symmetries=True)
+    image = torch.randn(1, 24, 40)
+    found = predict.found(TensorSource(image))
+    assert [part.shape for part in found] == [(1, 24, 40), (2, 24, 40)]
+    np.testing.assert_array_equal(predict(TensorSource(image)), found[0])
+    rows, columns = torch.from_numpy(found[1])
+    for turn, expected in (
+        (lambda p: torch.rot90(p, 1, (-2, -1)), (-columns, rows)),
+        (lambda p: p.flip(-1), (rows, -columns)),
+        (lambda p: p.mT, (columns, rows)),
+    ):
+        _, flow = predict.found(TensorSource(turn(image)))
+        np.testing.assert_allclose(flow, turn(torch.stack(expected)), atol=1e-5)
+
+
+def test_arrows_of_tiles_are_those_of_the_whole():
+    overlap = 2 * int(receptive_radius(SAME)) + 2
+    source = TensorSource(torch.randn(1, 70, 200))
+    whole = Predictor([arrows()], tile=512).found(source)
+    tiled = Predictor([arrows()], tile=2 * overlap + 4, overlap=overlap).found(source)
+    for one, other in zip(tiled, whole, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("size", [(32, 32), (24, 40), (64, 64), (60, 200)])
 def test_symmetries_go_through_together_where_they_fit_into_a_tile(monkeypatch, name, size):
@@ -253,6 +283,8 @@ def test_models_that_do_not_go_together_are_refused():
     other = SegmentationUNet(UNetConfig(in_channels=3, channels=4, multipliers=(1,)), 1)
     with pytest.raises(InputError, match="cannot be averaged"):
         Predictor([network(SAME), other])
+    with pytest.raises(InputError, match="3 outputs of classes cannot be averaged"):
+        Predictor([arrows(), SegmentationUNet(SAME, 3).eval()])
 
 
 def test_an_overlap_of_more_than_half_is_refused():
