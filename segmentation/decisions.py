@@ -17,7 +17,7 @@ from segmentation.data.normalisation import Normalisation
 from segmentation.data.samples import image_shape
 from segmentation.data.weights import find_cells
 from segmentation.losses import Loss, make_loss
-from segmentation.model import FLOW_CHANNELS, FLOWS, SegmentationUNet
+from segmentation.model import DEPTH, DEPTH_CHANNELS, SegmentationUNet
 from segmentation.options import BestBy, SegmentationOptions
 from unet import PRESETS, UNetConfig
 from unet.errors import InputError
@@ -84,7 +84,7 @@ def decide(
     """
     start = start or own_start(options)
     count = len(data.table.values)
-    outputs = FLOW_CHANNELS if data.instances else 1 if count == 2 else count
+    outputs = DEPTH_CHANNELS if data.instances else 1 if count == 2 else count
     network, why = chosen_network(options, data.channels, start)
     info: dict[str, Any] = {
         "classes": data.table.to_dict(),
@@ -95,7 +95,7 @@ def decide(
     info |= {"channel_names": list(names)} if names else {}
     info |= {"reading": said} if (said := options.reading.to_dict()) else {}
     if data.instances:
-        info["objects"] = FLOWS
+        info["objects"] = DEPTH
     if options.deep_supervision:
         info["deep_supervision"] = True
     with torch.device("meta"):

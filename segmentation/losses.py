@@ -35,7 +35,7 @@ from unet.errors import InputError
 LossName = Literal["ce", "bce", "dice", "dice-ce", "focal", "tversky", "lovasz"]
 LOSSES: tuple[LossName, ...] = get_args(LossName)
 
-FLOW_WEIGHT = 2.5
+DEPTH_WEIGHT = 5.0
 _SMOOTH = 1e-5  # pixels; keeps the Dice of nothing predicted where nothing is at 1
 
 
@@ -179,10 +179,8 @@ def lovasz(logits: Tensor, target: Tensor, weight: Tensor | None = None) -> Tens
     return _class_mean((errors * gradient).sum(1), sizes)
 
 
-class FlowLoss:
-    """A loss of objects, and the squared error of the arrows to their middles.
-
-    The second is the mean over all pixels of FLOW_WEIGHT |v - u|^2 within objects, 0 outside.
+class DepthLoss:
+    """A loss of objects, and DEPTH_WEIGHT times the mean squared error of the depth in them.
 
     Args:
         loss: of the logit of objects.
@@ -192,14 +190,14 @@ class FlowLoss:
         self.loss = loss
 
     def __call__(
-        self, found: Tensor, target: Tensor, weight: Tensor | None, flow: Tensor
+        self, found: Tensor, target: Tensor, weight: Tensor | None, depth: Tensor
     ) -> Tensor:
-        """Of outputs (B, 3, H, W), target and weight as of any loss, and arrows (B, 2, H, W)."""
+        """Of outputs (B, 2, H, W), target and weight as of any loss, and depth (B, H, W)."""
+        ignored = target == IGNORE
         dtype = torch.promote_types(found.dtype, torch.float32)
-        arrows = found[:, 1:].to(dtype).masked_fill((target != 1)[:, None], 0)
-        error = (arrows - flow.masked_fill((target != 1)[:, None], 0)).square().sum(1)
-        return self.loss(found[:, :1], target, weight) + FLOW_WEIGHT * _mean(
-            error, (target != IGNORE).to(dtype)
+        error = (found[:, 1].to(dtype).masked_fill(ignored, 0) - depth.masked_fill(ignored, 0)) ** 2
+        return self.loss(found[:, :1], target, weight) + DEPTH_WEIGHT * _mean(
+            error, (~ignored).to(dtype)
         )
 
 

@@ -87,8 +87,8 @@ class SegmentationOptions(LabelOptions, FitOptions):
     or dataset.json in --data."""
 
     instances: bool = False
-    """The masks number each cell: learn where cells are, and from each of their pixels the way to
-    the middle, by which those that touch are told apart. Masks that clearly do are recognised."""
+    """The masks number each cell: learn where cells are, and how deep each pixel lies in its own,
+    by which those that touch are told apart. Masks that clearly do are recognised."""
 
     val: float = 0.2
     """Share of the images, from the end, that is held out from training; of a single labelled image

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from segmentation.data.classes import ClassTable
-from segmentation.data.flows import Flow
+from segmentation.data.depths import Depth
 from segmentation.pictures import grey_or_rgb, instance_overlay, overlay, overlay_legend
 from segmentation.predict import Predictor, Probability
 from segmentation.segmenter import RasterSource, Segmenter
@@ -106,8 +106,8 @@ class FilePredictor:
         if math.prod(source.shape) > AT_ONCE:
             self._run_in_bands(source, *self.files(image, out)[:3])
             return lambda: None
-        found, flow = self.segmenter.predict.found(source)
-        return functools.partial(self._write, image, out, source, found, flow)
+        found, depth = self.segmenter.predict.found(source)
+        return functools.partial(self._write, image, out, source, found, depth)
 
     def _write(
         self,
@@ -115,7 +115,7 @@ class FilePredictor:
         out: Path,
         source: RasterSource,
         found: Probability,
-        flow: Flow | None,
+        depth: Depth | None,
     ) -> None:
         mask, probability, picture, *labels = self.files(image, out)
         decided = self.segmenter.decided(found, source)
@@ -126,7 +126,7 @@ class FilePredictor:
         if not self.numbers:
             write_image(picture, overlay(shown, decided, table))
             return
-        numbers = self.segmenter.numbered(decided, flow)
+        numbers = self.segmenter.numbered(decided, depth)
         write_image(picture, instance_overlay(shown, numbers))
         for file in labels:
             if (count := int(numbers.max())) > 65535:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from segmentation.data.augment import mirror
-from segmentation.data.flows import Flow
+from segmentation.data.depths import Depth
 from segmentation.model import SegmentationUNet
 from unet.device import computing_in, trained_precision
 from unet.errors import InputError
@@ -81,7 +81,7 @@ class _Part:
 
 
 class Predictor:
-    """Class probabilities by one or several models, as their mean, and flows where they give some.
+    """Class probabilities by one or several models, as their mean, and depth where they give it.
 
     Args:
         models: models for the same classes, in evaluation mode. Copies of them predict.
@@ -114,8 +114,8 @@ class Predictor:
                 raise InputError(f"a model with {theirs} cannot be averaged with one with {first}")
         self.models = [folded(model) for model in models]
         self.turns = [trained_symmetries(model) if symmetries else (0,) for model in models]
-        self.flows = models[0].flows
-        self.kinds = 1 if self.flows else models[0].out_channels  # probabilities of a pixel
+        self.depth = models[0].depth
+        self.kinds = 1 if self.depth else models[0].out_channels  # probabilities of a pixel
         self.device = next(models[0].parameters()).device
         self.dtype = trained_precision(precision, self.device)
         # Tiles start at multiples of the stride, so that pooling meets the same pixels as in the
@@ -135,10 +135,10 @@ class Predictor:
         """Probabilities (K, H, W) of a whole image; a single one is that of class 1."""
         return self.found(source)[0]
 
-    def found(self, source: Source) -> tuple[Probability, Flow | None]:
-        """What the call gives, and the flow (2, H, W) of models that know objects by it."""
+    def found(self, source: Source) -> tuple[Probability, Depth | None]:
+        """What the call gives, and the depth (H, W) of models that know objects by it."""
         whole = self._outputs(source)
-        return whole[: self.kinds], whole[self.kinds :] if self.flows else None
+        return whole[: self.kinds], whole[self.kinds] if self.depth else None
 
     def bands(self, source: Source) -> Iterator[tuple[int, Probability]]:
         """Finished bands from top to bottom: their first row, and probabilities (K, rows, W)."""
@@ -146,7 +146,7 @@ class Predictor:
             yield top, band[: self.kinds]
 
     def _outputs(self, source: Source) -> NDArray[np.float32]:
-        """Probabilities and flows (channels, H, W) of a whole image."""
+        """Probabilities and depth (channels, H, W) of a whole image."""
         found = np.empty((self.models[0].out_channels, *source.shape), np.float32)
         for top, band in self._bands(source):
             found[:, top : top + band.shape[1]] = band
@@ -240,15 +240,12 @@ class Predictor:
                 with computing_in(self.dtype, self.device):
                     logits = model(batch)
                 for turn, one in zip(turns, self._activated(logits.float()), strict=True):
-                    back = _turned_back(one, turn)[:, :h, :w]
-                    if self.flows:
-                        back = torch.cat([back[:1], _arrows_back(back[1:], turn)])
-                    total += back / len(turned)
+                    total += _turned_back(one, turn)[:, :h, :w] / len(turned)
         return total / len(self.models)
 
     def _activated(self, logits: Tensor) -> Tensor:
-        """Logits (B, channels, H, W) as probabilities, flows as they are."""
-        if self.flows:
+        """Logits (B, channels, H, W) as probabilities, the depth as it is."""
+        if self.depth:
             return torch.cat([logits[:, :1].sigmoid(), logits[:, 1:]], 1)
         return probabilities(logits)
 
@@ -317,17 +314,9 @@ def _turned_back(image: Tensor, turn: int) -> Tensor:
     return image.flip(-1) if turn >= 4 else image
 
 
-def _arrows_back(flow: Tensor, turn: int) -> Tensor:
-    """Arrows (2, H, W), rows and columns, of an image that was turned and whose places are turned
-    back already: a quarter turn takes up to left."""
-    for _ in range(turn % 4):
-        flow = torch.stack([flow[1], -flow[0]])
-    return torch.stack([flow[0], -flow[1]]) if turn >= 4 else flow
-
-
 def _shape(model: SegmentationUNet) -> str:
     """What models have in common whose outputs can be averaged, for people."""
-    kind = "flows" if model.flows else "classes"
+    kind = "depth" if model.depth else "classes"
     return f"{model.config.in_channels} channels and {model.out_channels} outputs of {kind}"
 
 

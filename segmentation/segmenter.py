@@ -16,7 +16,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from segmentation.data.classes import IGNORE, ClassTable, Value
-from segmentation.data.flows import Flow, objects_from_flow
+from segmentation.data.depths import Depth, objects_from_depth
 from segmentation.data.instances import INSTANCE_NAMES, instances_from_classes, without_small
 from segmentation.data.normalisation import Normalisation
 from segmentation.model import SegmentationUNet
@@ -103,7 +103,7 @@ def load_models(
                 "number from 0 to 1"
             )
         models.append(model)
-        if model.flows != models[0].flows or tables[-1].values != tables[0].values:
+        if model.depth != models[0].depth or tables[-1].values != tables[0].values:
             raise InputError(
                 f"{folder} knows the classes {tables[-1].values}, but {folders[0]} "
                 f"{tables[0].values}: average models for the same classes"
@@ -132,13 +132,13 @@ def smallest_object(models: Sequence[SegmentationUNet]) -> int:
     return int(np.mean(known))
 
 
-def numbered(decided: NDArray[np.uint8], flow: Flow | None) -> NDArray[np.int32]:
-    """Objects numbered from 1, 0 elsewhere: (H, W), of class indices, and a flow (2, H, W) or else
+def numbered(decided: NDArray[np.uint8], depth: Depth | None) -> NDArray[np.int32]:
+    """Objects numbered from 1, 0 elsewhere: (H, W), of class indices, and the depth (H, W) or else
     a border among the classes.
     """
-    if flow is None:
+    if depth is None:
         return instances_from_classes(decided)
-    return objects_from_flow(decided == 1, flow)
+    return objects_from_depth(decided == 1, depth)
 
 
 @dataclass(frozen=True)
@@ -235,7 +235,7 @@ class Segmenter:
     @property
     def instances(self) -> bool:
         """Whether the model was trained on masks that number each cell."""
-        return self.predict.flows or self.table.names == INSTANCE_NAMES
+        return self.predict.depth or self.table.names == INSTANCE_NAMES
 
     def __repr__(self) -> str:
         return (
@@ -278,8 +278,8 @@ class Segmenter:
             )
 
         def find(source: Source) -> Array:
-            probability, flow = self.predict.found(source)
-            return self.numbered(self._cleaned(classes(probability, self.threshold), source), flow)
+            probability, depth = self.predict.found(source)
+            return self.numbered(self._cleaned(classes(probability, self.threshold), source), depth)
 
         return self._each(image, find)
 
@@ -315,10 +315,10 @@ class Segmenter:
         """How the files of the training images were read."""
         return Reading.from_dict(self.predict.models[0].info.get("reading", {}))
 
-    def numbered(self, decided: NDArray[np.uint8], flow: Flow | None) -> NDArray[np.int32]:
+    def numbered(self, decided: NDArray[np.uint8], depth: Depth | None) -> NDArray[np.int32]:
         """What `labels` gives, of class indices (H, W) and what `Predictor.found` gives."""
         if self.instances:
-            return without_small(numbered(decided, flow), self.min_size)
+            return without_small(numbered(decided, depth), self.min_size)
         return np.asarray(ndimage.label(decided == 1)[0], np.int32)
 
     def _decided(self, source: Source) -> NDArray[np.uint8]:

@@ -25,7 +25,7 @@ from segmentation.data.stains import CHANNELS, NAMES, stained_stack
 from segmentation.decisions import SegmentationPlan, decide, own_start
 from segmentation.judging.evaluation import COARSE, OBJECTS, Evaluation, evaluate
 from segmentation.judging.report import write_report
-from segmentation.losses import FlowLoss, deeply_supervised
+from segmentation.losses import DepthLoss, deeply_supervised
 from segmentation.model import SegmentationUNet
 from segmentation.options import SegmentationOptions
 from segmentation.pictures import (
@@ -240,7 +240,7 @@ class SegmentationTask:
         self.data, self.loss_function, self.best_by = data, plan.loss, plan.best_by
         self.scored, self.cells = plan.scored, plan.info.get("cells")
         self.smallest = plan.info.get("smallest_object", 0)
-        self.flow_loss = FlowLoss(plan.loss)
+        self.depth_loss = DepthLoss(plan.loss)
         self.held_out = "held out"
         if len(plan.scored) < len(data.val):
             self.held_out = f"held out, {len(plan.scored)} of {len(data.val)} images"
@@ -250,8 +250,8 @@ class SegmentationTask:
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         loss: Callable[..., Tensor] = self.loss_function
         targets = [batch["mask"], batch.get("weight")]
-        if "flow" in batch:
-            loss, targets = self.flow_loss, [*targets, batch["flow"]]
+        if "depth" in batch:
+            loss, targets = self.depth_loss, [*targets, batch["depth"]]
         if self.deep:
             return deeply_supervised(loss, model(batch["image"], deep=True), *targets)
         return loss(model(batch["image"]), *targets)
@@ -279,9 +279,9 @@ class SegmentationTask:
         with torch.autocast(next(model.parameters()).device.type, enabled=False):
             for i in processes.share(self.scored):
                 image, mask = self.data.load(i)
-                probability, flow = predict.found(TensorSource(torch.tensor(image)))
+                probability, depth = predict.found(TensorSource(torch.tensor(image)))
                 numbers = self.data.objects(i) if objects else None
-                part.add(i, self.data.pairs[i].name, probability, mask, numbers, flow)
+                part.add(i, self.data.pairs[i].name, probability, mask, numbers, depth)
         for other in processes.gather(part):
             whole.merge(other)
         threshold = whole.best_threshold("v_rand" if isbi else "ap" if objects else "dice")

@@ -1,6 +1,6 @@
 """Masks with a number for each cell, as classes, and back.
 
-Touching cells would melt into one. They are kept apart by `segmentation.data.flows`; models of
+Touching cells would melt into one. They are kept apart by `segmentation.data.depths`; models of
 earlier versions learnt a border class between them, by which they are still read and scored.
 """
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from segmentation.data.augment import Augmentation, augmented_crop, random_corner
 from segmentation.data.classes import IGNORE
 from segmentation.data.dataset import SegmentationData
-from segmentation.data.flows import flows
+from segmentation.data.depths import depths
 from segmentation.data.weights import border_weights
 from unet.training.batches import Key, sample_rng
 
@@ -66,7 +66,7 @@ class CropSamples:
         if self.border is not None:
             maps["weight"] = self.weights(i)
         if self.data.instances:
-            maps["flow"] = torch.tensor(self.data.objects(i))
+            maps["depth"] = torch.tensor(self.data.objects(i))
         rng = sample_rng(self.seed, epoch, index)
         corner = None
         if i in self.partly:
@@ -76,8 +76,8 @@ class CropSamples:
             image, list(maps.values()), rng, self.augmentation, self.size, self.target_size, corner
         )
         sample = {"image": crop, **dict(zip(maps, targets, strict=True))}
-        if self.data.instances:  # of objects as they lie in the crop, turned and bent
-            sample["flow"] = torch.from_numpy(flows(sample["flow"].numpy()))
+        if self.data.instances:  # of objects as they lie in the crop
+            sample["depth"] = torch.from_numpy(depths(sample["depth"].numpy()))
         return sample
 
     def name(self, index: int) -> str:

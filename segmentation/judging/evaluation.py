@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from segmentation.data.classes import IGNORE, ClassTable, class_names
 from segmentation.data.dataset import SegmentationData
-from segmentation.data.flows import Flow, follow, gathered
+from segmentation.data.depths import Depth, grown, markers
 from segmentation.data.instances import instances_from_classes, without_small
 from segmentation.judging.instances import Numbers, Overlaps
 from segmentation.judging.isbi import THRESHOLDS, IsbiMetrics
@@ -76,7 +76,7 @@ class Evaluation:
     Args:
         threshold: above which a pixel is of the second of two classes.
         thresholds: at which the ISBI scores are tried for `challenge`, beside the threshold in use:
-            half a second for 512 x 512 pixels; none: not tried. Where flows part objects, at which
+            half a second for 512 x 512 pixels; none: not tried. Where depth parts objects, at which
             these are tried, beside the threshold in use.
         cells: which of two classes are cells that membranes part; None: there are no ISBI scores.
         warping: also count the warping error, which takes seconds for each image and threshold.
@@ -123,13 +123,13 @@ class Evaluation:
         probability: Probability,
         mask: Mask,
         objects: Numbers | None = None,
-        flow: Flow | None = None,
+        depth: Depth | None = None,
     ) -> None:
         """Scores one image: probabilities (K, H, W), as a `Predictor` gives them, and its mask.
 
         Args:
             objects: numbers (H, W) of the objects in the mask, where the classes are of such.
-            flow: by which predicted objects are parted; None: by their border class.
+            depth: (H, W), by which predicted objects are parted; None: by their border class.
         """
         found = classes(probability, self.threshold)
         confusion = ConfusionMatrix(self.confusion.classes)
@@ -151,7 +151,7 @@ class Evaluation:
             self.isbi.merge(one)
         packed = [zlib.compress(found.tobytes(), 1)]
         if objects is not None:
-            for threshold, parted in self._parted(found, probability, flow):
+            for threshold, parted in self._parted(found, probability, depth):
                 here = Overlaps.of(parted, objects)
                 self.at_each[threshold] = here + self.at_each.get(threshold, Overlaps())
                 if threshold == self.threshold:
@@ -160,16 +160,16 @@ class Evaluation:
         self.images.append(ImageScores(index, name, scores, mask.shape, *packed))
 
     def _parted(
-        self, found: Mask, probability: Probability, flow: Flow | None
+        self, found: Mask, probability: Probability, depth: Depth | None
     ) -> Iterator[tuple[float, NDArray[np.int32]]]:
         """The objects that are found at each threshold; of a border class at the one in use."""
-        if flow is None:
+        if depth is None:
             yield self.threshold, without_small(instances_from_classes(found), self.smallest)
             return
-        ends = follow(flow, probability[0] > self.tried[0])
+        middles = markers(depth)
         for threshold in self.tried:
-            inside = probability[0] > threshold
-            yield threshold, without_small(gathered(np.where(inside, ends, -1)), self.smallest)
+            objects = grown(middles, probability[0] > threshold, depth)
+            yield threshold, without_small(objects, self.smallest)
 
     def merge(self, other: Evaluation) -> None:
         """Adds another share of the images: as if they had been added here."""
@@ -387,9 +387,9 @@ def evaluate(
     )
     for i in tqdm(indices, unit="image", desc="scoring", leave=False, disable=None):
         source = RasterSource(data.pairs[i].read_image(), data.pairs[i].info.nodata)
-        probability, flow = predict.found(source)
+        probability, depth = predict.found(source)
         objects = data.objects(i) if data.instances else None
-        found.add(i, data.pairs[i].name, probability, data.load(i)[1], objects, flow)
+        found.add(i, data.pairs[i].name, probability, data.load(i)[1], objects, depth)
     return found
 
 

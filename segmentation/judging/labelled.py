@@ -41,8 +41,8 @@ def labelled_data(
                 f"image {pairs[0].name} has {counted(info.channels, 'channel')} of {info.dtype}, "
                 f"but the model was trained on {channels} of {dtype}: convert the images"
             )
-    flows = any(model.flows for model in models)
-    if ignore_value is not None and not flows and table.names != INSTANCE_NAMES:
+    numbered = any(model.depth for model in models)
+    if ignore_value is not None and not numbered and table.names != INSTANCE_NAMES:
         table = table.ignoring(ignore_value)
     return SegmentationData(
         (),
@@ -50,7 +50,7 @@ def labelled_data(
         table=table,
         normalisation=normalisation,
         ignore_value=ignore_value,
-        instances=flows,
+        instances=numbered,
     )
 
 

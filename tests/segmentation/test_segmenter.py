@@ -46,8 +46,8 @@ def saved(
     torch.manual_seed(seed)
     config = UNetConfig(in_channels=len(normalisation["mean"]), channels=4, multipliers=(1, 2))
     info = {"classes": table(values, names), "normalisation": normalisation, "threshold": 0.47}
-    info |= {"objects": "flows"} if objects else {}
-    model = SegmentationUNet(config, 3 if objects else 1 if len(values) == 2 else len(values), info)
+    info |= {"objects": "depth"} if objects else {}
+    model = SegmentationUNet(config, 2 if objects else 1 if len(values) == 2 else len(values), info)
     with torch.no_grad():  # so that a random network finds every class
         weight, bias = model.head.conv.weight, model.head.conv.bias
         torch.nn.init.normal_(weight, std=3)
@@ -84,7 +84,7 @@ def of_type(folder: Path, dtype: str, channels: int = 1, mean: float = 128.0) ->
         ([0, 1, 2], INSTANCE_NAMES),
         (COLOURS, ()),
     ],
-    ids=["two", "16 bits", "flows", "border", "colours"],
+    ids=["two", "16 bits", "depth", "border", "colours"],
 )
 @pytest.mark.parametrize(
     "settings",
@@ -162,8 +162,8 @@ def test_models_that_know_objects_otherwise_are_refused(tmp_path: Path) -> None:
         load(new, plain, device="cpu")
     model = SegmentationUNet.from_pretrained(new)
     with pytest.raises(InputError, match="knows objects by 'stars'"):
-        SegmentationUNet(model.config, 3, model.info | {"objects": "stars"})
-    with pytest.raises(InputError, match="has 3 channels, not 1"):
+        SegmentationUNet(model.config, 2, model.info | {"objects": "stars"})
+    with pytest.raises(InputError, match="has 2 channels, a logit and the depth, not 1"):
         SegmentationUNet(model.config, 1, model.info)
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from segmentation.data.classes import IGNORE, ClassTable
 from segmentation.data.dataset import SegmentationData
-from segmentation.data.flows import flows
+from segmentation.data.depths import depths
 from segmentation.data.instances import INSTANCE_NAMES, instance_classes
 from segmentation.data.normalisation import Normalisation
 from segmentation.data.pairs import Pair, pairs_from_arrays
@@ -458,7 +458,7 @@ def add(
     """Scores the true objects of an image, or others, as if they were predicted."""
     found = data.objects(i) if numbers is None else numbers
     probability = 0.65 * (found > 0)[None].astype(np.float32)
-    evaluation.add(i, str(i), probability, data.load(i)[1], data.objects(i), flows(found))
+    evaluation.add(i, str(i), probability, data.load(i)[1], data.objects(i), depths(found))
 
 
 def test_objects_are_scored_beside_their_classes() -> None:
