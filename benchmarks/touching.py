@@ -1,7 +1,12 @@
-"""Generated cells that touch, with numbered masks: python benchmarks/touching.py DIR.
+"""Cells that touch: generated ones with numbered masks, and what a threshold alone finds.
 
-Ellipses of 6 to 11 px in groups, each of its own brightness, blurred, over noise. 44 images; hold
-out the last 12 with --val-names 32-43.
+    python benchmarks/touching.py DIR
+    python benchmarks/touching.py --otsu DIR HELD_OUT
+
+The first writes 44 images: ellipses of 6 to 11 px in groups, each of its own brightness, blurred,
+over noise; hold out the last 12 with --val-names 32-43. The second is the floor under every
+network: the connected parts above Otsu's threshold, or below where the background is bright
+(stained tissue), of the last so many images of a folder, by kind.
 """
 
 from __future__ import annotations
@@ -12,7 +17,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
+from skimage.filters import threshold_otsu
 
+from segmentation.data.instances import object_numbers, smallest_counted, without_small
+from segmentation.data.pairs import find_pairs
+from segmentation.judging.instances import Overlaps
 from unet.files.images import write_image
 
 COUNT, SIZE = 44, 160
@@ -42,6 +51,27 @@ def touching_cells(seed: int) -> tuple[NDArray[np.uint8], NDArray[np.uint16]]:
     return np.clip(100 + 120 * light, 0, 255).astype(np.uint8), numbers
 
 
+def floor(folder: Path, held_out: int) -> None:
+    """Prints the scores of Otsu's threshold; smaller objects than theirs do not count."""
+    pairs = find_pairs(folder)
+    masks = [object_numbers(pair.read_mask()) for pair in pairs]
+    smallest = smallest_counted(masks[:-held_out])
+    kinds = {"fluorescence": Overlaps(), "stained": Overlaps()}
+    for pair, mask in zip(pairs[-held_out:], masks[-held_out:], strict=True):
+        grey = pair.read_image().mean(axis=2)
+        threshold = threshold_otsu(grey)
+        stained = np.median(grey) > threshold
+        parts, _ = ndimage.label(grey < threshold if stained else grey > threshold)
+        found = Overlaps.of(without_small(parts.astype(np.int32), smallest), mask)
+        kinds["stained" if stained else "fluorescence"] += found
+    for kind, overlaps in [*kinds.items(), ("all", sum(kinds.values(), Overlaps()))]:
+        if not overlaps.images:
+            continue
+        scores = overlaps.scores()
+        figures = "  ".join(f"{k} {scores[k]:.3f}" for k in ("ap50", "ap", "pq", "count_error"))
+        print(f"{kind}, {overlaps.images} images: {figures}")
+
+
 def main(folder: Path) -> None:
     for i in range(COUNT):
         image, numbers = touching_cells(i)
@@ -50,4 +80,7 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    if sys.argv[1] == "--otsu":
+        floor(Path(sys.argv[2]), int(sys.argv[3]))
+    else:
+        main(Path(sys.argv[1]))

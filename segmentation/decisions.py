@@ -17,7 +17,7 @@ from segmentation.data.normalisation import Normalisation
 from segmentation.data.samples import image_shape
 from segmentation.data.weights import find_cells
 from segmentation.losses import Loss, make_loss
-from segmentation.model import SegmentationUNet
+from segmentation.model import DEPTH, DEPTH_CHANNELS, SegmentationUNet
 from segmentation.options import BestBy, SegmentationOptions
 from unet import PRESETS, UNetConfig
 from unet.errors import InputError
@@ -86,7 +86,7 @@ def decide(
     """
     start = start or own_start(options)
     count = len(data.table.values)
-    outputs = 1 if count == 2 else count
+    outputs = DEPTH_CHANNELS if data.instances else 1 if count == 2 else count
     network, why = chosen_network(options, data.channels, start)
     info: dict[str, Any] = {
         "classes": data.table.to_dict(),
@@ -96,6 +96,8 @@ def decide(
     names = data.pairs[0].info.names
     info |= {"channel_names": list(names)} if names else {}
     info |= {"reading": said} if (said := options.reading.to_dict()) else {}
+    if data.instances:
+        info["objects"] = DEPTH
     if options.deep_supervision:
         info["deep_supervision"] = True
     with torch.device("meta"):
@@ -111,11 +113,11 @@ def decide(
     smallest: list[Decision] = []
     if data.instances:
         info["smallest_object"] = smallest_counted(data.objects(i) for i in data.train)
-        why = "1 in 100 of the training objects are smaller"
         value = counted(info["smallest_object"], "pixel")
-        smallest = [Decision("smallest object", value, why)]
+        reason = "1 in 100 of the training objects are smaller"
+        smallest = [Decision("smallest object", value, reason)]
     scored, part = chosen_part(data, fit)
-    loss, balance = chosen_loss(options, data, outputs)
+    loss, balance = chosen_loss(options, data, 1 if data.instances else outputs)
     decisions = (
         Decision("network", f"{parameters / 1e6:.2f} M parameters", why),
         Decision("crops", f"{crop[0]} x {crop[1]}, {fit.batch_size} a step", whole),
@@ -285,6 +287,11 @@ class Judgement(NamedTuple):
 def chosen_judgement(options: SegmentationOptions, data: SegmentationData) -> Judgement:
     """Border weights and the figure that weights are kept by, where the masks have to say."""
     count, missing = len(data.table.values), missing_classes(data)
+    if options.best_by == "v_rand" and data.instances:
+        raise InputError(
+            "--best-by v_rand compares cells that membranes part, two classes, but the masks "
+            "number objects: take ap, loss or dice"
+        )
     if options.best_by == "v_rand" and count != 2:
         raise InputError(
             f"--best-by v_rand compares cells that membranes part, two classes, but the masks "
@@ -296,13 +303,13 @@ def chosen_judgement(options: SegmentationOptions, data: SegmentationData) -> Ju
             "--instances if they do number objects, or take loss or dice"
         )
     cells, parted, masks = 1, False, f"the masks have {count} classes"
-    if count == 2:
+    if data.instances:
+        masks = "the masks number objects"
+    elif count == 2:
         spread = _spread(data.train, JUDGED)
         cells, parted = find_cells(data.load(i)[1] for i in spread)
         masks = f"{'' if parted else 'no '}thin membranes part the cells"
         masks += f" of class {cells}" if parted else ""
-    if data.instances:
-        masks = "the masks number objects"
     if options.best_by == "ap" and CELL in missing:
         raise InputError(
             "--best-by ap compares objects, but the held-out masks have none: hold out other "
@@ -313,7 +320,7 @@ def chosen_judgement(options: SegmentationOptions, data: SegmentationData) -> Ju
             f"--best-by v_rand compares cells, but the held-out masks have none, of class {cells}: "
             "hold out other images, with --val, --fold or --val-names"
         )
-    w0 = MEMBRANE_WEIGHT if parted or data.instances else 0.0
+    w0 = MEMBRANE_WEIGHT if parted else 0.0
     w0 = w0 if options.border_weight is None else options.border_weight
     by_shape: BestBy = "v_rand" if parted and cells not in missing else "loss"
     if data.instances and CELL not in missing:

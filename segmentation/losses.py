@@ -35,6 +35,7 @@ from unet.errors import InputError
 LossName = Literal["ce", "bce", "dice", "dice-ce", "focal", "tversky", "lovasz"]
 LOSSES: tuple[LossName, ...] = get_args(LossName)
 
+DEPTH_WEIGHT = 5.0
 _SMOOTH = 1e-5  # pixels; keeps the Dice of nothing predicted where nothing is at 1
 
 
@@ -178,8 +179,30 @@ def lovasz(logits: Tensor, target: Tensor, weight: Tensor | None = None) -> Tens
     return _class_mean((errors * gradient).sum(1), sizes)
 
 
+class DepthLoss:
+    """A loss of objects, and DEPTH_WEIGHT times the mean squared error of the depth in them.
+
+    Args:
+        loss: of the logit of objects.
+    """
+
+    def __init__(self, loss: Loss) -> None:
+        self.loss = loss
+
+    def __call__(
+        self, found: Tensor, target: Tensor, weight: Tensor | None, depth: Tensor
+    ) -> Tensor:
+        """Of outputs (B, 2, H, W), target and weight as of any loss, and depth (B, H, W)."""
+        ignored = target == IGNORE
+        dtype = torch.promote_types(found.dtype, torch.float32)
+        error = (found[:, 1].to(dtype).masked_fill(ignored, 0) - depth.masked_fill(ignored, 0)) ** 2
+        return self.loss(found[:, :1], target, weight) + DEPTH_WEIGHT * _mean(
+            error, (~ignored).to(dtype)
+        )
+
+
 def deeply_supervised(
-    loss: Loss, logits: Sequence[Tensor], target: Tensor, weight: Tensor | None = None
+    loss: Callable[..., Tensor], logits: Sequence[Tensor], *targets: Tensor | None
 ) -> Tensor:
     """Mean loss over the levels of a decoder, each counted half of the next finer one.
 
@@ -188,24 +211,26 @@ def deeply_supervised(
 
     Args:
         logits: (B, K, h, w) of each level, the finest last; coarser ones are judged by every so
-            many pixels of the target.
+            many pixels of the targets.
+        targets: what the loss takes beside them, (B, ..., H, W) each.
     """
     total, shares = logits[-1].new_zeros(()), 0.0
     for i, level in enumerate(reversed(logits)):
         size = level.shape[-2:]
-        weights = None if weight is None else _nearest(weight, size)
-        total = total + 0.5**i * loss(level, _nearest(target, size), weights)
+        total = total + 0.5**i * loss(
+            level, *(t if t is None else _nearest(t, size) for t in targets)
+        )
         shares += 0.5**i
     return total / shares
 
 
 def _nearest(x: Tensor, size: Sequence[int]) -> Tensor:
-    """x (B, H, W) at the centres of a grid of h x w cells: (B, h, w)."""
+    """x (B, ..., H, W) at the centres of a grid of h x w cells: (B, ..., h, w)."""
     rows, columns = (
         ((torch.arange(n, device=x.device) + 0.5) * (whole / n)).long()
         for n, whole in zip(size, x.shape[-2:], strict=True)
     )
-    return x[:, rows[:, None], columns]
+    return x[..., rows[:, None], columns]
 
 
 # The function of each name, and the options that it takes.

@@ -19,6 +19,9 @@ from unet.weights.card import Usage
 from unet.weights.folder import FolderModel
 from unet.words import channels_said
 
+DEPTH = "depth"  # how a model knows objects apart; none said: by a border class, or not at all
+DEPTH_CHANNELS = 2  # logit and depth
+
 
 class SegmentationUNet(FolderModel):
     """Logits for every pixel.
@@ -27,7 +30,8 @@ class SegmentationUNet(FolderModel):
         config: the trunk's shape, without time and context.
         out_channels: classes, or 1 for a single logit (sigmoid) of two classes.
         info: see `FolderModel`; with a true "deep_supervision" each coarser level of the decoder
-            has a head of its own, for training.
+            has a head of its own, for training; with "objects": "depth" the channels are a logit of
+            what is an object, and the depth in it (`segmentation.data.depths`).
     """
 
     task: ClassVar[str] = "segmentation"
@@ -41,6 +45,15 @@ class SegmentationUNet(FolderModel):
                 "time=False, classes=0 and context_channels=None"
             )
         super().__init__(config, out_channels, info)
+        if (known := self.info.get("objects")) not in (None, DEPTH):
+            raise InputError(
+                f"the model knows objects by {known!r}, which this version does not: update it"
+            )
+        if self.depth and out_channels != DEPTH_CHANNELS:
+            raise InputError(
+                f"a model of depths has {DEPTH_CHANNELS} channels, a logit and the depth, not "
+                f"{out_channels}"
+            )
         channels = config.out_channels
         self.head = nn.Sequential()
         if config.block == "res":  # whose output is neither normalised nor activated yet
@@ -61,6 +74,11 @@ class SegmentationUNet(FolderModel):
         if config.init == "he":
             he_init(self.head)
             he_init(self.coarse_heads)
+
+    @property
+    def depth(self) -> bool:
+        """Whether it gives the depth in objects beside their probability."""
+        return self.info.get("objects") == DEPTH
 
     @overload
     def forward(self, x: Tensor, *, deep: Literal[False] = False) -> Tensor: ...

@@ -88,8 +88,8 @@ class SegmentationOptions(LabelOptions, FitOptions):
     or dataset.json in --data."""
 
     instances: bool = False
-    """The masks number each cell: learn background, cell, and a border where two touch. Masks that
-    clearly do are recognised."""
+    """The masks number each cell: learn where cells are, and how deep each pixel lies in its own,
+    by which those that touch are told apart. Masks that clearly do are recognised."""
 
     val: float = 0.2
     """Share of the images, from the end, that is held out from training; of a single labelled image
@@ -145,8 +145,7 @@ class SegmentationOptions(LabelOptions, FitOptions):
 
     border_weight: float | None = None
     """Weight w0 of the narrow gaps between cells (2015: 10): of two classes the cells are the one
-    in more pieces, of more class 1; none given: 10 where thin membranes part the cells, or masks
-    number objects, else 0."""
+    in more pieces, of more class 1; none given: 10 where thin membranes part the cells, else 0."""
 
     border_sigma: float = 5.0
     """Width in pixels of that weight (2015: 5)."""

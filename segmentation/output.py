@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from segmentation.data.classes import ClassTable
+from segmentation.data.depths import Depth
 from segmentation.pictures import grey_or_rgb, instance_overlay, overlay, overlay_legend
 from segmentation.predict import Predictor, Probability
 from segmentation.segmenter import RasterSource, Segmenter
@@ -113,8 +114,8 @@ class FilePredictor:
         if math.prod(source.shape) > AT_ONCE:
             self._run_in_bands(source, self.files(image, out))
             return lambda: None
-        found = self.segmenter.predict(source, entropies=bool(self.unsure))
-        return functools.partial(self.write, image, out, source, found)
+        found, depth = self.segmenter.predict.found(source, entropies=bool(self.unsure))
+        return functools.partial(self.write, image, out, source, found, depth)
 
     def parted(self, found: Probability) -> tuple[Probability, list[NDArray[np.uint16]]]:
         """Probabilities (K, H, W) of what was predicted, and the maps (H, W) that go with them."""
@@ -124,8 +125,15 @@ class FilePredictor:
         made = {"entropy": entropy_map(found), "disagreement": disagreement_map(found, entropies)}
         return found, [as_16_bit(made[name][None]) for name in self.unsure]
 
-    def write(self, image: Slice, out: Path, source: RasterSource, found: Probability) -> None:
-        """Writes what `predict` gave for one image: these files, at this predictor's threshold."""
+    def write(
+        self,
+        image: Slice,
+        out: Path,
+        source: RasterSource,
+        found: Probability,
+        depth: Depth | None,
+    ) -> None:
+        """Writes what `Predictor.found` gave for one image: these files, at this threshold."""
         mask, probability, picture, *others = self.files(image, out)
         found, unsure = self.parted(found)
         for file, values in zip(others, unsure, strict=False):
@@ -138,7 +146,7 @@ class FilePredictor:
         if not self.numbers:
             write_image(picture, overlay(shown, decided, table))
             return
-        numbers = self.segmenter.numbered(decided)
+        numbers = self.segmenter.numbered(decided, depth)
         write_image(picture, instance_overlay(shown, numbers))
         for file in others[len(unsure) :]:
             if (count := int(numbers.max())) > 65535:

@@ -66,6 +66,18 @@ def class_colours(classes: NDArray[np.integer], count: int) -> RGB:
     return table[classes]
 
 
+def object_colours(numbers: NDArray[np.integer]) -> RGB:
+    """Numbered objects (H, W) as (H, W, 3): neighbours in different colours, black where none is,
+    grey below 0, where pixels do not count.
+    """
+    known = np.unique(numbers[numbers > 0])
+    anew = np.where(numbers > 0, np.searchsorted(known, numbers) + 1, 0)
+    table = np.concatenate([np.zeros((1, 3), np.uint8), COLOURS[neighbour_colours(anew)]])
+    picture = table[anew]
+    picture[numbers < 0] = GREY
+    return picture
+
+
 def class_legend(table: ClassTable) -> Legend:
     """What the colours of `class_colours` stand for."""
     names = _names(table)
@@ -179,12 +191,17 @@ def errors(
 
 
 def augmented(samples: CropSamples) -> Image.Image:
-    """Samples of the first epochs with their masks below them, and weights below those."""
+    """Samples of the first epochs with their masks below them, below those the depth of objects
+    and the weights, where there are some.
+    """
     rows, count = [], len(samples.data.table.values)
     for start in range(0, SAMPLES, 8):
         crops = [samples[divmod(i, len(samples))] for i in range(start, start + 8)]
         rows.append([grey_or_rgb(c["image"].permute(1, 2, 0).numpy()) for c in crops])
         rows.append([class_colours(c["mask"].numpy(), count) for c in crops])
+        if samples.data.instances:
+            deep = [(255 * c["depth"][..., None].numpy()).astype(np.uint8) for c in crops]
+            rows.append([grey_or_rgb(d) for d in deep])
         if samples.border is not None:
             rows.append([grey_or_rgb(c["weight"][..., None].numpy()) for c in crops])
     return panel(rows, largest=192, legend=class_legend(samples.data.table))

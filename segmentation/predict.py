@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from segmentation.data.augment import mirror
+from segmentation.data.depths import Depth
 from segmentation.model import SegmentationUNet
 from segmentation.uncertainty import entropy
 from unet.device import computing_in, trained_precision
@@ -82,7 +83,7 @@ class _Part:
 
 
 class Predictor:
-    """Class probabilities by one or several models, as their mean.
+    """Class probabilities by one or several models, as their mean, and depth where they give it.
 
     Args:
         models: models for the same classes, in evaluation mode. Copies of them predict.
@@ -109,17 +110,15 @@ class Predictor:
         symmetries: bool = False,
         precision: Precision = "fp32",
     ) -> None:
-        first = (models[0].config.in_channels, models[0].out_channels)
+        first = _shape(models[0])
         for model in models:
-            theirs = (model.config.in_channels, model.out_channels)
-            if theirs != first:
-                raise InputError(
-                    f"a model with {theirs[0]} channels and {theirs[1]} outputs cannot be averaged "
-                    f"with one with {first[0]} and {first[1]}"
-                )
+            if (theirs := _shape(model)) != first:
+                raise InputError(f"a model with {theirs} cannot be averaged with one with {first}")
         self.models = [folded(model) for model in models]
         self.turns = [trained_symmetries(model) if symmetries else (0,) for model in models]
         self.temperatures = [temperature(model) for model in models]
+        self.depth = models[0].depth
+        self.kinds = 1 if self.depth else models[0].out_channels  # probabilities of a pixel
         self.device = next(models[0].parameters()).device
         self.dtype = trained_precision(precision, self.device)
         # Tiles start at multiples of the stride, so that pooling meets the same pixels as in the
@@ -147,13 +146,12 @@ class Predictor:
             entropies: one channel more, the mean of the members' entropies, as a share of the
                 largest: see `segmentation.uncertainty`.
         """
-        found = np.empty((self._channels(entropies), *source.shape), np.float32)
-        for top, band in self.bands(source, entropies=entropies):
-            found[:, top : top + band.shape[1]] = band
-        return found
+        return self.found(source, entropies=entropies)[0]
 
-    def _channels(self, entropies: bool) -> int:
-        return self.models[0].out_channels + entropies
+    def found(self, source: Source, *, entropies: bool = False) -> tuple[Probability, Depth | None]:
+        """What the call gives, and the depth (H, W) of models that know objects by it."""
+        whole = self._outputs(source, entropies)
+        return whole[: self.kinds + entropies], whole[-1] if self.depth else None
 
     def bands(
         self, source: Source, *, entropies: bool = False
@@ -163,6 +161,20 @@ class Predictor:
         Args:
             entropies: as in a call.
         """
+        for top, band in self._bands(source, entropies):
+            yield top, band[: self.kinds + entropies]
+
+    def _channels(self, entropies: bool) -> int:
+        """Probabilities, entropies where they are asked for, and the depth where there is one."""
+        return self.kinds + entropies + self.depth
+
+    def _outputs(self, source: Source, entropies: bool) -> NDArray[np.float32]:
+        found = np.empty((self._channels(entropies), *source.shape), np.float32)
+        for top, band in self._bands(source, entropies):
+            found[:, top : top + band.shape[1]] = band
+        return found
+
+    def _bands(self, source: Source, entropies: bool) -> Iterator[tuple[int, NDArray[np.float32]]]:
         height, width = source.shape
         rows, columns = self._spans(height), self._spans(width)
         rectangles = [(slice(*r), slice(*c)) for r in rows for c in columns]
@@ -243,7 +255,7 @@ class Predictor:
             self._smaller.tile = side
             self._smaller.overlap = min(self.overlap, side // 2 // self.stride * self.stride)
         part = _Part(source, rows, columns)
-        return torch.from_numpy(self._smaller(part, entropies=entropies))
+        return torch.from_numpy(self._smaller._outputs(part, entropies))
 
     @torch.inference_mode()
     def _whole(self, images: Sequence[Tensor], h: int, w: int, entropies: bool) -> Tensor:
@@ -259,12 +271,16 @@ class Predictor:
                 batch = batch.contiguous(memory_format=torch.channels_last)
                 with computing_in(self.dtype, self.device):
                     logits = model(batch)
-                found = probabilities(logits.float() / warmth)
-                if entropies:
-                    found = torch.cat([found, entropy(found)[:, None]], dim=1)
+                found = self._activated(logits.float(), warmth, entropies)
                 for turn, one in zip(turns, found, strict=True):
                     total += _turned_back(one, turn)[:, :h, :w] / len(turned)
         return total / len(self.models)
+
+    def _activated(self, logits: Tensor, warmth: float, entropies: bool) -> Tensor:
+        """Logits (B, channels, H, W) as what `_channels` says; the depth is as it is."""
+        found = probabilities(logits[:, : self.kinds] / warmth)
+        parts = [found, *([entropy(found)[:, None]] if entropies else []), logits[:, self.kinds :]]
+        return torch.cat(parts, dim=1)
 
 
 def trained_symmetries(model: SegmentationUNet) -> tuple[int, ...]:
@@ -341,6 +357,12 @@ def _alike(turns: Sequence[int], image: Tensor, at_once: int) -> Iterator[Sequen
 def _turned_back(image: Tensor, turn: int) -> Tensor:
     image = torch.rot90(image, -(turn % 4), (-2, -1))
     return image.flip(-1) if turn >= 4 else image
+
+
+def _shape(model: SegmentationUNet) -> str:
+    """What models have in common whose outputs can be averaged, for people."""
+    kind = "depth" if model.depth else "classes"
+    return f"{model.config.in_channels} channels and {model.out_channels} outputs of {kind}"
 
 
 def _with_context(model: SegmentationUNet, source: Source, rows: slice, columns: slice) -> Tensor:

@@ -16,6 +16,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from segmentation.data.classes import IGNORE, ClassTable, Value
+from segmentation.data.depths import Depth, objects_from_depth
 from segmentation.data.instances import INSTANCE_NAMES, instances_from_classes, without_small
 from segmentation.data.normalisation import Normalisation
 from segmentation.export.bioimage import write_package
@@ -106,7 +107,7 @@ def load_models(
                 "number from 0 to 1"
             )
         models.append(model)
-        if tables[-1].values != tables[0].values:
+        if model.depth != models[0].depth or tables[-1].values != tables[0].values:
             raise InputError(
                 f"{folder} knows the classes {tables[-1].values}, but {folders[0]} "
                 f"{tables[0].values}: average models for the same classes"
@@ -133,6 +134,15 @@ def smallest_object(models: Sequence[SegmentationUNet]) -> int:
                 "whole number of 0 or more"
             )
     return int(np.mean(known))
+
+
+def numbered(decided: NDArray[np.uint8], depth: Depth | None) -> NDArray[np.int32]:
+    """Objects numbered from 1, 0 elsewhere: (H, W), of class indices, and the depth (H, W) or else
+    a border among the classes.
+    """
+    if depth is None:
+        return instances_from_classes(decided)
+    return objects_from_depth(decided == 1, depth)
 
 
 @dataclass(frozen=True)
@@ -229,7 +239,7 @@ class Segmenter:
     @property
     def instances(self) -> bool:
         """Whether the model was trained on masks that number each cell."""
-        return self.table.names == INSTANCE_NAMES
+        return self.predict.depth or self.table.names == INSTANCE_NAMES
 
     def __repr__(self) -> str:
         return (
@@ -298,7 +308,12 @@ class Segmenter:
                 f"labels number the parts of the second of two classes, but the model knows "
                 f"{len(self.classes)}: take the mask, and number the parts of the class you mean"
             )
-        return self._each(image, lambda source: self.numbered(self._decided(source)))
+
+        def find(source: Source) -> Array:
+            probability, depth = self.predict.found(source)
+            return self.numbered(self._cleaned(classes(probability, self.threshold), source), depth)
+
+        return self._each(image, find)
 
     def export(
         self,
@@ -388,10 +403,10 @@ class Segmenter:
         """How the files of the training images were read."""
         return Reading.from_dict(self.predict.models[0].info.get("reading", {}))
 
-    def numbered(self, decided: NDArray[np.uint8]) -> NDArray[np.int32]:
-        """What `labels` gives, of class indices (H, W)."""
+    def numbered(self, decided: NDArray[np.uint8], depth: Depth | None) -> NDArray[np.int32]:
+        """What `labels` gives, of class indices (H, W) and what `Predictor.found` gives."""
         if self.instances:
-            return without_small(instances_from_classes(decided), self.min_size)
+            return without_small(numbered(decided, depth), self.min_size)
         return np.asarray(ndimage.label(decided == 1)[0], np.int32)
 
     def _decided(self, source: Source) -> NDArray[np.uint8]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,9 @@ from segmentation.data.samples import CropSamples
 from segmentation.data.splits import split_pairs
 from segmentation.data.stains import CHANNELS, NAMES, stained_stack
 from segmentation.decisions import SegmentationPlan, decide, own_start
-from segmentation.judging.evaluation import COARSE, Evaluation, evaluate
+from segmentation.judging.evaluation import COARSE, OBJECTS, Evaluation, evaluate
 from segmentation.judging.report import write_report
-from segmentation.losses import deeply_supervised
+from segmentation.losses import DepthLoss, deeply_supervised
 from segmentation.model import SegmentationUNet
 from segmentation.options import SegmentationOptions
 from segmentation.pictures import (
@@ -39,12 +39,14 @@ from segmentation.pictures import (
 )
 from segmentation.predict import Predictor, TensorSource, classes
 from unet.device import pick_device
+from unet.errors import InputError
 from unet.files.pages import AS_STORED, ImageInfo, Reading
 from unet.files.pictures import panel
 from unet.training.fit import fit
 from unet.training.resuming import resumed
 from unet.training.run import RunFolder, is_main_process, run_folder
 from unet.training.task import Batch, Processes, Task
+from unet.weights.folder import read_config
 from unet.weights.start import Start, take_over
 
 PHANTOM_SLICES, STAINED_SLICES, PHANTOM_SIZE = 30, 20, (256, 256)
@@ -226,11 +228,24 @@ def _with_val(pairs: list[Pair], options: SegmentationOptions) -> list[Pair]:
 
 
 def make_model(plan: SegmentationPlan) -> SegmentationUNet:
-    """The network of a plan, with random weights or those that it starts from."""
+    """The network of a plan, with random weights or those that it starts from.
+
+    Raises:
+        InputError: a run of an earlier version that cannot go on; a start of another shape.
+    """
+    goes_on = plan.fit.resume and RunFolder(plan.fit.out).state.exists()
+    folder = plan.fit.out / "model"
+    known = read_config(folder)["info"] if goes_on and folder.exists() else plan.info
+    if known.get("objects") != plan.info.get("objects"):
+        raise InputError(
+            f"the run in {plan.fit.out} learns a border between objects, as earlier versions did, "
+            f"and cannot go on: give another --out, with --init {folder} from its weights"
+        )
     torch.manual_seed(plan.fit.seed)
     model = SegmentationUNet(plan.network, plan.outputs, plan.info)
-    if plan.start and not (plan.fit.resume and RunFolder(plan.fit.out).state.exists()):
-        found = take_over(model, plan.start)
+    if plan.start and not goes_on:
+        alike = plan.start.info.get("objects") == model.info.get("objects")
+        found = take_over(model, plan.start, own=() if alike else ("head", "coarse_heads"))
         if is_main_process():
             print(f"started with {found}")
     return model
@@ -243,6 +258,7 @@ class SegmentationTask:
         self.data, self.loss_function, self.best_by = data, plan.loss, plan.best_by
         self.scored, self.cells = plan.scored, plan.info.get("cells")
         self.smallest = plan.info.get("smallest_object", 0)
+        self.depth_loss = DepthLoss(plan.loss)
         self.held_out = "held out"
         if len(plan.scored) < len(data.val):
             self.held_out = f"held out, {len(plan.scored)} of {len(data.val)} images"
@@ -250,24 +266,28 @@ class SegmentationTask:
         self.score = "loss" if self.best_by == "loss" else f"-{self.best_by}"
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        targets = batch["mask"], batch.get("weight")
+        loss: Callable[..., Tensor] = self.loss_function
+        targets = [batch["mask"], batch.get("weight")]
+        if "depth" in batch:
+            loss, targets = self.depth_loss, [*targets, batch["depth"]]
         if self.deep:
-            return deeply_supervised(self.loss_function, model(batch["image"], deep=True), *targets)
-        return self.loss_function(model(batch["image"]), *targets)
+            return deeply_supervised(loss, model(batch["image"], deep=True), *targets)
+        return loss(model(batch["image"]), *targets)
 
     def evaluate(self, model: SegmentationUNet, processes: Processes) -> Mapping[str, float]:
         """Figures over the pixels of held-out images: cross-entropy, accuracy, mean Dice and IoU;
         where masks number objects the average precision and the panoptic quality of these.
 
         Of two classes they are at the threshold that is saved with the weights, which is given with
-        them: the best one for the mean Dice, with --best-by v_rand for V_Rand; then V_Rand and
-        V_Info at that threshold are among the figures. Scored as it will be predicted, in float32.
+        them: the best one for the mean Dice, of objects for the average precision, with --best-by
+        v_rand for V_Rand; then V_Rand and V_Info at that threshold are among the figures. Scored as
+        it will be predicted, in float32.
         """
-        isbi = self.best_by == "v_rand"
+        isbi, objects = self.best_by == "v_rand", self.data.instances
         part, whole = (
             Evaluation(
                 self.data.table,
-                thresholds=COARSE if isbi else (),
+                thresholds=COARSE if isbi else OBJECTS if objects else (),
                 cells=self.cells if isbi else None,
                 smallest=self.smallest,
             )
@@ -277,12 +297,12 @@ class SegmentationTask:
         with torch.autocast(next(model.parameters()).device.type, enabled=False):
             for i in processes.share(self.scored):
                 image, mask = self.data.load(i)
-                probability = predict(TensorSource(torch.tensor(image)))
-                objects = self.data.objects(i) if self.data.instances else None
-                part.add(i, self.data.pairs[i].name, probability, mask, objects)
+                probability, depth = predict.found(TensorSource(torch.tensor(image)))
+                numbers = self.data.objects(i) if objects else None
+                part.add(i, self.data.pairs[i].name, probability, mask, numbers, depth)
         for other in processes.gather(part):
             whole.merge(other)
-        threshold = whole.best_threshold("v_rand" if isbi else "dice")
+        threshold = whole.best_threshold("v_rand" if isbi else "ap" if objects else "dice")
         model.info["threshold"] = threshold
         scores = whole.scores(threshold)
         figures = {k: scores[k] for k in FIGURES if k in scores}

@@ -19,7 +19,14 @@ from segmentation.data.classes import (
     some,
     value_codes,
 )
-from segmentation.data.instances import INSTANCE_NAMES, UNKNOWN, instance_classes, object_numbers
+from segmentation.data.instances import (
+    INSTANCE_NAMES,
+    OBJECT_NAMES,
+    UNKNOWN,
+    instance_classes,
+    object_classes,
+    object_numbers,
+)
 from segmentation.data.layouts import class_values
 from segmentation.data.masks import VOID, Survey, are_instances, is_void
 from segmentation.data.normalisation import Normalisation
@@ -43,8 +50,9 @@ class SegmentationData:
             masks' files declare to be no data, or 255 where that marks the edges of objects.
         table, normalisation: those of a trained model; found from the data if not given, the
             classes over all pairs, the statistics over the training pairs alone.
-        instances: the masks number each cell; its classes are background, cell, and border where
-            two touch. A table of these classes says so by itself, and so do masks that clearly do.
+        instances: the masks number each cell; the classes are background and cell. Masks that
+            clearly do say so by themselves, and so does a table with a border class, where two
+            cells touch, of a model that parts them by it.
         names: of the classes, in the order of their values, or of some values.
         left_out: images that were found and have no label, to be told.
         cache_bytes: loaded pairs are kept in memory up to this size, in each process.
@@ -70,7 +78,8 @@ class SegmentationData:
         self.train, self.val = range(len(train)), range(len(train), len(self.pairs))
         self.channels, self.dtype = self.pairs[0].info.channels, self.pairs[0].info.dtype
         self.notes: list[str] = []
-        self.instances = instances or (table is not None and table.names == INSTANCE_NAMES)
+        self.bordered = table is not None and table.names == INSTANCE_NAMES
+        self.instances = instances or self.bordered
         self.instances |= table is None and any(pair.instances for pair in self.pairs)
         self.left_out = left_out
         self.pairs = self._drawn_alike(table)
@@ -158,7 +167,9 @@ class SegmentationData:
 
     def _read_mask(self, pair: Pair) -> Array:
         mask = pair.read_mask()
-        return instance_classes(mask, self.ignore_value) if self.instances else mask
+        if not self.instances:
+            return mask
+        return (instance_classes if self.bordered else object_classes)(mask, self.ignore_value)
 
     def _find_table(self, names: Sequence[str]) -> ClassTable:
         """The classes of the masks; see `segmentation.data.masks`."""
@@ -175,7 +186,7 @@ class SegmentationData:
         ):
             self.instances = True
             self._take_declared(survey)
-            self.notes.append("the masks number objects, so background, cell and border are learnt")
+            self.notes.append("the masks number objects, which are learnt to be told apart")
             return self._instance_table()
         self._take_declared(survey)
         if self._drawings():
@@ -229,7 +240,7 @@ class SegmentationData:
         return value
 
     def _instance_table(self) -> ClassTable:
-        """Background, cell and border; tells of objects that overlap or have holes."""
+        """Background and cell; tells of objects that overlap or have holes."""
         overlaps = holes = 0
         self._tell_of_drawings("objects")
         for pair in self.pairs:
@@ -242,7 +253,7 @@ class SegmentationData:
                 "objects have holes"
             )
         ignored = None if self.ignore_value is None else IGNORE
-        return ClassTable.of((self._read_mask(p) for p in self.pairs), ignored, INSTANCE_NAMES)
+        return ClassTable.of((self._read_mask(p) for p in self.pairs), ignored, OBJECT_NAMES)
 
     def _tell_of_drawings(self, what: str) -> None:
         drawn = [pair.draw_objects() for pair in self.pairs if isinstance(pair.mask, Drawing)]

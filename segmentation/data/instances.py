@@ -1,6 +1,7 @@
-"""Masks with a number for each cell, as three classes that a network can learn, and back.
+"""Masks with a number for each cell, as classes, and back.
 
-Touching cells would melt into one; a border class between them keeps them apart.
+Touching cells would melt into one. They are kept apart by `segmentation.data.depths`; models of
+earlier versions learnt a border class between them, by which they are still read and scored.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from segmentation.data.classes import IGNORE, Value, value_codes
 from unet.files.pages import Array
 
 BACKGROUND, CELL, BORDER = range(3)
-INSTANCE_NAMES = ("background", "cell", "border")
+INSTANCE_NAMES = ("background", "cell", "border")  # of models of earlier versions
+OBJECT_NAMES = INSTANCE_NAMES[:2]
 
 REACH = 3  # rows and columns of a border, to each side of where two cells touch
 LEAST_INSIDE = 0.25  # of a cell, that a border wider than a pixel leaves
@@ -53,6 +55,12 @@ def instance_classes(mask: Array, ignore_value: Value | None = None) -> NDArray[
     classes[_middles(cells, inside & ~has_inside[cells])] = CELL
     classes[ignored] = IGNORE
     return classes
+
+
+def object_classes(mask: Array, ignore_value: Value | None = None) -> NDArray[np.uint8]:
+    """Background, cell, or IGNORE: (H, W) uint8; mask and value are as in `instance_classes`."""
+    numbers = object_numbers(mask, ignore_value)
+    return np.where(numbers == UNKNOWN, IGNORE, numbers > 0).astype(np.uint8)
 
 
 def object_numbers(mask: Array, ignore_value: Value | None = None) -> NDArray[np.int32]:

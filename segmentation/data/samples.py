@@ -11,6 +11,7 @@ from torch import Tensor
 from segmentation.data.augment import Augmentation, augmented_crop, random_corner
 from segmentation.data.classes import IGNORE
 from segmentation.data.dataset import SegmentationData
+from segmentation.data.depths import depths
 from segmentation.data.weights import border_weights
 from unet.training.batches import Key, sample_rng
 
@@ -25,6 +26,7 @@ class CropSamples:
         size: height and width of a crop.
         target_size: of the part in its centre that is labelled (valid convolutions).
         border: w0 and sigma of the border weights (arXiv 1505.04597, eq. 2); None: no weights.
+            Where masks number objects, these are the cells.
         cells: the class of the cells between which these are.
     """
 
@@ -60,16 +62,23 @@ class CropSamples:
         epoch, index = key
         i = self.images[index]
         image, mask = (torch.tensor(a) for a in self.data.load(i))
-        maps = [mask] if self.border is None else [mask, self.weights(i)]
+        maps = {"mask": mask}
+        if self.border is not None:
+            maps["weight"] = self.weights(i)
+        if self.data.instances:
+            maps["depth"] = torch.tensor(self.data.objects(i))
         rng = sample_rng(self.seed, epoch, index)
         corner = None
         if i in self.partly:
             labelled = np.flatnonzero(mask.numpy() != IGNORE)
             corner = random_corner(mask.shape, rng, self.target_size, labelled)
         crop, targets = augmented_crop(
-            image, maps, rng, self.augmentation, self.size, self.target_size, corner
+            image, list(maps.values()), rng, self.augmentation, self.size, self.target_size, corner
         )
-        return {"image": crop, **dict(zip(("mask", "weight"), targets, strict=False))}
+        sample = {"image": crop, **dict(zip(maps, targets, strict=True))}
+        if self.data.instances:  # of objects as they lie in the crop
+            sample["depth"] = torch.from_numpy(depths(sample["depth"].numpy()))
+        return sample
 
     def name(self, index: int) -> str:
         return self.data.pairs[self.images[index]].name
@@ -78,9 +87,12 @@ class CropSamples:
         """Border weights (H, W) of an image, computed once."""
         if i not in self._weights:
             assert self.border is not None
-            mask = self.data.load(i)[1]
+            if self.data.instances:
+                cells = np.maximum(self.data.objects(i), 0)
+            else:
+                cells = self.data.load(i)[1] == self.cells
             w0, sigma = self.border
-            found = border_weights(mask == self.cells, w0=w0, sigma=sigma)
+            found = border_weights(cells, w0=w0, sigma=sigma)
             self._weights[i] = torch.from_numpy(found)
         return self._weights[i]
 

@@ -36,6 +36,7 @@ class PixelsToProbabilities(nn.Module):
         self.register_buffer("mean", torch.tensor(saved.mean)[:, None, None])
         self.register_buffer("std", torch.tensor(saved.std)[:, None, None])
         self.stride = model.config.stride
+        self.kinds = 1 if model.depth else model.out_channels  # the depth of objects stays here
         self.least, self.margin = _margins(model.config)
 
     def forward(self, image: Tensor) -> Tensor:
@@ -45,7 +46,7 @@ class PixelsToProbabilities(nn.Module):
         h, w = image.shape[-2:]
         x = self.normalised(image)
         x = x[:, :, self._mirrored(h)[:, None], self._mirrored(w)[None]]
-        found = probabilities(self.network(x))[..., :h, :w]
+        found = probabilities(self.network(x)[:, : self.kinds])[..., :h, :w]
         return torch.cat([1 - found, found], dim=1) if found.shape[1] == 1 else found
 
     def normalised(self, image: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from segmentation.data.classes import IGNORE, ClassTable, class_names
 from segmentation.data.dataset import SegmentationData
+from segmentation.data.depths import Depth, grown, markers
 from segmentation.data.instances import instances_from_classes, without_small
 from segmentation.judging.calibration import Calibration, fingerprint, fitted_on, full
 from segmentation.judging.instances import Numbers, Overlaps
@@ -43,6 +44,7 @@ _NAMES = {
 LISTED = ("ap50", "ap", "pq", "dice", "iou", "accuracy", "v_rand", "v_info")  # of each image
 _GRID = tuple(i / 100 for i in range(1, 100))  # thresholds to choose from
 COARSE = _GRID[4::5]  # where each costs a watershed
+OBJECTS = (0.3, 0.4, 0.5, 0.6, 0.7)  # of what is an object: further out, few are found
 
 
 @dataclass(frozen=True)
@@ -54,11 +56,19 @@ class ImageScores:
     scores: dict[str, float]
     shape: tuple[int, int]
     packed: bytes  # the predicted classes, deflated: a fiftieth of them
+    packed_objects: bytes = b""  # and the objects, where the masks number some
 
     @property
     def prediction(self) -> Mask:
         """Predicted class indices (H, W)."""
         return np.frombuffer(zlib.decompress(self.packed), np.uint8).reshape(self.shape)
+
+    @property
+    def objects(self) -> NDArray[np.int32] | None:
+        """Numbers (H, W) of the objects that were found, None where the masks number none."""
+        if not self.packed_objects:
+            return None
+        return np.frombuffer(zlib.decompress(self.packed_objects), np.int32).reshape(self.shape)
 
 
 class Evaluation:
@@ -67,7 +77,8 @@ class Evaluation:
     Args:
         threshold: above which a pixel is of the second of two classes.
         thresholds: at which the ISBI scores are tried for `challenge`, beside the threshold in use:
-            half a second for 512 x 512 pixels; none: not tried.
+            half a second for 512 x 512 pixels; none: not tried. Where depth parts objects, at which
+            these are tried, beside the threshold in use.
         cells: which of two classes are cells that membranes part; None: there are no ISBI scores.
         warping: also count the warping error, which takes seconds for each image and threshold.
         smallest: of objects: those that were found with fewer pixels do not count.
@@ -84,7 +95,9 @@ class Evaluation:
         smallest: int = 0,
     ) -> None:
         self.table, self.threshold, self.smallest = table, threshold, smallest
-        self.objects: Overlaps | None = None  # of the images that came with numbered objects
+        self.tried = sorted({threshold, *thresholds})  # for objects
+        # Of the images that came with numbered objects, at each threshold.
+        self.at_each: dict[float, Overlaps] = {}
         self.confusion = ConfusionMatrix(len(table.values))
         self.isbi: IsbiMetrics | None = None
         if self.has_threshold and cells is not None:
@@ -95,6 +108,11 @@ class Evaluation:
         self.calibration = Calibration(len(table.values))
         self.fitted = 0  # images that tell nothing of it, as the temperature was fitted on them
         self.images: list[ImageScores] = []  # in the order of their indices
+
+    @property
+    def objects(self) -> Overlaps | None:
+        """Of the images that came with numbered objects, at the threshold in use."""
+        return self.at_each.get(self.threshold)
 
     @property
     def has_threshold(self) -> bool:
@@ -108,6 +126,7 @@ class Evaluation:
         probability: Probability,
         mask: Mask,
         objects: Numbers | None = None,
+        depth: Depth | None = None,
         *,
         fitted: bool = False,
     ) -> None:
@@ -116,6 +135,7 @@ class Evaluation:
         Args:
             objects: numbers (H, W) of the objects in the mask, where the classes are of such.
             fitted: a temperature was fitted on it, so that it does not count for the calibration.
+            depth: (H, W), by which predicted objects are parted; None: by their border class.
         """
         if fitted:
             self.fitted += 1
@@ -139,13 +159,27 @@ class Evaluation:
             one.add(*_as_isbi(probability, mask, self.isbi.cells), name)
             scores |= one.at(self.threshold)
             self.isbi.merge(one)
+        packed = [zlib.compress(found.tobytes(), 1)]
         if objects is not None:
-            numbers = without_small(instances_from_classes(found), self.smallest)
-            here = Overlaps.of(numbers, objects)
-            scores |= here.scores()
-            self.objects = here + (self.objects or Overlaps())
-        packed = zlib.compress(found.tobytes(), 1)
-        self.images.append(ImageScores(index, name, scores, mask.shape, packed))
+            for threshold, parted in self._parted(found, probability, depth):
+                here = Overlaps.of(parted, objects)
+                self.at_each[threshold] = here + self.at_each.get(threshold, Overlaps())
+                if threshold == self.threshold:
+                    scores |= here.scores()
+                    packed.append(zlib.compress(parted.tobytes(), 1))
+        self.images.append(ImageScores(index, name, scores, mask.shape, *packed))
+
+    def _parted(
+        self, found: Mask, probability: Probability, depth: Depth | None
+    ) -> Iterator[tuple[float, NDArray[np.int32]]]:
+        """The objects that are found at each threshold; of a border class at the one in use."""
+        if depth is None:
+            yield self.threshold, without_small(instances_from_classes(found), self.smallest)
+            return
+        middles = markers(depth)
+        for threshold in self.tried:
+            objects = grown(middles, probability[0] > threshold, depth)
+            yield threshold, without_small(objects, self.smallest)
 
     def merge(self, other: Evaluation) -> None:
         """Adds another share of the images: as if they had been added here."""
@@ -158,8 +192,8 @@ class Evaluation:
         self.above += other.above
         if self.isbi and other.isbi:
             self.isbi.merge(other.isbi)
-        if other.objects:
-            self.objects = other.objects + (self.objects or Overlaps())
+        for threshold, overlaps in other.at_each.items():
+            self.at_each[threshold] = overlaps + self.at_each.get(threshold, Overlaps())
         self.images = sorted(self.images + other.images, key=lambda image: image.index)
 
     def scores(self, threshold: float | None = None) -> dict[str, float]:
@@ -168,7 +202,7 @@ class Evaluation:
 
         Args:
             threshold: instead of that in use: 0.01, 0.02, ..., 0.99, and where there are ISBI
-                scores one of those tried. The cross-entropy has none.
+                scores or objects one of those tried. The cross-entropy has none.
         """
         pixels, confusion = int(self.confusion.counts.sum()), self.confusion
         if threshold is None or not self.has_threshold:
@@ -179,8 +213,10 @@ class Evaluation:
         found |= self.calibration.scores()
         if self.isbi and self.isbi.slices:
             found |= self.isbi.at(threshold)
-        if self.objects:
-            found |= self.objects.scores()
+        if self.at_each:
+            found |= self.at_each[
+                threshold if threshold in self.at_each else self.threshold
+            ].scores()
         return found
 
     def _confusion_at(self, k: int) -> ConfusionMatrix:
@@ -198,18 +234,22 @@ class Evaluation:
         tried = self.isbi and self.isbi.slices and len(self.isbi.thresholds) > 1
         return self.isbi.result() if self.isbi and tried else {}
 
-    def best_threshold(self, score: Literal["dice", "v_rand"] = "dice") -> float:
-        """The threshold with the highest mean Dice, of all pixels together, or mean V_Rand.
+    def best_threshold(self, score: Literal["dice", "v_rand", "ap"] = "dice") -> float:
+        """The threshold with the highest mean Dice, of all pixels together, mean V_Rand, or average
+        precision of objects.
 
         Of equal ones that next to 0.5. It belongs in the model's `info["threshold"]`, where these
         are images that the model did not see. 0.5 where nothing can be chosen: the masks have one
         of the two classes only, or there are more, of which the most probable one is taken.
 
         Args:
-            score: dice chooses among 0.01, 0.02, ..., 0.99; v_rand among the `thresholds`.
+            score: dice chooses among 0.01, 0.02, ..., 0.99; the others among the `thresholds`.
         """
         if not self.has_threshold or not self.confusion.occurs.all():
             return 0.5
+        if score == "ap":
+            ap = [self.at_each[threshold].scores()["ap"] for threshold in self.tried]
+            return _nearest_best(self.tried, np.array(ap))
         if score == "v_rand":
             if not self.isbi:
                 raise ValueError("V_Rand is of cells: evaluate with cells")
@@ -368,7 +408,7 @@ def evaluate(
     found = Evaluation(
         data.table,
         threshold,
-        thresholds=thresholds,
+        thresholds=() if data.instances else thresholds,
         cells=cells,
         warping=warping,
         smallest=smallest_object(predict.models) if data.instances else 0,
@@ -376,10 +416,11 @@ def evaluate(
     known = fitted_on(predict.models)
     for i in tqdm(indices, unit="image", desc="scoring", leave=False, disable=None):
         image = data.pairs[i].read_image()
-        probability = predict(RasterSource(image, data.pairs[i].info.nodata))
+        probability, depth = predict.found(RasterSource(image, data.pairs[i].info.nodata))
         objects = data.objects(i) if data.instances else None
         fitted = bool(known) and fingerprint(image) in known
-        found.add(i, data.pairs[i].name, probability, data.load(i)[1], objects, fitted=fitted)
+        name, mask = data.pairs[i].name, data.load(i)[1]
+        found.add(i, name, probability, mask, objects, depth, fitted=fitted)
     return found
 
 

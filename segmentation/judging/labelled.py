@@ -41,10 +41,16 @@ def labelled_data(
                 f"image {pairs[0].name} has {counted(info.channels, 'channel')} of {info.dtype}, "
                 f"but the model was trained on {channels} of {dtype}: convert the images"
             )
-    if ignore_value is not None and table.names != INSTANCE_NAMES:
+    numbered = any(model.depth for model in models)
+    if ignore_value is not None and not numbered and table.names != INSTANCE_NAMES:
         table = table.ignoring(ignore_value)
     return SegmentationData(
-        (), pairs, table=table, normalisation=normalisation, ignore_value=ignore_value
+        (),
+        pairs,
+        table=table,
+        normalisation=normalisation,
+        ignore_value=ignore_value,
+        instances=numbered,
     )
 
 

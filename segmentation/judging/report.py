@@ -24,6 +24,7 @@ from segmentation.pictures import (
     error_legend,
     errors,
     grey_or_rgb,
+    object_colours,
 )
 from unet.files.pictures import RGB, Legend, fit_axis, panel, shortened
 from unet.files.writing import replacing, write_text
@@ -178,16 +179,23 @@ def picture_row(
 ) -> tuple[RGB, RGB, RGB, RGB]:
     """Image, mask, prediction and error map, each (H, W, 3), of an evaluated image.
 
+    Where masks number objects, mask and prediction show these, each in another colour than its
+    neighbours.
+
     Args:
         largest: pixels a side to which they are scaled down, at most.
     """
     pair, mask, count = data.pairs[image.index], data.load(image.index)[1], len(data.table.values)
     grey = grey_or_rgb(pair.read_image())
-    found = image.prediction
+    found, objects = image.prediction, image.objects
+    if objects is None:
+        true, predicted = class_colours(mask, count), class_colours(found, count)
+    else:
+        true, predicted = object_colours(data.objects(image.index)), object_colours(objects)
     return (
         _reduced(grey, largest),
-        _reduced(class_colours(mask, count), largest),
-        _reduced(class_colours(found, count), largest),
+        _reduced(true, largest),
+        _reduced(predicted, largest),
         _reduced(errors(grey, found, mask, count), largest),
     )
 

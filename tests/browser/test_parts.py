@@ -14,7 +14,7 @@ pytest.importorskip("gradio", reason="pip install -e '.[app]'")
 from segmentation.data.classes import IGNORE, ClassTable
 from segmentation.data.instances import INSTANCE_NAMES
 from segmentation.pictures import overlay, overlay_legend
-from unet_diffusion.page.label import uncertainty, zoomed
+from unet_diffusion.page.label import zoomed
 from unet_diffusion.page.learn import mask_values, painted, palette
 from unet_diffusion.page.runs import command_of, find_runs
 from unet_diffusion.page.shared import Page, _without_folders, known_model
@@ -59,13 +59,6 @@ def test_masks_that_number_objects_are_painted_as_patches() -> None:
     mask = mask_values(classes, cells, 65535, instances=True)
     assert np.unique(mask).tolist() == [0, 1, 2, 65535]
     assert ((mask == 65535) == (classes == IGNORE)).all()
-
-
-def test_uncertainty_is_0_where_sure_and_1_where_all_are_alike() -> None:
-    one = np.array([[[0.0, 0.5, 1.0]]], np.float32)
-    assert uncertainty(one)[0] == pytest.approx([0, 1, 0], abs=1e-6)
-    many = np.full((4, 2, 2), 0.25, np.float32)
-    assert uncertainty(many) == pytest.approx(1)
 
 
 def test_a_zoomed_picture_shows_the_pixels_of_its_box() -> None:

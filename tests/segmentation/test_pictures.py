@@ -22,6 +22,7 @@ from segmentation.pictures import (
     errors,
     instance_overlay,
     neighbour_colours,
+    object_colours,
     overlay,
     overlay_legend,
 )
@@ -197,3 +198,13 @@ def test_an_instance_has_its_number_where_there_is_room():
     assert np.array_equal(drawn[:4], image[:4])
     nothing = np.zeros((60, 120), np.int32)
     assert np.array_equal(instance_overlay(image, nothing), image)
+
+
+def test_objects_differ_in_colour_from_their_neighbours_whatever_their_numbers() -> None:
+    numbers = np.array([[0, 7, 7, 900], [0, 7, 7, 900], [-1, 31, 31, 900]], np.int32)
+    found = object_colours(numbers)
+    colours = {n: {tuple(c) for c in found[numbers == n].tolist()} for n in (-1, 0, 7, 31, 900)}
+    assert all(len(c) == 1 for c in colours.values())
+    assert len(set.union(*colours.values())) == 5
+    assert (colours[0], colours[-1]) == ({(0, 0, 0)}, {(128, 128, 128)})
+    assert (object_colours(np.zeros((2, 3), np.int32)) == 0).all()

@@ -166,6 +166,35 @@ def test_symmetries_make_a_prediction_that_turns_with_the_image():
         np.testing.assert_allclose(predict(TensorSource(turn(image))), expected, atol=1e-5)
 
 
+def with_depth() -> SegmentationUNet:
+    torch.manual_seed(0)
+    return SegmentationUNet(SAME, 2, {"objects": "depth"}).eval()
+
+
+def test_the_depth_is_that_of_the_network_and_turns_with_the_image():
+    image = torch.randn(1, 24, 40)
+    plain = Predictor([with_depth()]).found(TensorSource(image))
+    with torch.inference_mode():
+        logits = with_depth()(image[None])[0]
+    np.testing.assert_allclose(plain[0], logits[:1].sigmoid(), atol=1e-5)
+    np.testing.assert_allclose(plain[1], logits[1], atol=1e-5)
+    predict = Predictor([with_depth()], symmetries=True)
+    found = predict.found(TensorSource(image))
+    np.testing.assert_array_equal(predict(TensorSource(image)), found[0])
+    turned = predict.found(TensorSource(torch.rot90(image, 1, (-2, -1))))
+    for one, other in zip(turned, found, strict=True):
+        np.testing.assert_allclose(one, np.rot90(other, 1, (-2, -1)), atol=1e-5)
+
+
+def test_the_depth_of_tiles_is_that_of_the_whole():
+    overlap = 2 * int(receptive_radius(SAME)) + 2
+    source = TensorSource(torch.randn(1, 70, 200))
+    whole = Predictor([with_depth()], tile=512).found(source)
+    tiled = Predictor([with_depth()], tile=2 * overlap + 4, overlap=overlap).found(source)
+    for one, other in zip(tiled, whole, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("size", [(32, 32), (24, 40), (64, 64), (60, 200)])
 def test_symmetries_go_through_together_where_they_fit_into_a_tile(monkeypatch, name, size):
@@ -253,6 +282,8 @@ def test_models_that_do_not_go_together_are_refused():
     other = SegmentationUNet(UNetConfig(in_channels=3, channels=4, multipliers=(1,)), 1)
     with pytest.raises(InputError, match="cannot be averaged"):
         Predictor([network(SAME), other])
+    with pytest.raises(InputError, match="2 outputs of classes cannot be averaged"):
+        Predictor([with_depth(), SegmentationUNet(SAME, 2).eval()])
 
 
 def test_an_overlap_of_more_than_half_is_refused():

@@ -271,7 +271,7 @@ def test_three_classes_keep_their_values(tmp_path):
     assert set(np.unique(read_image(tmp_path / "out/0_mask.png"))) <= {0, 7, 200}
 
 
-def test_instances_are_learned_as_cells_and_borders_and_come_back_as_numbers(tmp_path, capsys):
+def test_instances_are_learned_and_come_back_as_numbers(tmp_path, capsys):
     for i in range(4):
         numbers = np.zeros((40, 40), np.uint16)
         for n in range(36):
@@ -282,7 +282,8 @@ def test_instances_are_learned_as_cells_and_borders_and_come_back_as_numbers(tmp
     folders = ("--images", tmp_path / "images", "--masks", tmp_path / "masks")
     assert run_train(*folders, "--out", tmp_path / "found", *SMALL) == 0
     assert "the masks number objects" in capsys.readouterr().out
-    assert run_train(*folders, "--instances", "--out", tmp_path / "run", *SMALL) == 0
+    deep = ("--deep-supervision", "--border-weight", "5")
+    assert run_train(*folders, "--instances", "--out", tmp_path / "run", *SMALL, *deep) == 0
     said = capsys.readouterr().out
     assert re.search(r"smallest object +36 pixels", said)
     assert re.search(r"kept weights +best by ap", said)
@@ -297,6 +298,11 @@ def test_instances_are_learned_as_cells_and_borders_and_come_back_as_numbers(tmp
     assert (np.bincount(labels.ravel())[1:] >= 36).all()
     assert run_predict(*arguments, "--out", tmp_path / "all", "--min-size", "0") == 0
     assert read_image(tmp_path / "all/0_labels.tif").max() >= labels.max()
+    before = json.loads((tmp_path / "found/model/config.json").read_text())
+    assert before["info"].pop("objects") == "depth"
+    (tmp_path / "found/model/config.json").write_text(json.dumps(before))
+    assert run_train(*folders, "--out", tmp_path / "found", "--resume", "--steps", "9") == 2
+    assert "learns a border between objects, as earlier versions did" in capsys.readouterr().err
 
 
 def test_average_precision_is_of_objects(tmp_path):
@@ -432,13 +438,13 @@ def test_swapping_the_mask_values_changes_no_decision(tmp_path):
 
 
 def test_a_class_without_pixels_gets_no_weight_and_that_is_said(tmp_path):
-    """Of instances that never touch: no pixel is border."""
     numbers = np.zeros((40, 40), np.uint8)
-    numbers[4:12, 4:12], numbers[20:30, 20:30] = 1, 2
+    numbers[4:12, 4:12], numbers[20:30, 20:30] = 1, 1
     for i, image in enumerate(phantom_stack(4, (40, 40))[0]):
         write_image(tmp_path / "image" / f"{i}.png", image)
         write_image(tmp_path / "label" / f"{i}.png", numbers)
-    given = {"data": str(tmp_path), "instances": True, "balance": True}
+    named = ("background", "cell", "border")
+    given = {"data": str(tmp_path), "class_names": named, "balance": True}
     options = SegmentationOptions(out=tmp_path / "run", **given)
     plan = decide(options, load_data(options))
     said = "\n".join(plan.lines())

@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from scipy import ndimage
 
 from segmentation import Segmenter, load
-from segmentation.data.instances import INSTANCE_NAMES
+from segmentation.data.instances import INSTANCE_NAMES, OBJECT_NAMES
 from segmentation.model import SegmentationUNet
 from segmentation.segmenter import load_models
 from unet import InputError, UNetConfig
@@ -41,15 +40,20 @@ def saved(
     normalisation: dict[str, Any] = GREY,
     names: tuple[str, ...] = (),
     seed: int = 0,
+    objects: bool = False,
 ) -> str:
     torch.manual_seed(seed)
     config = UNetConfig(in_channels=len(normalisation["mean"]), channels=4, multipliers=(1, 2))
     info = {"classes": table(values, names), "normalisation": normalisation, "threshold": 0.47}
-    model = SegmentationUNet(config, 1 if len(values) == 2 else len(values), info)
+    info |= {"objects": "depth"} if objects else {}
+    model = SegmentationUNet(config, 2 if objects else 1 if len(values) == 2 else len(values), info)
     with torch.no_grad():  # so that a random network finds every class
         weight, bias = model.head.conv.weight, model.head.conv.bias
         torch.nn.init.normal_(weight, std=3)
-        means = model.trunk.eval()(torch.randn(1, config.in_channels, 40, 56)).mean((0, 2, 3))
+        x = torch.randn(1, config.in_channels, 40, 56)
+        if objects:  # half of the pixels of these blocks are objects
+            x = (torch.from_numpy(BLOCKS).float() - 128)[None, None] / 40
+        means = model.trunk.eval()(x).mean((0, 2, 3))
         bias.copy_(-weight[..., 0, 0] @ means)
     model.save_pretrained(folder)
     return str(folder)
@@ -75,8 +79,14 @@ def of_type(folder: Path, dtype: str, channels: int = 1, mean: float = 128.0) ->
 
 @pytest.mark.parametrize(
     ("values", "names"),
-    [([0, 255], ()), ([7, 300], ()), ([0, 1, 2], INSTANCE_NAMES), (COLOURS, ())],
-    ids=["two", "16 bits", "instances", "colours"],
+    [
+        ([0, 255], ()),
+        ([7, 300], ()),
+        ([0, 1], OBJECT_NAMES),
+        ([0, 1, 2], INSTANCE_NAMES),
+        (COLOURS, ()),
+    ],
+    ids=["two", "16 bits", "depth", "border", "colours"],
 )
 @pytest.mark.parametrize(
     "settings",
@@ -86,7 +96,8 @@ def of_type(folder: Path, dtype: str, channels: int = 1, mean: float = 128.0) ->
 def test_a_call_gives_what_the_command_writes(
     tmp_path: Path, values: list[Any], names: tuple[str, ...], settings: dict[str, Any]
 ) -> None:
-    folders = [saved(tmp_path / f"m{i}", values, names=names, seed=i) for i in range(2)]
+    kind: dict[str, Any] = {"names": names, "objects": names == OBJECT_NAMES}
+    folders = [saved(tmp_path / f"m{i}", values, seed=i, **kind) for i in range(2)]
     write_image(tmp_path / "x.png", BLOCKS)
     labels = values is not COLOURS
     predict_seg.main(
@@ -136,12 +147,26 @@ def test_what_a_model_says_of_itself(model: Segmenter, tmp_path: Path) -> None:
 
 
 def test_seams_of_tiles_part_no_instance(tmp_path: Path) -> None:
-    image = np.random.default_rng(3).integers(0, 256, (150, 90)).astype(np.uint8)
-    image = ndimage.uniform_filter(image, 5)
-    folder = saved(tmp_path, [0, 1, 2], names=INSTANCE_NAMES)
+    blocks = np.random.default_rng(3).integers(0, 256, (19, 12)).astype(np.uint8)
+    image = np.kron(blocks, np.ones((8, 8), np.uint8))[:150, :90]
+    folder = saved(tmp_path, [0, 1], names=OBJECT_NAMES, objects=True)
     whole, tiled = load(folder, device="cpu"), load(folder, device="cpu", tile=64, overlap=32)
     assert whole.labels(image).max() > 5
     assert np.array_equal(tiled.labels(image), whole.labels(image))
+
+
+def test_models_that_know_objects_otherwise_are_refused(tmp_path: Path) -> None:
+    new = saved(tmp_path / "new", [0, 1], names=OBJECT_NAMES, objects=True)
+    plain = saved(tmp_path / "plain", [0, 1], names=OBJECT_NAMES)
+    assert load(new, device="cpu").instances
+    assert not load(plain, device="cpu").instances
+    with pytest.raises(InputError, match="average models for the same classes"):
+        load(new, plain, device="cpu")
+    model = SegmentationUNet.from_pretrained(new)
+    with pytest.raises(InputError, match="knows objects by 'stars'"):
+        SegmentationUNet(model.config, 2, model.info | {"objects": "stars"})
+    with pytest.raises(InputError, match="has 2 channels, a logit and the depth, not 1"):
+        SegmentationUNet(model.config, 1, model.info)
 
 
 def test_the_smallest_instance_is_that_of_training(tmp_path: Path) -> None:

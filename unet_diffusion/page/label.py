@@ -17,6 +17,7 @@ from PIL import Image
 from scipy import ndimage
 
 from segmentation.data.classes import IGNORE, class_names
+from segmentation.data.depths import Depth
 from segmentation.output import AT_ONCE, FilePredictor, Slice, find_slices
 from segmentation.pictures import (
     class_colours,
@@ -28,6 +29,7 @@ from segmentation.pictures import (
 )
 from segmentation.predict import Probability
 from segmentation.segmenter import RasterSource
+from segmentation.uncertainty import entropy_map
 from unet.errors import InputError
 from unet.files.pages import AS_STORED
 from unet.files.pictures import RGB
@@ -56,18 +58,22 @@ class Labelled:
         return RasterSource(pixels, image.info.nodata)
 
     def probability(self, image: Slice) -> Probability:
-        found: Probability = np.load(self._file(image), allow_pickle=False)
-        return found
+        return self.found(image)[0]
+
+    def found(self, image: Slice) -> tuple[Probability, Depth | None]:
+        with np.load(self._file(image), allow_pickle=False) as kept:
+            return kept["probability"], kept.get("depth")
 
     def predict(self, image: Slice) -> None:
         """Predicts an image, writes the files of `predict-seg`, and counts."""
         if image.name in (before.name for before in self.images):
             raise InputError(f"two images are named {image.name}: rename one")
         source = self.source(image)
-        found = self.predictor.segmenter.predict(source)
-        np.save(self._file(image), found)
+        found, depth = self.predictor.segmenter.predict.found(source)
+        kept = {"probability": found} if depth is None else {"probability": found, "depth": depth}
+        np.savez(self._file(image), allow_pickle=False, **kept)
         self.images.append(image)
-        self._write(image, source, found)
+        self._write(image, source, found, depth)
 
     def decide(self, threshold: float) -> None:
         """All images anew at another threshold; nothing is predicted again."""
@@ -76,26 +82,30 @@ class Labelled:
         self.predictor = FilePredictor(*parts, labels=old.labels, reading=old.reading)
         self.rows = []
         for image in self.images:
-            self._write(image, self.source(image), self.probability(image))
+            self._write(image, self.source(image), *self.found(image))
 
     def files(self) -> list[Path]:
         """Masks, probabilities, overlays, numbered objects, and the table."""
         made = [file for i in self.images for file in self.predictor.files(i, self.folder)]
         return [*made, self.folder / "areas.csv"]
 
-    def _write(self, image: Slice, source: RasterSource, found: Probability) -> None:
-        self.predictor.write(image, self.folder, source, found)
+    def _write(
+        self, image: Slice, source: RasterSource, found: Probability, depth: Depth | None
+    ) -> None:
+        self.predictor.write(image, self.folder, source, found, depth)
         decided = self.predictor.segmenter.decided(found, source)
-        self.rows += areas(image.name, decided, self.predictor)
+        self.rows += areas(image.name, decided, depth, self.predictor)
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows([COLUMNS, *self.rows])
         write_text(self.folder / "areas.csv", text.getvalue())
 
     def _file(self, image: Slice) -> Path:
-        return self.folder / f"{image.name}.npy"
+        return self.folder / f"{image.name}.npz"
 
 
-def areas(name: str, decided: NDArray[np.uint8], predictor: FilePredictor) -> list[list[Any]]:
+def areas(
+    name: str, decided: NDArray[np.uint8], depth: Depth | None, predictor: FilePredictor
+) -> list[list[Any]]:
     """A row of the table for each class: its pixels, their share, and its objects.
 
     Objects are the 4-connected parts of a class, of a model of numbered masks the cells.
@@ -105,19 +115,12 @@ def areas(name: str, decided: NDArray[np.uint8], predictor: FilePredictor) -> li
     for i, kind in enumerate(class_names(segmenter.table)):
         own = decided == i
         if segmenter.instances:
-            count = int(segmenter.numbered(decided).max(initial=0)) if i == 1 else 0
+            count = int(segmenter.numbered(decided, depth).max(initial=0)) if i == 1 else 0
         else:
             count = int(ndimage.label(own)[1])
         pixels, value = int(own.sum()), segmenter.table.values[i]
         rows.append([name, kind, str(value), pixels, round(pixels / max(known, 1), 4), count])
     return rows
-
-
-def uncertainty(found: Probability) -> NDArray[np.float32]:
-    """Entropy (H, W) of the probabilities (K, H, W) of each pixel, from 0 (sure) to 1 (any)."""
-    whole = np.concatenate([1 - found, found]) if len(found) == 1 else found
-    sum_ = -(whole * np.log(np.maximum(whole, 1e-12))).sum(axis=0)
-    return np.asarray(sum_ / np.log(len(whole)), np.float32)
 
 
 def heat(values: NDArray[np.floating[Any]]) -> RGB:
@@ -129,19 +132,19 @@ def heat(values: NDArray[np.floating[Any]]) -> RGB:
 
 def picture(done: Labelled, image: Slice, layer: str, opacity: float) -> RGB:
     """An image (H, W, 3) with a layer over it; at opacity 0 the image alone."""
-    source, found = done.source(image), done.probability(image)
+    source, (found, depth) = done.source(image), done.found(image)
     segmenter = done.predictor.segmenter
     shown = grey_or_rgb(np.asarray(source.pixels))
     if layer == "probability":
         over = heat(found.max(axis=0))
     elif layer == "uncertainty":
-        over = heat(uncertainty(found))
+        over = heat(entropy_map(found))
     else:
         decided = segmenter.decided(found, source)
         if layer == "mask":
             over = class_colours(decided, len(segmenter.table.values))
         elif done.predictor.numbers:
-            over = instance_overlay(shown, segmenter.numbered(decided))
+            over = instance_overlay(shown, segmenter.numbered(decided, depth))
         else:
             over = overlay(shown, decided, segmenter.table)
     mixed = (1 - opacity) * shown + opacity * over

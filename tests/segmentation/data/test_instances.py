@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from segmentation.data.instances import (
     BORDER,
     CELL,
     INSTANCE_NAMES,
+    OBJECT_NAMES,
     REACH,
     instance_classes,
     instances_from_classes,
@@ -251,17 +253,20 @@ def test_a_data_set_of_instances() -> None:
     assert "the masks number objects" in found.describe()
     data = SegmentationData(pairs[:2], pairs[2:], instances=True, ignore_value=999)
     for i, mask in enumerate(cells):
-        np.testing.assert_array_equal(data.load(i)[1], instance_classes(mask, 999))
-    assert data.table.values == (BACKGROUND, CELL, BORDER)
-    assert data.table.names == INSTANCE_NAMES
+        wanted = np.where(mask == 999, IGNORE, mask > 0)
+        np.testing.assert_array_equal(data.load(i)[1], wanted)
+    assert data.table.values == (BACKGROUND, CELL)
+    assert data.table.names == OBJECT_NAMES
     assert data.table.ignore_value == IGNORE
     assert ClassTable.from_dict(json.loads(json.dumps(data.table.to_dict()))) == data.table
     lines = data.describe().splitlines()
-    assert [line.split()[3] for line in lines[1:5]] == [*INSTANCE_NAMES, "ignored"]
-    later = SegmentationData(
-        [], pairs, table=data.table, normalisation=data.normalisation, ignore_value=999
-    )
+    assert [line.split()[3] for line in lines[1:4]] == [*OBJECT_NAMES, "ignored"]
+    kept = {"normalisation": data.normalisation, "ignore_value": 999}
+    later = SegmentationData([], pairs, table=data.table, instances=True, **kept)
     np.testing.assert_array_equal(later.load(2)[1], data.load(2)[1])
+    bordered = replace(data.table, values=(0, 1, 2), shares=(0.5, 0.3, 0.2), names=INSTANCE_NAMES)
+    before = SegmentationData([], pairs, table=bordered, **kept)
+    np.testing.assert_array_equal(before.load(2)[1], instance_classes(cells[2], 999))
 
 
 def test_a_class_may_be_absent_if_it_has_a_name() -> None:

@@ -147,7 +147,7 @@ def test_a_folder_an_image_with_a_file_an_object(tmp_path: Path) -> None:
     assert sorted(np.unique(numbers)) == [0, 1, 2, 3]
     assert (numbers[7, 7], numbers[2, 2]) == (2, 1)
     data = SegmentationData(pairs[:3], pairs[3:])
-    assert data.table.names == ("background", "cell", "border")
+    assert data.table.names == ("background", "cell")
     assert "4 pixels belong to two objects (the later file has them), 4 objects have holes" in (
         data.describe()
     )
@@ -191,7 +191,7 @@ def test_cellposes_other_files_are_passed_over(tmp_path: Path) -> None:
         write_image(tmp_path / f"a{i}_flows.tif", IMAGES[i])
     data = SegmentationData(find_pairs(tmp_path))
     assert data.instances
-    assert data.table.names == ("background", "cell", "border")
+    assert data.table.names == ("background", "cell")
 
 
 def plain(folder: Path) -> None:

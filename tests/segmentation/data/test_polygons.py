@@ -19,7 +19,7 @@ from skimage.measure import points_in_poly
 from segmentation.data import polygons
 from segmentation.data.classes import IGNORE, ClassTable
 from segmentation.data.dataset import SegmentationData
-from segmentation.data.instances import INSTANCE_NAMES
+from segmentation.data.instances import OBJECT_NAMES
 from segmentation.data.pairs import find_pairs
 from segmentation.data.polygons import Drawing, Shape, read_coco
 from segmentation.data.splits import split_pairs
@@ -174,7 +174,7 @@ def test_categories_are_classes_with_their_names(tmp_path: Path) -> None:
     assert "4 pixels claimed by two classes: the later one" in data.describe()
     assert not data.instances
     numbered = SegmentationData(find_pairs(tmp_path), instances=True)
-    assert numbered.table.names == INSTANCE_NAMES
+    assert numbered.table.names == OBJECT_NAMES
     assert "4 pixels claimed by two objects" in numbered.describe()
     explicit = find_pairs(images=tmp_path / "images", masks=tmp_path / "annotations.json")
     np.testing.assert_array_equal(explicit[1].read_mask(), find_pairs(tmp_path)[1].read_mask())
@@ -184,7 +184,7 @@ def test_objects_of_one_category_are_numbered(tmp_path: Path) -> None:
     with_images(tmp_path)
     (tmp_path / "_annotations.coco.json").write_text(json.dumps(coco(**MANY)))
     data = SegmentationData(find_pairs(tmp_path))
-    assert data.table.names == INSTANCE_NAMES
+    assert data.table.names == OBJECT_NAMES
     assert sorted(np.unique(data.pairs[0].read_mask())) == [0, 1, 2]
 
 
@@ -200,7 +200,11 @@ def test_crowds_are_ignored_and_are_behind_objects(tmp_path: Path) -> None:
             values=data.table.values, shares=data.table.shares, names=data.table.names
         )
         scored = SegmentationData(
-            (), find_pairs(tmp_path), table=known, normalisation=data.normalisation
+            (),
+            find_pairs(tmp_path),
+            table=known,
+            normalisation=data.normalisation,
+            instances=instances,
         )
         np.testing.assert_array_equal(scored.load(0)[1], mask)
 

@@ -10,12 +10,14 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from segmentation.data.classes import IGNORE
+from segmentation.data.classes import IGNORE, ClassTable
 from segmentation.data.dataset import SegmentationData
+from segmentation.data.depths import depths
+from segmentation.data.instances import INSTANCE_NAMES, instance_classes
 from segmentation.data.normalisation import Normalisation
 from segmentation.data.pairs import Pair, pairs_from_arrays
 from segmentation.data.phantom import phantom_stack
-from segmentation.judging.evaluation import COARSE, Evaluation, evaluate
+from segmentation.judging.evaluation import COARSE, OBJECTS, Evaluation, evaluate
 from segmentation.judging.isbi import THRESHOLDS, IsbiMetrics
 from segmentation.judging.labelled import held_out, labelled_data
 from segmentation.judging.metrics import ConfusionMatrix
@@ -336,8 +338,8 @@ class Fixed(Predictor):
     def __init__(self, predictions: dict[int, NDArray[np.float32]]) -> None:
         self.predictions, self.models = predictions, []
 
-    def __call__(self, source: Source) -> NDArray[np.float32]:
-        return self.predictions[int(source.pixels[0, 0, 0])]  # type: ignore[attr-defined]
+    def found(self, source: Source) -> tuple[NDArray[np.float32], None]:
+        return self.predictions[int(source.pixels[0, 0, 0])], None  # type: ignore[attr-defined]
 
 
 def numbered(data: SegmentationData) -> SegmentationData:
@@ -450,17 +452,22 @@ def objects_of(count: int = 3) -> SegmentationData:
     return SegmentationData(pairs[:1], pairs[1:], instances=True)
 
 
-def as_probability(mask: NDArray[np.uint8], count: int = 3) -> NDArray[np.float32]:
-    return np.stack([mask == k for k in range(count)]).astype(np.float32)
+def add(
+    evaluation: Evaluation, data: SegmentationData, i: int, numbers: NDArray[np.int32] | None = None
+) -> None:
+    """Scores the true objects of an image, or others, as if they were predicted."""
+    found = data.objects(i) if numbers is None else numbers
+    probability = 0.65 * (found > 0)[None].astype(np.float32)
+    evaluation.add(i, str(i), probability, data.load(i)[1], data.objects(i), depths(found))
 
 
 def test_objects_are_scored_beside_their_classes() -> None:
     data = objects_of()
-    whole, parts = Evaluation(data.table), [Evaluation(data.table) for _ in "12"]
-    melted = np.where(data.load(1)[1] == 2, 1, data.load(1)[1])  # no border: rows of four
-    for i, mask in ((1, melted), (2, data.load(2)[1])):
+    whole, *parts = (Evaluation(data.table, thresholds=OBJECTS) for _ in "123")
+    melted = (data.objects(1) + 3) // 4  # rows of four
+    for i, numbers in ((1, melted), (2, None)):
         for evaluation in (whole, parts[i - 1]):
-            evaluation.add(i, str(i), as_probability(mask), data.load(i)[1], data.objects(i))
+            add(evaluation, data, i, numbers)
     parts[1].merge(parts[0])
     assert parts[1].to_dict() == whole.to_dict()
     found = whole.scores()
@@ -476,12 +483,15 @@ def test_objects_are_scored_beside_their_classes() -> None:
     saved = json.loads(json.dumps(whole.to_dict(), allow_nan=False))
     assert saved["precision"]["0.95"] == pytest.approx(12 / 27)
     assert "ap50" not in Evaluation(data.table).scores()
+    assert whole.best_threshold("ap") == 0.5
+    assert whole.scores(0.7)["found"] == 0
+    np.testing.assert_array_equal(whole.images[1].objects > 0, data.objects(2) > 0)
 
 
 def test_objects_below_the_smallest_do_not_count() -> None:
     data = objects_of()
     found = Evaluation(data.table, smallest=121)
-    found.add(0, "0", as_probability(data.load(0)[1]), data.load(0)[1], data.objects(0))
+    add(found, data, 0)
     assert found.scores()["found"] == 0
 
 
@@ -489,7 +499,17 @@ def test_a_class_that_is_never_predicted_is_named() -> None:
     data = objects_of()
     found = Evaluation(data.table)
     assert not found.never_predicted()
-    melted = np.where(data.load(1)[1] == 2, 1, data.load(1)[1])
-    found.add(1, "1", as_probability(melted), data.load(1)[1], data.objects(1))
-    assert found.never_predicted() == ["border"]
-    assert "not one pixel was predicted to be border" in "\n".join(found.lines())
+    add(found, data, 1, np.zeros_like(data.objects(1)))
+    assert found.never_predicted() == ["cell"]
+    assert "not one pixel was predicted to be cell" in "\n".join(found.lines())
+
+
+def test_objects_of_earlier_models_are_parted_by_their_border_class() -> None:
+    data = objects_of()
+    table = ClassTable(values=(0, 1, 2), shares=(0.5, 0.3, 0.2), names=INSTANCE_NAMES)
+    found = Evaluation(table, thresholds=OBJECTS)
+    classes = instance_classes(data.pairs[1].read_mask())
+    probability = np.stack([classes == k for k in range(3)]).astype(np.float32)
+    found.add(1, "1", probability, classes, data.objects(1))
+    assert found.scores()["ap"] == 1
+    assert found.best_threshold("ap") == 0.5
