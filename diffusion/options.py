@@ -226,12 +226,13 @@ class SamplingOptions:
     dpmpp-2m-sde draw noise in each step, which repairs what a network of little training does
     wrong; none given: dpmpp-2m-sde, or dpmpp-2m where training coupled noise with images."""
 
-    spacing: Literal["trailing", "leading", "linspace", "karras"] = "trailing"
-    """How the steps are spread over the noise levels."""
+    spacing: Literal["trailing", "leading", "linspace", "karras", "logsnr"] | None = None
+    """How the steps are spread over the noise levels; none given: logsnr, evenly in the logarithm
+    of noise per signal, and with flow noise or --shift trailing."""
 
     shift: float = 1.0
     """Above 1, more of the steps are at high noise: 3 is usual for large images by flow matching
-    (not with --spacing karras)."""
+    (not with --spacing karras or logsnr)."""
 
     eta: float = 0.0
     """With ddim: share of fresh noise in each step, from 0 (none) to 1 (as ddpm)."""

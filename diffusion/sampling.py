@@ -69,9 +69,9 @@ class ImageSampler:
         self.schedule = NoiseSchedule.from_dict(_known(model, "schedule"))
         self.height, self.width = model.size
         self.classes = model.classes
-        self.timesteps = self.schedule.timesteps(
-            options.steps, options.spacing, shift=options.shift
-        )
+        strided = self.schedule.kind == "flow" or options.shift != 1
+        spacing = options.spacing or ("trailing" if strided else "logsnr")
+        self.timesteps = self.schedule.timesteps(options.steps, spacing, shift=options.shift)
         self.sampler_options: dict[str, Any] = {}
         if options.sampler == "ddim":
             self.sampler_options["eta"] = options.eta

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from unet.errors import InputError
 from unet.training.cli import run_script, say_next
@@ -106,10 +106,7 @@ def main(options: PredictOptions) -> int:
 
     if options.samples:
         return sampled_main(options)
-    if (
-        Path(options.model[0]).is_dir()
-        and read_config(Path(options.model[0]))["task"] == "diffusion"
-    ):
+    if Path(options.model[0]).is_dir() and _draws_masks(read_config(Path(options.model[0]))):
         raise InputError(
             f"{options.model[0]} is a diffusion model: say how many masks it shall sample of each "
             "image, such as --samples 16"
@@ -166,6 +163,11 @@ def sampled_main(options: PredictOptions) -> int:
     )
     print(f"masks: {options.out / '*_mask.png'}, probabilities and entropies beside them")
     return 1 if failed else 0
+
+
+def _draws_masks(config: Mapping[str, Any]) -> bool:
+    """Whether a model's config.json is that of a diffusion model of masks."""
+    return config["task"] == "diffusion" and "target" in config["info"]
 
 
 def command(argv: Sequence[str] | None = None) -> int:

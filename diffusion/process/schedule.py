@@ -26,12 +26,13 @@ from torch import Tensor
 from unet.errors import InputError
 
 Kind = Literal["linear", "scaled-linear", "cosine", "sigmoid", "flow", "edm"]
-Spacing = Literal["trailing", "leading", "linspace", "karras"]
+Spacing = Literal["trailing", "leading", "linspace", "karras", "logsnr"]
 
 CLEAN = -1
 MOST_STEPS = 100_000
 _LARGEST_BETA = 0.999  # Improved DDPM, sec. 3.2
 _RHO = 7.0  # EDM, sec. 3: more, shorter steps at low noise
+_SPACED = (40.0, 0.02)  # sigmas between which logsnr spaces its steps: docs/experiments.md
 _EDM_SIGMAS = 0.002, 80.0  # EDM, table 1
 
 
@@ -313,7 +314,9 @@ class NoiseSchedule:
             spacing: "trailing" (from T - 1 in equal strides), "leading" (multiples of T // n, so
                 that it starts below T - 1) and "linspace" (from T - 1 to 0) are those of arXiv
                 2305.08891, table 2, and whole numbers; "karras" spaces sigma^(1/7) evenly between
-                the largest and the smallest sigma (EDM, eq. 5), at fractional timesteps.
+                the largest and the smallest sigma (EDM, eq. 5), at fractional timesteps; "logsnr"
+                goes from T - 1 to sigma 40 and spaces log(sigma) evenly down to 0.02, as far as
+                there are such (DPM-Solver, arXiv 2206.00927, sec. 3.4, between other ends).
             offset: added to "leading"; Stable Diffusion's `steps_offset` is 1.
             shift: above 1, more of the steps are at high noise: u = (t + 1) / T becomes
                 shift u / (1 + (shift - 1) u), at fractional timesteps; of flow, every sigma is
@@ -334,13 +337,14 @@ class NoiseSchedule:
             raise InputError(f"timestep spacing {spacing!r} is unknown; choose one of {spacings}")
         if offset and spacing != "leading":
             raise InputError(f"an offset ({offset}) is for leading timesteps, not {spacing} ones")
-        if not 1 <= shift < math.inf or (shift > 1 and spacing == "karras"):
+        by_sigma = spacing in ("karras", "logsnr")
+        if not 1 <= shift < math.inf or (shift > 1 and by_sigma):
             raise InputError(
-                f"shift {shift} must be a number of 1 or more, and 1 with karras spacing, which "
-                "says itself how the steps are spread"
+                f"shift {shift} must be a number of 1 or more, and 1 with karras and logsnr "
+                "spacing, which say themselves how the steps are spread"
             )
-        if spacing == "karras":
-            return self._karras(n)
+        if by_sigma:
+            return self._karras(n) if spacing == "karras" else self._logsnr(n)
         if spacing == "trailing":
             t = np.round(np.arange(self.steps, 0, -self.steps / n)[:n]) - 1
         elif spacing == "leading":
@@ -356,6 +360,13 @@ class NoiseSchedule:
             u = (t + 1) / self.steps
             return (self.steps * shift * u / (1 + (shift - 1) * u) - 1).tolist()
         return t.astype(int).tolist()
+
+    def _logsnr(self, n: int) -> list[float]:
+        noisiest, cleanest = (self.level(t).sigma for t in (self.steps - 1, 0))
+        above = [float(self.steps - 1)] if noisiest > _SPACED[0] else []
+        start = min(noisiest, _SPACED[0])
+        end = max(cleanest, start * _SPACED[1] / _SPACED[0])
+        return [*above, *(self.timestep(s) for s in np.geomspace(start, end, n - len(above)))]
 
     def _karras(self, n: int) -> list[float]:
         if self.ends_in_noise:

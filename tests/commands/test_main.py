@@ -86,7 +86,7 @@ def test_every_command_is_installed_and_listed() -> None:
         module, _, function = place.partition(":")
         assert callable(getattr(importlib.import_module(module), function)), name
     modules = {p.stem for p in (ROOT / "unet_diffusion").glob("*.py")}
-    commands = modules - {"__init__", "__main__", "main", "pretraining", "starting"}
+    commands = modules - {"__init__", "__main__", "main", "pretraining", "sampled", "starting"}
     assert {name.replace("-", "_") for name in NAMES} == commands
     places = {f"unet-{name}": f"unet_diffusion.{name.replace('-', '_')}:command" for name in NAMES}
     assert {"unet": "unet_diffusion.main:main"} | places == ENTRY_POINTS

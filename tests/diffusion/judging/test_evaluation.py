@@ -239,14 +239,17 @@ def test_a_row_names_the_settings_that_differ_from_the_usual() -> None:
         "  class accuracy: 98.12 %, worst class: 7 95.00 %",
         "  note: rough",
     ]
-    assert lines(row())[0] == "sampler dpmpp-2m-sde, steps 20, seed 0, evaluations 20; samples 8"
+    assert (
+        lines(row(sampler="dpmpp-2m-sde"))[0]
+        == "sampler dpmpp-2m-sde, steps 20, seed 0, evaluations 20; samples 8"
+    )
 
 
 def test_rows_are_compared_with_the_first() -> None:
-    table = comparison([row(2.0), row(3.0, steps=5)], "D")
+    table = comparison([row(2.0, sampler="dpmpp-2m-sde"), row(3.0, sampler="ddim", steps=5)], "D")
     assert [line.split() for line in table[2:]] == [
         ["dpmpp-2m-sde:20", "20", "1.5", "2.0000", "1.000", "98.12", "%"],
-        ["dpmpp-2m-sde:5", "20", "1.5", "3.0000", "1.500", "98.12", "%"],
+        ["ddim:5", "20", "1.5", "3.0000", "1.500", "98.12", "%"],
     ]
     assert "nan" in comparison([row(0.0)], "D")[2]
     assert "distance" not in "".join(comparison([row()], None))

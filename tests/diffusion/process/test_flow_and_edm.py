@@ -104,7 +104,7 @@ def test_a_shift_multiplies_every_sigma_of_the_straight_path() -> None:
     assert t == sorted(t, reverse=True)
     assert 0 <= t[-1] <= t[0] == 999
     for given in ({"shift": 0.5}, {"spacing": "karras", "shift": 2.0}):
-        with pytest.raises(InputError, match="1 or more, and 1 with karras"):
+        with pytest.raises(InputError, match="1 or more, and 1 with karras and logsnr"):
             EDM.timesteps(5, **given)  # type: ignore[arg-type]
 
 

@@ -211,7 +211,7 @@ def test_timesteps_descend_within_the_schedule(steps: int, data: Any) -> None:
         assert 0 <= t[-1] <= t[0] <= steps - 1
         if spacing != "leading":
             assert t[0] == pytest.approx(steps - 1)
-        if spacing != "karras":
+        if spacing not in ("karras", "logsnr"):
             assert all(isinstance(value, int) for value in t)
 
 
@@ -239,6 +239,15 @@ def test_karras_spacing_is_that_of_diffusers() -> None:
     assert_close(torch.tensor(t), other.timesteps, atol=1e-2, rtol=0)
     sigmas = torch.tensor([s.level(value).sigma for value in t])
     assert_close(sigmas, other.sigmas[:-1], atol=1e-6, rtol=1e-5)
+
+
+def test_logsnr_spacing_is_even_in_log_sigma_below_the_noisiest_level() -> None:
+    s = NoiseSchedule(kind="cosine")
+    first, *rest = s.timesteps(12, "logsnr")
+    assert first == 999
+    sigmas = np.array([s.level(t).sigma for t in rest])
+    assert sigmas[[0, -1]] == pytest.approx([40, 0.02], rel=1e-2)
+    assert np.diff(np.log(sigmas)) == pytest.approx(np.log(0.02 / 40) / 10, rel=1e-2)
 
 
 # ----------------------------------------------------------------------------------------------

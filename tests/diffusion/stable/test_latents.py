@@ -258,7 +258,7 @@ def test_diffusers_reads_the_pipeline_strictly_and_generates_the_same(trained: P
     latents = finish(ours.sample(settings, seeds))
     assert_close(latents, made, atol=1e-4, rtol=0)
 
-    options = SamplingOptions(steps=5, sampler="ddim", guidance=3.0)
+    options = SamplingOptions(steps=5, sampler="ddim", spacing="trailing", guidance=3.0)
     model = DiffusionUNet.from_pretrained(trained / "model")
     images = ImageSampler(model, options)(2, [PROMPT] * 2)
     assert images.shape == (2, SIDE, SIDE, 3)
