@@ -277,6 +277,7 @@ def chosen_config(
         name
         for name, preset in PRESETS.items()
         if preset.config.block == "res"
+        and not preset.config.vector_channels  # which nothing in a folder of images gives
         and (preset.config.context_channels is None) != options.captions
     ]
     if options.network == "auto" and start:

@@ -92,6 +92,7 @@ class DiffusionUNet(FolderModel):
         mask: Tensor | None = None,
         classes: Tensor | None = None,
         tokens: Tensor | None = None,
+        vector: Tensor | None = None,
         picture: Tensor | None = None,
     ) -> Tensor:
         """(B, C, H, W) to (B, out_channels, H, W); the arguments are those of `UNet`.
@@ -103,7 +104,7 @@ class DiffusionUNet(FolderModel):
             x = torch.cat([x, picture.to(x.dtype)], dim=1)
         if tokens is not None and self.text is not None:
             context, mask = self.text(tokens)
-        features = self.trunk(x, t, context, mask=mask, classes=classes)
+        features = self.trunk(x, t, context, mask=mask, classes=classes, vector=vector)
         return unpatch(self.head(features), self.config.patch, x.shape[-2:])
 
     def conditioning(self, wanted: Sequence[int | str | Tensor | None]) -> dict[str, Any]:

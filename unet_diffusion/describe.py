@@ -79,6 +79,8 @@ def describe(name: str, size: int | None) -> dict[str, Any]:
             inputs["context"] = torch.empty(1, 77, config.context_channels)  # as many as CLIP gives
         if config.classes:
             inputs["classes"] = torch.empty(1, dtype=torch.long)
+        if config.vector_channels:
+            inputs["vector"] = torch.empty(1, config.vector_channels)
 
     shapes: dict[str, list[int]] = {}  # in the order of execution
     for path, module in model.named_modules():
