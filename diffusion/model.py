@@ -139,6 +139,8 @@ class DiffusionUNet(FolderModel):
         if {"text", "text_encoder"} & self.info.keys():
             tag, wanted = "text-to-image", ', prompts="a text"'
             facts["Texts"] = "captions: give prompts, and guidance=3 for images closer to them"
+        if isinstance(lora := self.info.get("lora"), Mapping):
+            facts["LoRA"] = f"of rank {lora.get('rank')}, to be used with {lora.get('base')}"
         if "autoencoder" in self.info:
             facts["Latents"] = "of an autoencoder, which this folder does not hold"
         return Usage(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,13 @@ from diffusion.data.images import DiffusionData
 from diffusion.data.pixels import to_bytes
 from diffusion.data.sources import HowToRead
 from diffusion.decisions import DiffusionPlan, clip_folder, decide
-from diffusion.initial import freeze_all_but_attention, take_over
+from diffusion.initial import (
+    freeze_all_but_attention,
+    load_model,
+    save_lora,
+    start_lora,
+    take_over,
+)
 from diffusion.judging.report import SHOWN, few_steps, shown_conditions, spread, write_report
 from diffusion.model import DiffusionUNet
 from diffusion.options import CHANNELS, DiffusionOptions
@@ -28,6 +35,7 @@ from diffusion.process.noise import NoiseSource
 from diffusion.stable.autoencoder import Autoencoder
 from diffusion.stable.export import obstacle, write_pipeline
 from diffusion.stable.latents import Data, LatentData, autoencoder_of
+from diffusion.stable.lora import LORA
 from diffusion.text import PADDING
 from unet.device import pick_device
 from unet.errors import Interrupted
@@ -55,7 +63,12 @@ def train(options: DiffusionOptions) -> dict[str, float]:
     model = make_model(plan)
     if is_main_process():
         print("\n".join([data.describe(), *plan.lines()]))
-        if isinstance(data, LatentData) and (why_not := obstacle(model, data.autoencoder)):
+        whole = plan.options.trained != "lora"
+        if (
+            whole
+            and isinstance(data, LatentData)
+            and (why_not := obstacle(model, data.autoencoder))
+        ):
             print(f"diffusers will have no pipeline of this model: {why_not}")
         sys.stdout.flush()
     task = DiffusionTask(plan, data)
@@ -70,6 +83,7 @@ def train(options: DiffusionOptions) -> dict[str, float]:
                 decisions=plan.decisions,
                 finish=Timesteps.of(plan),
                 loss=task.loss,
+                save=save_lora if plan.options.trained == "lora" else DiffusionUNet.save_pretrained,
                 evaluate=task.evaluate,
                 first_pictures=task.forward_pictures,
                 pictures=task.pictures,
@@ -84,12 +98,14 @@ def train(options: DiffusionOptions) -> dict[str, float]:
 def _finish(plan: DiffusionPlan, data: Data, model: DiffusionUNet) -> None:
     """Draws the report of the best weights, and writes a pipeline where they make one."""
     run = plan.fit.out
-    best = DiffusionUNet.from_pretrained(run / "model").to(pick_device(plan.fit.device))
+    best = load_model(run / "model").to(pick_device(plan.fit.device))
     if plan.clip:
         best.text = model.text  # as saved models do not hold it
     print(f"report: {write_report(run, best, data, plan.fit.seed, plan.fit.together())}")
     folder, autoencoder = clip_folder(plan.options), autoencoder_of(data)
-    if folder and autoencoder and not obstacle(best, autoencoder):
+    if plan.options.trained == "lora":  # which is small, and a pipeline is not
+        print(f"for --lora, and for load_lora_weights of diffusers: {run / 'model' / LORA}")
+    elif folder and autoencoder and not obstacle(best, autoencoder):
         write_pipeline(run / "pipeline", best, autoencoder, folder)
         print(f"for txt2img --model and for diffusers: {run / 'pipeline'}")
 
@@ -142,11 +158,16 @@ def make_model(plan: DiffusionPlan) -> DiffusionUNet:
     model = DiffusionUNet(plan.network, plan.outputs, plan.info)
     if plan.clip:
         model.text = plan.clip  # beside it, neither trained nor saved with it
-    if plan.start and not (plan.fit.resume and RunFolder(plan.fit.out).state.exists()):
+    options = plan.options
+    goes_on = options.resume and RunFolder(options.out).state.exists()
+    if options.trained == "lora" and plan.start:
+        start_lora(model, plan.start, options.rank, str(Path(str(options.init)).resolve()))
+    # What is not trained is not in the state, either.
+    elif plan.start and not (goes_on and options.trained == "all"):
         found = take_over(model, plan.start)
-        if is_main_process():
+        if is_main_process() and not goes_on:
             print(f"started with {found}")
-    if plan.attention_only:
+    if options.trained == "attention":
         freeze_all_but_attention(model)
     return model
 

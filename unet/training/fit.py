@@ -88,7 +88,7 @@ class Trainer:
         self.whole = copy.deepcopy(model).cpu() if plan.shard else None  # judged and saved
         if not plan.shard:  # which takes no other format
             model.to(memory_format=training_format(self.device))  # type: ignore[call-overload]
-        self.ema = EMA(model, plan.ema) if plan.ema else None
+        self.ema = EMA(model, plan.ema, shares=not plan.shard) if plan.ema else None
         self.model = self.accelerator.prepare_model(model, evaluation_mode=plan.shard)
         if plan.shard:
             averaged = [self.ema.model] if self.ema else []
@@ -216,7 +216,7 @@ class Trainer:
         if kept and self.main:
             about = model.info.setdefault("training", {})
             about["figures"] = {k: v for k, v in figures.items() if math.isfinite(v)}
-            save = lambda: model.save_pretrained(self.folder.model)  # noqa: E731
+            save = functools.partial(task.save, model, self.folder.model)
             kept = self._written("the best weights", save)
         if kept:
             progress.best, self.figures = score, figures

@@ -98,6 +98,13 @@ class FolderModel(nn.Module, ABC):
             The address of the upload.
         """
         folder = Path(save_directory)
+        self.write(folder, self.state_dict())
+        if push_to_hub:
+            return self._upload(folder, repo_id or folder.resolve().name, **hub)
+        return None
+
+    def write(self, folder: Path, state: Mapping[str, Tensor], weights: str = WEIGHTS) -> None:
+        """Writes config.json, the card, and as the file `weights` a state dict."""
         described = {
             "task": self.task,
             "out_channels": self.out_channels,
@@ -105,8 +112,8 @@ class FolderModel(nn.Module, ABC):
             "info": self.info,
         }
         # contiguous() also for channels_last weights: the file holds plain NCHW.
-        state = {k: v.detach().contiguous() for k, v in self.state_dict().items()}
-        file = folder / WEIGHTS
+        state = {k: v.detach().contiguous() for k, v in state.items()}
+        file = folder / weights
         with replacing(file) as temporary:
             try:
                 save_file(state, temporary, metadata={"format": "pt"})
@@ -114,9 +121,6 @@ class FolderModel(nn.Module, ABC):
                 raise DiskError(f"{file} cannot be written, is the disk full? {error}") from error
         write_text(folder / CONFIG, json.dumps(described, indent=2) + "\n")
         write_card(folder, self.card())
-        if push_to_hub:
-            return self._upload(folder, repo_id or folder.resolve().name, **hub)
-        return None
 
     def push_to_hub(self, repo_id: str, **hub: Any) -> str:
         """Uploads the model to a repository on the Hugging Face Hub, which is made if need be.
@@ -192,15 +196,19 @@ class FolderModel(nn.Module, ABC):
         return model.eval()
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The checked `config.json` of a model folder: task, out_channels, unet, info."""
+def read_config(folder: Path, weights: str = WEIGHTS) -> dict[str, Any]:
+    """The checked `config.json` of a model folder: task, out_channels, unet, info.
+
+    Args:
+        weights: the file that must stand beside it.
+    """
     if not folder.is_dir():
         raise InputError(f"{folder} is no folder: give a model folder, such as RUN/model")
-    for name in (CONFIG, WEIGHTS):
+    for name in (CONFIG, weights):
         if not (folder / name).is_file():
             raise InputError(
                 f"{folder} is no model folder, {name} is missing: a model folder holds {CONFIG} "
-                f"and {WEIGHTS}, as training writes them to RUN/model"
+                f"and {weights}, as training writes them to RUN/model"
             )
     described = read_json(folder / CONFIG)
     kinds = {"task": str, "out_channels": int, "unet": dict, "info": dict}
