@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +10,19 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from peft import LoraConfig, inject_adapter_in_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.testing import assert_close
 
-import diffusion
-from diffusion.initial import load_model
 from diffusion.model import DiffusionUNet
 from diffusion.stable.folder import read_unet
-from diffusion.stable.lora import LORA, LoraLayer, add_lora, lora_state, merge_loras
+from diffusion.stable.lora import LoraLayer, add_lora, lora_state, merge_loras
 from diffusion.stable.pipeline import StableDiffusion
 from diffusion.stable.recipe import PictureSettings
 from tests.diffusion.stable.tiny_pipeline import tiny_unet, write_pipeline
 from unet.errors import InputError
 from unet.presets import PRESETS
 from unet.training.ema import EMA
-from unet.weights.convert import from_layout
 from unet.weights.layouts import module_names
 
 X, T, C = torch.randn(2, 4, 8, 8), torch.tensor([7, 800]), torch.randn(2, 5, 16)
@@ -206,7 +201,9 @@ def test_a_lora_that_does_not_fit_changes_nothing(
     unet = read_unet(pipeline / "unet")
     before = {k: v.clone() for k, v in unet.state_dict().items()}
     good = lora_state(adapted(unet)) if "the layer" in told else {}
-    save_file(good | {k: torch.ones(shape) for k, shape in content.items()}, tmp_path / "a.safetensors")
+    save_file(
+        good | {k: torch.ones(shape) for k, shape in content.items()}, tmp_path / "a.safetensors"
+    )
     with pytest.raises(InputError, match=told):
         merge_loras([str(tmp_path / "a.safetensors")], unet)
     assert_close(unet.state_dict(), before, rtol=0, atol=0)
