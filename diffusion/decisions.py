@@ -75,7 +75,14 @@ def decide(options: DiffusionOptions, data: Data) -> DiffusionPlan:
     images = data.source if isinstance(data, LatentData) else data
     start = None
     if options.init:
-        start = find_start(options.init, images.ranges).for_channels(data.channels)
+        start = find_start(options.init, images.ranges)
+        if options.trained != "lora":  # which belongs to these very weights
+            start = start.for_channels(data.channels)
+        elif start.config.in_channels != data.channels:
+            raise InputError(
+                f"--init {options.init} takes {counted(start.config.in_channels, 'channel')}, but "
+                f"the images have {data.channels}: --trained lora needs the same (--colour)"
+            )
         if start.config.vector_channels:
             raise InputError(
                 f"--init {options.init} is of Stable Diffusion XL, which txt2img runs but which "

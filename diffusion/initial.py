@@ -36,6 +36,8 @@ def their_unet(path: str) -> Path | None:
     Raises:
         InputError: it is of another kind, such as a LoRA.
     """
+    if is_lora(path):
+        return None
     check_parts(Path(path))
     inside, file = Path(path, "unet"), Path(path, "config.json")
     if inside.is_dir():

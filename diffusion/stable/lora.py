@@ -59,17 +59,18 @@ class LoraLayer(nn.Module):
     def __init__(self, base: nn.Linear | nn.Conv2d, rank: int) -> None:
         super().__init__()
         self.base = base
-        self.down: nn.Module
-        self.up: nn.Module
+        down: nn.Linear | nn.Conv2d
+        up: nn.Linear | nn.Conv2d
         if isinstance(base, nn.Conv2d):
-            size: Any = (base.kernel_size, base.stride, base.padding)
-            self.down = nn.Conv2d(base.in_channels, rank, *size, bias=False)
-            self.up = nn.Conv2d(rank, base.out_channels, 1, bias=False)
+            same = {name: getattr(base, name) for name in ("kernel_size", "stride", "padding")}
+            down = nn.Conv2d(base.in_channels, rank, **same, bias=False)
+            up = nn.Conv2d(rank, base.out_channels, 1, bias=False)
         else:
-            self.down = Linear(base.in_features, rank, bias=False)
-            self.up = Linear(rank, base.out_features, bias=False)
-        nn.init.normal_(self.down.weight, std=1 / rank)
-        nn.init.zeros_(self.up.weight)
+            down = Linear(base.in_features, rank, bias=False)
+            up = Linear(rank, base.out_features, bias=False)
+        nn.init.normal_(down.weight, std=1 / rank)
+        nn.init.zeros_(up.weight)
+        self.down, self.up = down, up
 
     def forward(self, x: Tensor) -> Tensor:
         return self.base(x) + self.up(self.down(x))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from diffusion.stable.pipeline import StableDiffusion
 from diffusion.stable.recipe import PictureSettings
 from tests.diffusion.stable.tiny_pipeline import tiny_unet, write_pipeline
 from unet.errors import InputError
+from unet.layers import Linear
 from unet.presets import PRESETS
 from unet.training.ema import EMA
 from unet.weights.layouts import module_names
@@ -116,6 +118,19 @@ def test_diffusers_loads_what_is_written_and_makes_the_same(pipeline: Path, tmp_
     assert_close(last.x, wanted, atol=1e-4, rtol=0)
     *_, plain = StableDiffusion.from_pretrained(pipeline).sample(settings, [3])
     assert (plain.x - last.x).abs().max() > 0.01
+
+
+def test_a_network_without_transformers_is_changed_in_all_its_layers(tmp_path: Path) -> None:
+    """Such as ours, which works on patches and has no names in diffusers."""
+    given = {"in_channels": 4, "channels": 8, "head_channels": None, "zero_init": False}
+    unet = DiffusionUNet(replace(PRESETS["diffusion"].config, **given), 4).eval()
+    model = adapted(unet, rank=2)
+    layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
+    assert {type(m.base) for m in layers} >= {torch.nn.Conv2d, Linear}
+    wanted = model(X, T)
+    assert (wanted - unet(X, T)).abs().max() > 0.01
+    merge_loras([str(written(model, tmp_path / "a.safetensors"))], unet)
+    assert_close(unet(X, T), wanted, atol=1e-3, rtol=1e-3)
 
 
 def kohya(state: dict[str, Tensor], table: dict[str, str], alpha: float) -> dict[str, Tensor]:

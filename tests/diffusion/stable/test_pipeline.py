@@ -452,7 +452,7 @@ def safetensors_file(content: dict[str, Tensor]) -> Callable[[Path], Path]:
         (torch_file([torch.ones(1)]), "holds a list"),
         (torch_file({"a": torch.ones(1)}), "no Stable Diffusion U-Net"),
         (torch_file({f"{COMPVIS_PREFIX}input_blocks.0.0.weight": torch.ones(1)}), "of version 1"),
-        (safetensors_file({"input_blocks.0.0.weight": torch.ones(4, 4)}), "of version 1 or 2"),
+        (safetensors_file({"input_blocks.0.0.weight": torch.ones(4, 4)}), "of version 1, 2 or XL"),
         (lambda p: (p / "a.ckpt").write_bytes(b"junk") and p / "a.ckpt", "a.ckpt"),
         (lambda p: (p / "a.txt").write_bytes(b"junk") and p / "a.txt", "is no checkpoint"),
     ],
