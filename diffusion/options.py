@@ -112,6 +112,11 @@ class DiffusionOptions(ReadingOptions, FitOptions):
     rank: int = 8
     """With --trained lora: rows of the small matrices."""
 
+    prior: str | None = None
+    """With --init and --captions that CLIP reads: a folder of captioned images of what the model
+    knows already, such as its own pictures; every second training image is one of them, lest it
+    forget (the prior loss of DreamBooth)."""
+
     noise: Literal["cosine", "linear", "scaled-linear", "sigmoid"] | None = None
     """Noise schedule; none given: that of a pipeline in --init, else cosine."""
 
@@ -167,6 +172,11 @@ class DiffusionOptions(ReadingOptions, FitOptions):
             raise InputError(
                 f"--trained {self.trained} leaves the rest of the network as it is: give one with "
                 "--init"
+            )
+        if self.prior and not (self.init and self.captions):
+            raise InputError(
+                f"--prior {self.prior} keeps what the model of --init makes of texts: give --init "
+                "and --captions"
             )
         if self.rank < 1:
             raise InputError(f"--rank {self.rank} must be at least 1")

@@ -433,6 +433,34 @@ def test_an_interrupted_lora_run_ends_with_the_same_weights(
     assert (tmp_path / "run" / name).read_bytes() == (small / name).read_bytes()
 
 
+def test_every_second_image_is_of_the_prior(pipeline: Path, pictures: Path, tmp_path: Path) -> None:
+    """Each once in as many epochs as they need; a run with them trains, and holds both latents."""
+    folder = shutil.copytree(pictures, tmp_path / "prior")
+    given = {"captions": True, "latents": pipeline, "init": str(pipeline), "out": tmp_path / "out"}
+    options = DiffusionOptions(data=str(pictures), prior=str(folder), trained="lora", **given)
+    data = training.load_data(options)
+    prior = training.load_prior(options, data)
+    assert prior
+    for part in (data, prior):
+        part.encode()
+    plan = decide(options, data)
+    samples = NoisedSamples(data, plan, make_model(plan), prior)
+    assert len(samples) == 2 * len(data.train)
+    names = [samples.name(i) for i in range(len(samples))]
+    assert names[::2] == [data.name(i) for i in data.train]
+    assert all(name.startswith(str(folder)) for name in names[1::2])
+    mixed = samples.samples
+    seen = [mixed[0, 2 * i + 1]["image"] for i in range(len(data.train))]
+    first, again = prior.samples(0)[0, 3]["image"], seen[3]
+    assert torch.equal(first, again)
+    arguments = ("--data", pictures, "--captions", "--latents", pipeline, "--init", pipeline)
+    more = ("--prior", folder, "--trained", "lora", "--steps", 1, "--out", tmp_path / "run")
+    with without_pictures():
+        assert run_train(*arguments, *more, *SMALL) == 0
+    for name in ("latents", "prior"):
+        assert (tmp_path / "run" / name / "moments.npy").is_file()
+
+
 def test_a_lora_of_our_own_model_with_its_words(
     pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -566,6 +594,8 @@ def test_the_mask_that_clip_is_given_is_its_tokenizer_s(pipeline: Path) -> None:
         (("--latents", "{}", "--captions", "--text-encoder", "{}/vae"), "has no tokenizer/"),
         (("--latents", "{}", "--trained", "attention"), "give one with --init"),
         (("--latents", "{}", "--trained", "lora"), "give one with --init"),
+        (("--init", "{}", "--prior", "x"), "give --init and --captions"),
+        (("--init", "{}", "--captions", "--prior", "x"), "needs captions that CLIP reads"),
         (("--latents", "{}", "--rank", 4), "--rank 4 is that of --trained lora"),
         (("--trained", "lora", "--init", "{}", "--rank", 0), "--rank 0 must be at least 1"),
         (("--trained", "lora", "--init", "{}", "--width", 8), "leave out --network, --width"),

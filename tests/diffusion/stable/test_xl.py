@@ -173,3 +173,18 @@ def test_parts_of_other_versions_are_one_sentence(folder: Path, tmp_path: Path) 
         with pytest.raises(InputError, match="must be"):
             Recipe(prompt="a", model="xl", **wrong)
     assert find_start(str(folder)).config.vector_channels == 36  # read, though not trained
+
+
+@pytest.mark.slow  # 5.1 GiB, and 190 billion multiply-adds
+def test_a_step_of_the_full_network_in_bfloat16() -> None:
+    preset = PRESETS["sdxl"]
+    with torch.device("meta"):
+        unet = DiffusionUNet(preset.config, preset.out_channels).to(torch.bfloat16).eval()
+    unet.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in unet.parameters():
+            parameter.normal_(std=0.02)
+        x, context = (torch.randn(shape).bfloat16() for shape in ((1, 4, 32, 32), (1, 77, 2048)))
+        y = unet(x, torch.tensor([500]), context, vector=torch.randn(1, 2816).bfloat16())
+    assert y.shape == x.shape
+    assert y.isfinite().all()
