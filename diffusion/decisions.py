@@ -22,6 +22,7 @@ from diffusion.process.schedule import NoiseSchedule
 from diffusion.stable.clip import ClipText
 from diffusion.stable.folder import CONFIGS, read_schedule
 from diffusion.stable.latents import Data, LatentData, autoencoder_of
+from diffusion.stable.lora import lora_targets
 from diffusion.text import WordEncoder
 from unet import PRESETS, UNetConfig
 from unet.attention import SpatialTransformer
@@ -59,7 +60,6 @@ class DiffusionPlan(RunPlan):
         coupled: noise goes to images near it.
         label_dropout: share of the images that are shown without their class or caption.
         clip: what reads the captions; None: no captions, or a text encoder that is trained along.
-        attention_only: the rest of the network stays as it is.
     """
 
     options: DiffusionOptions
@@ -70,7 +70,6 @@ class DiffusionPlan(RunPlan):
     coupled: bool
     label_dropout: float
     clip: ClipText | None
-    attention_only: bool
 
 
 def decide(options: DiffusionOptions, data: Data) -> DiffusionPlan:
@@ -82,7 +81,19 @@ def decide(options: DiffusionOptions, data: Data) -> DiffusionPlan:
     images = data.source if isinstance(data, LatentData) else data
     start = None
     if options.init:
-        start = find_start(options.init, images.ranges).for_channels(data.channels)
+        start = find_start(options.init, images.ranges)
+        if options.trained != "lora":  # which belongs to these very weights
+            start = start.for_channels(data.channels)
+        elif start.config.in_channels != data.channels:
+            raise InputError(
+                f"--init {options.init} takes {counted(start.config.in_channels, 'channel')}, but "
+                f"the images have {data.channels}: --trained lora needs the same (--colour)"
+            )
+        if start.config.vector_channels:
+            raise InputError(
+                f"--init {options.init} is of Stable Diffusion XL, which txt2img runs but which "
+                "cannot be trained here: give a model of version 1 or 2, or one of your own"
+            )
         if images.condition is not None:
             raise InputError(
                 "--condition makes the first layer of the network wider, which --init cannot give "
@@ -100,12 +111,18 @@ def decide(options: DiffusionOptions, data: Data) -> DiffusionPlan:
         "size": list(data.image_size if isinstance(data, LatentData) else data.size),
         "classes": list(data.classes) if options.classes else [],
     }
+    theirs = start.info.get("classes", []) if start else []
+    if options.trained == "lora" and theirs != info["classes"]:
+        raise InputError(
+            f"--init {options.init} was trained on the classes {theirs}, but this is of "
+            f"{info['classes']}: --trained lora needs the same"
+        )
     if images.ranges:
         info["ranges"] = {kind: [v.low, v.high] for kind, v in images.ranges.items()}
     info |= {"reading": said} if (said := options.reading.to_dict()) else {}
     if autoencoder := autoencoder_of(data):
         info["autoencoder"] = str(autoencoder.folder)
-    text = chosen_text(options, data, network, clip, info)
+    text = chosen_text(options, data, network, clip, info, start)
     outputs = data.channels * (2 if options.learn_variance else 1)
     if images.condition is not None:
         network = replace(network, in_channels=data.channels + images.condition.channels)
@@ -154,7 +171,6 @@ def decide(options: DiffusionOptions, data: Data) -> DiffusionPlan:
         label_dropout=options.label_dropout,
         clip=clip,
         start=start,
-        attention_only=options.trained == "attention",
     )
 
 
@@ -162,6 +178,10 @@ def chosen_part(options: DiffusionOptions, model: DiffusionUNet) -> list[Decisio
     """The part of the network that is trained, where it is not all."""
     if options.trained == "all":
         return []
+    if options.trained == "lora":
+        targets = [model.get_submodule(name) for name in lora_targets(model)]
+        why = f"a LoRA of rank {options.rank}, as asked for"
+        return [Decision("trained", f"small matrices beside {counted(len(targets), 'layer')}", why)]
     parts = (m for m in model.modules() if isinstance(m, SpatialTransformer))
     found = millions(p for part in parts for p in part.parameters())
     return [Decision("trained", f"{found} of the spatial transformers", AS_ASKED)]
@@ -192,6 +212,8 @@ def chosen_fit(options: DiffusionOptions, start: Start | None = None) -> tuple[F
     if optimizer == "muon" and options.init and not options.optimizer:
         why = "as for random weights: it has everything to learn about noise"
     lr, beta2 = (7e-4, 0.99) if options.captions else (2e-3, 0.999)
+    if options.trained == "lora" and clip_folder(options):
+        lr = 1e-4  # as is usual for Stable Diffusion
     if optimizer == "muon":
         lr *= 10
     small = options.captions or optimizer == "muon"
@@ -299,6 +321,7 @@ def chosen_text(
     network: UNetConfig,
     clip: ClipText | None,
     info: dict[str, Any],
+    start: Start | None,
 ) -> list[Decision]:
     """What reads the captions, entered into a model's `info`."""
     if clip:
@@ -307,6 +330,9 @@ def chosen_text(
         return [Decision("text", f"CLIP, {clip.channels} channels", f"of {folder}")]
     if network.context_channels is None:
         return []
+    if options.trained == "lora" and start and "text" in start.info:
+        info["text"] = start.info["text"]
+        return [Decision("text", "its encoder and its words", f"as of {options.init}")]
     captions = (data.caption(i) for i in (*data.train, *data.val))
     words = WordEncoder.from_captions(captions, width=network.context_channels)
     info["text"] = words.to_dict()
@@ -322,6 +348,7 @@ def chosen_config(
         name
         for name, preset in PRESETS.items()
         if preset.config.block == "res"
+        and not preset.config.vector_channels  # which nothing in a folder of images gives
         and (preset.config.context_channels is None) != options.captions
     ]
     if options.network == "auto" and start:

@@ -23,19 +23,22 @@ Class: TypeAlias = "int | str | None"  # its index or its name; None: any
 SETTINGS = tuple(field.name for field in fields(SamplingOptions))
 
 
-def load(model: str | Path, *, device: str = "auto") -> ImageGenerator:
+def load(
+    model: str | Path, *, lora: str | Sequence[str] = (), device: str = "auto"
+) -> ImageGenerator:
     """A trained model to call for images.
 
     Args:
         model: a model folder, such as "runs/photos/model", or a repository on the Hugging Face Hub,
             such as "someone/flowers".
+        lora: a LoRA file or several, which are merged into its weights: "FILE", or "FILE:0.5".
         device: auto, or a torch device such as cpu, cuda or mps.
 
     Raises:
-        InputError: no usable model.
+        InputError: no usable model, or a LoRA of another one.
     """
-    with as_keywords("device"):
-        return ImageGenerator(load_for_sampling(model, device))
+    with as_keywords("device", "lora"):
+        return ImageGenerator(load_for_sampling(model, device, _several(lora)))
 
 
 class ImageGenerator:

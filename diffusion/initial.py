@@ -1,7 +1,12 @@
-"""The weights that a training run starts from, and those that it leaves as they are."""
+"""The weights that a training run starts from, and those that it leaves as they are.
+
+The model folder of a LoRA run holds the LoRA alone. Its `info["lora"]` says what that belongs to:
+the "base", its path; "stamp", a digest of some of its weights; "rank".
+"""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +19,13 @@ from diffusion.data.pixels import WHOLE, ValueRange
 from diffusion.model import DiffusionUNet
 from diffusion.stable.folder import read_unet, read_unet_config
 from diffusion.stable.kinds import check_parts
+from diffusion.stable.lora import LORA, add_lora, lora_state, merge_loras
 from unet.attention import SpatialTransformer
+from unet.config import UNetConfig
 from unet.errors import InputError
 from unet.files.writing import read_json
 from unet.weights.crossing import timed, with_pixels, with_time
+from unet.weights.folder import CONFIG, load_strictly, read_config
 from unet.weights.start import Start, read_start
 from unet.weights.start import take_over as start_with
 
@@ -28,6 +36,8 @@ def their_unet(path: str) -> Path | None:
     Raises:
         InputError: it is of another kind, such as a LoRA.
     """
+    if is_lora(path):
+        return None
     check_parts(Path(path))
     inside, file = Path(path, "unet"), Path(path, "config.json")
     if inside.is_dir():
@@ -48,6 +58,9 @@ def find_start(path: str, ranges: Mapping[str, ValueRange] | None = None) -> Sta
     Raises:
         InputError: no such model; a segmentation whose network takes no timestep.
     """
+    if is_lora(path):
+        model = load_model(path)
+        return Start(where=path, config=model.config, info=model.info, read=model.state_dict)
     if unet := their_unet(path):
         return Start(
             where=path,
@@ -97,6 +110,90 @@ def _pixels(
         return [half / s for _, s in pairs], [(middle - m) / s for m, s in pairs]
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise InputError(f"the model's normalisation is damaged: {found!r:.200}") from error
+
+
+def is_lora(path: str | Path) -> bool:
+    """Whether it is the model folder of a LoRA run."""
+    return all(Path(path, name).is_file() for name in (CONFIG, LORA))
+
+
+def load_model(path: str | Path) -> DiffusionUNet:
+    """The model of a folder or a repository on the Hub, in evaluation mode; of a LoRA run the
+    whole one, with what was learnt merged into it.
+
+    Raises:
+        InputError: see `DiffusionUNet.from_pretrained`; what a LoRA belongs to is not there any
+            more, or not the same.
+    """
+    if not is_lora(path):
+        return DiffusionUNet.from_pretrained(path)
+    model, base = described_lora(path)
+    try:
+        start = find_start(base["base"])
+        state = start.read()
+    except InputError as error:
+        raise InputError(
+            f"'{path}' is a LoRA of '{base['base']}', which cannot be read ({error}): put it back, "
+            f"or change the path in {Path(path, CONFIG)}"
+        ) from error
+    if stamp(state) != base["stamp"]:
+        raise InputError(
+            f"'{path}' is a LoRA of '{base['base']}', whose weights are not those that it was "
+            "trained with: put them back"
+        )
+    load_strictly(model, state, start.where)
+    merge_loras([str(Path(path, LORA))], model)
+    return model.eval()
+
+
+def described_lora(path: str | Path) -> tuple[DiffusionUNet, dict[str, Any]]:
+    """The model that a LoRA run was about, on the meta device, and what it belongs to."""
+    described = read_config(Path(path), LORA)
+    info = described["info"]
+    base = info.pop("lora", None)
+    kinds = {"base": str, "stamp": str, "rank": int}
+    if not isinstance(base, dict) or any(type(base.get(k)) is not t for k, t in kinds.items()):
+        raise InputError(
+            f"{Path(path, CONFIG)} does not say in info.lora which model the LoRA belongs to: give "
+            "that model, and the LoRA with --lora"
+        )
+    with torch.device("meta"):
+        config = UNetConfig.from_dict(described["unet"])
+        return DiffusionUNet(config, described["out_channels"], info), base
+
+
+def stamp(state: Mapping[str, Tensor]) -> str:
+    """Tells weights apart at little cost: a digest of the biases of the head and the stem."""
+    parts = (
+        state[key].float().cpu()
+        for key in ("head.conv.bias", "trunk.encoder.0.stem.conv.bias")
+        if key in state
+    )
+    return hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest()
+
+
+def start_lora(model: DiffusionUNet, start: Start, rank: int, base: str) -> None:
+    """Loads all of a start into a model, and adds what a LoRA trains.
+
+    Raises:
+        InputError: a model with weights that the start does not have, which would stay random.
+    """
+    state = start.read()
+    try:
+        load_strictly(model, state, start.where)
+    except InputError as error:
+        raise InputError(
+            f"--trained lora leaves the network as it is, so that it must be all of that of --init "
+            f"({error}): give the same kind of data, such as --classes or --captions, as that was "
+            "trained on"
+        ) from error
+    model.info["lora"] = {"base": base, "stamp": stamp(state), "rank": rank}
+    add_lora(model, rank)
+
+
+def save_lora(model: DiffusionUNet, folder: Path) -> None:
+    """Writes the model folder of a LoRA run."""
+    model.write(folder, lora_state(model), LORA)
 
 
 def freeze_all_but_attention(model: DiffusionUNet) -> None:

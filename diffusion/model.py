@@ -99,6 +99,7 @@ class DiffusionUNet(FolderModel):
         mask: Tensor | None = None,
         classes: Tensor | None = None,
         tokens: Tensor | None = None,
+        vector: Tensor | None = None,
         picture: Tensor | None = None,
     ) -> Tensor:
         """(B, C, H, W) to (B, out_channels, H, W); the arguments are those of `UNet`.
@@ -110,7 +111,7 @@ class DiffusionUNet(FolderModel):
             x = torch.cat([x, picture.to(x.dtype)], dim=1)
         if tokens is not None and self.text is not None:
             context, mask = self.text(tokens)
-        features = self.trunk(x, t, context, mask=mask, classes=classes)
+        features = self.trunk(x, t, context, mask=mask, classes=classes, vector=vector)
         return unpatch(self.head(features), self.config.patch, x.shape[-2:])
 
     def conditioning(self, wanted: Sequence[int | str | Tensor | None]) -> dict[str, Any]:
@@ -161,6 +162,8 @@ class DiffusionUNet(FolderModel):
             wanted = ', pictures="image.png"'
             if "unet-sample" in command:
                 command += " --condition pictures"
+        if isinstance(lora := self.info.get("lora"), Mapping):
+            facts["LoRA"] = f"of rank {lora.get('rank')}, to be used with {lora.get('base')}"
         if "autoencoder" in self.info:
             facts["Latents"] = "of an autoencoder, which this folder does not hold"
         return Usage(

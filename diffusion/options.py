@@ -112,8 +112,17 @@ class DiffusionOptions(ReadingOptions, FitOptions):
     """Model folder whose weights to start from, and whose network to take; what differs, such as a
     head or the classes, starts anew. Or a diffusers pipeline, or its unet/."""
 
-    trained: Literal["all", "attention"] = "all"
-    """attention: of the network in --init, train the spatial transformers alone."""
+    trained: Literal["all", "attention", "lora"] = "all"
+    """attention: of the network in --init, train the spatial transformers alone. lora: leave it as
+    it is and train small matrices beside its layers, which alone are saved."""
+
+    rank: int = 8
+    """With --trained lora: rows of the small matrices."""
+
+    prior: str | None = None
+    """With --init and --captions that CLIP reads: a folder of captioned images of what the model
+    knows already, such as its own pictures; every second training image is one of them, lest it
+    forget (the prior loss of DreamBooth)."""
 
     noise: Literal["cosine", "linear", "scaled-linear", "sigmoid", "flow", "edm"] | None = None
     """Noise schedule; none given: that of a pipeline in --init, else the one of --prediction flow
@@ -187,9 +196,24 @@ class DiffusionOptions(ReadingOptions, FitOptions):
             raise InputError(
                 "--latents encodes each image once and whole: leave out --crops and --flips"
             )
-        if self.trained == "attention" and not self.init:
+        if self.trained != "all" and not self.init:
             raise InputError(
-                "--trained attention leaves the rest of the network as it is: give one with --init"
+                f"--trained {self.trained} leaves the rest of the network as it is: give one with "
+                "--init"
+            )
+        if self.prior and not (self.init and self.captions):
+            raise InputError(
+                f"--prior {self.prior} keeps what the model of --init makes of texts: give --init "
+                "and --captions"
+            )
+        if self.rank < 1:
+            raise InputError(f"--rank {self.rank} must be at least 1")
+        if self.rank != type(self).rank and self.trained != "lora":
+            raise InputError(f"--rank {self.rank} is that of --trained lora: give both")
+        if self.trained == "lora" and (self.network != "auto" or self.width or self.shard):
+            raise InputError(
+                "--trained lora takes the network of --init as it is, on each device whole: leave "
+                "out --network, --width and --shard"
             )
         if self.log_sigma is not None and not (
             math.isfinite(self.log_sigma[0]) and 0 < self.log_sigma[1] < math.inf

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from diffusion.attention_maps import recorded_attention
 from diffusion.data.pixels import to_bytes
+from diffusion.initial import load_model
 from diffusion.model import DiffusionUNet
 from diffusion.options import SamplingOptions
 from diffusion.plans import Plan, Plans, Wanted
@@ -25,6 +26,7 @@ from diffusion.process.samplers import CHURN, Step, get_sampler
 from diffusion.process.schedule import NoiseSchedule
 from diffusion.stable.autoencoder import Autoencoder
 from diffusion.stable.clip import ClipText
+from diffusion.stable.lora import merge_loras
 from diffusion.text import TextEncoder
 from unet.device import computing_in, pick_device, trained_precision
 from unet.errors import InputError
@@ -33,9 +35,14 @@ from unet.training.task import Processes
 Images = NDArray[np.uint8]  # (N, H, W, C)
 
 
-def load_for_sampling(folder: str | Path, device: str) -> DiffusionUNet:
-    """A model folder's network on the device of that name, laid out as convolutions like it."""
-    model = DiffusionUNet.from_pretrained(folder).to(pick_device(device)).float()
+def load_for_sampling(folder: str | Path, device: str, loras: Sequence[str] = ()) -> DiffusionUNet:
+    """A model folder's network on the device of that name, laid out as convolutions like it.
+
+    Args:
+        loras: files to merge into its weights, see `merge_loras`.
+    """
+    model = load_model(folder).to(pick_device(device)).float()
+    merge_loras(loras, model)
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # stubs
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,17 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from diffusion.data.images import DiffusionData
+from diffusion.data.images import DiffusionData, TrainingSamples
 from diffusion.data.pixels import to_bytes
 from diffusion.data.sources import HowToRead
 from diffusion.decisions import DiffusionPlan, clip_folder, decide
-from diffusion.initial import freeze_all_but_attention, take_over
+from diffusion.initial import (
+    freeze_all_but_attention,
+    load_model,
+    save_lora,
+    start_lora,
+    take_over,
+)
 from diffusion.judging.report import SHOWN, few_steps, shown_conditions, spread, write_report
 from diffusion.model import DiffusionUNet
 from diffusion.options import CHANNELS, DiffusionOptions
@@ -29,9 +36,10 @@ from diffusion.process.noise import NoiseSource
 from diffusion.stable.autoencoder import Autoencoder
 from diffusion.stable.export import obstacle, write_pipeline
 from diffusion.stable.latents import Data, LatentData, autoencoder_of
+from diffusion.stable.lora import LORA
 from diffusion.text import PADDING
 from unet.device import pick_device
-from unet.errors import Interrupted
+from unet.errors import InputError, Interrupted
 from unet.files.pictures import composite
 from unet.training.batches import Key, sample_rng
 from unet.training.config_file import keep_config
@@ -52,25 +60,35 @@ def train(options: DiffusionOptions) -> dict[str, float]:
     """
     options = resumed(options)
     data = load_data(options)
+    prior = load_prior(options, data)
     plan = decide(options, data)
     model = make_model(plan)
     if is_main_process():
         print("\n".join([data.describe(), *plan.lines()]))
-        if isinstance(data, LatentData) and (why_not := obstacle(model, data.autoencoder)):
+        if prior:
+            print(f"every second image is of {options.prior}: {prior.describe()}")
+        whole = plan.options.trained != "lora"
+        if (
+            whole
+            and isinstance(data, LatentData)
+            and (why_not := obstacle(model, data.autoencoder))
+        ):
             print(f"diffusers will have no pipeline of this model: {why_not}")
         sys.stdout.flush()
     task = DiffusionTask(plan, data)
     with run_folder(plan.fit):
-        if isinstance(data, LatentData):
-            _encode(data, plan)
+        for part in (data, prior):
+            if isinstance(part, LatentData):
+                _encode(part, plan)
         figures = fit(
             Task(
                 model=model,
-                samples=NoisedSamples(data, plan, model),
+                samples=NoisedSamples(data, plan, model, prior),
                 options=plan.options,
                 decisions=plan.decisions,
                 finish=Timesteps.of(plan),
                 loss=task.loss,
+                save=save_lora if plan.options.trained == "lora" else DiffusionUNet.save_pretrained,
                 evaluate=task.evaluate,
                 first_pictures=task.forward_pictures,
                 pictures=task.pictures,
@@ -85,18 +103,46 @@ def train(options: DiffusionOptions) -> dict[str, float]:
 def _finish(plan: DiffusionPlan, data: Data, model: DiffusionUNet) -> None:
     """Draws the report of the best weights, and writes a pipeline where they make one."""
     run = plan.fit.out
-    best = DiffusionUNet.from_pretrained(run / "model").to(pick_device(plan.fit.device))
+    best = load_model(run / "model").to(pick_device(plan.fit.device))
     if plan.clip:
         best.text = model.text  # as saved models do not hold it
     print(f"report: {write_report(run, best, data, plan.fit.seed, plan.fit.together())}")
     folder, autoencoder = clip_folder(plan.options), autoencoder_of(data)
-    if folder and autoencoder and not obstacle(best, autoencoder):
+    if plan.options.trained == "lora":  # which is small, and a pipeline is not
+        print(f"for --lora, and for load_lora_weights of diffusers: {run / 'model' / LORA}")
+    elif folder and autoencoder and not obstacle(best, autoencoder):
         write_pipeline(run / "pipeline", best, autoencoder, folder)
         print(f"for txt2img --model and for diffusers: {run / 'pipeline'}")
 
 
-def load_data(options: DiffusionOptions) -> Data:
-    """The training and held-out images that the options name, or what they become in latents."""
+def load_prior(options: DiffusionOptions, data: Data) -> Data | None:
+    """The images of --prior, where it is given.
+
+    Raises:
+        InputError: no CLIP reads the captions; images of another size or other channels.
+    """
+    if options.prior is None:
+        return None
+    if clip_folder(options) is None:
+        raise InputError(
+            f"--prior {options.prior} needs captions that CLIP reads, as words of our own would be "
+            "chosen anew: give --latents or --text-encoder with a pipeline"
+        )
+    prior = load_data(replace(options, data=options.prior, val=1), latents="prior")
+    if (prior.size, prior.channels) != (data.size, data.channels):
+        raise InputError(
+            f"--prior {options.prior} has images of another size or other channels than --data "
+            f"{options.data}: give --size and --colour"
+        )
+    return prior
+
+
+def load_data(options: DiffusionOptions, latents: str = "latents") -> Data:
+    """The training and held-out images that the options name, or what they become in latents.
+
+    Args:
+        latents: the folder in that of the run where these are kept.
+    """
     autoencoder = None
     if options.latents:
         device = pick_device(options.device) if is_main_process() else "cpu"
@@ -117,7 +163,7 @@ def load_data(options: DiffusionOptions) -> Data:
         condition=options.condition,
         masks=options.mask_coding if options.target == "mask" else None,
     )
-    return LatentData(images, autoencoder, options.out / "latents") if autoencoder else images
+    return LatentData(images, autoencoder, options.out / latents) if autoencoder else images
 
 
 def how_to_read(options: DiffusionOptions) -> HowToRead:
@@ -144,13 +190,43 @@ def make_model(plan: DiffusionPlan) -> DiffusionUNet:
     model = DiffusionUNet(plan.network, plan.outputs, plan.info)
     if plan.clip:
         model.text = plan.clip  # beside it, neither trained nor saved with it
-    if plan.start and not (plan.fit.resume and RunFolder(plan.fit.out).state.exists()):
+    options = plan.options
+    goes_on = options.resume and RunFolder(options.out).state.exists()
+    if options.trained == "lora" and plan.start:
+        start_lora(model, plan.start, options.rank, str(Path(str(options.init)).resolve()))
+    # What is not trained is not in the state, either.
+    elif plan.start and not (goes_on and options.trained == "all"):
         found = take_over(model, plan.start)
-        if is_main_process():
+        if is_main_process() and not goes_on:
             print(f"started with {found}")
-    if plan.attention_only:
+    if options.trained == "attention":
         freeze_all_but_attention(model)
     return model
+
+
+class Alternating:
+    """Training samples and as many others, in turn; the others go on from epoch to epoch.
+
+    With a loss that is a mean over both it is DreamBooth's with a prior weight of 1 (arXiv
+    2208.12242, eq. 2).
+    """
+
+    def __init__(self, samples: TrainingSamples, others: TrainingSamples) -> None:
+        self.samples, self.others = samples, others
+
+    def __len__(self) -> int:
+        return 2 * len(self.samples)
+
+    def __getitem__(self, key: Key) -> dict[str, Any]:
+        epoch, index = key
+        if index % 2 == 0:
+            return self.samples[epoch, index // 2]
+        return self.others[divmod(epoch * len(self.samples) + index // 2, len(self.others))]
+
+    def name(self, index: int) -> str:
+        if index % 2 == 0:
+            return self.samples.name(index // 2)
+        return self.others.name(index // 2 % len(self.others))
 
 
 class NoisedSamples:
@@ -160,9 +236,13 @@ class NoisedSamples:
     numbers of processes see the same.
     """
 
-    def __init__(self, data: Data, plan: DiffusionPlan, model: DiffusionUNet) -> None:
+    def __init__(
+        self, data: Data, plan: DiffusionPlan, model: DiffusionUNet, prior: Data | None = None
+    ) -> None:
         self.seed = plan.fit.seed
-        self.samples = data.samples(self.seed)
+        self.samples: TrainingSamples | Alternating = data.samples(self.seed)
+        if prior is not None:
+            self.samples = Alternating(self.samples, prior.samples(self.seed))
         self.null, self.dropout = (model.config.classes or 0) - 1, plan.label_dropout
         self.tokenizer = model.text and model.text.tokenizer
 

@@ -140,15 +140,13 @@ class SpatialTransformer(nn.Module):
     same function, weights of another shape.
     """
 
-    def __init__(self, channels: int, config: UNetConfig) -> None:
+    def __init__(self, channels: int, config: UNetConfig, depth: int) -> None:
         super().__init__()
         # Always group normalisation with this epsilon, whatever the residual blocks have: as LDM.
         self.norm = GroupNorm(config.groups, channels, eps=1e-6)
         self.linear = config.linear_projections
         self.proj_in = _projection(channels, linear=self.linear)
-        self.blocks = nn.ModuleList(
-            TransformerBlock(channels, config) for _ in range(config.transformer_depth)
-        )
+        self.blocks = nn.ModuleList(TransformerBlock(channels, config) for _ in range(depth))
         self.proj_out = _projection(channels, linear=self.linear)
         if config.zero_init:
             zero_init(self.proj_out)

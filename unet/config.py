@@ -61,6 +61,8 @@ class UNetConfig:
     time_freq_shift: int = 1  # frequencies exp(-ln 10000 i / (half - shift)): DDPM 1, SD 0
     scale_shift: bool = False  # the embedding scales and shifts the second norm (FiLM), or is added
     classes: int = 0  # > 0: a class embedding of that many rows, added to the time embedding
+    vector_channels: int = 0  # > 0: a vector of that width is embedded and added, too (SDXL)
+    vector_waves: int = 256  # SDXL: it ends with sizes, each as sinusoids of that many channels
 
     attention: AttentionKind = "self"  # single self-attention, or a SpatialTransformer
     attention_levels: tuple[int, ...] = ()  # levels whose blocks are each followed by attention
@@ -68,7 +70,8 @@ class UNetConfig:
     heads: int | None = None  # attention heads, whatever the width ...
     head_channels: int | None = None  # ... or channels a head; neither: one head
     context_channels: int | None = None  # width of cross-attention tokens; None: no cross-attention
-    transformer_depth: int = 1  # transformer blocks in a SpatialTransformer
+    # Transformer blocks in a SpatialTransformer, or at each level (the middle: as the coarsest).
+    transformer_depth: int | tuple[int, ...] = 1
     linear_projections: bool = False  # around the transformer: linear (SD v2) or 1x1 conv (SD v1)
 
     def __post_init__(self) -> None:
@@ -101,8 +104,14 @@ class UNetConfig:
 
     @property
     def embedding_channels(self) -> int:
-        """Width of the time and class embedding; 0 without one."""
-        return 4 * self.channels if self.time or self.classes else 0
+        """Width of the embedding of time, class and vector; 0 without one."""
+        return 4 * self.channels if self.time or self.classes or self.vector_channels else 0
+
+    @property
+    def transformer_depths(self) -> tuple[int, ...]:
+        """Transformer blocks in a SpatialTransformer of each level, finest first."""
+        depth = self.transformer_depth
+        return depth if isinstance(depth, tuple) else (depth,) * self.levels
 
     def to_dict(self) -> dict[str, Any]:
         """A dictionary of JSON values; `from_dict` is its inverse."""
@@ -128,18 +137,27 @@ class UNetConfig:
             if not _has_type(value, kind):
                 choices = f": choose from {get_args(kind)}" if get_origin(kind) is Literal else ""
                 raise InputError(f"{name}={value!r} is not a valid value{choices or f' ({kind})'}")
-        for name in ("in_channels", "channels", "blocks", "patch", "groups", "transformer_depth"):
+        for name in ("in_channels", "channels", "blocks", "patch", "groups", "vector_waves"):
             if not 1 <= getattr(self, name) <= MOST_CHANNELS:
                 raise InputError(f"{name}={getattr(self, name)} must be from 1 to {MOST_CHANNELS}")
         for name in ("heads", "head_channels", "context_channels"):
             value = getattr(self, name)
             if value is not None and not 1 <= value <= MOST_CHANNELS:
                 raise InputError(f"{name}={value} must be from 1 to {MOST_CHANNELS}, or None")
-        if not 0 <= self.classes <= MOST_CHANNELS:
-            raise InputError(f"classes={self.classes} must be from 0 (none) to {MOST_CHANNELS}")
+        for name in ("classes", "vector_channels"):
+            if not 0 <= getattr(self, name) <= MOST_CHANNELS:
+                raise InputError(
+                    f"{name}={getattr(self, name)} must be from 0 (none) to {MOST_CHANNELS}"
+                )
         if not self.multipliers or min(self.multipliers) < 1:
             raise InputError(
                 f"multipliers={self.multipliers} must be one or more numbers from 1 up"
+            )
+        depths = self.transformer_depths
+        if len(depths) != self.levels or not 1 <= min(depths) <= max(depths) <= MOST_BLOCKS:
+            raise InputError(
+                f"transformer_depth={self.transformer_depth} must be from 1 to {MOST_BLOCKS}, or "
+                f"such a number for each of the {self.levels} levels"
             )
         self._check_size()
         if self.time_freq_shift not in (0, 1):
@@ -158,7 +176,7 @@ class UNetConfig:
                 f"{self.in_channels} and patch={self.patch} make {widest} channels, more than "
                 f"{MOST_CHANNELS}: choose smaller numbers"
             )
-        blocks = self.levels * self.blocks * self.transformer_depth
+        blocks = self.blocks * sum(self.transformer_depths)
         if blocks > MOST_BLOCKS:
             raise InputError(
                 f"{self.levels} levels, blocks={self.blocks} and transformer_depth="
@@ -176,8 +194,9 @@ class UNetConfig:
             )
         if self.embedding_channels and self.block != "res":
             raise InputError(
-                "time and class embeddings go into residual blocks: use block='res' with "
-                f"time={self.time}, classes={self.classes}"
+                "the embeddings of time, class and vector go into residual blocks: use block='res' "
+                f"with time={self.time}, classes={self.classes}, "
+                f"vector_channels={self.vector_channels}"
             )
         if self.scale_shift and not self.embedding_channels:
             raise InputError("scale_shift=True needs an embedding: set time=True or classes")

@@ -19,7 +19,7 @@ _MANY_ROWS, _MUCH_WORK = 512, 2**24  # rows, multiplications: from where a convo
 class Conditioning(NamedTuple):
     """What a step may look at beside its input; each entry is None where a config lacks it."""
 
-    emb: Tensor | None = None  # (B, E) embedding of time and class, already activated
+    emb: Tensor | None = None  # (B, E) embedding of time, class and vector, already activated
     context: Tensor | None = None  # (B, L, D) tokens for cross-attention
     mask: Tensor | None = None  # (B, L) bool, True where a token counts
     size: tuple[int, int] | None = None  # decoder only: (H, W) of the map joined next, or the end's
@@ -274,6 +274,19 @@ def join_cropped(x: Tensor, skip: Tensor) -> Tensor:
     h, w = x.shape[-2:]
     top, left = (skip.shape[-2] - h) // 2, (skip.shape[-1] - w) // 2
     return torch.cat([skip[..., top : top + h, left : left + w], x], dim=1)
+
+
+class VectorEmbedding(nn.Module):
+    """A two-layer MLP of a vector that the whole image depends on (SDXL, arXiv 2307.01952)."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.linear1 = Linear(config.vector_channels, config.embedding_channels)
+        self.act = make_activation(config)
+        self.linear2 = Linear(config.embedding_channels, config.embedding_channels)
+
+    def forward(self, vector: Tensor) -> Tensor:
+        return self.linear2(self.act(self.linear1(vector)))
 
 
 class TimeEmbedding(nn.Module):

@@ -24,6 +24,7 @@ from unet.layers import (
     Stem,
     TimeEmbedding,
     Upsample,
+    VectorEmbedding,
     join_behind,
     join_cropped,
     join_padded,
@@ -71,6 +72,7 @@ class UNet(nn.Module):
         width = config.embedding_channels
         self.time_embedding = TimeEmbedding(config) if config.time else None
         self.class_embedding = nn.Embedding(config.classes, width) if config.classes else None
+        self.vector_embedding = VectorEmbedding(config) if config.vector_channels else None
         self.act = make_activation(config)
         encoder, self.middle, decoder = _plan(config)
         self.encoder, self.decoder = nn.ModuleList(encoder), nn.ModuleList(decoder)
@@ -85,6 +87,7 @@ class UNet(nn.Module):
         *,
         mask: Tensor | None = None,
         classes: Tensor | None = None,
+        vector: Tensor | None = None,
         maps: list[Tensor] | None = None,
     ) -> Tensor:
         """Features of an image, (B, config.out_channels, H / patch, W / patch) with same padding.
@@ -95,15 +98,16 @@ class UNet(nn.Module):
             context: (B, L, context_channels) tokens, where the config has cross-attention.
             mask: (B, L) bool, True where a token of the context counts; None: all of them.
             classes: (B,) class indices, where the config has classes.
+            vector: (B, vector_channels), where the config has that.
             maps: a list that gets the middle's map and the last one of each decoder level, of which
                 the last are the features.
 
         Raises:
             InputError: an argument that does not fit the config.
         """
-        self._check(x, t, context, mask, classes)
+        self._check(x, t, context, mask, classes, vector)
         finest = [-(-n // self.config.patch) for n in x.shape[-2:]]
-        cond = Conditioning(self._embed(t, classes), context, mask)
+        cond = Conditioning(self._embed(t, classes, vector), context, mask)
         kept: list[Tensor] = []
         for step in self.encoder:
             x = self._run(step, x, cond)
@@ -121,13 +125,17 @@ class UNet(nn.Module):
                 maps.append(x)
         return x
 
-    def _embed(self, t: Tensor | None, classes: Tensor | None) -> Tensor | None:
+    def _embed(
+        self, t: Tensor | None, classes: Tensor | None, vector: Tensor | None
+    ) -> Tensor | None:
         """The activated sum of the embeddings, (B, 4 * channels): once here, not in every block."""
         terms = []
         if self.time_embedding is not None:
             terms.append(self.time_embedding(t))
         if self.class_embedding is not None:
             terms.append(self.class_embedding(classes))
+        if self.vector_embedding is not None:
+            terms.append(self.vector_embedding(vector))
         return self.act(sum(terms)) if terms else None
 
     def _run(self, step: nn.Module, x: Tensor, cond: Conditioning) -> Tensor:
@@ -145,6 +153,7 @@ class UNet(nn.Module):
         context: Tensor | None,
         mask: Tensor | None,
         classes: Tensor | None,
+        vector: Tensor | None,
     ) -> None:
         config = self.config
         if x.ndim != 4 or x.shape[1] != config.in_channels or 0 in x.shape[2:]:
@@ -161,6 +170,7 @@ class UNet(nn.Module):
             ("timestep t", t, config.time, "time=True"),
             ("context", context, cross, "context_channels and attention='transformer'"),
             ("class vector", classes, config.classes > 0, "classes=N"),
+            ("vector", vector, config.vector_channels > 0, "vector_channels=N"),
         ):
             if wanted and value is None:
                 raise InputError(f"this network needs a {name}: pass it to forward")
@@ -173,6 +183,11 @@ class UNet(nn.Module):
                     f"{name} has shape {tuple(value.shape)}, but a batch of {batch} needs "
                     f"({batch},): one value an image"
                 )
+        if vector is not None and vector.shape != (batch, config.vector_channels):
+            raise InputError(
+                f"the vector has shape {tuple(vector.shape)}, but this network and a batch of "
+                f"{batch} need ({batch}, {config.vector_channels})"
+            )
         width = config.context_channels
         if context is not None and (
             context.ndim != 3 or context.shape[0] != batch or context.shape[2] != width
@@ -277,14 +292,14 @@ def _block(
     else:
         parts["block"] = ResBlock(in_channels, out_channels, config, dropout)
     if level in config.attention_levels:
-        parts["attention"] = _attention(out_channels, config)
+        parts["attention"] = _attention(out_channels, config, level)
     return parts
 
 
-def _attention(channels: int, config: UNetConfig) -> nn.Module:
+def _attention(channels: int, config: UNetConfig, level: int) -> nn.Module:
     if config.attention == "self":
         return SelfAttention(channels, config)
-    return SpatialTransformer(channels, config)
+    return SpatialTransformer(channels, config, config.transformer_depths[level])
 
 
 def _middle(channels: int, config: UNetConfig) -> Step:
@@ -297,7 +312,7 @@ def _middle(channels: int, config: UNetConfig) -> Step:
         block = _block(channels, width, config, level=-1, at_bottom=True)
         parts[f"block{i + 1}"] = block["block"]
         if attends and (i == 0 or not by_block):
-            parts[f"attention{i + 1}"] = _attention(width, config)
+            parts[f"attention{i + 1}"] = _attention(width, config, bottom)
         channels = width
     return Step(parts)
 

@@ -190,4 +190,20 @@ PRESETS: dict[str, Preset] = {
         size=64,
         source="Stable Diffusion 2.0 and 2.1 (OpenCLIP context, linear projections)",
     ),
+    "sdxl": Preset(
+        config=replace(
+            _SD_V1,
+            multipliers=(1, 2, 4),
+            attention_levels=(1, 2),
+            heads=None,
+            head_channels=64,
+            context_channels=2048,
+            transformer_depth=(1, 2, 10),  # the first is of a level without attention
+            linear_projections=True,
+            vector_channels=1280 + 6 * 256,  # the pooled text, and six numbers of sizes and crops
+        ),
+        out_channels=4,
+        size=128,
+        source="Podell et al. 2023, arXiv 2307.01952; Stable Diffusion XL base",
+    ),
 }

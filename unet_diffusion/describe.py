@@ -79,6 +79,8 @@ def describe(name: str, size: int | None) -> dict[str, Any]:
             inputs["context"] = torch.empty(1, 77, config.context_channels)  # as many as CLIP gives
         if config.classes:
             inputs["classes"] = torch.empty(1, dtype=torch.long)
+        if config.vector_channels:
+            inputs["vector"] = torch.empty(1, config.vector_channels)
 
     shapes: dict[str, list[int]] = {}  # in the order of execution
     for path, module in model.named_modules():
@@ -104,23 +106,33 @@ def describe(name: str, size: int | None) -> dict[str, Any]:
 def build(name: str) -> tuple[FolderModel, dict[str, Any]]:
     """A preset's or a folder's model without memory for its weights, and what is known of it."""
     import torch
+    from safetensors.torch import load_file
 
+    from diffusion.initial import described_lora, is_lora
+    from diffusion.stable.lora import LORA
     from unet_diffusion.starting import KINDS, read_model
 
+    lora: dict[str, Any] = {}
     if preset := PRESETS.get(name):
         kind = KINDS["diffusion" if preset.config.time else "segmentation"]
         with torch.device("meta"):
             model = kind(preset.config, preset.out_channels).eval()
     elif not Path(name).exists():
         raise InputError(f"'{name}' is neither a preset ({', '.join(PRESETS)}) nor a model folder")
+    elif is_lora(name):
+        model, lora = described_lora(name)
+        state = load_file(Path(name, LORA))
+        sizes = {"layers": len(state) // 2, "parameters": sum(v.numel() for v in state.values())}
     else:
         model = read_model(Path(name))
     facts: dict[str, Any] = {"name": name, "task": model.task}
     facts["source"] = preset.source if preset else "model folder"
+    if lora:
+        facts |= {"source": "LoRA folder", "lora": lora | sizes}
     facts["parameters"] = sum(p.numel() for p in model.parameters())
     weights = [v for v in model.state_dict().values() if v.is_floating_point()]
     facts["bytes_as_float32"] = sum(4 * v.numel() for v in weights)
-    facts["bytes_as_stored"] = None if preset else sum(v.nbytes for v in weights)
+    facts["bytes_as_stored"] = None if preset or lora else sum(v.nbytes for v in weights)
     facts["types"] = sorted({str(v.dtype).removeprefix("torch.") for v in weights})
     return model.to("meta").float(), facts
 
@@ -136,6 +148,11 @@ def table(facts: dict[str, Any]) -> str:
     lines += ["", f"memory of the weights: {facts['bytes_as_float32'] / 1e6:,.2f} MB as float32"]
     if stored := facts["bytes_as_stored"]:
         lines += [f"as stored in the folder: {stored / 1e6:,.2f} MB ({', '.join(facts['types'])})"]
+    if lora := facts.get("lora"):
+        lines += [
+            f"LoRA of rank {lora['rank']}: {lora['parameters']:,} numbers beside {lora['layers']} "
+            f"layers of {lora['base']}"
+        ]
     for task, how in facts.get("starts", {}).items():
         lines += [f"can start a {task + ':':14} {how}"]
     return "\n".join(lines)

@@ -38,6 +38,13 @@ class SampleOptions(SamplingOptions):
     out: Path
     """Folder to make: grid.png, and images/ with one PNG an image."""
 
+    lora: tuple[str, ...] = ()
+    """LoRA files, or the model folders of LoRA runs, to change the model by: FILE, or FILE:0.5 for
+    half of it."""
+
+    merged: Path | None = None
+    """With --lora: model folder to write, of the model with what changes it in its weights."""
+
     count: int = 64
     """Number of images; with --condition as many are made as these are."""
 
@@ -92,6 +99,8 @@ class SampleOptions(SamplingOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.merged and not self.lora:
+            raise InputError(f"--merged {self.merged} has nothing to merge: give --lora")
         if self.count < 1:
             raise InputError(f"--count {self.count} must be at least 1")
         if self.condition is None and self.each != 1:
@@ -141,12 +150,14 @@ def main(options: SampleOptions) -> None:
 
     processes = Processes.started(options.device)
     folder = SampleFolder(options.out, overwrite=options.overwrite)
-    model = load_for_sampling(options.model, options.device)
+    model = load_for_sampling(options.model, options.device, options.lora)
     if model.masks and (options.init or options.inpaint or options.interpolate):
         raise InputError(
             "--init, --inpaint and --interpolate are for models of images, and this one makes "
             "masks: leave them out"
         )
+    if options.merged and options.merged.exists() and not options.overwrite:
+        raise InputError(f"--merged {options.merged} is there already: give --overwrite")
     sampler = ImageSampler(model, options)
     names = None
     if options.condition is not None:
@@ -162,6 +173,9 @@ def main(options: SampleOptions) -> None:
     processes.wait()
     if processes.main:
         write_pictures(options, sampler, wanted, folder)
+        if options.merged:
+            model.save_pretrained(options.merged)
+            print(f"model with its LoRA: {options.merged}")
         if model.condition is None:  # which eval-ddpm judges
             say_next("eval-ddpm", "--model", options.model, "--data", trained_on(options.model))
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffusion.data.pixels import WHOLE, ValueRange, known_ranges
-from diffusion.initial import find_start, their_unet
+from diffusion.initial import find_start, is_lora, their_unet
 from diffusion.model import DiffusionUNet
 from diffusion.process.prediction import PREDICTIONS, Prediction, get_prediction
 from diffusion.process.schedule import NoiseSchedule
@@ -61,7 +61,7 @@ def segmentation_start(path: str | None, timestep: float = TIMESTEP) -> Start | 
     if path is None:
         return None
     unet = their_unet(path)
-    start = find_start(path) if unet else read_start(path)
+    start = find_start(path) if unet or is_lora(path) else read_start(path)
     if not start.config.time:
         return start
     if unet:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from diffusion.options import DiffusionOptions
 from unet.training.cli import run_script, say_next
@@ -13,8 +14,13 @@ def main(options: DiffusionOptions) -> None:
 
     train(options)
     pipeline = options.out / "pipeline"
-    if pipeline.is_dir():  # which diffusers reads, and whose prompts are those of Stable Diffusion
-        prompt = ("--prompt", "what it shall show")
+    prompt = ("--prompt", "what it shall show")
+    if options.trained == "lora" and Path(str(options.init), "model_index.json").is_file():
+        lora = ("--lora", options.out / "model")
+        say_next("txt2img", "--model", options.init, *lora, *prompt, "--out", "pictures")
+    elif (
+        pipeline.is_dir()
+    ):  # which diffusers reads, and whose prompts are those of Stable Diffusion
         say_next("txt2img", "--model", pipeline, *prompt, "--out", "pictures")
     elif options.target == "mask":
         images = ("--samples", "16", "--input", "new_images")

@@ -29,7 +29,15 @@ class Txt2ImgOptions:
     """Folder to make: grid.png, and images/ with one PNG a picture, which says how it was made."""
 
     model: str | None = None
-    """Diffusers pipeline folder: unet/, vae/, text_encoder/, tokenizer/, scheduler/."""
+    """Diffusers pipeline folder of Stable Diffusion 1, 2 or XL: unet/, vae/, text_encoder/,
+    tokenizer/, scheduler/."""
+
+    lora: tuple[str, ...] | None = None
+    """LoRA files, or the model folders of LoRA runs, to change the model by: FILE, or FILE:0.5 for
+    half of it."""
+
+    merged: Path | None = None
+    """With --lora: pipeline folder to write, of the model with what changes it in its weights."""
 
     prompt: str | None = None
     """What the pictures shall show."""
@@ -51,6 +59,13 @@ class Txt2ImgOptions:
 
     size: str | None = None
     """WIDTHxHEIGHT in pixels, such as 512x768; none given: what the model was trained for."""
+
+    original_size: str | None = None
+    """XL: WIDTHxHEIGHT of the image that the picture shall look as if cut from; none given: its
+    own."""
+
+    crop: str | None = None
+    """XL: LEFTxTOP of that cut in pixels; none given: 0x0."""
 
     count: int | None = None
     """Number of pictures; none given: 4, and 1 with --from-png."""
@@ -100,6 +115,10 @@ class Txt2ImgOptions:
 def main(options: Txt2ImgOptions) -> None:
     given = {f.name: getattr(options, f.name) for f in dataclasses.fields(Recipe)}
     recipe = merged(given, options.from_png)
+    if options.merged and not recipe.lora:
+        raise InputError(f"--merged {options.merged} has nothing to merge: give --lora")
+    if options.merged and options.merged.exists() and not options.overwrite:
+        raise InputError(f"--merged {options.merged} is there already: give --overwrite")
     count = options.count or (1 if options.from_png else 4)
     last = dataclasses.replace(recipe, seed=recipe.seed + count - 1).seed  # checks it
 
@@ -114,7 +133,11 @@ def main(options: Txt2ImgOptions) -> None:
     folder = SampleFolder(options.out, overwrite=options.overwrite)
     device = pick_device(options.device)
     model = StableDiffusion.from_pretrained(
-        recipe.model, recipe.checkpoint, device=device, dtype=chosen_dtype(recipe, device)
+        recipe.model,
+        recipe.checkpoint,
+        loras=recipe.lora or (),
+        device=device,
+        dtype=chosen_dtype(recipe, device),
     )
     if options.low_memory:
         model.save_memory()
@@ -148,6 +171,11 @@ def main(options: Txt2ImgOptions) -> None:
                 write_picture(file, pixels, dataclasses.replace(recipe, seed=seed))
     processes.wait()
     if processes.main:
+        if options.merged:
+            from diffusion.stable.export import write_merged
+
+            write_merged(options.merged, Path(recipe.model), recipe.checkpoint, recipe.lora or ())
+            print(f"pipeline with its LoRA: {options.merged}")
         print(f"pictures: {folder.write_grid(range(count))}")
         say_next(
             "txt2img", "--from-png", folder.file(0), "--steps", 2 * recipe.steps, "--out", "again"

@@ -116,6 +116,14 @@ class ClipText:
     def encode(self, texts: Sequence[str]) -> TextContext:
         return self(self.tokenize(texts).to(self.model.device))
 
+    @torch.no_grad()
+    def encode_below(self, texts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+        """What the last layer but one makes of texts (B, L, C), as Stable Diffusion XL has it, and
+        of a model with a projection each text as one vector (B, P)."""
+        tokens = self.tokenize(texts).to(self.model.device)
+        found = self.model(tokens, output_hidden_states=True)
+        return found.hidden_states[-2], getattr(found, "text_embeds", None)
+
     def words(self, text: str) -> list[str]:
         ids = self.tokenizer.whole(text, max_length=self.longest, truncation=True).input_ids
         return ["(begin)", *(self.tokenizer.whole.decode([i]) for i in ids[1:-1]), "(end)"]

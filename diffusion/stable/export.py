@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ from safetensors.torch import save_file
 from diffusion.model import DiffusionUNet
 from diffusion.process.schedule import NoiseSchedule
 from diffusion.stable.autoencoder import Autoencoder
+from diffusion.stable.folder import STEM, read_unet_config
+from diffusion.stable.pipeline import StableDiffusion
 from diffusion.stable.schedule import PipelineSchedule
 from unet.errors import InputError
 from unet.files.writing import write_text
@@ -106,22 +110,58 @@ def write_pipeline(
     Raises:
         InputError: see `obstacle`.
     """
+    with _anew(folder) as new:
+        _write_json(new / "unet" / "config.json", unet_config(model, autoencoder))
+        _write_unet(new / "unet", model)
+        _write_json(new / "scheduler" / "scheduler_config.json", scheduler_config(model))
+        shutil.copytree(autoencoder.folder, new / "vae")
+        for name in ("text_encoder", "tokenizer"):
+            shutil.copytree(text / name, new / name)
+        _write_json(new / "model_index.json", _INDEX)
+
+
+def write_merged(folder: Path, source: Path, checkpoint: str | None, loras: Sequence[str]) -> None:
+    """Writes a pipeline with LoRA files merged into its weights, in float32, in place of an
+    earlier one.
+
+    Args:
+        source, checkpoint, loras: see `StableDiffusion.from_pretrained`.
+    """
+    model = StableDiffusion.from_pretrained(source, checkpoint, loras=loras)
+    texts = {"text_encoder": model.text, "text_encoder_2": model.second}
+
+    def left_out(where: str, names: list[str]) -> list[str]:
+        parts = Path(where).name in ("unet", *texts)
+        return [n for n in names if parts and n.endswith((".safetensors", ".bin", ".index.json"))]
+
+    with _anew(folder) as new:
+        shutil.copytree(source, new, ignore=left_out)
+        file = new / "unet" / "config.json"
+        if not file.is_file() or read_unet_config(file.parent)[0] != model.unet.config:
+            values = config_to_diffusers(model.unet.config, model.unet.out_channels)
+            _write_json(file, values | {"sample_size": [n // model.factor for n in model.size]})
+        _write_unet(new / "unet", model.unet)
+        for name, text in texts.items():
+            if text is not None:
+                text.model.save_pretrained(new / name)
+
+
+@contextmanager
+def _anew(folder: Path) -> Iterator[Path]:
+    """A folder to be written, which takes the place of an earlier one once it is whole."""
     new = folder.with_name(f".{folder.name}.tmp")
     if new.exists():  # of a kill
         shutil.rmtree(new)
-    _write_json(new / "unet" / "config.json", unet_config(model, autoencoder))
-    state = {k: v.detach().cpu() for k, v in model.state_dict().items()}
-    state = {k: v.contiguous() for k, v in to_layout(state, model.config, "diffusers").items()}
-    file = new / "unet" / "diffusion_pytorch_model.safetensors"
-    save_file(state, file, metadata={"format": "pt"})
-    _write_json(new / "scheduler" / "scheduler_config.json", scheduler_config(model))
-    shutil.copytree(autoencoder.folder, new / "vae")
-    for name in ("text_encoder", "tokenizer"):
-        shutil.copytree(text / name, new / name)
-    _write_json(new / "model_index.json", _INDEX)
+    yield new
     if folder.exists():
         shutil.rmtree(folder)
     new.rename(folder)
+
+
+def _write_unet(folder: Path, model: DiffusionUNet) -> None:
+    state = {k: v.detach().cpu() for k, v in model.state_dict().items()}
+    state = {k: v.contiguous() for k, v in to_layout(state, model.config, "diffusers").items()}
+    save_file(state, folder / f"{STEM}.safetensors", metadata={"format": "pt"})
 
 
 def _write_json(file: Path, values: dict[str, Any]) -> None:

@@ -16,11 +16,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from diffusion.model import DiffusionUNet
-from diffusion.stable.kinds import XL, check_keys, check_parts
+from diffusion.stable.kinds import check_keys, check_parts
 from diffusion.stable.parts import (
     TEXT_STEMS,
     Build,
     build_autoencoder,
+    build_projected_text_model,
     build_text_model,
     check_part,
     check_tokenizer,
@@ -44,13 +45,13 @@ CONFIGS = {
     "tokenizer": "",
     "scheduler": "scheduler_config.json",
 }
-_STEM = "diffusion_pytorch_model"  # of the names of weights that diffusers writes
+XL_CONFIGS = {"text_encoder_2": "config.json", "tokenizer_2": ""}  # which XL has beside them
+STEM = "diffusion_pytorch_model"  # of the names of weights that diffusers writes
 # Fields of a config that the shapes of the weights show.
 _SHOWN = (
     *("in_channels", "channels", "multipliers", "blocks", "attention_levels"),
-    *("context_channels", "transformer_depth", "linear_projections"),
+    *("context_channels", "transformer_depth", "linear_projections", "vector_channels"),
 )
-_XL_SIZES = (2816, 2560)  # numbers that XL, and its refiner, take beside the timestep
 
 
 def check_folder(folder: Path, *, with_unet: bool = True) -> None:
@@ -61,7 +62,7 @@ def check_folder(folder: Path, *, with_unet: bool = True) -> None:
             f"{', '.join(f'{part}/' for part in CONFIGS)}"
         )
     check_parts(folder)
-    for part, config in CONFIGS.items():
+    for part, config in (CONFIGS | (XL_CONFIGS if is_xl(folder) else {})).items():
         if part == "unet" and not with_unet:
             continue
         if not (folder / part).is_dir() or not (folder / part / config).exists():
@@ -70,6 +71,11 @@ def check_folder(folder: Path, *, with_unet: bool = True) -> None:
                 f"{folder} lacks {missing}: a pipeline folder holds "
                 f"{', '.join(f'{name}/' for name in CONFIGS)}"
             )
+
+
+def is_xl(folder: Path) -> bool:
+    """Whether a pipeline folder is of Stable Diffusion XL, which reads texts by two models."""
+    return any((folder / part).exists() for part in XL_CONFIGS)
 
 
 def read_schedule(folder: Path) -> PipelineSchedule:
@@ -92,11 +98,11 @@ def read_unet(where: Path) -> DiffusionUNet:
         InputError: a config that we cannot express, no weights, weights that do not fit it.
     """
     config, out_channels = read_unet_config(where)
-    found = weight_files(where, _STEM)
+    found = weight_files(where, STEM)
     if not found:
         raise InputError(
-            f"{where} lacks its weights: {_STEM}.safetensors or .bin, a variant of it such as "
-            f"{_STEM}.fp16.safetensors, or {_STEM}.safetensors.index.json and its shards"
+            f"{where} lacks its weights: {STEM}.safetensors or .bin, a variant of it such as "
+            f"{STEM}.fp16.safetensors, or {STEM}.safetensors.index.json and its shards"
         )
     file = found[0].file
     return _built(read_weights(file), config, out_channels, "diffusers", file)
@@ -140,7 +146,7 @@ def config_from_compvis(state: Mapping[str, Tensor]) -> tuple[UNetConfig, int]:
     weights under CompVis' names.
 
     The number of heads has no trace in the shapes: it is 8, or with linear projections one for 64
-    channels, as in Stable Diffusion 1 and 2.
+    channels, as in Stable Diffusion 1, and in 2 and XL.
 
     Raises:
         InputError: no such U-Net.
@@ -154,8 +160,10 @@ def config_from_compvis(state: Mapping[str, Tensor]) -> tuple[UNetConfig, int]:
         blocks = count // levels - 1
         firsts = [1 + i * (blocks + 1) for i in range(levels)]
         widths = [shapes[f"input_blocks.{n}.0.out_layers.3.weight"][0] for n in firsts]
-        if shapes.get("label_emb.0.0.weight", (0,))[-1] in _XL_SIZES:
-            raise InputError(f"the U-Net is {XL.what}: {XL.cure}")
+        at = [i for i, n in enumerate(firsts) if f"input_blocks.{n}.1.proj_in.weight" in shapes]
+        transformers = [f"input_blocks.{n}.1" for n in firsts[:-1]]
+        depths = tuple(_depth(shapes, name) for name in (*transformers, "middle_block.1"))
+        same = len({depths[i] for i in (*at, levels - 1)}) == 1
         middle = "middle_block.1.transformer_blocks"
         linear = len(shapes["middle_block.1.proj_in.weight"]) == 2
         config = replace(
@@ -164,31 +172,34 @@ def config_from_compvis(state: Mapping[str, Tensor]) -> tuple[UNetConfig, int]:
             channels=channels,
             multipliers=tuple(width // channels for width in widths),
             blocks=blocks,
-            attention_levels=tuple(
-                i for i, n in enumerate(firsts) if f"input_blocks.{n}.1.proj_in.weight" in shapes
-            ),
+            attention_levels=tuple(at),
             heads=None if linear else 8,
             head_channels=64 if linear else None,
             context_channels=shapes[f"{middle}.0.attn2.to_k.weight"][1],
-            transformer_depth=len({k.split(".")[3] for k in shapes if k.startswith(f"{middle}.")}),
+            transformer_depth=depths[-1] if same else depths,
             linear_projections=linear,
+            vector_channels=shapes.get("label_emb.0.0.weight", (0, 0))[1],
         )
         return config, shapes["out.2.bias"][0]
     except (KeyError, IndexError, ValueError) as error:
         raise InputError(
-            "the weights are not those of a Stable Diffusion U-Net of version 1 or 2, as their "
+            "the weights are not those of a Stable Diffusion U-Net of version 1, 2 or XL, as their "
             f"names and shapes show ({error})"
         ) from error
+
+
+def _depth(shapes: Mapping[str, Any], name: str) -> int:
+    """The transformer blocks in a SpatialTransformer, 1 where there is none."""
+    start = f"{name}.transformer_blocks."
+    blocks = {key[len(start) :].split(".")[0] for key in shapes if key.startswith(start)}
+    return max(1, len(blocks))
 
 
 def read_unet_config(where: Path) -> tuple[UNetConfig, int]:
     """The config and the output channels of a pipeline's `unet/`."""
     file = where / "config.json"
     try:
-        values = read_json(file)
-        if values.get("addition_embed_type") == "text_time":
-            raise InputError(f"the U-Net is {XL.what}: {XL.cure}")
-        return config_from_diffusers(values)
+        return config_from_diffusers(read_json(file))
     except InputError as error:
         raise InputError(f"{file}: {error}") from error
 
@@ -267,19 +278,29 @@ def read_autoencoder(where: Path) -> Any:
     except ImportError as error:
         raise _missing("diffusers") from error
     described = ("_class_name", "AutoencoderKL")
-    return _by_library(AutoencoderKL, build_autoencoder, where, described, _STEM)
+    return _by_library(AutoencoderKL, build_autoencoder, where, described, STEM)
 
 
-def read_text_model(folder: Path) -> tuple[Any, Any]:
-    """transformers' CLIPTextModel of `text_encoder/`, in float32, and its tokenizer."""
+def read_text_model(folder: Path, *, second: bool = False) -> tuple[Any, Any]:
+    """transformers' CLIPTextModel of `text_encoder/`, in float32, and its tokenizer.
+
+    Args:
+        second: of XL, the CLIPTextModelWithProjection of `text_encoder_2/` instead.
+    """
     try:
-        from transformers import CLIPTextModel, CLIPTokenizer
+        from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
     except ImportError as error:
         raise _missing("transformers") from error
-    where = folder / "text_encoder"
+    end = "_2" if second else ""
+    where = folder / f"text_encoder{end}"
     described = ("model_type", "clip_text_model")
-    model = _by_library(CLIPTextModel, build_text_model, where, described, *TEXT_STEMS)
-    where = folder / "tokenizer"
+    kind, build = (
+        (CLIPTextModelWithProjection, build_projected_text_model)
+        if second
+        else (CLIPTextModel, build_text_model)
+    )
+    model = _by_library(kind, build, where, described, *TEXT_STEMS)
+    where = folder / f"tokenizer{end}"
     check_tokenizer(where)
     try:
         return model, CLIPTokenizer.from_pretrained(where, local_files_only=True)

@@ -1,4 +1,4 @@
-"""Weights and folders of other kinds than Stable Diffusion 1 and 2, told by what is in them."""
+"""Weights and folders of other kinds than Stable Diffusion, told by what is in them."""
 
 from __future__ import annotations
 
@@ -17,23 +17,19 @@ class Kind(NamedTuple):
     cure: str
 
 
-XL = Kind("of Stable Diffusion XL", "only versions 1 and 2 are read, so give a model of these")
 _LORA = Kind(
     "a LoRA, which changes a model and is none",
-    "add it to its model with diffusers (load_lora_weights, fuse_lora, save_pretrained), and give "
-    "the folder that this writes",
+    "give the model that it was made for, and the LoRA with --lora",
 )
 _TRANSFORMER = Kind("of a diffusion transformer, not of a U-Net", "give a model with unet/")
 _KEYS = {
     r"^lora_(unet|te\d?)_|[._]lora[._](A|B|up|down|mid|embedding|magnitude)|\.(hada|lokr)_w": _LORA,
-    r"^conditioner\.embedders\.|(^|\.)add_embedding\.linear_1\.": XL,
 }
 _FILES = {
     "pytorch_lora_weights.safetensors": _LORA,
     "pytorch_lora_weights.bin": _LORA,
     "adapter_config.json": _LORA,
-    "transformer": _TRANSFORMER,  # before the next, as these have more text encoders too
-    "text_encoder_2": XL,
+    "transformer": _TRANSFORMER,
 }
 
 

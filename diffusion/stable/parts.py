@@ -85,6 +85,14 @@ def build_text_model(values: dict[str, Any]) -> nn.Module:
     return model
 
 
+def build_projected_text_model(values: dict[str, Any]) -> nn.Module:
+    """transformers' CLIPTextModelWithProjection of a config."""
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    model: nn.Module = CLIPTextModelWithProjection(CLIPTextConfig.from_dict(values))
+    return model
+
+
 def _checked_config(file: Path) -> dict[str, Any]:
     described = read_json(file)
     for name, harmless in _HARMLESS.items():

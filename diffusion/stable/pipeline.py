@@ -25,20 +25,24 @@ from diffusion.process.samplers import Step, sample
 from diffusion.stable.clip import ClipText
 from diffusion.stable.folder import (
     check_folder,
+    is_xl,
     read_autoencoder,
     read_checkpoint,
     read_schedule,
     read_text_model,
     read_unet,
 )
+from diffusion.stable.lora import merge_loras
 from diffusion.stable.recipe import LARGEST, PictureSettings
 from diffusion.stable.schedule import PipelineSchedule
 from unet.errors import InputError, RunError
 from unet.files.writing import read_json
+from unet.layers import sinusoids
 from unet.words import counted
 
 STRENGTH = 0.8  # of image to image, where none is asked for
 _LATENT_SIZE = 64  # of a U-Net whose config names none
+_SIZES = 6  # numbers that XL is told of a picture's size and cut
 
 
 class StableDiffusion:
@@ -52,6 +56,9 @@ class StableDiffusion:
         text_encoder, tokenizer: transformers' CLIPTextModel and CLIPTokenizer.
         schedule: noise and prediction.
         size: (height, width) in pixels that the model was trained for.
+        second: of Stable Diffusion XL (arXiv 2307.01952), its other text model, a
+            CLIPTextModelWithProjection, and tokenizer.
+        zeros: of XL, no negative prompt is zeros, not the text models' empty text.
 
     Raises:
         InputError: parts that do not fit each other.
@@ -65,9 +72,14 @@ class StableDiffusion:
         tokenizer: Any,
         schedule: PipelineSchedule,
         size: tuple[int, int] | None = None,
+        *,
+        second: tuple[Any, Any] | None = None,
+        zeros: bool = True,
     ) -> None:
         self.unet, self.autoencoder, self.schedule = unet, autoencoder, schedule
         self.text = ClipText(tokenizer, text_encoder)
+        self.second = ClipText(second[1], second[0]) if second else None
+        self.zeros = zeros
         config = autoencoder.config
         self.factor: int = 2 ** (len(config.block_out_channels) - 1)  # pixels a latent
         self.scale: float = config.scaling_factor
@@ -80,11 +92,26 @@ class StableDiffusion:
                 f"the U-Net takes {taken} channels and makes {made}, which does not fit the "
                 f"autoencoder's latents of {self.channels}"
             )
-        if unet.config.context_channels != self.text.channels:
+        channels = self.text.channels + (self.second.channels if self.second else 0)
+        if unet.config.context_channels != channels:
             raise InputError(
                 f"the U-Net reads text of {unet.config.context_channels} channels, but the text "
-                f"encoder makes {self.text.channels}: they are of different versions of Stable "
-                "Diffusion"
+                f"encoder makes {channels}: they are of different versions of Stable Diffusion"
+            )
+        vector = 0
+        if self.second:
+            pooled = self.second.model.config.projection_dim
+            vector = pooled + _SIZES * unet.config.vector_waves
+            if self.second.longest != self.text.longest:
+                raise InputError(
+                    f"one text encoder takes {self.text.longest} tokens and the other "
+                    f"{self.second.longest}: take both from one pipeline"
+                )
+        if unet.config.vector_channels != vector:
+            raise InputError(
+                f"the U-Net takes a vector of {unet.config.vector_channels} numbers beside the "
+                f"text, but the text encoders and the sizes make {vector}: they are of different "
+                "versions of Stable Diffusion (the refiner of XL is not run)"
             )
 
     @classmethod
@@ -93,16 +120,18 @@ class StableDiffusion:
         path: str | Path,
         checkpoint: str | Path | None = None,
         *,
+        loras: Sequence[str] = (),
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> StableDiffusion:
         """The model of a diffusers pipeline folder: unet/, vae/, text_encoder/, tokenizer/,
-        scheduler/.
+        scheduler/; of XL text_encoder_2/ and tokenizer_2/, too.
 
         Args:
             checkpoint: a single file (.safetensors or .ckpt) whose U-Net is used instead; the other
                 parts are those of the folder, even if the file has them.
-            dtype: of the U-Net and the text encoder.
+            loras: LoRA files, which are merged into the weights: see `merge_loras`.
+            dtype: of the U-Net and the text encoders.
 
         Raises:
             InputError: a part that is missing, unreadable, or cannot be expressed.
@@ -114,6 +143,9 @@ class StableDiffusion:
             read_checkpoint(Path(checkpoint), folder) if checkpoint else read_unet(folder / "unet")
         )
         text_encoder, tokenizer = read_text_model(folder)
+        second = read_text_model(folder, second=True) if is_xl(folder) else None
+        texts = {"text_encoder": text_encoder} | ({"text_encoder_2": second[0]} if second else {})
+        merge_loras(loras, unet, texts)
         autoencoder = read_autoencoder(folder / "vae")
         factor = 2 ** (len(autoencoder.config.block_out_channels) - 1)
         return cls(
@@ -123,6 +155,8 @@ class StableDiffusion:
             tokenizer,
             schedule,
             _trained_size(folder, factor),
+            second=(second[0].to(device, dtype), second[1]) if second else None,
+            zeros=_zeros(folder),
         )
 
     @property
@@ -159,8 +193,7 @@ class StableDiffusion:
         self._check(settings, image, mask)
         size = self.pixels(settings)
         times, end = self.timesteps(settings, image=image is not None, mask=mask is not None)
-        prompts = [settings.prompt, settings.negative]
-        context, null = (y[None] for y in self.encode_prompts(prompts)[0])
+        given, null = self._conditioning(settings, size)
 
         # The noise is drawn in the order of diffusers' pipelines.
         source = NoiseSource(seeds)
@@ -186,7 +219,7 @@ class StableDiffusion:
             x,
             times,
             settings.sampler,
-            conditioning={"context": context},
+            conditioning=given,
             end=end,
             constrain=put_back,
         )
@@ -232,6 +265,11 @@ class StableDiffusion:
         size = self.pixels(settings)
         if image is not None and image.shape != (1, 3, *size):
             raise InputError(f"the image is {tuple(image.shape)}, but must be {(1, 3, *size)}")
+        if not self.second and (settings.original_size or settings.crop):
+            raise InputError(
+                "original-size and crop are for Stable Diffusion XL, and this is none: leave them "
+                "out"
+            )
         if mask is not None and (image is None or mask.shape != (1, 1, *size)):
             raise InputError(f"a mask must be {(1, 1, *size)}, and come with an image")
         if self.inpaints and mask is None:
@@ -240,16 +278,18 @@ class StableDiffusion:
                 "--mask, or another model"
             )
 
-    def _denoiser(self, guidance: float, null: Tensor, hint: Tensor | None) -> DenoiserLike:
+    def _denoiser(
+        self, guidance: float, null: dict[str, Tensor], hint: Tensor | None
+    ) -> DenoiserLike:
         dtype = next(self.unet.parameters()).dtype
 
-        def predict(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        def predict(x: Tensor, t: Tensor, **given: Tensor) -> Tensor:
             if hint is not None:  # x holds the batch once, or twice for guidance
                 x = torch.cat([x, hint.repeat(len(x) // len(hint), 1, 1, 1)], dim=1)
-            return self.unet(x.to(dtype), t, context.to(dtype))
+            return self.unet(x.to(dtype), t, **{k: v.to(dtype) for k, v in given.items()})
 
         denoiser = Denoiser(predict, self.schedule.noise, self.schedule.prediction)
-        return Guided(denoiser, guidance, {"context": null})
+        return Guided(denoiser, guidance, null)
 
     def _put_back(
         self, known: Tensor | None, mask: Tensor, noise: Tensor, end: float
@@ -265,8 +305,38 @@ class StableDiffusion:
     # ------------------------------------------------------------------------------------------
     # Text and images
 
+    def _conditioning(
+        self, settings: PictureSettings, size: tuple[int, int]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What the U-Net is given for the prompt and for the negative prompt, in rows of one."""
+        prompts = [settings.prompt, settings.negative]
+        if self.second is None:
+            context = self.encode_prompts(prompts)[0]
+            return {"context": context[:1]}, {"context": context[1:]}
+        (first, _), (second, pooled) = (t.encode_below(prompts) for t in (self.text, self.second))
+        assert pooled is not None
+        context = torch.cat([first, second], dim=2)
+        if self.zeros and not settings.negative:
+            context[1], pooled[1] = 0, 0
+        height, width, top, left = settings.cut_from
+        numbers = torch.tensor([height or size[0], width or size[1], top, left, *size])
+        config = self.unet.config
+        waves = sinusoids(
+            numbers,
+            config.vector_waves,
+            cos_first=config.time_cos_first,
+            freq_shift=config.time_freq_shift,
+        )
+        sizes = waves.flatten().to(pooled).expand(2, -1)
+        vector = torch.cat([pooled, sizes], dim=1)
+        return (
+            {"context": context[:1], "vector": vector[:1]},
+            {"context": context[1:], "vector": vector[1:]},
+        )
+
     def encode_prompts(self, prompts: Sequence[str]) -> tuple[Tensor, list[str]]:
-        """(B, L, C) of texts, and of each what was cut off since the model takes no more."""
+        """(B, L, C) of texts by the first text model, and of each what was cut off since it takes
+        no more."""
         return self.text.encode(prompts).context, [self.text.cut(text) for text in prompts]
 
     def cut_prompts(self, settings: PictureSettings) -> dict[str, str]:
@@ -303,6 +373,13 @@ class StableDiffusion:
 def strength_of(settings: PictureSettings, *, mask: bool) -> float:
     """The share of a run from an image that is taken."""
     return settings.strength or (1.0 if mask else STRENGTH)
+
+
+def _zeros(folder: Path) -> bool:
+    """Whether no negative prompt is zeros, as the index of a pipeline of XL says."""
+    file = folder / "model_index.json"
+    found = read_json(file).get("force_zeros_for_empty_prompt", True) if file.is_file() else True
+    return bool(found)
 
 
 def _trained_size(folder: Path, factor: int) -> tuple[int, int] | None:

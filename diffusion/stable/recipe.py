@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +24,7 @@ CHUNK = "txt2img"  # keyword of the PNG's text chunk
 _MOST_SEEDS = 2**32  # that differ, see NoiseSource
 LARGEST = 2**14  # pixels a side
 _BELONGING = {
-    "model": {"checkpoint"},
+    "model": {"checkpoint", "lora"},
     "init": {"inpaint", "mask", "strength"},
     "inpaint": {"init", "strength"},
 }
@@ -45,6 +45,8 @@ class PictureSettings:
     guidance: float = 7.5  # scale of classifier-free guidance; 1: none
     seed: int = 0  # of the first picture; that of the next is one higher
     size: str | None = None  # WIDTHxHEIGHT in pixels; None: what the model was trained for
+    original_size: str | None = None  # XL: WIDTHxHEIGHT it shall look cut from; None: its size
+    crop: str | None = None  # XL: LEFTxTOP of the cut; None: 0x0
     strength: float | None = None  # share of a run from an image; None: 0.8, in a mask 1
 
     def __post_init__(self) -> None:
@@ -67,13 +69,27 @@ class PictureSettings:
                 f"{LARGEST} a side"
             )
 
+        if self.original_size is not None and _numbers(self.original_size, 1) is None:
+            raise InputError(
+                f"original-size {self.original_size!r} must be WIDTHxHEIGHT in pixels, such as "
+                f"1024x1024, of at most {LARGEST} a side"
+            )
+        if self.crop is not None and _numbers(self.crop, 0) is None:
+            raise InputError(f"crop {self.crop!r} must be LEFTxTOP in pixels, such as 0x256")
+
+    @property
+    def cut_from(self) -> tuple[int, int, int, int]:
+        """Height and width of the image that the picture shall look cut from, and top and left of
+        the cut (SDXL, arXiv 2307.01952, sec. 2.2); height and width are 0 where none are given."""
+        width, height = _numbers(self.original_size or "", 1) or (0, 0)
+        left, top = _numbers(self.crop or "", 0) or (0, 0)
+        return height, width, top, left
+
     @property
     def pixels(self) -> tuple[int, int] | None:
         """(height, width), where a size is given."""
-        found = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", self.size or "", re.ASCII)
-        if found is None or max(int(found[1]), int(found[2])) > LARGEST:
-            return None
-        return int(found[2]), int(found[1])
+        found = _numbers(self.size or "", 1)
+        return None if found is None else (found[1], found[0])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +98,7 @@ class Recipe(PictureSettings):
 
     model: str  # pipeline folder
     checkpoint: str | None = None  # single-file checkpoint of the U-Net
+    lora: tuple[str, ...] | None = None  # LoRA files, each perhaps with :WEIGHT
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     init: str | None = None  # image file to start from
     inpaint: str | None = None  # image file of which a part is made anew
@@ -145,6 +162,7 @@ def merged(given: Mapping[str, Any], png: Path | None = None) -> Recipe:
     Another model or image to start from leaves out what belongs to that of the PNG.
     """
     values = read_recipe(png) if png else {}
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     given = {name: value for name, value in given.items() if value is not None}
     for name, belonging in _BELONGING.items():
         if name in given:
@@ -158,7 +176,16 @@ def merged(given: Mapping[str, Any], png: Path | None = None) -> Recipe:
     return Recipe(**values)
 
 
+def _numbers(text: str, least: int) -> tuple[int, int] | None:
+    """The two numbers of 640x480; None: it is something else, or one is out of range."""
+    found = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text, re.ASCII)
+    numbers = (int(found[1]), int(found[2])) if found else (-1, -1)
+    return numbers if least <= min(numbers) and max(numbers) <= LARGEST else None
+
+
 def _fits(value: Any, kind: Any) -> bool:
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(isinstance(item, str) for item in value)
     if choices := get_args(kind):
         return any(value == c if isinstance(c, str) else _fits(value, c) for c in choices)
     return type(value) in ((int, float) if kind is float else (kind,))

@@ -57,6 +57,8 @@ def arguments(config: UNetConfig, batch: int, height: int, width: int) -> dict[s
         given["context"] = torch.randn(batch, 5, config.context_channels)
     if config.classes:
         given["classes"] = torch.randint(0, config.classes, (batch,))
+    if config.vector_channels:
+        given["vector"] = torch.randn(batch, config.vector_channels)
     return given
 
 
@@ -75,6 +77,7 @@ def arguments(config: UNetConfig, batch: int, height: int, width: int) -> dict[s
         ("ddpm-256", 3, 113_673_219, None),
         ("sd-v1", 4, 859_520_964, 686),
         ("sd-v2", 4, 865_910_724, 686),
+        ("sdxl", 4, 2_567_463_684, 1680),
     ],
 )
 def test_published_parameter_counts(
@@ -374,6 +377,7 @@ def test_dropout_stands_at_the_end_of_the_contracting_path() -> None:
 # --- refusals -----------------------------------------------------------------------------------
 
 PLAIN = UNetConfig(channels=4, multipliers=(1, 2))
+VECTOR = replace(TEXT, vector_channels=3)
 X, T, TOKENS = torch.zeros(2, 2, 8, 8), torch.zeros(2), torch.zeros(2, 5, 6)
 GOOD = {"x": X, "t": T, "context": TOKENS, "classes": torch.zeros(2, dtype=torch.long)}
 
@@ -394,6 +398,9 @@ GOOD = {"x": X, "t": T, "context": TOKENS, "classes": torch.zeros(2, dtype=torch
             "takes no context: drop it, .*context_channels",
         ),
         (PLAIN, {"x": X[:, :1], "classes": T}, "takes no class vector: drop it, .* classes=N"),
+        (PLAIN, {"x": X[:, :1], "vector": TOKENS[:, 0]}, "takes no vector: drop it"),
+        (VECTOR, GOOD, "needs a vector: pass it"),
+        (VECTOR, GOOD | {"vector": T}, r"vector has shape \(2,\), .* need \(2, 3\)"),
         (TEXT, GOOD | {"t": T[:1]}, r"t has shape \(1,\), .* batch of 2 needs \(2,\)"),
         (TEXT, GOOD | {"classes": T[0]}, r"classes has shape \(\), .* needs \(2,\)"),
         (TEXT, GOOD | {"context": TOKENS[..., :5]}, r"shape \(2, 5, 5\), .* need \(2, L, 6\)"),

@@ -29,10 +29,12 @@ class EMA:
     Args:
         model: the model to follow.
         decay: the decay after the warm-up; 0 makes the average follow at once.
+        shares: weights that are not trained are shared with the model instead of copied.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+    def __init__(self, model: nn.Module, decay: float, *, shares: bool = True) -> None:
+        frozen = [p for p in model.parameters() if not p.requires_grad] if shares else []
+        self.model = copy.deepcopy(model, {id(p): p for p in frozen}).eval().requires_grad_(False)
         self.decay = decay
         self.followed: nn.Module | None = None
         self.averaged: list[tuple[Tensor, Tensor]] = []  # ours and its own, found once:
@@ -49,6 +51,7 @@ class EMA:
         if self.followed is not model:
             self.followed = model
             pairs = list(zip(_tensors(self.model), _tensors(model), strict=True))
+            pairs = [pair for pair in pairs if pair[0] is not pair[1]]
             self.averaged = [pair for pair in pairs if pair[0].is_floating_point()]
             self.copied = [pair for pair in pairs if not pair[0].is_floating_point()]
         ours, theirs = zip(*((local(a), local(b)) for a, b in self.averaged), strict=True)
@@ -68,10 +71,11 @@ class PowerEMA(EMA):
     Args:
         model: the model to follow.
         std: standard deviation of the profile, as a share of the time so far; see `exponent`.
+        shares: as of `EMA`.
     """
 
-    def __init__(self, model: nn.Module, std: float) -> None:
-        super().__init__(model, decay=0.0)
+    def __init__(self, model: nn.Module, std: float, *, shares: bool = True) -> None:
+        super().__init__(model, decay=0.0, shares=shares)
         self.std, self.exponent = std, exponent(std)
 
     def decay_after(self, updates: int) -> float:

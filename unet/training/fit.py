@@ -89,8 +89,10 @@ class Trainer:
         self.whole = copy.deepcopy(model).cpu() if plan.shard else None  # judged and saved
         if not plan.shard:  # which takes no other format
             model.to(memory_format=training_format(self.device))  # type: ignore[call-overload]
-        self.ema = EMA(model, plan.ema) if plan.ema else None
-        self.powers = [PowerEMA(model, std) for std in KEPT] if plan.snapshots else []
+        shares = not plan.shard
+        self.ema = EMA(model, plan.ema, shares=shares) if plan.ema else None
+        kept = KEPT if plan.snapshots else ()
+        self.powers = [PowerEMA(model, std, shares=shares) for std in kept]
         self.model = self.accelerator.prepare_model(model, evaluation_mode=plan.shard)
         if plan.shard:
             averaged = [ema.model for ema in (self.ema, *self.powers) if ema]
@@ -221,7 +223,7 @@ class Trainer:
         if kept and self.main:
             about = model.info.setdefault("training", {})
             about["figures"] = {k: v for k, v in figures.items() if math.isfinite(v)}
-            save = lambda: model.save_pretrained(self.folder.model)  # noqa: E731
+            save = functools.partial(task.save, model, self.folder.model)
             kept = self._written("the best weights", save)
         if kept:
             progress.best, self.figures = score, figures

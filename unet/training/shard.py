@@ -89,5 +89,5 @@ def _part(value: Any, like: Any) -> Any:
 
 
 def load_whole(model: nn.Module, state: Mapping[str, Any]) -> None:
-    """Loads a whole state into a model, be it split or not."""
-    model.load_state_dict(parts(state, model.state_dict()))
+    """Loads a whole state into a model, be it split or not; it may lack what is not trained."""
+    model.load_state_dict(parts(state, model.state_dict()), strict=False)

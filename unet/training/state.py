@@ -24,6 +24,8 @@ from unet.weights.folder import check_fit
 class RunState:
     """The weights, the optimizer and the random numbers of a run, as one dictionary.
 
+    Weights that are not trained are left out: a run that goes on has them from where it started.
+
     Args:
         model: as it is trained, without the wrapper of several processes.
         optimizer: as the accelerator prepared it.
@@ -54,14 +56,18 @@ class RunState:
         return {
             **dataclasses.asdict(progress),
             "figures": dict(figures),
-            "model": whole(self.model.state_dict()),
-            "ema": whole(self.ema.model.state_dict()) if self.ema else None,
-            "powers": [whole(power.model.state_dict()) for power in self.powers],
+            "model": whole(self._trained(self.model.state_dict())),
+            "ema": whole(self._trained(self.ema.model.state_dict())) if self.ema else None,
+            "powers": [whole(self._trained(p.model.state_dict())) for p in self.powers],
             "optimizer_name": self.plan.optimizer,
             "optimizer": whole(self.optimizer.state_dict()),
             "scaler": scaler.state_dict() if scaler else None,
             "rng": self.processes.gather(rng_state(self.accelerator.device)),
         }
+
+    def _trained(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        frozen = {name for name, p in self.model.named_parameters() if not p.requires_grad}
+        return {name: value for name, value in state.items() if name not in frozen}
 
     def restore(
         self, state: Mapping[str, Any], say: Callable[[str], None]
@@ -83,7 +89,10 @@ class RunState:
     def _restore(
         self, state: Mapping[str, Any], say: Callable[[str], None]
     ) -> tuple[Progress, dict[str, float]]:
-        check_fit(self.model.state_dict(), state["model"], str(self.file))
+        # An earlier version saved what is not trained, too.
+        parts = {key: state[key] and self._trained(state[key]) for key in ("model", "ema")}
+        for part in filter(None, parts.values()):
+            check_fit(self._trained(self.model.state_dict()), part, str(self.file))
         for key, mine in (("optimizer_name", self.plan.optimizer), ("ema", self.ema)):
             theirs = state[key]
             if (theirs is None) != (mine is None) or (key == "optimizer_name" and theirs != mine):
@@ -91,9 +100,9 @@ class RunState:
                     f"{self.file} was saved with other settings of --optimizer or --ema: resume "
                     f"with those of {self.plan.out / 'config.yaml'}"
                 )
-        load_whole(self.model, state["model"])
+        load_whole(self.model, parts["model"])
         if self.ema:
-            load_whole(self.ema.model, state["ema"])
+            load_whole(self.ema.model, parts["ema"])
         for power, saved in zip(self.powers, state.get("powers", []), strict=True):
             load_whole(power.model, saved)
         settings = [

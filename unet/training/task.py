@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -117,6 +118,8 @@ class Task:
     """What is made of a whole batch, in the process that prepares it, to which it is pickled."""
     score: str = "loss"
     """The figure that decides which weights are best: the smallest wins, of "-x" the largest x."""
+    save: Callable[[Any, Path], object] = FolderModel.save_pretrained
+    """Writes a model to a folder: of the best weights, RUN/model."""
     first_pictures: Callable[[], Mapping[str, Image.Image]] | None = None
     """Pictures by name, made once when the run starts."""
     pictures: Callable[[Any], Mapping[str, Image.Image]] | None = None

@@ -26,8 +26,10 @@ class Trunk(NamedTuple):
 
 
 def plain(config: UNetConfig) -> UNetConfig:
-    """The same network without timestep, class and text."""
-    return replace(config, time=False, classes=0, scale_shift=False, context_channels=None)
+    """The same network without timestep, class, vector and text."""
+    return replace(
+        config, time=False, classes=0, vector_channels=0, scale_shift=False, context_channels=None
+    )
 
 
 def timed(config: UNetConfig, *, scale_shift: bool = True) -> UNetConfig:
@@ -65,8 +67,14 @@ def without_conditioning(
         context: (L, context_channels) the tokens, where the config has cross-attention.
 
     Raises:
-        InputError: cross-attention to tokens that differ, which is no constant.
+        InputError: cross-attention to tokens that differ, which is no constant; a network that
+            takes a vector.
     """
+    if config.vector_channels:
+        raise InputError(
+            f"a network that takes a vector of {config.vector_channels} numbers, such as that of "
+            "Stable Diffusion XL, does not become one without"
+        )
     folded = dict(state)
     if config.embedding_channels:
         emb = _embedding(config, state, t, class_index)

@@ -46,13 +46,15 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "up_block_types": ("UpBlock2D", *3 * ("CrossAttnUpBlock2D",)),
         "mid_block_type": "UNetMidBlock2DCrossAttn",
         "cross_attention_dim": 1280,
+        "addition_embed_type": None,
+        "addition_time_embed_dim": None,
+        "projection_class_embeddings_input_dim": None,
         "transformer_layers_per_block": 1,
         "use_linear_projection": False,
     },
 }
 # Fields of which we can express these values alone, diffusers' default among them.
 _FIXED: dict[str, tuple[Any, ...]] = {
-    "addition_embed_type": (None,),
     "attention_type": ("default",),
     "center_input_sample": (False,),
     "class_embed_type": (None,),
@@ -80,20 +82,21 @@ _FIXED: dict[str, tuple[Any, ...]] = {
 # Fields that change nothing in a network that passes the others.
 _IGNORED = {
     "addition_embed_type_num_heads",
-    "addition_time_embed_dim",
     "num_train_timesteps",
-    "projection_class_embeddings_input_dim",
     "sample_size",
     "upcast_attention",
 }
 # Types that a field may have beside that of its default.
 _OTHER_TYPES: dict[str, tuple[type, ...]] = {
+    "addition_embed_type": (str,),
+    "addition_time_embed_dim": (int,),
     "attention_head_dim": (tuple, type(None)),
     "attn_norm_num_groups": (int,),
     "cross_attention_dim": (tuple,),
     "dropout": (int,),
     "layers_per_block": (tuple,),
     "norm_eps": (int,),
+    "projection_class_embeddings_input_dim": (int,),
     "num_class_embeds": (int,),
     "time_embedding_dim": (int,),
     "transformer_layers_per_block": (tuple,),
@@ -152,7 +155,9 @@ def config_from_diffusers(values: Mapping[str, Any]) -> tuple[UNetConfig, int]:
         "classes": given["num_class_embeds"] or 0,
         "attention_levels": tuple(at),
     }
-    attention = _transformer(given, widths, at) if cross else _self_attention(given)
+    attention = (
+        _transformer(given, widths, at) | _vector(given) if cross else _self_attention(given)
+    )
     return UNetConfig(**config, **attention), given["out_channels"]
 
 
@@ -192,6 +197,12 @@ def config_to_diffusers(config: UNetConfig, out_channels: int) -> dict[str, Any]
             "transformer_layers_per_block": config.transformer_depth,
             "use_linear_projection": config.linear_projections,
         }
+        if config.vector_channels:
+            values |= {
+                "addition_embed_type": "text_time",
+                "addition_time_embed_dim": config.vector_waves,
+                "projection_class_embeddings_input_dim": config.vector_channels,
+            }
     else:
         values |= {
             "attention_head_dim": _head_channels(config),
@@ -298,9 +309,34 @@ def _transformer(
         "heads": min(counts) if len(counts) == 1 else None,
         "head_channels": min(sizes) if len(counts) > 1 else None,
         "context_channels": _one(given, "cross_attention_dim", at, levels),
-        "transformer_depth": _one(given, "transformer_layers_per_block", at, levels),
+        "transformer_depth": _depth(_per_level(given, "transformer_layers_per_block", levels), at),
         "linear_projections": given["use_linear_projection"],
     }
+
+
+def _depth(depths: tuple[int, ...], at: Collection[int]) -> int | tuple[int, ...]:
+    """One number where the levels `at`, which alone have transformers, have the same."""
+    used = {depths[i] for i in at}
+    return used.pop() if len(used) == 1 else depths
+
+
+def _vector(given: Mapping[str, Any]) -> dict[str, int]:
+    """The fields of a UNetConfig with a UNet2DConditionModel's added embedding."""
+    if given["addition_embed_type"] is None:
+        return {}
+    if given["addition_embed_type"] != "text_time":
+        _refuse(given, "addition_embed_type", "it must be None or 'text_time'")
+    found = {
+        "vector_channels": given["projection_class_embeddings_input_dim"],
+        "vector_waves": given["addition_time_embed_dim"],
+    }
+    if None in found.values():
+        _refuse(
+            given,
+            "addition_embed_type",
+            "it needs addition_time_embed_dim and projection_class_embeddings_input_dim",
+        )
+    return found
 
 
 def _head_channels(config: UNetConfig) -> int | None:
@@ -329,9 +365,16 @@ def _check_same(config: UNetConfig, values: Mapping[str, Any]) -> None:
         unseen.add("attention")
     if back.attention == "self":
         unseen |= {"transformer_depth", "linear_projections"}
+    if not config.vector_channels:
+        unseen.add("vector_waves")
     if config.decoder_channels == config.encoder_channels:
         unseen.add("decoder_multipliers")
-    config = replace(config, attention_levels=tuple(sorted(set(config.attention_levels))))
+    at = {*config.attention_levels, config.levels - 1}
+    config = replace(
+        config,
+        attention_levels=tuple(sorted(set(config.attention_levels))),
+        transformer_depth=_depth(config.transformer_depths, at),
+    )
     for name, value in config.to_dict().items():
         if name not in unseen and value != back.to_dict()[name]:
             raise InputError(f"diffusers' {values['_class_name']} cannot express {name}={value!r}")

@@ -98,11 +98,15 @@ class FolderModel(nn.Module, ABC):
             The address of the upload.
         """
         folder = Path(save_directory)
-        save_weights(self.state_dict(), folder / WEIGHTS)
-        self.save_info(folder)
+        self.write(folder, self.state_dict())
         if push_to_hub:
             return self._upload(folder, repo_id or folder.resolve().name, **hub)
         return None
+
+    def write(self, folder: Path, state: Mapping[str, Tensor], weights: str = WEIGHTS) -> None:
+        """Writes a state dict as the file `weights`, and config.json and the card beside it."""
+        save_weights(state, folder / weights)
+        self.save_info(folder)
 
     def save_info(self, folder: Path) -> None:
         """Writes config.json and the card to a folder that holds the weights already."""
@@ -189,15 +193,19 @@ class FolderModel(nn.Module, ABC):
         return model.eval()
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The checked `config.json` of a model folder: task, out_channels, unet, info."""
+def read_config(folder: Path, weights: str = WEIGHTS) -> dict[str, Any]:
+    """The checked `config.json` of a model folder: task, out_channels, unet, info.
+
+    Args:
+        weights: the file that must stand beside it.
+    """
     if not folder.is_dir():
         raise InputError(f"{folder} is no folder: give a model folder, such as RUN/model")
-    for name in (CONFIG, WEIGHTS):
+    for name in (CONFIG, weights):
         if not (folder / name).is_file():
             raise InputError(
                 f"{folder} is no model folder, {name} is missing: a model folder holds {CONFIG} "
-                f"and {WEIGHTS}, as training writes them to RUN/model"
+                f"and {weights}, as training writes them to RUN/model"
             )
     described = read_json(folder / CONFIG)
     kinds = {"task": str, "out_channels": int, "unet": dict, "info": dict}

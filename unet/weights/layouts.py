@@ -138,7 +138,7 @@ def _inside(config: UNetConfig, layout: Layout) -> dict[str, dict[str, str]]:
     if config.attention == "transformer":  # is the same in both
         attention = {name: name for name in ("norm", "proj_in", "proj_out")} | {
             f"blocks.{n}.{ours}": f"transformer_blocks.{n}.{theirs}"
-            for n in range(config.transformer_depth)
+            for n in range(max(config.transformer_depths))
             for ours, theirs in _TRANSFORMER_BLOCK.items()
         }
     return {
@@ -167,6 +167,8 @@ def _diffusers(config: UNetConfig) -> dict[str, str]:
         "trunk.time_embedding.linear1": "time_embedding.linear_1",
         "trunk.time_embedding.linear2": "time_embedding.linear_2",
         "trunk.class_embedding": "class_embedding",
+        "trunk.vector_embedding.linear1": "add_embedding.linear_1",
+        "trunk.vector_embedding.linear2": "add_embedding.linear_2",
         "trunk.encoder.0.stem.conv": "conv_in",
         "trunk.middle.block1": "mid_block.resnets.0",
         "trunk.middle.attention1": "mid_block.attentions.0",
@@ -198,6 +200,8 @@ def _compvis(config: UNetConfig) -> dict[str, str]:
         "trunk.time_embedding.linear1": "time_embed.0",
         "trunk.time_embedding.linear2": "time_embed.2",
         "trunk.class_embedding": "label_emb",
+        "trunk.vector_embedding.linear1": "label_emb.0.0",
+        "trunk.vector_embedding.linear2": "label_emb.0.2",
         "trunk.encoder.0.stem.conv": "input_blocks.0.0",
         "trunk.middle.block1": "middle_block.0",
         "trunk.middle.attention1": "middle_block.1",

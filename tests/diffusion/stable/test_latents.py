@@ -21,30 +21,34 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import CLIPTokenizer
 
+import diffusion
 from diffusion import training
 from diffusion.data.images import DiffusionData
 from diffusion.data.pixels import to_bytes, to_unit
 from diffusion.decisions import chosen_noise, decide, without_patches
-from diffusion.initial import find_start
+from diffusion.initial import find_start, load_model
 from diffusion.model import DiffusionUNet
 from diffusion.options import DiffusionOptions, SamplingOptions
 from diffusion.process.samplers import finish
+from diffusion.process.schedule import NoiseSchedule
 from diffusion.sampling import ImageSampler, image_seeds
 from diffusion.stable.autoencoder import Autoencoder
 from diffusion.stable.clip import ClipText
 from diffusion.stable.export import obstacle
-from diffusion.stable.folder import read_schedule
+from diffusion.stable.folder import read_schedule, read_unet
 from diffusion.stable.latents import LatentData
+from diffusion.stable.lora import LORA, lora_targets
 from diffusion.stable.pipeline import StableDiffusion
 from diffusion.stable.recipe import PictureSettings
+from diffusion.text import WordEncoder
 from diffusion.training import DiffusionTask, NoisedSamples, make_model
 from tests.diffusion.stable.tiny_pipeline import SCHEDULER, SIDE, write_pipeline
 from tests.forks import as_spawned
 from unet import PRESETS, InputError
-from unet.files.images import write_image
+from unet.files.images import read_image, write_image
 from unet.training.cli import run_script
 from unet.training.run import read_log
-from unet_diffusion import sample_ddpm, train_ddpm, txt2img
+from unet_diffusion import describe, sample_ddpm, train_ddpm, txt2img
 
 COUNT = 30
 PROMPT = "a dog"
@@ -331,6 +335,173 @@ def test_training_attention_leaves_all_else_as_it_was(pipeline: Path, tuned: Pat
     assert written.prediction == "eps"
 
 
+@pytest.fixture(scope="module")
+def small(pipeline: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of a few steps of a LoRA for the pipeline."""
+    out = tmp_path_factory.mktemp("runs") / "small"
+    arguments = ("--data", pictures, "--captions", "--latents", pipeline, "--out", out, *SMALL)
+    with without_pictures():
+        assert run_train(*arguments, *LORA_OPTIONS, "--init", pipeline) == 0
+    return out
+
+
+LORA_OPTIONS = ("--trained", "lora", "--rank", 2, "--steps", 4, "--lr", 0.05)
+
+
+def test_a_lora_run_holds_small_weights_alone_and_what_they_belong_to(
+    pipeline: Path, small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert {path.name for path in (small / "model").iterdir()} == {"config.json", "README.md", LORA}
+    assert not (small / "pipeline").exists()
+    state = torch.load(small / "state/state.pt", weights_only=True)
+    for part in ("model", "ema"):
+        assert all(".down." in key or ".up." in key for key in state[part])
+    assert str(pipeline.resolve()) in (small / "model/README.md").read_text()
+    assert run(describe, "Options", small / "model") == 0
+    shown = capsys.readouterr().out
+    assert re.search(rf"LoRA of rank 2: [\d,]+ numbers beside \d+ layers of {pipeline}", shown)
+    model, before = load_model(small / "model"), read_unet(pipeline / "unet").state_dict()
+    after = model.state_dict()
+    changed = {k for k in before if not torch.equal(before[k], after[k])}
+    assert changed == {f"{name}.weight" for name in lora_targets(model)}
+    again = find_start(str(small / "model"))  # from which more can be trained
+    assert_close(dict(again.read()), dict(after), rtol=0, atol=0)
+    moved = shutil.copytree(small / "model", tmp_path / "model")
+    described = json.loads((moved / "config.json").read_text())
+    for key, value, told in (
+        ("base", str(tmp_path / "gone"), "put it back"),
+        ("stamp", "x", "not"),
+    ):
+        lora = described["info"]["lora"] | {key: value}
+        changed_info = described | {"info": described["info"] | {"lora": lora}}
+        (moved / "config.json").write_text(json.dumps(changed_info))
+        with pytest.raises(InputError, match=f"is a LoRA of .*{told}"):
+            load_model(moved)
+
+
+def test_diffusers_and_both_commands_take_a_trained_lora(
+    pipeline: Path, small: Path, tmp_path: Path
+) -> None:
+    theirs: Any = StableDiffusionPipeline.from_pretrained(pipeline, safety_checker=None)
+    theirs.load_lora_weights(small / "model")
+    seeds = image_seeds(0, 2)
+    made = theirs(
+        prompt=[PROMPT] * 2,
+        num_inference_steps=3,
+        guidance_scale=3.0,
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        output_type="latent",
+    ).images
+    ours = StableDiffusion.from_pretrained(pipeline, loras=[str(small / "model")])
+    settings = PictureSettings(prompt=PROMPT, steps=3, sampler="ddim", guidance=3.0)
+    assert_close(finish(ours.sample(settings, seeds)), made, atol=1e-4, rtol=0)
+
+    prompt = ("--prompt", PROMPT, "--steps", 2, "--count", 2)
+    given = ("--model", small / "model", "--out", tmp_path / "sampled", *prompt)
+    assert run(sample_ddpm, "SampleOptions", *given, "--lora", f"{small / 'model'}:-1") == 0
+    given = ("--model", pipeline, "--lora", small / "model", f"{small / 'model'}:0.5", *prompt)
+    merged = tmp_path / "merged"
+    more = ("--out", tmp_path / "a", "--merged", merged)
+    assert run(txt2img, "Txt2ImgOptions", *given, *more) == 0
+    again = ("--from-png", tmp_path / "a/images/00001.png", "--out", tmp_path / "b")
+    assert run(txt2img, "Txt2ImgOptions", *again) == 0
+    given = ("--model", merged, *prompt, "--out", tmp_path / "c")
+    assert run(txt2img, "Txt2ImgOptions", *given) == 0
+    pictures = [(tmp_path / n / "images/00001.png") for n in "ac"]
+    pictures.append(tmp_path / "b/images/00000.png")
+    first, *others = (read_image(path).astype(int) for path in pictures)
+    assert all(np.abs(first - other).max() <= 1 for other in others)
+    assert run(txt2img, "Txt2ImgOptions", *given, "--merged", tmp_path / "no", "--overwrite") == 2
+
+
+@pytest.mark.slow  # that of attention goes the same way, but for what is saved
+def test_an_interrupted_lora_run_ends_with_the_same_weights(
+    pipeline: Path, pictures: Path, small: Path, tmp_path: Path
+) -> None:
+    arguments = ("--data", pictures, "--captions", "--latents", pipeline, "--out", tmp_path / "run")
+    loss, calls = DiffusionTask.loss, []
+
+    def stopping(self: DiffusionTask, model: Any, batch: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss(self, model, batch)
+
+    with without_pictures() as patch:
+        patch.setattr(DiffusionTask, "loss", stopping)
+        more = (*LORA_OPTIONS, "--init", pipeline)
+        assert run_train(*arguments, *more, *SMALL) == 128 + signal.SIGTERM
+        assert run_train("--out", tmp_path / "run", "--resume") == 0
+    name = f"model/{LORA}"
+    assert (tmp_path / "run" / name).read_bytes() == (small / name).read_bytes()
+
+
+def test_every_second_image_is_of_the_prior(pipeline: Path, pictures: Path, tmp_path: Path) -> None:
+    """Each once in as many epochs as they need; a run with them trains, and holds both latents."""
+    folder = shutil.copytree(pictures, tmp_path / "prior")
+    given = {"captions": True, "latents": pipeline, "init": str(pipeline), "out": tmp_path / "out"}
+    options = DiffusionOptions(data=str(pictures), prior=str(folder), trained="lora", **given)
+    data = training.load_data(options)
+    prior = training.load_prior(options, data)
+    assert prior
+    for part in (data, prior):
+        part.encode()
+    plan = decide(options, data)
+    samples = NoisedSamples(data, plan, make_model(plan), prior)
+    assert len(samples) == 2 * len(data.train)
+    names = [samples.name(i) for i in range(len(samples))]
+    assert names[::2] == [data.name(i) for i in data.train]
+    assert all(name.startswith(str(folder)) for name in names[1::2])
+    mixed = samples.samples
+    seen = [mixed[0, 2 * i + 1]["image"] for i in range(len(data.train))]
+    first, again = prior.samples(0)[0, 3]["image"], seen[3]
+    assert torch.equal(first, again)
+    arguments = ("--data", pictures, "--captions", "--latents", pipeline, "--init", pipeline)
+    more = ("--prior", folder, "--trained", "lora", "--steps", 1, "--out", tmp_path / "run")
+    with without_pictures():
+        assert run_train(*arguments, *more, *SMALL) == 0
+    for name in ("latents", "prior"):
+        assert (tmp_path / "run" / name / "moments.npy").is_file()
+
+
+def test_a_lora_of_our_own_model_with_its_words(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its text encoder is taken over, words that it does not know and all; no layer is left out."""
+    base = tmp_path / "base"
+    small = {"channels": 8, "head_channels": None, "attention": "transformer", "blocks": 1}
+    info = {
+        "schedule": NoiseSchedule().to_dict(),
+        "prediction": "v",
+        "size": [16, 16],
+        "text": WordEncoder.from_captions(["a dog"], width=32, depth=1).to_dict(),
+    }
+    config = replace(PRESETS["diffusion"].config, **small, context_channels=32, zero_init=False)
+    DiffusionUNet(config, 3, info).save_pretrained(base)
+    given = ("--data", pictures, "--size", 16, "--steps", 2, *SMALL)
+    lora = ("--trained", "lora", "--init", base, "--lr", 0.05)
+    with without_pictures():
+        assert run_train(*given, "--captions", *lora, "--out", tmp_path / "small") == 0
+        assert run_train(*given, *lora, "--out", tmp_path / "no") == 2
+        assert "reads text: give --captions" in capsys.readouterr().err
+    prompt = ("--prompt", PROMPT, "--steps", 2, "--count", 2)
+    outs = [tmp_path / n for n in "abc"]
+    merged = tmp_path / "merged"
+    models = (
+        (tmp_path / "small/model",),
+        (base, "--lora", tmp_path / "small/model", "--merged", merged),
+        (merged,),
+    )
+    for out, model in zip(outs, models, strict=True):
+        assert run(sample_ddpm, "SampleOptions", "--model", *model, *prompt, "--out", out) == 0
+    first, *others = (read_image(out / "images/00001.png") for out in outs)
+    assert all((first == other).all() for other in others)
+    loaded = diffusion.load(base, lora=str(tmp_path / "small/model"))
+    assert (loaded(2, prompts=PROMPT, steps=2)[1] == first).all()
+    plain = diffusion.load(base)(2, prompts=PROMPT, steps=2)[1]
+    assert (plain != first).any()
+
+
 def test_noise_is_that_of_the_pipeline_unless_another_is_asked_for(pipeline: Path) -> None:
     def noise(init: Path, **values: Any) -> tuple[Any, Any, str]:
         given = DiffusionOptions(out=Path("unused"), init=str(init), **values)
@@ -433,6 +604,12 @@ def test_the_mask_that_clip_is_given_is_its_tokenizer_s(pipeline: Path) -> None:
         (("--text-encoder", "{}"), "--text-encoder .* has nothing to read: give --captions"),
         (("--latents", "{}", "--captions", "--text-encoder", "{}/vae"), "has no tokenizer/"),
         (("--latents", "{}", "--trained", "attention"), "give one with --init"),
+        (("--latents", "{}", "--trained", "lora"), "give one with --init"),
+        (("--init", "{}", "--prior", "x"), "give --init and --captions"),
+        (("--init", "{}", "--captions", "--prior", "x"), "needs captions that CLIP reads"),
+        (("--latents", "{}", "--rank", 4), "--rank 4 is that of --trained lora"),
+        (("--trained", "lora", "--init", "{}", "--rank", 0), "--rank 0 must be at least 1"),
+        (("--trained", "lora", "--init", "{}", "--width", 8), "leave out --network, --width"),
         (("--latents", "{}", "--init", "{}"), "reads text: give --captions"),
     ],
 )

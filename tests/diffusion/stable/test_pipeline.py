@@ -452,7 +452,7 @@ def safetensors_file(content: dict[str, Tensor]) -> Callable[[Path], Path]:
         (torch_file([torch.ones(1)]), "holds a list"),
         (torch_file({"a": torch.ones(1)}), "no Stable Diffusion U-Net"),
         (torch_file({f"{COMPVIS_PREFIX}input_blocks.0.0.weight": torch.ones(1)}), "of version 1"),
-        (safetensors_file({"input_blocks.0.0.weight": torch.ones(4, 4)}), "of version 1 or 2"),
+        (safetensors_file({"input_blocks.0.0.weight": torch.ones(4, 4)}), "of version 1, 2 or XL"),
         (lambda p: (p / "a.ckpt").write_bytes(b"junk") and p / "a.ckpt", "a.ckpt"),
         (lambda p: (p / "a.txt").write_bytes(b"junk") and p / "a.txt", "is no checkpoint"),
     ],
@@ -466,10 +466,10 @@ def test_a_bad_checkpoint_is_one_sentence(
 
 
 def test_an_unknown_part_in_a_checkpoint_is_named(folder, tmp_path: Path) -> None:
-    """Such as the class embedding of unCLIP."""
+    """Such as a class embedding."""
     _, state = compvis(folder())
     save_file(
-        state | {f"{COMPVIS_PREFIX}label_emb.0.0.weight": torch.ones(2)}, tmp_path / "a.safetensors"
+        state | {f"{COMPVIS_PREFIX}label_emb.weight": torch.ones(2)}, tmp_path / "a.safetensors"
     )
     with pytest.raises(InputError, match=r"a\.safetensors: .*unknown label_emb"):
         StableDiffusion.from_pretrained(folder(), tmp_path / "a.safetensors")

@@ -16,6 +16,7 @@ from diffusion.model import DiffusionUNet
 from segmentation.model import SegmentationUNet
 from unet.config import UNetConfig
 from unet.errors import InputError
+from unet.layers import sinusoids
 from unet.presets import PRESETS
 from unet.weights.convert import detect_layout, from_layout, to_layout
 from unet.weights.diffusers_config import config_to_diffusers
@@ -31,6 +32,8 @@ def small(preset: str, **changes: Any) -> UNetConfig:
         narrow["context_channels"] = 24
     if config.head_channels:
         narrow["head_channels"] = 8
+    if config.vector_channels:
+        narrow |= {"vector_channels": 12 + 6 * 4, "vector_waves": 4, "transformer_depth": (1, 2, 3)}
     return replace(config, **{**narrow, **changes})
 
 
@@ -45,6 +48,7 @@ DDPM = {
 SD = {
     "sd-v1": small("sd-v1"),
     "sd-v2": small("sd-v2"),
+    "sdxl": small("sdxl"),
     "sd-scale-shift": small("sd-v1", scale_shift=True, activation="gelu"),
     "sd-classes-depth": small("sd-v2", classes=5, transformer_depth=2),
     "sd-three-levels": small("sd-v1", multipliers=(1, 2, 3), blocks=1, attention_levels=(0, 2)),
@@ -110,12 +114,18 @@ def difference(ours: nn.Module, theirs: nn.Module, config: UNetConfig, size: int
     x, t = noise(2, config.in_channels, h, w), torch.tensor([3, 871])
     classes = torch.tensor([1, 4]) if config.classes else None
     context = noise(2, 7, config.context_channels, seed=2) if config.context_channels else None
+    vector, added = None, None
+    if config.vector_channels:
+        text, sizes = noise(2, 12, seed=3), torch.tensor([[9, 13, 0, 2, 9, 13], [1, 2, 3, 4, 5, 6]])
+        waves = sinusoids(sizes.flatten(), config.vector_waves, cos_first=True, freq_shift=0)
+        vector = torch.cat([text, waves.reshape(2, -1)], dim=1)
+        added = {"text_embeds": text, "time_ids": sizes}
     with torch.no_grad():
-        y = ours(x, t, context, classes=classes)
+        y = ours(x, t, context, classes=classes, vector=vector)
         if context is None:
             wanted = theirs(x, t, class_labels=classes).sample
         else:
-            wanted = theirs(x, t, context, class_labels=classes).sample
+            wanted = theirs(x, t, context, class_labels=classes, added_cond_kwargs=added).sample
     assert wanted.std() > 0.1  # or equality would say little
     return float((y - wanted).abs().max())
 

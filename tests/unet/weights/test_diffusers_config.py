@@ -79,7 +79,27 @@ SD2 = SD1 | {
     "upcast_attention": True,
     "use_linear_projection": True,
 }
-PUBLISHED = {"ddpm-cifar10": CIFAR, "ddpm-256": CELEBA, "sd-v1": SD1, "sd-v2": SD2}
+# unet/config.json of stabilityai/stable-diffusion-xl-base-1.0.
+XL = SD1 | {
+    "addition_embed_type": "text_time",
+    "addition_embed_type_num_heads": 64,
+    "addition_time_embed_dim": 256,
+    "attention_head_dim": [5, 10, 20],
+    "block_out_channels": [320, 640, 1280],
+    "class_embed_type": None,
+    "conv_in_kernel": 3,
+    "cross_attention_dim": 2048,
+    "down_block_types": ["DownBlock2D", *2 * ["CrossAttnDownBlock2D"]],
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "projection_class_embeddings_input_dim": 2816,
+    "sample_size": 128,
+    "time_embedding_type": "positional",
+    "transformer_layers_per_block": [1, 2, 10],
+    "up_block_types": [*2 * ["CrossAttnUpBlock2D"], "UpBlock2D"],
+    "upcast_attention": None,
+    "use_linear_projection": True,
+}
+PUBLISHED = {"ddpm-cifar10": CIFAR, "ddpm-256": CELEBA, "sd-v1": SD1, "sd-v2": SD2, "sdxl": XL}
 
 
 def preset(name: str) -> UNetConfig:
@@ -101,6 +121,7 @@ def test_published_configs_give_the_presets(name: str) -> None:
         replace(preset("ddpm-cifar10"), attention_levels=(0, 3), head_channels=64, down="conv"),
         replace(preset("ddpm-cifar10"), attention_levels=(), middle_attention=False),
         replace(preset("sd-v2"), transformer_depth=3, classes=7, scale_shift=True),
+        replace(preset("sd-v2"), transformer_depth=(1, 2, 4, 3), vector_channels=9, vector_waves=2),
         replace(preset("sd-v1"), activation="gelu", time_cos_first=False, time_freq_shift=1),
         replace(preset("sd-v1"), attention_levels=(), multipliers=(1, 3), blocks=4),
     ],
@@ -143,7 +164,8 @@ def test_one_number_and_one_a_level_are_the_same(heads: int | list[int]) -> None
     [
         (SD1, "_class_name", "UNet3DConditionModel"),
         (SD1, "_class_name", None),
-        (SD1, "addition_embed_type", "text_time"),
+        (SD1, "addition_embed_type", "text_time"),  # without its sizes
+        (SD1, "addition_embed_type", "text"),
         (SD1, "conv_in_kernel", 5),
         (SD1, "num_attention_heads", 8),
         (SD1, "only_cross_attention", True),
@@ -164,7 +186,7 @@ def test_one_number_and_one_a_level_are_the_same(heads: int | list[int]) -> None
         (SD1, "layers_per_block", [2, 2, 2, 3]),
         (SD1, "cross_attention_dim", [768, 768, 1024, 768]),
         (SD1, "cross_attention_dim", None),
-        (SD1, "transformer_layers_per_block", [1, 2, 4, 4]),
+        (SD1, "transformer_layers_per_block", [[1, 2], 1, 4, 4]),
         (SD1, "attention_head_dim", [8, 10, 20, 20]),
         (SD1, "attention_head_dim", 7),
         (SD1, "attention_head_dim", None),
