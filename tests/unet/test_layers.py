@@ -247,7 +247,7 @@ def test_spatial_transformer_is_its_formula() -> None:
     config = replace(
         GROUPED, attention="transformer", middle_attention=True, heads=2, context_channels=6
     )
-    module = SpatialTransformer(8, config)
+    module = SpatialTransformer(8, config, 1)
     x, context = 0.01 * torch.randn(2, 8, 3, 5), torch.randn(2, 4, 6)  # small: the epsilon counts
     h = normalised(x, module.norm, 4, 1e-6).flatten(2).mT
     h = h @ module.proj_in.weight[:, :, 0, 0].T + module.proj_in.bias
@@ -261,9 +261,9 @@ def test_spatial_transformer_is_its_formula() -> None:
 
 
 def test_linear_projections_are_1x1_convolutions() -> None:
-    config = replace(GROUPED, attention="transformer", middle_attention=True, transformer_depth=2)
-    conv = SpatialTransformer(8, config)
-    linear = SpatialTransformer(8, replace(config, linear_projections=True))
+    config = replace(GROUPED, attention="transformer", middle_attention=True)
+    conv = SpatialTransformer(8, config, 2)
+    linear = SpatialTransformer(8, replace(config, linear_projections=True), 2)
     shapes = linear.state_dict()
     linear.load_state_dict({k: v.reshape(shapes[k].shape) for k, v in conv.state_dict().items()})
     x = torch.randn(2, 8, 3, 5)
