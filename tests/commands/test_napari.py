@@ -6,7 +6,6 @@ X server such as Xvfb.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -67,7 +66,7 @@ def plugin(manifest) -> Iterator[None]:
 def click(button, qtbot) -> None:
     """Presses a button, and waits for the end of what it starts."""
     button.changed.emit(True)
-    qtbot.waitUntil(lambda: button.enabled, timeout=60_000)
+    qtbot.waitUntil(lambda: button.enabled, timeout=240_000)
 
 
 def test_the_manifest_is_valid_and_names_widgets(manifest) -> None:
@@ -152,13 +151,12 @@ def test_a_painted_stack_becomes_a_run_whose_model_predicts(
     assert np.array_equal(viewer.layers["x mask"].data, load(model)(image))
 
     widget.init.value, widget.minutes.value = model, 60
-    began = time.monotonic()
     widget.start.changed.emit(True)
-    qtbot.waitUntil((tmp_path / "run-2").exists, timeout=60_000)
+    qtbot.waitUntil(lambda: widget.said.value.startswith("step "), timeout=240_000)
     widget.stop.changed.emit(True)
-    qtbot.waitUntil(lambda: widget.start.enabled, timeout=60_000)
-    assert time.monotonic() - began < 300
-    assert (tmp_path / "run-2/model").is_dir() or "stopped" in errors[0]
+    qtbot.waitUntil(lambda: widget.start.enabled, timeout=240_000)
+    assert "stopped before it was judged" in errors[0]
+    assert (tmp_path / "run-2/state").is_dir()
 
 
 def test_mistakes_are_sentences(make_napari_viewer, qtbot, errors, tmp_path) -> None:

@@ -22,6 +22,7 @@ from napari.layers import Image, Labels
 
 from unet.errors import InputError, RunError
 from unet.files.pages import Array
+from unet.training.run import read_log
 from unet.words import counted
 from unet_diffusion.interactive import Command, write_example
 from unet_diffusion.napari.layers import PLUGIN, Planes, finest, in_thread, told
@@ -81,7 +82,8 @@ class LearnWidget(Container):
         words: list[object] = ["train-seg", "--data", data, "--ignore-value", UNLABELLED]
         # From random weights that recipe is the one for minutes; a model brings its own network.
         words += ["--init", self.init.value] if self.init.value else ["--recipe", "quick"]
-        words += ["--max-minutes", self.minutes.value, "--out", run]
+        # Judged often enough that a training which is stopped leaves a model.
+        words += ["--evaluations", 10, "--max-minutes", self.minutes.value, "--out", run]
         self.stopped.clear()
         self.said.value = f"learning from {counted(count, 'image')} of '{layer.name}'"
         in_thread(
@@ -176,7 +178,7 @@ def new_folders(out: Path) -> tuple[Path, Path]:
 
 
 def trained(words: list[object], run: Path, stopped: threading.Event) -> Generator[str, None, Path]:
-    """Runs a training, and yields the last line that it said.
+    """Runs a training, and yields how far it is.
 
     Returns:
         The folder of the model.
@@ -187,7 +189,7 @@ def trained(words: list[object], run: Path, stopped: threading.Event) -> Generat
     command = Command(*words)
     try:
         while command.running and not stopped.is_set():
-            yield next((line for line in command.said()[::-1] if line.strip()), "starting")
+            yield progress(command, run)
             time.sleep(LOOK)
     finally:
         command.stop()  # also where napari is closed
@@ -196,3 +198,13 @@ def trained(words: list[object], run: Path, stopped: threading.Event) -> Generat
     if not model.is_dir():
         raise RunError("it was stopped before it was judged once, so there is no model yet")
     return model
+
+
+def progress(command: Command, run: Path) -> str:
+    """The last line of a run's figures; before there are any the last one that it said."""
+    log = run / "metrics.jsonl"
+    entries = [entry for entry in read_log(log) if "loss" in entry] if log.exists() else []
+    if entries:
+        last = entries[-1]
+        return f"step {last['step']}, loss {last['loss']:.4f}, after {last['seconds']:.0f} s"
+    return next((line for line in command.said()[::-1] if line.strip()), "starting")
