@@ -46,14 +46,15 @@ class LearnWidget(Container):
         self.image = create_widget(annotation=Image, label="image")
         self.channels = CheckBox(label="first axis is channels")
         self.painted = create_widget(annotation=Labels, label="labels")
-        self.minutes = FloatSpinBox(value=5, min=0.1, max=10_000, step=1)
-        self.out = FileEdit(mode="d", value=Path.home() / "unet-napari")
+        self.minutes = FloatSpinBox(value=5, min=0.1, max=10_000, step=1, label="minutes")
+        self.out = FileEdit(mode="d", value=Path.home() / "unet-napari", label="out folder")
         self.init = FileEdit(
             mode="d", nullable=True, value=None, label="start from", tooltip="a model, or nothing"
         )
         self.start = PushButton(text="Train")
         self.stop = PushButton(text="Stop", enabled=False)
         self.said = Label(value="", label="progress")
+        self.said.native.setWordWrap(True)  # lest a long path widens the widget
         self.use = PushButton(text="Predict with the trained model", enabled=False)
         given = [self.image, self.channels, self.painted, self.minutes, self.out, self.init]
         super().__init__(widgets=[*given, self.start, self.stop, self.said, self.use])
@@ -207,4 +208,5 @@ def progress(command: Command, run: Path) -> str:
     if entries:
         last = entries[-1]
         return f"step {last['step']}, loss {last['loss']:.4f}, after {last['seconds']:.0f} s"
-    return next((line for line in command.said()[::-1] if line.strip()), "starting")
+    said = (" ".join(line.split()) for line in reversed(command.said()))
+    return next(filter(None, said), "starting")

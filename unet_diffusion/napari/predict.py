@@ -33,7 +33,11 @@ class PredictWidget(Container):
     def __init__(self, napari_viewer: napari.viewer.Viewer) -> None:
         self.viewer = napari_viewer
         self.model = FileEdit(
-            mode="d", nullable=True, value=None, tooltip="the folder of a model, such as RUN/model"
+            mode="d",
+            nullable=True,
+            value=None,
+            label="model",
+            tooltip="the folder of a model, such as RUN/model",
         )
         self.image = create_widget(annotation=Image, label="image")
         self.channels = CheckBox(label="first axis is channels")
