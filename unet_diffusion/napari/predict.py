@@ -106,7 +106,8 @@ def predicted(folder: Path, planes: Planes) -> Generator[int, None, Found]:
             f"{channels_said(segmenter.channels)} ones: choose another layer or model, or "
             f"{'untick' if planes.channels_first else 'tick'} 'first axis is channels'"
         )
-    masks, probabilities = [], []
+    masks: list[Array] = []
+    probabilities = []
     for number in range(len(planes)):
         (source,), _ = segmenter.sources(planes.read(number, opaque=opaque))
         found = segmenter.predict(source)
