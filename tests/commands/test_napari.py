@@ -22,8 +22,9 @@ from segmentation import load
 from segmentation.data.instances import INSTANCE_NAMES
 from segmentation.data.pairs import find_pairs
 from tests.segmentation.test_segmenter import COLOURS, GREY, saved
-from unet.errors import InputError
+from unet.errors import InputError, RunError
 from unet_diffusion.napari import layers
+from unet_diffusion.napari import predict as predict_module
 from unet_diffusion.napari.layers import PLUGIN, Planes
 from unet_diffusion.napari.learn import LearnWidget, new_folders, write_data
 from unet_diffusion.napari.predict import PredictWidget
@@ -159,7 +160,7 @@ def test_a_painted_stack_becomes_a_run_whose_model_predicts(
     assert (tmp_path / "run-2/state").is_dir()
 
 
-def test_mistakes_are_sentences(make_napari_viewer, qtbot, errors, tmp_path) -> None:
+def test_mistakes_are_sentences(make_napari_viewer, qtbot, errors, tmp_path, monkeypatch) -> None:
     viewer = make_napari_viewer()
     predict, learn = PredictWidget(viewer), LearnWidget(viewer)
     for widget in (predict, learn):
@@ -182,6 +183,13 @@ def test_mistakes_are_sentences(make_napari_viewer, qtbot, errors, tmp_path) -> 
     assert "tick 'first axis is channels'" in said(predict.start)
     predict.channels.value = True
     assert "untick 'first axis is channels'" in said(predict.start)
+
+    def stopped(folder: Path) -> None:
+        raise RunError("it was stopped")  # a RuntimeError, which threads of napari pass over
+
+    with monkeypatch.context() as patched:
+        patched.setattr(predict_module, "load", stopped)
+        assert said(predict.start) == "it was stopped"
 
     painted = viewer.add_labels(np.zeros((40, 56), int), name="painted")
     assert "nothing is painted" in said(learn.start)

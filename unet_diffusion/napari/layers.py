@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import numpy as np
@@ -90,8 +90,22 @@ def told(work: Callable[[], None]) -> None:
         show_error(sentence(error))
 
 
+class Told(Exception):
+    """A sentence about what went wrong in a thread."""
+
+
+def guarded(
+    steps: Callable[..., Generator[Any, None, Any]], *arguments: object
+) -> Generator[Any, None, Any]:
+    """The steps, whose errors are `Told`: of a RuntimeError in a thread napari tells nobody."""
+    try:
+        return (yield from steps(*arguments))
+    except Exception as error:
+        raise Told(sentence(error)) from error
+
+
 def in_thread(
-    steps: Callable[..., Iterator[Any]],
+    steps: Callable[..., Generator[Any, None, Any]],
     *arguments: object,
     total: int,
     what: str,
@@ -109,13 +123,14 @@ def in_thread(
         finished: is called whatever came of it.
     """
     return create_worker(
+        guarded,
         steps,
         *arguments,
         _progress={"total": total, "desc": what},
         _connect={
             "yielded": yielded,
             "returned": returned,
-            "errored": lambda error: show_error(sentence(error)),
+            "errored": lambda error: show_error(str(error)),
             "finished": finished,
         },
         _ignore_errors=True,
