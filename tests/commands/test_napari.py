@@ -187,6 +187,7 @@ def test_mistakes_are_sentences(make_napari_viewer, qtbot, errors, tmp_path, mon
     def stopped(folder: Path) -> None:
         raise RunError("it was stopped")  # a RuntimeError, which threads of napari pass over
 
+    predict.channels.value = False
     with monkeypatch.context() as patched:
         patched.setattr(predict_module, "load", stopped)
         assert said(predict.start) == "it was stopped"
