@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -361,15 +361,8 @@ class Segmenter:
 
     def _pixels(self, image: Image) -> list[Array]:
         """The images (H, W, C) of a call, checked and in the type of the training images."""
-        found: list[Array] = []
-
-        def keep(source: Source) -> Array:
-            assert isinstance(source, RasterSource)
-            found.append(np.ascontiguousarray(source.pixels[:, :]))
-            return np.zeros(0)
-
-        self._each(image, keep)
-        return found
+        sources, _ = self.sources(image)
+        return [np.ascontiguousarray(source.pixels[:, :]) for source in sources]
 
     @property
     def has_labels(self) -> bool:
@@ -416,14 +409,23 @@ class Segmenter:
 
     def _each(self, image: Image, find: Callable[[Source], Array]) -> Array:
         """What `find` gives for the image, or for each of a batch."""
+        sources, batched = self.sources(image)
+        found = [find(source) for source in sources]
+        return np.stack(found) if batched else found[0]
+
+    def sources(self, image: Image) -> tuple[Iterator[RasterSource], bool]:
+        """The images of a call, for `predict` and `decided`, and whether they are a batch.
+
+        Raises:
+            InputError: an image that does not fit.
+        """
         if isinstance(image, (str, Path)):
             pages, batched, nodata = self._pages(Path(image))
         else:
             nodata = None
             pages, batched = _as_batch(_as_array(image), self.channels)
             pages = _converted(pages, self.dtype, self._nodata)
-        found = [find(RasterSource(page, nodata)) for page in pages]
-        return np.stack(found) if batched else found[0]
+        return (RasterSource(page, nodata) for page in pages), batched
 
     def _pages(self, path: Path) -> tuple[Iterable[Array | Blocks], bool, float | None]:
         """The images (H, W, C) of a file, read one by one, whether it is a stack, and its value of

@@ -23,11 +23,10 @@ MAY_IMPORT = {
 DOORS = {"main.py", "__main__.py"}  # of unet_diffusion, whose commands know nothing of each other
 # What they share, or what composes both lives and is called from Python as well.
 SHARED = {
-    "unet_diffusion.pretraining",
-    "unet_diffusion.sampled",
-    "unet_diffusion.starting",
+    f"unet_diffusion.{name}" for name in ("interactive", "pretraining", "sampled", "starting")
 }
-PAGE = "unet_diffusion/page"  # a room of the command unet_diffusion/app.py alone
+# Rooms with one door each: that of the command unet_diffusion/app.py, and that of napari itself.
+PAGE, PLUGIN = "unet_diffusion/page", "unet_diffusion/napari"
 OURS = {*MAY_IMPORT, "tests", "benchmarks"}
 PICKLES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 
@@ -63,11 +62,13 @@ def called(call: ast.Call) -> str:
 def violations(source: str, path: Path) -> list[str]:
     """What the source text of the file at `path` does that the house does not allow."""
     tree, package, found = ast.parse(source), package_of(path), []
-    pages = path == ROOT / "unet_diffusion/app.py" or path.parent == ROOT / PAGE
+    where = path.relative_to(ROOT)
+    room = PAGE if where == Path("unet_diffusion/app.py") else where.parent.as_posix()
     for module in imports(tree, path):
         top = module.split(".")[0]
         allowed = MAY_IMPORT[package] | ({package} if path.name in DOORS else set())
-        shared = module in SHARED or (pages and module.startswith(PAGE.replace("/", ".")))
+        own = room in (PAGE, PLUGIN) and module.startswith(room.replace("/", "."))
+        shared = module in SHARED or own
         if top in OURS - allowed and not (package == "unet_diffusion" and shared):
             found.append(f"imports {module}")
         if top in PICKLES:
@@ -117,6 +118,8 @@ def test_source_keeps_the_rules(path: Path) -> None:
         ("unet_diffusion/a.py", "import scripts.demo"),
         ("unet_diffusion/a.py", "from unet_diffusion.page.shared import Page"),
         ("unet_diffusion/page/a.py", "from unet_diffusion.demo import main"),
+        ("unet_diffusion/napari/a.py", "from unet_diffusion.page.shared import Page"),
+        ("unet_diffusion/app.py", "from unet_diffusion.napari.layers import Planes"),
         ("scripts/a.py", "import scripts.demo"),
         ("scripts/a.py", "from unet import UNet"),
         ("scripts/a.py", "x = eval('1')"),

@@ -21,6 +21,7 @@ from unet.training.config_file import field_types
 from unet_diffusion.main import COMMANDS, NAMES, every_command, main, module
 
 ROOT = Path(__file__).parents[2]
+SHARED = {"interactive", "pretraining", "sampled", "starting"}  # what commands share
 ENTRY_POINTS = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["scripts"]
 
 
@@ -86,7 +87,7 @@ def test_every_command_is_installed_and_listed() -> None:
         module, _, function = place.partition(":")
         assert callable(getattr(importlib.import_module(module), function)), name
     modules = {p.stem for p in (ROOT / "unet_diffusion").glob("*.py")}
-    commands = modules - {"__init__", "__main__", "main", "pretraining", "sampled", "starting"}
+    commands = modules - {"__init__", "__main__", "main", *SHARED}
     assert {name.replace("-", "_") for name in NAMES} == commands
     places = {f"unet-{name}": f"unet_diffusion.{name.replace('-', '_')}:command" for name in NAMES}
     assert {"unet": "unet_diffusion.main:main"} | places == ENTRY_POINTS

@@ -32,12 +32,13 @@ from segmentation.predict import Predictor
 from segmentation.segmenter import Segmenter, load_models
 from segmentation.training import find_data
 from unet.errors import InputError
-from unet.files.images import read_image, write_image
+from unet.files.images import read_image
 from unet.files.pages import Array
 from unet.files.pictures import RGB, Legend
 from unet.training.config_file import load_config
 from unet.training.run import read_log
 from unet.words import counted
+from unet_diffusion.interactive import write_example
 from unet_diffusion.page.label import Labelled, chosen, picture
 from unet_diffusion.page.shared import SEGMENTATION, Known, Page, sentences, swatches
 
@@ -152,11 +153,7 @@ def judges(page: Page, known: Known) -> list[Pair]:
 def write_pairs(pairs: Sequence[Pair], folder: Path) -> None:
     """Images and masks as files of a folder that `unet train-seg` reads."""
     for i, pair in enumerate(pairs):
-        name = f"{i:04d}"
-        write_image(folder / "image" / f"{name}.tif", pair.read_image())
-        mask = pair.read_mask()
-        wide = mask.astype(np.uint16) if mask.max() > 255 else mask.astype(np.uint8)
-        write_image(folder / "label" / f"{name}.png", wide, pair.palette)
+        write_example(folder, f"{i:04d}", pair.read_image(), pair.read_mask(), pair.palette)
 
 
 def score(folder: Path, held: Path, ignore: Value | None) -> tuple[str, float]:
@@ -191,10 +188,8 @@ def save_lesson(
         lesson = Lesson(folder, free_value(segmenter), base_of(known))
         write_pairs(pairs, folder / "held-out")
     values = mask_values(classes, segmenter.table, lesson.ignore, instances=segmenter.instances)
-    labelled = lesson.folder / "labelled"
     pixels = read_image(image.path, image.page, done.predictor.reading)
-    write_image(labelled / "image" / f"{image.name}.tif", pixels)
-    write_image(labelled / "label" / f"{image.name}.png", values)
+    write_example(lesson.folder / "labelled", image.name, pixels, values)
     return lesson
 
 

@@ -1,18 +1,13 @@
-"""What the tabs share: models, commands in processes of their own, errors as sentences."""
+"""What the tabs share: models, jobs, errors as sentences."""
 
 from __future__ import annotations
 
-import atexit
 import functools
 import html
 import inspect
 import re
-import signal
-import subprocess
-import sys
 import tempfile
 import threading
-import traceback
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -28,54 +23,10 @@ from segmentation.segmenter import Segmenter, load_models
 from unet.errors import InputError, RunError
 from unet.files.pages import Reading
 from unet.files.pictures import Legend
-from unet.memory import ran_out_of_memory
 from unet.weights.folder import read_config
+from unet_diffusion.interactive import Command, sentence
 
 SEGMENTATION, DIFFUSION = "segmentation", "diffusion"
-PATIENCE = 60.0  # seconds in which a command that is to end saves its state
-
-
-class Command:
-    """A command of ours in a process of its own, as from a terminal: its run is an ordinary one."""
-
-    def __init__(self, *words: object) -> None:
-        self._said = tempfile.TemporaryFile()  # noqa: SIM115  # as long as the process
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "unet_diffusion", *map(str, words)],
-            stdin=subprocess.DEVNULL,
-            stdout=self._said,
-            stderr=subprocess.STDOUT,
-        )
-        atexit.register(self.stop)
-
-    @property
-    def running(self) -> bool:
-        return self.process.poll() is None
-
-    def stop(self) -> None:
-        """Ends it as Ctrl-C does: its state is saved, so that it can be resumed."""
-        atexit.unregister(self.stop)
-        if not self.running:
-            return
-        self.process.send_signal(signal.SIGINT)
-        try:
-            self.process.wait(PATIENCE)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-
-    def said(self) -> list[str]:
-        """The lines that it has written so far."""
-        self._said.seek(0)
-        return self._said.read().decode(errors="replace").splitlines()
-
-    def check(self) -> None:
-        """Raises RunError with its last sentence, where it ended in an error."""
-        if self.process.returncode in (None, 0, 128 + signal.SIGINT, -signal.SIGINT):
-            return
-        lines = [line for line in self.said() if line.strip()] or ["it said nothing"]
-        errors = [line for line in lines if line.startswith("error: ")] or lines
-        raise RunError(errors[-1].removeprefix("error: "))
 
 
 @dataclass(frozen=True)
@@ -185,25 +136,15 @@ def known_model(path: Path, name: str) -> Known:
 
 
 def sentences(work: Callable[..., Any]) -> Callable[..., Any]:
-    """What goes wrong in an event of the page becomes a sentence there, without paths of uploads.
-
-    What is nobody's mistake keeps its traceback in the terminal.
-    """
+    """What goes wrong in an event of the page becomes a sentence there, without uploads' paths."""
 
     def told(error: Exception) -> gr.Error:
         if isinstance(error, gr.Error):
             return error
+        text = _without_folders(sentence(error))
         if isinstance(error, (InputError, RunError)):
-            return gr.Error(_without_folders(str(error)), duration=None, print_exception=False)
-        if ran_out_of_memory(error):
-            text = "the memory ran out: give smaller images, or fewer at a time"
-            return gr.Error(text, print_exception=False)
-        traceback.print_exception(error)
-        if isinstance(error, OSError):
-            text = f"a file cannot be used: {error.strerror or error}"
-        else:
-            text = f"{type(error).__name__}, which is our mistake: the terminal has the details"
-        return gr.Error(_without_folders(text), print_exception=False)
+            return gr.Error(text, duration=None, print_exception=False)
+        return gr.Error(text, print_exception=False)
 
     if inspect.isgeneratorfunction(work):
 

@@ -1,0 +1,131 @@
+"""The widget Predict: a model and an image layer in; a mask and its probability out, as layers."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from magicgui.widgets import CheckBox, Container, FileEdit, PushButton, create_widget
+from napari.layers import Image
+
+from segmentation.data.classes import class_names
+from segmentation.segmenter import Segmenter, load
+from unet.errors import InputError
+from unet.files.pages import Array
+from unet.words import channels_said
+from unet_diffusion.napari.layers import Planes, in_thread, placement, told
+
+if TYPE_CHECKING:
+    import napari
+
+Found = tuple[Segmenter, Array, Array]
+
+
+class PredictWidget(Container):
+    """Labels the pixels of an image layer by the model of a run.
+
+    Args:
+        napari_viewer: whose layers are offered, and that is given the results.
+    """
+
+    def __init__(self, napari_viewer: napari.viewer.Viewer) -> None:
+        self.viewer = napari_viewer
+        self.model = FileEdit(
+            mode="d",
+            nullable=True,
+            value=None,
+            label="model",
+            tooltip="the folder of a model, such as RUN/model",
+        )
+        self.image = create_widget(annotation=Image, label="image")
+        self.channels = CheckBox(label="first axis is channels")
+        self.start = PushButton(text="Predict")
+        super().__init__(widgets=[self.model, self.image, self.channels, self.start])
+        self.start.changed.connect(lambda _: told(self.predict))
+
+    def predict(self) -> None:
+        """Starts the work, whose results become layers.
+
+        Raises:
+            InputError: nothing is chosen, or a layer without such channels.
+        """
+        layer, folder = self.image.value, self.model.value
+        if layer is None:
+            raise InputError("there is no image layer: open an image first")
+        if folder is None:
+            raise InputError("no model is chosen: give the folder of one, such as RUN/model")
+        planes = Planes(layer, channels_first=self.channels.value)
+        placed = placement(layer, len(planes.shape))
+        in_thread(
+            predicted,
+            folder,
+            planes,
+            total=len(planes),
+            what=f"predicting {layer.name}",
+            yielded=lambda _: None,
+            returned=lambda found: self.add_results(layer.name, found, placed),
+            finished=lambda: setattr(self.start, "enabled", True),
+        )
+        self.start.enabled = False
+
+    def add_results(self, name: str, found: Found, placed: dict[str, Any]) -> None:
+        """Adds the results as layers."""
+        segmenter, mask, probability = found
+        self.viewer.add_image(
+            probability,
+            name=f"{name} probability",
+            colormap="inferno",
+            contrast_limits=(0, 1),
+            visible=False,
+            **placed,
+        )
+        kind = "objects" if segmenter.instances else "mask"
+        features = None if segmenter.instances else names(segmenter)
+        self.viewer.add_labels(mask, name=f"{name} {kind}", features=features, **placed)
+
+
+def predicted(folder: Path, planes: Planes) -> Generator[int, None, Found]:
+    """Labels the images one by one, and yields how many are done.
+
+    Returns:
+        The model; for each pixel of the stack (..., H, W) its mask value, of a model of colours the
+        number of its class, of numbered objects its object, in each image from 1; and the
+        probability of the second of two classes, of more that of the chosen one.
+
+    Raises:
+        InputError: no model, or one for other images.
+    """
+    segmenter = load(folder)
+    opaque = segmenter.channels != 4
+    given = 3 if planes.rgb and opaque else planes.channels
+    if given != segmenter.channels:
+        raise InputError(
+            f"'{planes.name}' gives {channels_said(given)} images, but the model takes "
+            f"{channels_said(segmenter.channels)} ones: choose another layer or model, or "
+            f"{'untick' if planes.channels_first else 'tick'} 'first axis is channels'"
+        )
+    masks: list[Array] = []
+    probabilities = []
+    for number in range(len(planes)):
+        (source,), _ = segmenter.sources(planes.read(number, opaque=opaque))
+        found, depth = segmenter.predict.found(source)
+        decided = segmenter.decided(found, source)
+        if segmenter.instances:
+            masks.append(segmenter.numbered(decided, depth))
+        elif isinstance(segmenter.classes[0], tuple):
+            masks.append(decided)
+        else:
+            masks.append(segmenter.table.decode(decided))
+        probabilities.append(found.max(axis=0))
+        yield number + 1
+    shape = planes.shape
+    return segmenter, np.reshape(masks, shape), np.reshape(probabilities, shape)
+
+
+def names(segmenter: Segmenter) -> dict[str, list[Any]]:
+    """What each value of the mask is called, which napari shows under the pointer."""
+    numbered = isinstance(segmenter.classes[0], tuple)
+    values = range(len(segmenter.classes)) if numbered else segmenter.classes
+    return {"index": list(values), "class": list(class_names(segmenter.table))}
