@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -67,12 +68,16 @@ logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # it logs what it forg
 
 
 @contextmanager
-def open_tiff(path: Path, reading: Reading) -> Iterator[GetPage]:
+def open_tiff(path: Path | BytesIO, reading: Reading) -> Iterator[GetPage]:
     """The slices of a file; see `unet.files.pages`.
 
     Raises:
         InputError: damaged, or of a kind that cannot be read. Decoders raise more.
     """
+    if isinstance(path, BytesIO):
+        with tifffile.TiffFile(path) as tif:
+            yield _pages(tif, reading)[0]
+        return
     state = path.stat()
     key = (path.absolute(), state.st_ino, state.st_size, state.st_mtime_ns, reading)
     if key in _kept and (found := _kept.pop(key, None)):  # another thread may be faster
