@@ -312,6 +312,10 @@ def _decode(page: Any, tif: Any) -> Array:
 def _mapped(tif: Any, dtype: np.dtype[Any], start: int, shape: tuple[int, ...]) -> Array:
     if start + math.prod(shape) * dtype.itemsize > tif.filehandle.size:
         raise InputError("the file is truncated: it describes more than it holds")
+    if not tif.filehandle.is_file:  # a member of a shard, in memory
+        tif.filehandle.seek(start)
+        stored = tif.filehandle.read(math.prod(shape) * dtype.itemsize)
+        return np.frombuffer(stored, dtype.newbyteorder(tif.byteorder)).reshape(shape)
     return np.memmap(tif.filehandle.path, dtype.newbyteorder(tif.byteorder), "r", start, shape)
 
 
