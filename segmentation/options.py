@@ -76,7 +76,8 @@ class SegmentationOptions(LabelOptions, FitOptions):
     data: str = "phantom"
     """A folder with images and masks (image/ label/, images/ masks/, ..., polygons of COCO or
     labelme, or the two ISBI 2012 stacks), or shards (WebDataset's tars, Parquet, Arrow);
-    isbi2012: the challenge's stacks, downloaded once; phantom: generated membrane images; stains: generated cells in two channels."""
+    isbi2012: the challenge's stacks, downloaded once; phantom: generated membrane images;
+    stains: generated cells in two channels."""
 
     val_data: Path | None = None
     """A folder of images and masks to hold out, beside --data; a val/ or validation/ beside a
