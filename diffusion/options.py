@@ -40,7 +40,8 @@ class DiffusionOptions(ReadingOptions, FitOptions):
 
     data: str = "shapes"
     """A folder of images, an .npz with `images` (and `labels`), a TIFF stack, a volume such as
-    x.zarr; shapes: generated pictures of coloured shapes."""
+    x.zarr, shards (WebDataset's tars, Parquet, Arrow); shapes: generated pictures of coloured
+    shapes."""
 
     size: int | None = None
     """Side in pixels to which the images are resized and cropped; none given: as they are."""

@@ -75,8 +75,9 @@ class SegmentationOptions(LabelOptions, FitOptions):
 
     data: str = "phantom"
     """A folder with images and masks (image/ label/, images/ masks/, ..., polygons of COCO or
-    labelme, or the two ISBI 2012 stacks); isbi2012: the challenge's stacks, downloaded once;
-    phantom: generated membrane images; annotators: these with six masks each, which disagree;
+    labelme, or the two ISBI 2012 stacks), or shards (WebDataset's tars, Parquet, Arrow);
+    isbi2012: the challenge's stacks, downloaded once; phantom: generated membrane images;
+    annotators: these with six masks each, which disagree;
     stains: generated cells in two channels."""
 
     val_data: Path | None = None

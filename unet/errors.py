@@ -13,6 +13,8 @@ _EXTRAS = {  # a package that some part imports when it is used, and the extra t
     "h5py": "hdf5",
     "nibabel": "medical",
     "pydicom": "medical",
+    "datasets": "datasets",
+    "pyarrow": "datasets",
     "onnx": "export",
     "onnxscript": "export",
     "onnxruntime": "export",

@@ -17,8 +17,9 @@ from diffusion.data.captions import TABLES, has_text_files, read_captions
 from diffusion.data.pixels import WHOLE
 from diffusion.data.shapes import HELD_OUT, SIDE, example, example_caption
 from unet.errors import InputError
-from unet.files.images import SUFFIXES, Colour, image_info, laid_over, natural_key, read_image
-from unet.files.pages import AS_STORED, Array, ImageInfo, Reading
+from unet.files.images import Colour, image_info, laid_over, natural_key, read_image
+from unet.files.pages import AS_STORED, SUFFIXES, Array, ImageInfo, Reading
+from unet.files.shards import find_shards, read_shards
 from unet.files.volumes import is_volume
 from unet.words import counted
 
@@ -84,6 +85,8 @@ def open_source(
     path = Path(data)
     if str(data) == "shapes":
         return _drawn(size or SIDE, seed)
+    if shards := find_shards(path):
+        return _in_shards(shards, captions, how or HowToRead())
     if not (is_volume(path) or os.path.exists(path)):  # False for an impossible name, too
         raise InputError(f"'{data}': no such file or folder")
     how = how or HowToRead()
@@ -211,6 +214,27 @@ def _in_files(path: Path, captions: bool, how: HowToRead) -> Source:
     if "" in folders or len(set(folders)) < 2:
         return source
     return _classified(source, folders)
+
+
+def _in_shards(shards: Sequence[Path], captions: bool, how: HowToRead) -> Source:
+    """The samples of shards; of a million no more is kept than their names, and places in tars."""
+    found = read_shards(shards, masks=False, caption_key=how.caption_key)
+    source = Source(
+        names=found.images,
+        read=partial(_read_page, found.images, None, how),
+        files=found.images,
+        how=how,
+        captioned=found.caption is not None,
+    )
+    if captions and found.caption is not None:
+        texts = [found.caption.of(image) for image in found.images]
+        source = replace(source, caption=texts.__getitem__)
+    if found.label is None:
+        return source
+    labels: list[Any] = [found.label.of(image) for image in found.images]
+    with suppress(ValueError):  # numbers as those of an .npz, where all are
+        labels = [int(label) for label in labels]
+    return _classified(source, labels)
 
 
 def _read_page(

@@ -24,7 +24,9 @@ from segmentation.data.polygons import (
     read_labelme,
 )
 from unet.errors import InputError
-from unet.files.images import SUFFIXES, list_images, natural_key
+from unet.files.images import list_images, natural_key
+from unet.files.pages import SUFFIXES
+from unet.files.shards import find_shards, key_of, read_shards
 from unet.files.volumes import is_volume, volume_name
 from unet.files.writing import read_json
 from unet.words import counted
@@ -108,6 +110,8 @@ def find_layout(
 
 
 def _in_folder(data: Path) -> Layout:
+    if shards := find_shards(data):
+        return _sharded(shards)
     if is_volume(data):
         raise InputError(
             f"{str(data)!r} is one volume: name it and its masks with --images and --masks"
@@ -157,6 +161,27 @@ def _in_folder(data: Path) -> Layout:
             f"{some([f.name for f in folders])}; name the two with --images and --masks"
         )
     return _side_by_side(data)
+
+
+def _sharded(shards: Sequence[Path]) -> Layout:
+    """Samples with an image and a mask, named by their keys, and their shards where keys recur."""
+    found = read_shards(shards, masks=True)
+    places = [key_of(image) for image in found.images]
+    times = Counter(key for _, key in places)
+    matches = [
+        Match(
+            name=(key if times[key] == 1 else f"{shard.rpartition('.')[0]}_{key}").replace(
+                "/", "_"
+            ),
+            image=(Path(image),),
+            mask=(Path(mask),),
+            part=part,
+        )
+        for (shard, key), image, mask, part in zip(
+            places, found.images, found.masks, found.parts, strict=True
+        )
+    ]
+    return Layout(matches=sorted(matches, key=lambda match: natural_key(match.name)))
 
 
 def _parts(parts: Mapping[str, Path]) -> Layout:

@@ -1,9 +1,10 @@
 """Image files in and out: what both tasks need, and no more.
 
-Reads PNG, JPEG, BMP, GIF and WebP (Pillow), TIFF (tifffile), NPY, and the slices of volumes
-(`unet.files.volumes`); writes PNG and TIFF. The kind is told by a file's first bytes, of a volume
-by its name. Whatever is wrong with a file, the error is an InputError that names it. Nothing in a
-file is run, and more than MAX_PIXELS are refused before one is decoded.
+Reads PNG, JPEG, BMP, GIF and WebP (Pillow), TIFF (tifffile), NPY, the slices of volumes
+(`unet.files.volumes`), and pictures in shards (`unet.files.shards`); writes PNG and TIFF. The kind
+is told by a file's first bytes, of a volume by its name. Whatever is wrong with a file, the error
+is an InputError that names it. Nothing in a file is run, and more than MAX_PIXELS are refused
+before one is decoded.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -26,6 +28,7 @@ from unet.files.pages import (
     AS_STORED,
     MAX_PAGES,
     MAX_PIXELS,
+    SUFFIXES,
     Array,
     GetPage,
     ImageInfo,
@@ -39,11 +42,10 @@ from unet.files.pages import (
     naming,
     upright,
 )
+from unet.files.shards import is_member, read_member
 from unet.files.tiff import open_tiff
 from unet.files.volumes import is_volume, open_volume
 from unet.files.writing import replacing
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".npy")
 
 Colour: TypeAlias = tuple[int, int, int]
 
@@ -332,26 +334,35 @@ def _open(path: Path, reading: Reading) -> Iterator[GetPage]:
             with open_volume(path) as volume:
                 yield volume.pages(reading)
             return
-        if not path.is_file():
+        source: Path | BytesIO = path
+        if is_member(path):
+            source = BytesIO(read_member(path))
+        elif not path.is_file():
             raise InputError("no such file")
-        with path.open("rb") as file:
-            start = file.read(26)
+        start = _start(source)
         if not start:
             raise InputError("the file is empty (0 bytes)")
         if start.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
-            reader = open_tiff(path, reading)
+            reader = open_tiff(source, reading)
         elif start.startswith(b"\x93NUMPY"):
-            reader = _open_npy(path, reading)
+            reader = _open_npy(source, reading)
         else:
-            reader = _open_pillow(path, start)
+            reader = _open_pillow(source, start)
         with reader as get_page:
             yield get_page
 
 
+def _start(source: Path | BytesIO) -> bytes:
+    if isinstance(source, BytesIO):
+        return source.getvalue()[:26]
+    with source.open("rb") as file:
+        return file.read(26)
+
+
 @contextmanager
-def _open_pillow(path: Path, start: bytes) -> Iterator[GetPage]:
+def _open_pillow(source: Path | BytesIO, start: bytes) -> Iterator[GetPage]:
     try:
-        picture = Image.open(path, formats=("PNG", "JPEG", "BMP", "GIF", "WEBP"))
+        picture = Image.open(source, formats=("PNG", "JPEG", "BMP", "GIF", "WEBP"))
     except UnidentifiedImageError as error:
         raise InputError(f"not an image that can be read ({', '.join(SUFFIXES)})") from error
     except Image.DecompressionBombError as error:  # Pillow's own bound, above MAX_PIXELS
@@ -372,7 +383,7 @@ def _open_pillow(path: Path, start: bytes) -> Iterator[GetPage]:
 
         def decode() -> Array:
             if deep:
-                return np.asarray(imagecodecs.png_decode(path.read_bytes()))
+                return np.asarray(imagecodecs.png_decode(_content(source)))
             if alpha:
                 colours = np.asarray(picture.convert("RGBA"))
                 return colours[..., [0, 3]] if grey else colours
@@ -398,10 +409,17 @@ def _open_pillow(path: Path, start: bytes) -> Iterator[GetPage]:
         yield [Page(info, decode, turn, indices if palette else None)].__getitem__
 
 
+def _content(source: Path | BytesIO) -> bytes:
+    return source.getvalue() if isinstance(source, BytesIO) else source.read_bytes()
+
+
 @contextmanager
-def _open_npy(path: Path, reading: Reading) -> Iterator[GetPage]:
-    # A memory map never unpickles, and refuses a shape that the file is too short for.
-    array = np.lib.format.open_memmap(path, mode="r")
+def _open_npy(source: Path | BytesIO, reading: Reading) -> Iterator[GetPage]:
+    if isinstance(source, BytesIO):
+        array = np.lib.format.read_array(source, allow_pickle=False)
+    else:
+        # A memory map never unpickles, and refuses a shape that the file is too short for.
+        array = np.lib.format.open_memmap(source, mode="r")
     axes = guessed_axes(array.shape) if reading.axes is None else reading.axes
     alpha = reading.axes is None and axes[-1] == "C" and array.shape[-1] == 4
     if len(axes) != array.ndim:

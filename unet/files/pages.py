@@ -18,6 +18,7 @@ from unet.errors import InputError, said
 
 Array: TypeAlias = NDArray[Any]
 
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".npy")
 MAX_PIXELS = 2**27  # of one page: 11,585 x 11,585
 MAX_BYTES = 2**30  # of one page with all its channels
 MAX_PAGES = 2**21  # of a stack; it has fewer

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -67,12 +68,16 @@ logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # it logs what it forg
 
 
 @contextmanager
-def open_tiff(path: Path, reading: Reading) -> Iterator[GetPage]:
+def open_tiff(path: Path | BytesIO, reading: Reading) -> Iterator[GetPage]:
     """The slices of a file; see `unet.files.pages`.
 
     Raises:
         InputError: damaged, or of a kind that cannot be read. Decoders raise more.
     """
+    if isinstance(path, BytesIO):
+        with tifffile.TiffFile(path) as tif:
+            yield _pages(tif, reading)[0]
+        return
     state = path.stat()
     key = (path.absolute(), state.st_ino, state.st_size, state.st_mtime_ns, reading)
     if key in _kept and (found := _kept.pop(key, None)):  # another thread may be faster
@@ -307,6 +312,10 @@ def _decode(page: Any, tif: Any) -> Array:
 def _mapped(tif: Any, dtype: np.dtype[Any], start: int, shape: tuple[int, ...]) -> Array:
     if start + math.prod(shape) * dtype.itemsize > tif.filehandle.size:
         raise InputError("the file is truncated: it describes more than it holds")
+    if not tif.filehandle.is_file:  # a member of a shard, in memory
+        tif.filehandle.seek(start)
+        stored = tif.filehandle.read(math.prod(shape) * dtype.itemsize)
+        return np.frombuffer(stored, dtype.newbyteorder(tif.byteorder)).reshape(shape)
     return np.memmap(tif.filehandle.path, dtype.newbyteorder(tif.byteorder), "r", start, shape)
 
 
