@@ -32,7 +32,7 @@ test-gpu: venv  ## run the tests that need a GPU; UNET_GPU_TESTS=cpu rehearses t
 	@$(PY) -m pytest -m gpu tests/gpu $(ARGS)
 
 test-browser: venv  ## run the tests of the page (they need a Chromium: found, or named by CHROMIUM)
-	@$(PY) -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[app,browser]"
+	@$(PY) -m pip install -qq --disable-pip-version-check -c "$(CONSTRAINTS)" -e ".[app,browser]"
 	@$(PY) -m pytest -m browser tests/browser $(ARGS)
 
 lint: venv  ## ruff check, ruff format --check, mypy
