@@ -109,7 +109,7 @@ class Signs(UNet):
     def __init__(self) -> None:
         super().__init__(CONFIG)
         self.encoder, self.decoder = nn.ModuleList(), nn.ModuleList()
-        self.only = SpatialTransformer(8, CONFIG)
+        self.only = SpatialTransformer(8, CONFIG, 1)
         attention = self.only.blocks[0].cross_attention
         self.only.norm = self.only.proj_in = nn.Identity()
         self.only.blocks[0].norm2 = nn.Identity()

@@ -62,6 +62,8 @@ def given(config: UNetConfig, side: int) -> dict[str, Tensor]:
     if config.context_channels is not None:
         inputs["context"] = torch.randn(2, 77, config.context_channels)
         inputs["mask"] = torch.ones(2, 77, dtype=torch.bool)
+    if config.vector_channels:
+        inputs["vector"] = torch.randn(2, config.vector_channels)
     return {name: value.to("fake") for name, value in inputs.items()}
 
 

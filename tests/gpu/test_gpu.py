@@ -91,6 +91,8 @@ def given(config: UNetConfig, side: int) -> dict[str, Tensor]:
         inputs["t"] = torch.tensor([3, 700])
     if config.context_channels is not None:
         inputs["context"] = torch.randn(2, 7, config.context_channels)
+    if config.vector_channels:
+        inputs["vector"] = torch.randn(2, config.vector_channels)
     return inputs
 
 
