@@ -10,10 +10,11 @@ from unet.training.cli import run_script, say_next
 
 def main(options: SegmentationOptions) -> None:
     from segmentation.training import train  # torch takes seconds to import: not before parsing
-    from unet_diffusion.pretraining import learn_unlabelled
     from unet_diffusion.starting import segmentation_start
 
     if options.unlabelled is not None:
+        from unet_diffusion.pretraining import learn_unlabelled  # and the diffusion trainer with it
+
         train(*learn_unlabelled(options))
     else:
         train(options, segmentation_start(options.init))

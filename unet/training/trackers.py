@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from unet.errors import InputError, said
 from unet.files.writing import read_json, write_text
@@ -49,8 +48,8 @@ class Trackers:
             except Exception as error:  # theirs: no login, no server, no connection
                 raise InputError(f"--trackers {name} cannot be started: {said(error)}") from error
             self.started.append(tracker)
-            if name == "mlflow":
-                _keep(plan.out, name, tracker.tracker.info.run_id)
+            if name in _NAMED:  # once it is there, so that a run that is refused leaves nothing
+                _keep(plan.out, name, _NAMED[name](tracker.tracker))
 
     def log(self, values: Mapping[str, float], group: str, step: int) -> None:
         """Tells them figures at a step, each named group/name."""
@@ -73,9 +72,8 @@ def _wandb(plan: FitPlan, step: int) -> GeneralTracker:
     import wandb  # noqa: F401  # before anything is written
     from accelerate.tracking import WandBTracker
 
-    name = _kept(plan.out, "wandb") or secrets.token_hex(4)
-    _keep(plan.out, "wandb", name)
-    return WandBTracker(PROJECT, dir=plan.out, id=name, name=plan.out.name, resume="allow")
+    known = _kept(plan.out, "wandb")
+    return WandBTracker(PROJECT, dir=plan.out, id=known, name=plan.out.name, resume="allow")
 
 
 def _mlflow(plan: FitPlan, step: int) -> GeneralTracker:
@@ -86,6 +84,10 @@ def _mlflow(plan: FitPlan, step: int) -> GeneralTracker:
 
 
 _START = {"tensorboard": _tensorboard, "wandb": _wandb, "mlflow": _mlflow}
+_NAMED: dict[str, Callable[[Any], str]] = {  # what a tracker calls the run that it has started
+    "wandb": lambda run: str(run.id),
+    "mlflow": lambda run: str(run.info.run_id),
+}
 
 
 def _kept(run: Path, tracker: str) -> str | None:

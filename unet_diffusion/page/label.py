@@ -57,9 +57,6 @@ class Labelled:
         pixels = open_raster(image.path, image.page, image.info, self.predictor.reading)
         return RasterSource(pixels, image.info.nodata)
 
-    def probability(self, image: Slice) -> Probability:
-        return self.found(image)[0]
-
     def found(self, image: Slice) -> tuple[Probability, Depth | None]:
         with np.load(self._file(image), allow_pickle=False) as kept:
             return kept["probability"], kept.get("depth")
