@@ -10,7 +10,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -80,7 +80,8 @@ class FilePredictor:
         reading: Reading = AS_STORED,
     ) -> None:
         self.segmenter = Segmenter(predict, table, threshold, min_size=min_size)
-        self.reading = self.segmenter.reading if reading == AS_STORED else reading
+        known = self.segmenter.reading
+        self.reading = known if reading == AS_STORED else replace(reading, rgb=known.rgb)
         if labels and not self.segmenter.has_labels:
             raise InputError(
                 f"labels number the parts of the second of two classes, but the model knows "

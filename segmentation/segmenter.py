@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -393,8 +393,10 @@ class Segmenter:
 
     @property
     def reading(self) -> Reading:
-        """How the files of the training images were read."""
-        return Reading.from_dict(self.predict.models[0].info.get("reading", {}))
+        """How the files of the training images were read; a model of RGB takes grey ones, too."""
+        info = self.predict.models[0].info
+        rgb = self.channels == 3 and not info.get("channel_names")
+        return replace(Reading.from_dict(info.get("reading", {})), rgb=rgb)
 
     def numbered(self, decided: NDArray[np.uint8], depth: Depth | None) -> NDArray[np.int32]:
         """What `labels` gives, of class indices (H, W) and what `Predictor.found` gives."""

@@ -18,7 +18,7 @@ from segmentation.data.classes import class_names
 from segmentation.data.dataset import SegmentationData
 from segmentation.data.download import isbi2012_folder
 from segmentation.data.normalisation import Normalisation
-from segmentation.data.pairs import Pair, find_pairs, pairs_from_arrays
+from segmentation.data.pairs import Pair, alike, find_pairs, pairs_from_arrays
 from segmentation.data.phantom import phantom_stack
 from segmentation.data.samples import CropSamples
 from segmentation.data.splits import split_pairs
@@ -218,13 +218,16 @@ def _with_val(pairs: list[Pair], options: SegmentationOptions) -> list[Pair]:
         return pairs
     held_out = find_pairs(options.val_data, reading=options.reading, cleaning=options.cleaning)
     taken = {pair.name for pair in pairs}
-    return [
-        *(replace(pair, part="train") for pair in pairs),
-        *(
-            replace(pair, part="val", name=f"val_{pair.name}" if pair.name in taken else pair.name)
-            for pair in held_out
-        ),
-    ]
+    renamed = (f"val_{pair.name}" if pair.name in taken else pair.name for pair in held_out)
+    return alike(
+        [
+            *(replace(pair, part="train") for pair in pairs),
+            *(
+                replace(pair, part="val", name=name)
+                for pair, name in zip(held_out, renamed, strict=True)
+            ),
+        ]
+    )
 
 
 def make_model(plan: SegmentationPlan) -> SegmentationUNet:

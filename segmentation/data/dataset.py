@@ -349,6 +349,8 @@ class SegmentationData:
         sizes = sorted({(info.height, info.width) for info in infos})
         size = " to ".join(f"{h} x {w}" for h, w in dict.fromkeys((sizes[0], sizes[-1])))
         lines = [f"{counted(len(infos), 'image')} of {size}, {kind(infos[0])}", *self.table.lines()]
+        if greys := sum(pair.reading.rgb for pair in self.pairs):
+            lines.append(f"{counted(greys, 'grey image')} among them, as RGB")
         if alphas := sum(info.has_alpha for info in infos):
             lines.append(f"alpha channel dropped in {counted(alphas, 'image')}")
         scaling = self.normalisation

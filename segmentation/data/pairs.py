@@ -140,7 +140,8 @@ def find_pairs(
 
     Raises:
         InputError: no such folder; an image without mask or the reverse; sizes that differ;
-            channels or bit depths that differ over the set. Names the files.
+            channels (but for grey images among RGB ones) or bit depths that differ over the set.
+            Names the files.
     """
     layout = find_layout(data, images, masks)
     cleaning = cleaning or MaskCleaning()
@@ -206,8 +207,7 @@ def find_pairs(
                 pairs.append(common)
             else:
                 pairs.append(replace(common, name=f"{match.name}_{page:0{digits}d}", page=page))
-    for pair in pairs:
-        _check_alike(pair, pairs[0])
+    pairs = alike(pairs)
     name, times = Counter(pair.name for pair in pairs).most_common(1)[0]
     if times > 1:
         raise InputError(f"{times} images are named {name!r}; rename all but one")
@@ -315,6 +315,29 @@ def _stack(match: Match, reading: Reading, cleaning: MaskCleaning) -> list[Pair]
             )
         )
     return pairs
+
+
+def alike(pairs: Sequence[Pair]) -> list[Pair]:
+    """Pairs whose images have the same channels and depth: grey ones among RGB ones become RGB.
+
+    Raises:
+        InputError: others that differ; names two files.
+    """
+    kinds = {(pair.info.channels, pair.info.names) for pair in pairs}
+    found = list(pairs)
+    if kinds == {(1, ()), (3, ())}:
+        found = [as_rgb(pair) if pair.info.channels == 1 else pair for pair in pairs]
+    for pair in found:
+        _check_alike(pair, found[0])
+    return found
+
+
+def as_rgb(pair: Pair) -> Pair:
+    """A grey image with its grey as red, green and blue."""
+    reading, image = replace(pair.reading, rgb=True), pair.image
+    if isinstance(image, np.ndarray):
+        image = np.repeat(image.reshape(*image.shape[:2], 1), 3, axis=2)
+    return replace(pair, image=image, reading=reading, info=reading.of(pair.info))
 
 
 def _check_alike(pair: Pair, first: Pair) -> None:

@@ -8,7 +8,7 @@ from segmentation.data.classes import ClassTable, Value
 from segmentation.data.dataset import SegmentationData
 from segmentation.data.instances import INSTANCE_NAMES
 from segmentation.data.normalisation import Normalisation
-from segmentation.data.pairs import Pair
+from segmentation.data.pairs import Pair, as_rgb
 from segmentation.data.splits import split_pairs
 from segmentation.data.weights import find_cells
 from segmentation.model import SegmentationUNet
@@ -32,6 +32,11 @@ def labelled_data(
         InputError: images with other channels or another bit depth than those that a model was
             trained on; a mask with another value than the classes.
     """
+    if models[0].config.in_channels == 3 and (pairs[0].info.channels, pairs[0].info.names) == (
+        1,
+        (),
+    ):
+        pairs = [as_rgb(pair) for pair in pairs]
     info = pairs[0].info
     for model in models:
         normalisation = Normalisation.from_dict(model.info["normalisation"])

@@ -216,6 +216,8 @@ def test_colour_images(tmp_path: Path) -> None:
     assert mask.shape == (24, 32)
     assert model(image[:, :3]).shape == (24, 3)
     assert np.array_equal(model(np.stack([image] * 2))[1], mask)
+    write_image(tmp_path / "grey.png", image[..., 0])  # as among the training images
+    assert np.array_equal(model(tmp_path / "grey.png"), model(np.stack([image[..., 0]] * 3, -1)))
 
 
 def test_files_and_stacks(model: Segmenter, tmp_path: Path) -> None:

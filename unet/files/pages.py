@@ -66,11 +66,13 @@ class Reading:
         axes: of TIFF and NPY arrays and volumes, as "CYX"; C and S are channels, others slices.
         channels: those to read, in this order: numbers from 0, or names.
         nodata: value of pixels where nothing was measured, instead of what a file declares.
+        rgb: grey images are read as red, green and blue, where no channels are chosen.
     """
 
     axes: str | None = None
     channels: tuple[str, ...] = ()
     nodata: float | None = None
+    rgb: bool = False
 
     def __post_init__(self) -> None:
         axes = self.axes
@@ -83,7 +85,7 @@ class Reading:
                 )
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values, which `from_dict` reads back; what is not said is left out."""
+        """JSON values, which `from_dict` reads back; what is not said is left out, and `rgb`."""
         nodata: float | str | None = self.nodata
         if self.nodata is not None and not math.isfinite(self.nodata):
             nodata = str(nodata)  # JSON has no NaN
@@ -104,13 +106,13 @@ class Reading:
             raise InputError(f"the model's way to read files is damaged: {error}") from error
 
     def chosen(self, info: ImageInfo) -> list[int] | None:
-        """Places of the chosen channels in a file; None: all of them.
+        """Places of the channels to read in a file; None: all of them.
 
         Raises:
             InputError: no such channel.
         """
         if not self.channels:
-            return None
+            return [0, 0, 0] if self.rgb and info.channels == 1 and not info.names else None
         found = []
         for channel in self.channels:
             if channel in info.names:

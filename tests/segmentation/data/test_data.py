@@ -97,6 +97,19 @@ def test_stacks_give_a_pair_for_each_slice(tmp_path: Path) -> None:
     assert names(find_pairs(tmp_path))[-1] == "a_14"
 
 
+def test_grey_images_among_rgb_ones_are_rgb(tmp_path: Path) -> None:
+    save_set(tmp_path, "image", "label")
+    rgb = np.stack([IMAGES[1], MASKS[2], IMAGES[3]], 2)
+    write_image(tmp_path / "image/cell 9.png", rgb)
+    pairs = find_pairs(tmp_path)
+    wanted = [np.stack([image] * 3, 2) for image in IMAGES]
+    wanted[1] = rgb
+    np.testing.assert_array_equal([pair.read_image() for pair in pairs], wanted)
+    data = SegmentationData(pairs)
+    assert data.channels == 3
+    assert "4 grey images among them, as RGB" in data.describe()
+
+
 def replace(path: str, array: Array) -> Callable[[Path], None]:
     return lambda folder: write_image(folder / path, array)
 
@@ -134,8 +147,8 @@ def cut(path: str) -> Callable[[Path], None]:
             r"6 x 8 in .*cell 9\.png', but 5 x 8 in .*9\.tif",
         ),
         (
-            replace("image/cell 9.png", np.stack([IMAGES[1]] * 3, 2)),
-            r"RGB uint8 in .*cell 9\.png', but grey uint8 in .*cell 8\.png'",
+            replace("image/cell 9.png", np.stack([IMAGES[1]] * 3, 2).astype(np.uint16)),
+            r"RGB uint16 in .*cell 9\.png', but RGB uint8 in .*cell 8\.png'",
         ),
         (replace("image/cell 9.png", IMAGES[1].astype(np.uint16)), r"grey uint16 in .*cell 9"),
         (cut("image/cell 9.png"), r"cell 9\.png': not an image, or a damaged one"),
