@@ -176,6 +176,7 @@ def _measure(name: str, options: Options) -> dict[str, Any]:
     return {
         "what": row.what,
         "axis": row.axis,
+        "images": row.images,
         "exponents": growth.exponents(found) if row.axis else {},
         "sides": found,
         "target": dict(row.target or {}),
@@ -286,6 +287,8 @@ def _lines(row: Mapping[str, Any]) -> list[str]:
         text = f"  {name}: {side['seconds']:.4g} s"
         if "MiB" in side:
             text += f", {side['MiB']:.0f} MiB, {side['share of peak']:.0%} of the peak"
+        if row.get("images"):
+            text += f", {row['images'] / side['seconds']:.4g} images/s"
         lines.append(text)
     for unit, exponent in row.get("exponents", {}).items():
         lines.append(f"  {unit} grow with {row['axis']} to the power of {exponent:.2f}")
@@ -309,8 +312,8 @@ def _table(found: Mapping[str, Any]) -> str:
     if compared:
         lines += [
             "",
-            "| work | side | seconds | ratio | aim | MiB | share of the peak |",
-            "|---|---|---|---|---|---|---|",
+            "| work | side | seconds | ratio | aim | MiB | share of the peak | images/s |",
+            "|---|---|---|---|---|---|---|---|",
         ]
     for row in compared:
         ratios = _ratios(row)
@@ -324,6 +327,7 @@ def _table(found: Mapping[str, Any]) -> str:
                 str(row["target"].get(name, "")),
                 f"{side['MiB']:.0f}" if "MiB" in side else "",
                 f"{side['share of peak']:.0%}" if side.get("share of peak") else "",
+                f"{row['images'] / side['seconds']:.4g}" if row.get("images") else "",
             ]
             lines.append(f"| {' | '.join(cells)} |")
             what = ""

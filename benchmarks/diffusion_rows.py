@@ -38,6 +38,20 @@ def _save_ddpm(folder: Path) -> None:
     ).save_pretrained(folder / "ddpm")
 
 
+def _save_ddpm_256(folder: Path) -> None:
+    """DDPM's network of images of 256 x 256 (arXiv 2006.11239, appendix B)."""
+    from diffusers import UNet2DModel
+
+    torch.manual_seed(0)
+    UNet2DModel(
+        sample_size=256,
+        block_out_channels=(128, 128, 256, 256, 512, 512),
+        layers_per_block=2,
+        down_block_types=(*["DownBlock2D"] * 4, "AttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "AttnUpBlock2D", *["UpBlock2D"] * 4),
+    ).save_pretrained(folder / "ddpm")
+
+
 def _save_sd_v1(folder: Path) -> None:
     from diffusers import UNet2DConditionModel
 
@@ -59,7 +73,7 @@ def _ours(folder: Path) -> DiffusionUNet:
 def _ddpm_step(
     model: nn.Module, size: int, *, ours: bool, precision: str = "fp32", compiled: bool = False
 ) -> Work:
-    batch = 64 if size == 32 else 16
+    batch = {32: 64, 64: 16, 256: 16}[size]
     x0, noise = random_image(batch, 3, size, size) * 2 - 1, random_image(batch, 3, size, size)
     t = torch.arange(batch, device=DEVICE) * 1000 // batch
     schedule = NoiseSchedule(kind="linear")
@@ -99,9 +113,13 @@ def _evaluation(model: Any, *, ours: bool) -> Work:
     return Work(run, model, lambda: run().cpu().numpy())
 
 
-def _sampled(model: Any, steps: int, sampler: SamplerName, *, ours: bool) -> Work:
-    """64 samples of 32 x 32 from the same noise."""
+def _sampled(
+    model: Any, steps: int, sampler: SamplerName, *, ours: bool, compiled: bool = False
+) -> Work:
+    """64 samples of 32 x 32 from the same noise, compiled ones in bfloat16."""
     model.to(DEVICE).eval()
+    if compiled:
+        model.compile()
     noise = torch.randn(64, 3, 32, 32, generator=torch.Generator().manual_seed(2)).to(DEVICE)
     if ours:
         denoiser = Denoiser(model, NoiseSchedule(kind="linear"), "eps")
@@ -109,7 +127,8 @@ def _sampled(model: Any, steps: int, sampler: SamplerName, *, ours: bool) -> Wor
 
         @torch.inference_mode()
         def run() -> Tensor:
-            return finish(sample(denoiser, noise, timesteps, sampler))
+            with torch.autocast(DEVICE, torch.bfloat16, enabled=compiled):
+                return finish(sample(denoiser, noise, timesteps, sampler))
     else:
         from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
@@ -123,7 +142,9 @@ def _sampled(model: Any, steps: int, sampler: SamplerName, *, ours: bool) -> Wor
             scheduler.set_timesteps(steps)
             x = noise
             for t in scheduler.timesteps:
-                x = scheduler.step(model(x, t).sample, t, x).prev_sample
+                with torch.autocast(DEVICE, torch.bfloat16, enabled=compiled):
+                    predicted = model(x, t).sample
+                x = scheduler.step(predicted.float(), t, x).prev_sample
             return x
 
     return Work(run, model, lambda: run().cpu().numpy())
@@ -160,6 +181,7 @@ ROWS: dict[str, Row] = {
         tolerance=1e-4,
         prepare=_save_ddpm,
         target={"diffusers": 0.80},
+        images=64,
     ),
     "ddpm-step-32-bf16": Row(
         "the same in bfloat16, as the trainer takes by itself on this processor",
@@ -168,6 +190,7 @@ ROWS: dict[str, Row] = {
             "diffusers": lambda d: _ddpm_step(_theirs(d), 32, ours=False),
         },
         prepare=_save_ddpm,
+        images=64,
     ),
     "ddpm-step-64": Row(
         "DDPM training step, 16 x 3 x 64 x 64, the same weights, float32",
@@ -178,6 +201,7 @@ ROWS: dict[str, Row] = {
         tolerance=1e-4,
         prepare=_save_ddpm,
         target={"diffusers": 0.80},
+        images=16,
     ),
     "ddpm-step-64-compiled": Row(
         "DDPM training step, 16 x 3 x 64 x 64, the same weights, bfloat16",
@@ -194,6 +218,23 @@ ROWS: dict[str, Row] = {
         prepare=_save_ddpm,
         target={"diffusers, compiled": 0.80, "diffusers": 0.60},
         gpu=True,
+        images=16,
+    ),
+    "ddpm-256-step": Row(
+        "training step of ddpm-256, 16 x 3 x 256 x 256, the same weights, bfloat16",
+        {
+            "ours, compiled": lambda d: _ddpm_step(
+                _ours(d), 256, ours=True, precision="bf16", compiled=True
+            ),
+            "ours": lambda d: _ddpm_step(_ours(d), 256, ours=True, precision="bf16"),
+            "diffusers, compiled": lambda d: _ddpm_step(
+                _theirs(d), 256, ours=False, precision="bf16", compiled=True
+            ),
+        },
+        prepare=_save_ddpm_256,
+        target={"diffusers, compiled": 0.80},
+        gpu=True,
+        images=16,
     ),
     "evaluation": Row(
         "one network evaluation, 64 x 3 x 32 x 32, the same weights",
@@ -204,6 +245,7 @@ ROWS: dict[str, Row] = {
         tolerance=1e-4,
         prepare=_save_ddpm,
         target={"diffusers": 0.80},
+        images=64,
     ),
     "sampling": Row(
         "64 samples of 32 x 32 in 10 DDIM steps, the same weights and noise",
@@ -213,6 +255,18 @@ ROWS: dict[str, Row] = {
         },
         tolerance=1e-3,
         prepare=_save_ddpm,
+        images=64,
+    ),
+    "sampling-compiled": Row(
+        "64 samples of 32 x 32 in 10 DDIM steps, the same weights and noise, bfloat16, compiled",
+        {
+            "ours": lambda d: _sampled(_ours(d), 10, "ddim", ours=True, compiled=True),
+            "diffusers": lambda d: _sampled(_theirs(d), 10, "ddim", ours=False, compiled=True),
+        },
+        prepare=_save_ddpm,
+        target={"diffusers": 0.60},
+        gpu=True,
+        images=64,
     ),
     "sampling-dpm": Row(
         "64 samples of 32 x 32 in 10 steps of DPM-Solver++(2M), the same weights and noise",
@@ -222,6 +276,7 @@ ROWS: dict[str, Row] = {
         },
         tolerance=1e-3,
         prepare=_save_ddpm,
+        images=64,
     ),
     "sd-v1": Row(
         "sd-v1 U-Net forward, 2 x 4 x 64 x 64, the same weights, float32",

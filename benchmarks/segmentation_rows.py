@@ -179,6 +179,7 @@ ROWS: dict[str, Row] = {
             ),
         },
         target={"MONAI BasicUNet": 0.85},
+        images=1,
     ),
     "classic-step-milesial": Row(
         _STEP + "classic with 64 channels, 1 x 256 x 256, float32",
@@ -188,6 +189,7 @@ ROWS: dict[str, Row] = {
         },
         target={"milesial": 0.85},
         needs=MILESIAL,
+        images=1,
     ),
     "default-step": Row(
         _STEP + "4 x 256 x 256, float32: our default, and a classic network of as many parameters",
@@ -198,6 +200,7 @@ ROWS: dict[str, Row] = {
             ),
         },
         target={"classic, NCHW": 0.75},
+        images=4,
     ),
     "default-step-bf16": Row(
         _STEP + "32 x 256 x 256 in bfloat16: our default, and MONAI's BasicUNet of 64 channels",
@@ -210,6 +213,21 @@ ROWS: dict[str, Row] = {
             ),
         },
         gpu=True,
+        images=32,
+    ),
+    "classic-step-bf16": Row(
+        _STEP + "classic with 64 channels, 8 x 256 x 256, bfloat16",
+        {
+            "ours": lambda _: _segmentation_step(
+                _classic(), (8, 1, 256, 256), ours=True, precision="bf16"
+            ),
+            "MONAI BasicUNet": lambda _: _segmentation_step(
+                _basic_unet(), (8, 1, 256, 256), ours=False, precision="bf16"
+            ),
+        },
+        target={"MONAI BasicUNet": 0.60},
+        gpu=True,
+        images=8,
     ),
     "predict-512": Row(
         "segmentation of 512 x 512 by classic with 64 channels",
@@ -226,10 +244,19 @@ ROWS: dict[str, Row] = {
             "MONAI sliding window": lambda _: _predicted_by_monai(_basic_unet(), 4096),
         },
     ),
+    "predict-16384": Row(
+        "segmentation of 16384 x 16384 by classic with 64 channels, in tiles",
+        {
+            "ours": lambda _: _predicted(16384),
+            "MONAI sliding window": lambda _: _predicted_by_monai(_basic_unet(), 16384),
+        },
+        gpu=True,
+    ),
     "augmentation": Row(
         "four augmented crops of 256 x 256 with masks",
         {"ours": lambda _: _crops("ours"), "MONAI": lambda _: _crops("MONAI")},
         repeats=5,
+        images=4,
     ),
     "v-rand": Row(
         "V_Rand of a 512 x 512 slice at one threshold",

@@ -40,6 +40,7 @@ class Row:
     needs: str | None = None  # an environment variable
     gpu: bool = False  # too much for a processor: left out there unless it is named
     axis: str | None = None  # what the sides' names, numbers then, count
+    images: int | None = None  # that one run sees or makes
 
 
 def random_image(*shape: int) -> Tensor:

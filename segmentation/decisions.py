@@ -98,6 +98,8 @@ def decide(
     info |= {"reading": said} if (said := options.reading.to_dict()) else {}
     if data.instances:
         info["objects"] = DEPTH
+    if network.patch > 1:
+        info["refined"] = True
     if options.deep_supervision:
         info["deep_supervision"] = True
     with torch.device("meta"):

@@ -31,7 +31,13 @@ class SegmentationUNet(FolderModel):
         out_channels: classes, or 1 for a single logit (sigmoid) of two classes.
         info: see `FolderModel`; with a true "deep_supervision" each coarser level of the decoder
             has a head of its own, for training; with "objects": "depth" the channels are a logit of
-            what is an object, and the depth in it (`segmentation.data.depths`).
+            what is an object, and the depth in it (`segmentation.data.depths`); with a true
+            "refined" the logits are refined (see `refine`).
+
+    Attributes:
+        refine: a convolution of 3 x 3 of each channel's logits, which is added to them. The pixels
+            of a patch are decided one by one, so that edges would have teeth; here they see their
+            neighbours. It starts at zero.
     """
 
     task: ClassVar[str] = "segmentation"
@@ -60,6 +66,7 @@ class SegmentationUNet(FolderModel):
             self.head.add_module("norm", make_norm(channels, config))
             self.head.add_module("act", make_activation(config))
         self.head.add_module("conv", nn.Conv2d(channels, out_channels * config.patch**2, 1))
+        self.refine: nn.Conv2d | None = None
         self.coarse_heads = nn.ModuleList()
         if self.info.get("deep_supervision"):
             levels = config.levels - (config.skips == "level")
@@ -74,6 +81,10 @@ class SegmentationUNet(FolderModel):
         if config.init == "he":
             he_init(self.head)
             he_init(self.coarse_heads)
+        if self.info.get("refined"):
+            c = out_channels
+            self.refine = nn.Conv2d(c, c, 3, 1, 1, groups=c, bias=False, padding_mode="replicate")
+            nn.init.zeros_(self.refine.weight)
 
     @property
     def depth(self) -> bool:
@@ -93,6 +104,8 @@ class SegmentationUNet(FolderModel):
         maps: list[Tensor] | None = [] if deep else None
         features = self.trunk(x, maps=maps)
         logits = unpatch(self.head(features), self.config.patch, x.shape[-2:])
+        if self.refine is not None:
+            logits = logits + self.refine(logits)
         if maps is None:
             return logits
         pairs = zip(self.coarse_heads, maps[1:-1], strict=True)

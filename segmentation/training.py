@@ -236,19 +236,25 @@ def make_model(plan: SegmentationPlan) -> SegmentationUNet:
     Raises:
         InputError: a run of an earlier version that cannot go on; a start of another shape.
     """
-    goes_on = plan.fit.resume and RunFolder(plan.fit.out).state.exists()
-    folder = plan.fit.out / "model"
+    run, folder = RunFolder(plan.fit.out), plan.fit.out / "model"
+    goes_on = plan.fit.resume and run.state.exists()
     known = read_config(folder)["info"] if goes_on and folder.exists() else plan.info
     if known.get("objects") != plan.info.get("objects"):
         raise InputError(
             f"the run in {plan.fit.out} learns a border between objects, as earlier versions did, "
             f"and cannot go on: give another --out, with --init {folder} from its weights"
         )
+    info = plan.info
+    saved = run.load_state() if goes_on else None
+    if saved and "refine.weight" not in saved.get("model", {}):  # of an earlier version
+        info = {key: value for key, value in info.items() if key != "refined"}
     torch.manual_seed(plan.fit.seed)
-    model = SegmentationUNet(plan.network, plan.outputs, plan.info)
+    model = SegmentationUNet(plan.network, plan.outputs, info)
     if plan.start and not goes_on:
         alike = plan.start.info.get("objects") == model.info.get("objects")
-        found = take_over(model, plan.start, own=() if alike else ("head", "coarse_heads"))
+        found = take_over(
+            model, plan.start, own=() if alike else ("head", "coarse_heads", "refine")
+        )
         if is_main_process():
             print(f"started with {found}")
     return model

@@ -43,7 +43,10 @@ def test_a_model_folder_is_read(task: str) -> None:
 def test_a_run_goes_on_and_is_repeated_to_the_same_weights(
     task: str, again: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The weights of another processor's arithmetic, so not bit by bit."""
+    """The weights of another processor's arithmetic, so not bit by bit.
+
+    A segmentation's options, given anew, make today's network, which refines its logits.
+    """
     _, options, train = TASKS[task]
     shutil.copytree(LEGACY, tmp_path / "here")
     monkeypatch.chdir(tmp_path / "here")
@@ -57,6 +60,9 @@ def test_a_run_goes_on_and_is_repeated_to_the_same_weights(
     train(parse(options, arguments))
     found = load_file(Path(arguments[arguments.index("--out") + 1], "model/model.safetensors"))
     wanted = load_file(LEGACY / task / "model/model.safetensors")
+    if (task, again) == ("segmentation", "--config"):
+        assert found.keys() == wanted.keys() | {"refine.weight"}
+        return
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
         torch.testing.assert_close(found[name], value, rtol=2e-2, atol=2e-3, msg=name)
