@@ -128,7 +128,7 @@ def decide(options: DiffusionOptions, data: Data) -> DiffusionPlan:
         network = replace(network, in_channels=data.channels + images.condition.channels)
         info["condition"] = images.condition.to_dict()
     if images.masks is not None:
-        info["target"] = images.masks.to_dict()
+        info["joint" if images.joint else "target"] = images.masks.to_dict()
     with torch.device("meta"):
         model = DiffusionUNet(network, outputs, info)
     fit, optimizer = chosen_fit(options, start)

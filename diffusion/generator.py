@@ -133,7 +133,8 @@ class ImageGenerator:
                 guidance_interval, precision.
 
         Returns:
-            uint8 (N, H, W, C); of a model of masks their values, (N, H, W, 1).
+            uint8 (N, H, W, C); of a model of masks their values, (N, H, W, 1); of one of images
+            with masks (N, H, W, C + 1), the mask's value last.
 
         Raises:
             InputError (a ValueError): a setting out of range, an unknown one, or one that the model

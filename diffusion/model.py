@@ -64,9 +64,14 @@ class DiffusionUNet(FolderModel):
 
     @property
     def masks(self) -> MaskCoding | None:
-        """The classes of the masks that it makes, from its `info`; None: it makes images."""
-        saved = self.info.get("target")
+        """The classes of the masks that it makes, from its `info`; None: it makes images alone."""
+        saved = self.info.get("target", self.info.get("joint"))
         return None if saved is None else MaskCoding.from_dict(saved)
+
+    @property
+    def joint(self) -> bool:
+        """Whether the codes of masks lie behind the channels of images that are made with them."""
+        return "joint" in self.info
 
     @property
     def image_channels(self) -> int:
@@ -149,11 +154,13 @@ class DiffusionUNet(FolderModel):
             tag, wanted = "text-to-image", ', prompts="a text"'
             facts["Texts"] = "captions: give prompts, and guidance=3 for images closer to them"
         command = f"unet-sample-ddpm --model {model} --out samples"
-        condition = None
+        condition, made = None, "(16, H, W, C)"
         with suppress(InputError):
             condition = self.condition
             if masks := self.masks:
-                facts["Makes"] = masks.said()
+                facts["Makes"] = f"{'images with ' if self.joint else ''}{masks.said()}"
+                made = "(16, H, W, C + 1), the mask's value last" if self.joint else made
+            if masks and not self.joint:
                 command = (
                     f"unet-predict-seg --model {model} --samples 16 --input images --out masks"
                 )
@@ -174,7 +181,7 @@ class DiffusionUNet(FolderModel):
             python=(
                 "from diffusion import load\n\n"
                 f"sampler = load({json.dumps(where)})\n"
-                f"images = sampler(16, seed=0{wanted})  # uint8 (16, H, W, C)"
+                f"images = sampler(16, seed=0{wanted})  # uint8 {made}"
             ),
             commands=(command + (' --prompt "a text"' if "prompts" in wanted else ""),),
             facts=facts,

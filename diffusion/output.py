@@ -23,6 +23,8 @@ IN_GRID = 100  # images in grid.png, at most
 class SampleFolder:
     """Where a sampling run puts its images: images/00000.png, ..., grid.png.
 
+    Images with masks become data for `train-seg`: image/00000.png, ... and label/00000.png, ...
+
     Args:
         overwrite: empty what an earlier run wrote there.
 
@@ -33,11 +35,17 @@ class SampleFolder:
     def __init__(self, path: Path, *, overwrite: bool = False) -> None:
         self.path, self.suffix = path, "png"
         self.names: Sequence[str] | None = None
+        self.labelled = False
         if path.is_file() or (path.is_dir() and any(path.iterdir()) and not overwrite):
             raise InputError(f"--out {path} is in use: give --overwrite or another folder")
 
     def begin(
-        self, processes: Processes, channels: int = 3, names: Sequence[str] | None = None
+        self,
+        processes: Processes,
+        channels: int = 3,
+        names: Sequence[str] | None = None,
+        *,
+        labelled: bool = False,
     ) -> None:
         """Makes the folder, and removes what an earlier run wrote to it (nothing else).
 
@@ -46,17 +54,19 @@ class SampleFolder:
         Args:
             channels: of the images, which are TIFF files where a PNG cannot hold so many.
             names: of the files of images 0, 1, ..., instead of their numbers.
+            labelled: the last channel is the image's mask.
         """
-        self.names = names
-        self.suffix = "png" if channels in (1, 3, 4) else "tif"
+        self.names, self.labelled = names, labelled
+        self.suffix = "png" if channels - labelled in (1, 3, 4) else "tif"
         processes.wait()  # lest one finds what another has written already
         if processes.main:
             self._empty()
         processes.wait()
 
     def _empty(self) -> None:
-        (self.path / "images").mkdir(parents=True, exist_ok=True)
-        for folder in ("images", "attention"):
+        for folder in ("image", "label") if self.labelled else ("images",):
+            (self.path / folder).mkdir(parents=True, exist_ok=True)
+        for folder in ("images", "image", "label", "attention"):
             for old in (self.path / folder).glob("*"):
                 if re.fullmatch(r"[0-9]{5,}\.(png|tif)", old.name):
                     old.unlink()
@@ -66,15 +76,21 @@ class SampleFolder:
     def add(self, images: Images, first: int) -> None:
         """Writes images, uint8 (N, H, W, C), the first of them under this number."""
         for number, image in enumerate(images, first):
-            write_image(self.file(number), image)
+            parts = (image[..., :-1], image[..., -1:]) if self.labelled else (image,)
+            for file, part in zip(self.files(number), parts, strict=True):
+                write_image(file, part)
 
     def read(self, numbers: Sequence[int]) -> Images:
         """What was written, by whatever process."""
-        return np.stack([read_image(self.file(number), alpha=True) for number in numbers])
+        read = ((read_image(f, alpha=True) for f in self.files(number)) for number in numbers)
+        return np.stack([np.concatenate(list(parts), axis=2) for parts in read])
 
-    def file(self, number: int) -> Path:
+    def files(self, number: int) -> tuple[Path, ...]:
+        """Of an image, and its mask where it has one."""
         name = f"{number:05d}" if self.names is None else self.names[number]
-        return self.path / "images" / f"{name}.{self.suffix}"
+        if not self.labelled:
+            return (self.path / "images" / f"{name}.{self.suffix}",)
+        return self.path / "image" / f"{name}.{self.suffix}", self.path / "label" / f"{name}.png"
 
     def write_grid(
         self, numbers: Sequence[int], shown: Callable[[Images], Images] = lambda images: images
@@ -83,7 +99,9 @@ class SampleFolder:
         return self._save(grid(shown(self.read(numbers[:IN_GRID]))), "grid.png")
 
     def write_npz(self, numbers: Sequence[int], labels: Sequence[int] | None) -> None:
-        """`images` uint8 (N, H, W, C), and `labels` int64 (N,) where there are classes."""
+        """`images` uint8 (N, H, W, C), with masks (N, H, W, C + 1), and `labels` int64 (N,) where
+        there are classes.
+        """
         images = self.read(numbers)
         with replacing(self.path / "samples.npz") as temporary, temporary.open("wb") as file:
             if labels is None:

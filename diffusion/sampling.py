@@ -111,7 +111,7 @@ class ImageSampler:
 
     @property
     def channels(self) -> int:
-        """Channels of the images."""
+        """Channels of what is made; of images with masks, the mask's value is the last."""
         found = self.autoencoder
         return found.image_channels if found else made_channels(self.model)
 
@@ -278,7 +278,7 @@ class ImageSampler:
         return found if self.model.masks is None else self.model.masks.decode(found)
 
     def shown(self, images: Images) -> Images:
-        """Images as they are, and masks with greys that can be told apart."""
+        """Images as they are, and masks with greys that can be told apart, beside their images."""
         return images if self.model.masks is None else self.model.masks.shown(images)
 
     # ------------------------------------------------------------------------------------------
@@ -353,8 +353,9 @@ class ImageSampler:
 
 
 def made_channels(model: DiffusionUNet) -> int:
-    """Channels of the images that a model makes, without an autoencoder."""
-    return model.image_channels if model.masks is None else 1
+    """Channels of what a model makes, without an autoencoder: a mask has one."""
+    masks = model.masks
+    return model.image_channels - (masks.channels - 1 if masks else 0)
 
 
 def image_seeds(seed: int, count: int, first: int = 0) -> list[int]:

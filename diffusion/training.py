@@ -161,7 +161,8 @@ def load_data(options: DiffusionOptions, latents: str = "latents") -> Data:
         captions=options.captions,
         how=how_to_read(options),
         condition=options.condition,
-        masks=options.mask_coding if options.target == "mask" else None,
+        masks=options.mask_coding if options.target == "mask" or options.joint else None,
+        joint=options.joint,
     )
     return LatentData(images, autoencoder, options.out / latents) if autoencoder else images
 
@@ -327,6 +328,8 @@ class DiffusionTask:
         self.plan, self.data = plan, data
         self.schedule, self.prediction = plan.schedule, plan.prediction
         self.autoencoder = autoencoder_of(data)
+        joint = isinstance(data, DiffusionData) and data.joint
+        self.pictured = data.channels - (data.codes if joint else 0)
 
     def _loss(self, model: nn.Module, x0: Tensor, t: Tensor, noise: Tensor, **given: Any) -> Tensor:
         return diffusion_loss(model, self.schedule, self.prediction, x0, t, noise, **given)
@@ -409,7 +412,9 @@ class DiffusionTask:
     def _shown(self, x: Tensor) -> Any:
         """The first of images, or of the images that latents stand for."""
         x = x[:1]
-        return composite(to_bytes(self.autoencoder.decode(x) if self.autoencoder else x)[0])
+        found = to_bytes(self.autoencoder.decode(x) if self.autoencoder else x)[0]
+        parts = np.split(found, [self.pictured], axis=-1)  # the image, and the codes of its mask
+        return np.concatenate([composite(p) for p in parts if p.shape[-1]], axis=1)
 
     def _noise_table(self, model: DiffusionUNet) -> Image.Image:
         device = next(model.parameters()).device

@@ -36,7 +36,8 @@ class SampleOptions(SamplingOptions):
     """Model folder, such as RUN/model."""
 
     out: Path
-    """Folder to make: grid.png, and images/ with one PNG an image."""
+    """Folder to make: grid.png, and images/ with one PNG an image; of a model that was trained with
+    --joint image/ and label/, which train-seg reads."""
 
     lora: tuple[str, ...] = ()
     """LoRA files, or the model folders of LoRA runs, to change the model by: FILE, or FILE:0.5 for
@@ -153,8 +154,8 @@ def main(options: SampleOptions) -> None:
     model = load_for_sampling(options.model, options.device, options.lora)
     if model.masks and (options.init or options.inpaint or options.interpolate):
         raise InputError(
-            "--init, --inpaint and --interpolate are for models of images, and this one makes "
-            "masks: leave them out"
+            "--init, --inpaint and --interpolate are for models of images alone, and this one "
+            "makes masks: leave them out"
         )
     if options.merged and options.merged.exists() and not options.overwrite:
         raise InputError(f"--merged {options.merged} is there already: give --overwrite")
@@ -166,7 +167,7 @@ def main(options: SampleOptions) -> None:
     else:
         wanted = chosen_conditions(options, sampler)
     plan = chosen_plan(options, sampler, wanted)
-    folder.begin(processes, sampler.channels, names)
+    folder.begin(processes, sampler.channels, names, labelled=model.joint)
     parts = sampler.parts(options.count, processes)
     for part, images in zip(parts, made(options, sampler, plan, wanted, processes), strict=True):
         folder.add(images, options.first + part.start)
@@ -176,7 +177,9 @@ def main(options: SampleOptions) -> None:
         if options.merged:
             model.save_pretrained(options.merged)
             print(f"model with its LoRA: {options.merged}")
-        if model.condition is None:  # which eval-ddpm judges
+        if model.joint:
+            say_next("train-seg", "--data", "real_data", "--synthetic", options.out)
+        elif model.condition is None:  # which eval-ddpm judges
             say_next("eval-ddpm", "--model", options.model, "--data", trained_on(options.model))
 
 

@@ -72,6 +72,11 @@ def segmentation_start(path: str | None, timestep: float = TIMESTEP) -> Start | 
         schedule = NoiseSchedule.from_dict(start.info.get("schedule", {}))
         rule = get_prediction(start.info.get("prediction", "v"), schedule)
     channels = start.config.in_channels
+    if masks := {"target", "joint"} & start.info.keys():
+        raise InputError(
+            f"--init {path} makes masks{' with its images' * ('joint' in masks)}, and a segmentation "
+            "starts from a diffusion model of images: give one without --target mask and --joint"
+        )
     if "condition" in start.info:
         raise InputError(
             f"--init {path} makes images from pictures, which a segmentation has none of: start "

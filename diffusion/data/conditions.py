@@ -250,11 +250,14 @@ def _of_folder(folder: Path) -> Condition:
     )
 
 
-def partners(images: Sequence[str], folder: Path) -> list[str]:
+def partners(images: Sequence[str], folder: Path, what: str = "condition") -> list[str]:
     """The file of a folder that goes with each image: of the same name, whatever its ending.
 
+    Args:
+        what: these files are, for people.
+
     Raises:
-        InputError: an image without one.
+        InputError: an image without one, or that is the file itself.
     """
     of = {file.stem: str(file) for file in list_images(folder)}
     found, alone = [], []
@@ -266,7 +269,11 @@ def partners(images: Sequence[str], folder: Path) -> list[str]:
             alone.append(Path(image).name)
     if alone:
         raise InputError(
-            f"{str(folder)!r} has no condition for {counted(len(alone), 'image')}, such as "
+            f"{str(folder)!r} has no {what} for {counted(len(alone), 'image')}, such as "
             f"{alone[0]}: it has the name of its image"
+        )
+    if own := next((a for a, b in zip(images, found, strict=True) if Path(a) == Path(b)), None):
+        raise InputError(
+            f"{own!r} would be the {what} of itself: let --data name the folder of the images alone"
         )
     return found

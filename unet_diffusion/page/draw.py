@@ -110,13 +110,14 @@ def tab(page: Page) -> None:
         frames: list[Images] = []
         for i, frame in enumerate(drawer.appearing(len(wanted), wanted)):
             frames.append(frame)
-            yield grid(frame), f"step {i} of {options.steps}", gr.skip(), gr.skip()
+            yield grid(drawer.shown(frame)), f"step {i} of {options.steps}", gr.skip(), gr.skip()
         folder = SampleFolder(page.results() / "pictures")
-        folder.begin(Processes(), drawer.channels)
+        folder.begin(Processes(), drawer.channels, labelled=known.joint)
         folder.add(frames[-1], 0)
         numbers = range(len(wanted))
-        made = [folder.write_grid(numbers), *(folder.file(i) for i in numbers)]
-        folder.write_gif(frames)
+        made = [folder.write_grid(numbers, drawer.shown)]
+        made += [file for i in numbers for file in folder.files(i)]
+        folder.write_gif([drawer.shown(frame) for frame in frames])
         figures = []
         if looked and text:
             shown = wanted[:FIGURES]
@@ -127,7 +128,7 @@ def tab(page: Page) -> None:
         given = [*made, folder.path / "appearing.gif"]
         archive = packed(given, folder.path, "all.zip")
         yield (
-            grid(frames[-1]),
+            grid(drawer.shown(frames[-1])),
             " | ".join(remarks) or f"seed {options.seed}: done",
             gr.update(value=figures, visible=bool(figures)),
             [str(path) for path in (archive, *given)],
