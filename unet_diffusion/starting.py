@@ -73,9 +73,10 @@ def segmentation_start(path: str | None, timestep: float = TIMESTEP) -> Start | 
         rule = get_prediction(start.info.get("prediction", "v"), schedule)
     channels = start.config.in_channels
     if masks := {"target", "joint"} & start.info.keys():
+        also = " with its images" if "joint" in masks else ""
         raise InputError(
-            f"--init {path} makes masks{' with its images' * ('joint' in masks)}, and a segmentation "
-            "starts from a diffusion model of images: give one without --target mask and --joint"
+            f"--init {path} makes masks{also}, and a segmentation starts from a diffusion model of "
+            "images: give one without --target mask and --joint"
         )
     if "condition" in start.info:
         raise InputError(

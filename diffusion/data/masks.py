@@ -84,8 +84,8 @@ class MaskCoding:
         return np.concatenate([images, values[..., None]], axis=-1)
 
     def shown(self, decoded: Pixels) -> Pixels:
-        """What `decode` gives for people: mask values as greys from black to white, (H, W, 1), or to
-        the right of their image (H, 2 W, I).
+        """What `decode` gives for people: mask values as greys from black to white, (H, W, 1), or
+        to the right of their image (H, 2 W, I).
         """
         images, masks = np.split(decoded, [decoded.shape[-1] - 1], axis=-1)
         indices = np.searchsorted(self.values, masks)

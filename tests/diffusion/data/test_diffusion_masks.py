@@ -127,7 +127,7 @@ def test_a_model_of_masks_makes_masks_of_images(tmp_path, capsys):
 
 
 def test_image_and_mask_are_made_together_as_data_to_train_on(tmp_path, capsys):
-    """Same geometry; the model keeps the classes; what is sampled is data for train-seg as it is."""
+    """Same geometry; the model keeps the classes; what is sampled is data for train-seg."""
     write(tmp_path, (0, 3, 9), count=6, side=20)
     masks = tmp_path / "masks/1"
     given = {"joint": masks, "crops": True, "size": 16, "flips": True, "val": 1}
