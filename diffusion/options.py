@@ -96,7 +96,8 @@ class DiffusionOptions(ReadingOptions, FitOptions):
 
     label_dropout: float = 0.1
     """Share of the images that are shown without their class, caption or condition, as guidance
-    needs it."""
+    needs it; with a condition beside classes or captions as many again without the one or the
+    other."""
 
     network: str = "auto"
     """auto: width and levels by image size, number of images and budget; or a preset
@@ -187,15 +188,14 @@ class DiffusionOptions(ReadingOptions, FitOptions):
             raise InputError(
                 f"--text-encoder {self.text_encoder} has nothing to read: give --captions"
             )
-        if self.condition and (self.classes or self.captions or self.latents):
-            raise InputError(
-                "--condition goes neither with --classes nor with --captions or --latents: leave "
-                "one of them out"
-            )
-        if self.target == "mask" and (not self.condition or self.colour or self.latents):
+        if self.condition and self.latents:
+            raise InputError("--condition does not go with --latents: leave one of them out")
+        if self.target == "mask" and (
+            not self.condition or self.colour or self.latents or self.classes or self.captions
+        ):
             raise InputError(
                 "--target mask makes masks from images: give the folder of these as --condition, "
-                "and leave out --colour and --latents"
+                "and leave out --colour, --latents, --classes and --captions"
             )
         if self.joint and (
             self.condition or self.latents or self.target == "mask" or self.colour == "rgba"

@@ -257,13 +257,19 @@ class NoisedSamples:
         sample["noise"] = torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
         sample["place"] = torch.tensor(rng.random(dtype=np.float32))
         label, caption = sample.pop("label", None), sample.pop("caption", "")
-        dropped = rng.random() < self.dropout
-        if dropped and "picture" in sample:
+        place, share = rng.random(), self.dropout
+        without = from_none = place < share
+        if "picture" in sample and (self.null >= 0 or self.tokenizer is not None):
+            # Half as often the one or the other, as InstructPix2Pix (arXiv 2211.09800) leaves out
+            # each alone, so that either can be asked for without the other.
+            without = place < 1.5 * share
+            from_none = place < share or 1.5 * share <= place < 2 * share
+        if from_none and "picture" in sample:
             sample["picture"] = torch.zeros_like(sample["picture"])
         if self.null >= 0:
-            sample["label"] = torch.tensor(self.null) if dropped else label
+            sample["label"] = torch.tensor(self.null) if without else label
         if self.tokenizer is not None:
-            tokens = self.tokenizer.tokenize(["" if dropped else caption])[0]
+            tokens = self.tokenizer.tokenize(["" if without else caption])[0]
             missing = self.tokenizer.longest - len(tokens)
             sample["tokens"] = F.pad(tokens, (0, missing), value=PADDING)
         return sample
@@ -328,8 +334,9 @@ class DiffusionTask:
         self.plan, self.data = plan, data
         self.schedule, self.prediction = plan.schedule, plan.prediction
         self.autoencoder = autoencoder_of(data)
-        joint = isinstance(data, DiffusionData) and data.joint
-        self.pictured = data.channels - (data.codes if joint else 0)
+        self.pictured = data.channels  # before the codes of a mask
+        if isinstance(data, DiffusionData) and data.joint:
+            self.pictured -= data.codes
 
     def _loss(self, model: nn.Module, x0: Tensor, t: Tensor, noise: Tensor, **given: Any) -> Tensor:
         return diffusion_loss(model, self.schedule, self.prediction, x0, t, noise, **given)

@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -36,6 +36,22 @@ from unet.words import counted
 RECIPES = ("lowres", "grey", "noise", "hole")
 MAX_VALUES = 32  # of a mask
 _LOOKED_AT = 50  # files that say what a folder holds
+
+
+class Asked(NamedTuple):
+    """The class or text of an image, and the picture (K, H, W) it is made from; None: any, and no
+    picture.
+    """
+
+    shown: int | str | None = None
+    picture: Tensor | None = None
+
+    @classmethod
+    def of(cls, wanted: int | str | Tensor | Asked | None) -> Asked:
+        """What is asked for where only the one or the other may be given."""
+        if isinstance(wanted, Asked):
+            return wanted
+        return cls(picture=wanted) if isinstance(wanted, Tensor) else cls(shown=wanted)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from einops import rearrange
 from numpy.typing import NDArray
 from torch import Tensor
 
-from diffusion.data.conditions import Condition, find_condition, partners
+from diffusion.data.conditions import Asked, Condition, find_condition, partners
 from diffusion.data.masks import Coding, MaskCoding, find_masks
 from diffusion.data.pixels import (
     WHOLE,
@@ -181,18 +181,17 @@ class DiffusionData:
         images = [as_tensor(p[..., : self.channels]) for p in pixels]
         return torch.stack(images), torch.tensor(labels)
 
-    def conditions(self, indices: Sequence[int]) -> list[int | str | Tensor | None]:
+    def conditions(self, indices: Sequence[int]) -> list[Asked]:
         """The caption of each image where captions were asked for, else its class, or None; with a
         condition its picture (K, H, W), the same at each call.
         """
-        if self.condition is not None:
-            rows = (self.load(i)[1] for i in indices)
-            rngs = (np.random.default_rng(i) for i in indices)
-            return [self._parted(row, rng)[1] for row, rng in zip(rows, rngs, strict=True)]
-        used = [self.load(i)[0] for i in indices]
-        if self.captioned:
-            return [self.caption(i) for i in used]
-        return [None if self.labels is None else int(self.labels[i]) for i in used]
+        found = []
+        for index in indices:
+            used, pixels = self.load(index)
+            shown = None if self.labels is None else int(self.labels[used])
+            picture = self._parted(pixels, np.random.default_rng(index))[1]
+            found.append(Asked(self.caption(used) if self.captioned else shown, picture))
+        return found
 
     def images(self, indices: Sequence[int]) -> NDArray[np.uint8]:
         """The same images as bytes (N, H, W, C), masks as greys, (N, H, W, 1), and both side by

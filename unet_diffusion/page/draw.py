@@ -122,7 +122,7 @@ def tab(page: Page) -> None:
         if looked and text:
             shown = wanted[:FIGURES]
             images, heat = drawer.attending(shown)
-            words = [drawer.text.words(str(one)) for one in shown]
+            words = [drawer.text.words(text)] * len(shown)
             figures = [attention_figure(*each) for each in zip(images, words, heat, strict=True)]
         remarks = drawer.text.remarks(text) if text else []
         given = [*made, folder.path / "appearing.gif"]
@@ -170,6 +170,7 @@ def asked(
     if not 1 <= count <= MOST:
         raise InputError(f"{count} pictures: ask for 1 to {MOST}")
     sampler = ImageSampler(model, options)
+    pictures = []
     if model.condition is not None:
         if not file:
             raise InputError(f"this model draws from {model.condition.said()}: give a file")
@@ -179,7 +180,7 @@ def asked(
                 f"{Path(file).name} is {info.height} x {info.width}, which is more than the "
                 f"{page.most_pixels:,} pixels that the page takes"
             )
-        return [sampler.made_from(Path(file))] * count, sampler
+        pictures = [sampler.made_from(Path(file))]
     classes = [] if class_name in (ANY, None) or not model.classes else [class_name]
     prompts = [text] if text else []
-    return sampler.wanted(range(count), classes, prompts), sampler
+    return sampler.wanted(range(count), classes, prompts, pictures), sampler
