@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +11,11 @@ from PIL import Image
 from torch import Tensor
 
 from diffusion.attention_maps import attention_figure
+from diffusion.data.pixels import ValueRange
 from diffusion.pictures import Images, grid, write_gif
 from unet.errors import InputError
 from unet.files.images import read_image, write_image
+from unet.files.pages import Array
 from unet.files.writing import replacing
 from unet.training.task import Processes
 
@@ -36,6 +38,7 @@ class SampleFolder:
         self.path, self.suffix = path, "png"
         self.names: Sequence[str] | None = None
         self.labelled = False
+        self.values: tuple[str, ValueRange] | None = None
         if path.is_file() or (path.is_dir() and any(path.iterdir()) and not overwrite):
             raise InputError(f"--out {path} is in use: give --overwrite or another folder")
 
@@ -46,6 +49,7 @@ class SampleFolder:
         names: Sequence[str] | None = None,
         *,
         labelled: bool = False,
+        values: Mapping[str, ValueRange] | None = None,
     ) -> None:
         """Makes the folder, and removes what an earlier run wrote to it (nothing else).
 
@@ -55,9 +59,13 @@ class SampleFolder:
             channels: of the images, which are TIFF files where a PNG cannot hold so many.
             names: of the files of images 0, 1, ..., instead of their numbers.
             labelled: the last channel is the image's mask.
+            values: with masks, the range of the images of each type that was learnt from: data of
+                one type are made as data of this type.
         """
         self.names, self.labelled = names, labelled
-        self.suffix = "png" if channels - labelled in (1, 3, 4) else "tif"
+        self.values = next(iter(values.items())) if labelled and values else None
+        plain = channels - labelled in (1, 3, 4) and not self.values
+        self.suffix = "png" if plain else "tif"
         processes.wait()  # lest one finds what another has written already
         if processes.main:
             self._empty()
@@ -76,14 +84,25 @@ class SampleFolder:
     def add(self, images: Images, first: int) -> None:
         """Writes images, uint8 (N, H, W, C), the first of them under this number."""
         for number, image in enumerate(images, first):
-            parts = (image[..., :-1], image[..., -1:]) if self.labelled else (image,)
-            for file, part in zip(self.files(number), parts, strict=True):
-                write_image(file, part)
+            if not self.labelled:
+                write_image(*self.files(number), image)
+                continue
+            picture: Array = image[..., :-1]
+            if self.values:
+                dtype, used = self.values
+                picture = used.from_uint8(image[..., :-1], dtype)
+            file, label = self.files(number)
+            write_image(file, picture)
+            write_image(label, image[..., -1:])
 
     def read(self, numbers: Sequence[int]) -> Images:
         """What was written, by whatever process."""
-        read = ((read_image(f, alpha=True) for f in self.files(number)) for number in numbers)
-        return np.stack([np.concatenate(list(parts), axis=2) for parts in read])
+        found = []
+        for number in numbers:
+            picture, *label = (read_image(file, alpha=True) for file in self.files(number))
+            picture = self.values[1].to_uint8(picture) if self.values else picture
+            found.append(np.concatenate([picture, *label], axis=2))
+        return np.stack(found)
 
     def files(self, number: int) -> tuple[Path, ...]:
         """Of an image, and its mask where it has one."""

@@ -142,6 +142,7 @@ class SampleOptions(SamplingOptions):
 
 
 def main(options: SampleOptions) -> None:
+    from diffusion.data.pixels import known_ranges
     from diffusion.output import SampleFolder
     from diffusion.sampling import ImageSampler, load_for_sampling
     from unet.training.task import Processes
@@ -166,7 +167,8 @@ def main(options: SampleOptions) -> None:
     for remark in (r for text in options.prompt for r in sampler.text.remarks(text)):
         print(f"note: {remark}", file=sys.stderr)
     plan = chosen_plan(options, sampler, wanted)
-    folder.begin(processes, sampler.channels, names, labelled=model.joint)
+    values = known_ranges(model.info)
+    folder.begin(processes, sampler.channels, names, labelled=model.joint, values=values)
     parts = sampler.parts(options.count, processes)
     for part, images in zip(parts, made(options, sampler, plan, wanted, processes), strict=True):
         folder.add(images, options.first + part.start)

@@ -11,12 +11,15 @@ import torch
 from diffusion import load
 from diffusion.data.images import DiffusionData
 from diffusion.data.masks import MaskCoding
+from diffusion.data.pixels import ValueRange
 from diffusion.options import DiffusionOptions, SamplingOptions
+from diffusion.output import SampleFolder
 from diffusion.training import train
 from segmentation.data.pairs import find_pairs
 from unet import InputError
 from unet.files.images import read_image, write_image
 from unet.training.cli import run_script
+from unet.training.task import Processes
 from unet_diffusion import eval_ddpm, predict_seg, sample_ddpm, train_ddpm
 from unet_diffusion.sampled import MaskSampler
 
@@ -165,6 +168,19 @@ def test_image_and_mask_are_made_together_as_data_to_train_on(tmp_path, capsys):
     argv = ["--model", run / "model", "--data", tmp_path / "images", "--out", tmp_path / "judged"]
     assert run_script(eval_ddpm.main, eval_ddpm.EvalOptions, list(map(str, argv))) == 2
     assert "makes images with masks, which eval-ddpm does not judge" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "float32"])
+def test_sampled_data_have_the_type_of_what_was_learnt(tmp_path, dtype):
+    values = ValueRange(-3.0, 7.0) if dtype == "float32" else ValueRange(90, 4095)
+    made = np.random.default_rng(0).integers(0, 256, (2, 5, 4, 2), np.uint8)
+    folder = SampleFolder(tmp_path / "made")
+    folder.begin(Processes(), 2, labelled=True, values={dtype: values})
+    folder.add(made, 0)
+    assert np.array_equal(folder.read(range(2)), made)
+    pairs = find_pairs(tmp_path / "made")
+    assert [pair.info.dtype for pair in pairs] == [dtype] * 2
+    assert np.array_equal(pairs[1].read_mask(), made[1, ..., 1])
 
 
 def test_masks_that_do_not_go_with_the_images_are_refused(tmp_path):
