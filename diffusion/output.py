@@ -84,16 +84,14 @@ class SampleFolder:
     def add(self, images: Images, first: int) -> None:
         """Writes images, uint8 (N, H, W, C), the first of them under this number."""
         for number, image in enumerate(images, first):
-            if not self.labelled:
-                write_image(*self.files(number), image)
-                continue
-            picture: Array = image[..., :-1]
+            file, *label = self.files(number)
+            picture: Array = image[..., :-1] if label else image
             if self.values:
                 dtype, used = self.values
-                picture = used.from_uint8(image[..., :-1], dtype)
-            file, label = self.files(number)
+                picture = used.from_uint8(picture, dtype)
             write_image(file, picture)
-            write_image(label, image[..., -1:])
+            for mask in label:
+                write_image(mask, image[..., -1:])
 
     def read(self, numbers: Sequence[int]) -> Images:
         """What was written, by whatever process."""

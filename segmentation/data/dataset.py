@@ -109,7 +109,12 @@ class SegmentationData:
         ]
         self.synthetic = range(real, len(self.pairs))
         for index in range(len(self.pairs)):
-            self.load(index)
+            mask = self.load(index)[1]
+            if index in self.synthetic and (mask == IGNORE).all():
+                raise InputError(
+                    f"{self.pairs[index].where}: no pixel of this synthetic mask has a label: leave "
+                    "it out"
+                )
 
     def _drawings(self) -> list[Drawing]:
         return [pair.mask for pair in self.pairs if isinstance(pair.mask, Drawing)]

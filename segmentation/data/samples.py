@@ -51,9 +51,8 @@ class CropSamples:
         self.cells = cells
         used = [*data.train, *data.synthetic]
         labelled = {i: float((data.load(i)[1] != IGNORE).mean()) for i in used}
-        self.partly = {
-            i for i, part in labelled.items() if part < 1
-        }  # with pixels that are ignored
+        # The images with pixels that are ignored.
+        self.partly = {i for i, part in labelled.items() if part < 1}
         self.images: list[int] = []
         for i in data.train:
             sides = zip(image_shape(data, i), target_size, strict=True)
