@@ -112,8 +112,8 @@ class SegmentationData:
             mask = self.load(index)[1]
             if index in self.synthetic and (mask == IGNORE).all():
                 raise InputError(
-                    f"{self.pairs[index].where}: no pixel of this synthetic mask has a label: leave "
-                    "it out"
+                    f"{self.pairs[index].where}: no pixel of this synthetic mask has a label: "
+                    "leave it out"
                 )
 
     def _drawings(self) -> list[Drawing]:
