@@ -62,6 +62,9 @@ def test_synthetic_images_have_their_share_and_are_in_nothing_else(data):
     wrong = [replace(made[0], mask=np.where(made[0].mask > 0, 3, 0).astype(np.uint8))]
     with pytest.raises(InputError, match="made 0: unexpected values 3 in"):
         SegmentationData(real[:2], real[2:], synthetic=wrong)
+    blank = [replace(made[0], mask=np.full_like(made[0].mask, 9))]
+    with pytest.raises(InputError, match="no pixel of this synthetic mask has a label"):
+        SegmentationData(real[:2], real[2:], synthetic=blank, ignore_value=9)
 
 
 def test_a_sample_depends_on_seed_epoch_and_index_alone(data):
