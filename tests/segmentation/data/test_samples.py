@@ -62,9 +62,13 @@ def test_synthetic_images_have_their_share_and_are_in_nothing_else(data):
     wrong = [replace(made[0], mask=np.where(made[0].mask > 0, 3, 0).astype(np.uint8))]
     with pytest.raises(InputError, match="made 0: unexpected values 3 in"):
         SegmentationData(real[:2], real[2:], synthetic=wrong)
+    partly = [
+        replace(pair, mask=np.pad(pair.mask[1:], ((1, 0), (0, 0)), constant_values=9))
+        for pair in real[:2]
+    ]
     blank = [replace(made[0], mask=np.full_like(made[0].mask, 9))]
     with pytest.raises(InputError, match="no pixel of this synthetic mask has a label"):
-        SegmentationData(real[:2], real[2:], synthetic=blank, ignore_value=9)
+        SegmentationData(partly, real[2:], synthetic=blank, ignore_value=9)
 
 
 def test_a_sample_depends_on_seed_epoch_and_index_alone(data):
