@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 
-from diffusion.initial import find_start, their_unet
+from diffusion.initial import alike, find_start, fitting, image_channels, their_unet
 from diffusion.model import DiffusionUNet
 from diffusion.networks import automatic_config
 from diffusion.options import DiffusionOptions
@@ -79,25 +79,30 @@ def decide(options: DiffusionOptions, data: Data) -> DiffusionPlan:
         InputError: options that do not fit each other or the data; a pipeline that cannot be read.
     """
     images = data.source if isinstance(data, LatentData) else data
-    start = None
+    start, beside = None, dict[str, Any]()
+    if images.condition is not None:
+        beside["condition"] = images.condition.to_dict()
+    if images.joint and images.masks is not None:
+        beside["joint"] = images.masks.to_dict()
     if options.init:
         start = find_start(options.init, images.ranges)
+        pictured = data.channels - (images.codes if images.joint else 0)
         if options.trained != "lora":  # which belongs to these very weights
-            start = start.for_channels(data.channels)
-        elif start.config.in_channels != data.channels:
+            start = fitting(start, pictured, beside)
+        elif not alike(start.info, beside):
             raise InputError(
-                f"--init {options.init} takes {counted(start.config.in_channels, 'channel')}, but "
-                f"the images have {data.channels}: --trained lora needs the same (--colour)"
+                f"--init {options.init} was trained with another --condition or --joint, or with "
+                "none: --trained lora needs the same"
+            )
+        elif image_channels(start) != pictured:
+            raise InputError(
+                f"--init {options.init} takes {counted(image_channels(start), 'channel')}, but "
+                f"the images have {pictured}: --trained lora needs the same (--colour)"
             )
         if start.config.vector_channels:
             raise InputError(
                 f"--init {options.init} is of Stable Diffusion XL, which txt2img runs but which "
                 "cannot be trained here: give a model of version 1 or 2, or one of your own"
-            )
-        if images.condition is not None:
-            raise InputError(
-                "--condition makes the first layer of the network wider, which --init cannot give "
-                "yet: leave one of them out"
             )
     schedule, prediction, noise = chosen_noise(options, start)
     clip = read_clip(options)
@@ -126,9 +131,9 @@ def decide(options: DiffusionOptions, data: Data) -> DiffusionPlan:
     outputs = data.channels * (2 if options.learn_variance else 1)
     if images.condition is not None:
         network = replace(network, in_channels=data.channels + images.condition.channels)
-        info["condition"] = images.condition.to_dict()
-    if images.masks is not None:
+    if images.masks is not None and not images.joint:
         info["target"] = images.masks.to_dict()
+    info |= beside
     with torch.device("meta"):
         model = DiffusionUNet(network, outputs, info)
     fit, optimizer = chosen_fit(options, start)

@@ -14,7 +14,6 @@ import numpy as np
 from diffusion.export import exportable
 from diffusion.model import DiffusionUNet
 from diffusion.options import SamplingOptions
-from diffusion.plans import Wanted
 from diffusion.sampling import Images, ImageSampler, load_for_sampling, made_channels
 from unet.errors import InputError, as_keywords
 from unet.weights.formats import Format
@@ -112,12 +111,13 @@ class ImageGenerator:
         """New images, the same as those of `unet-sample-ddpm` with these settings.
 
         Args:
-            count: how many; None: as many as classes, prompts or pictures are given, else one.
+            count: how many; None: as many as classes, prompts or pictures are given, of two the
+                more, else one.
             seed: image 7 of a seed is the same whatever the number of images and the batch size.
             first: number of the first image of the seed.
             classes: name or index of the class of all images, or one for each, or fewer to be taken
                 in turn; a None among them: of any. None given: every class in turn, where the model
-                knows classes.
+                knows classes, but of any with pictures.
             prompts: a text that all images are to show, or one for each, or fewer to be taken in
                 turn.
             pictures: a file that all images are made from, or one for each, or fewer to be taken in
@@ -133,7 +133,8 @@ class ImageGenerator:
                 guidance_interval, precision.
 
         Returns:
-            uint8 (N, H, W, C); of a model of masks their values, (N, H, W, 1).
+            uint8 (N, H, W, C); of a model of masks their values, (N, H, W, 1); of one of images
+            with masks (N, H, W, C + 1), the mask's value last.
 
         Raises:
             InputError (a ValueError): a setting out of range, an unknown one, or one that the model
@@ -147,7 +148,7 @@ class ImageGenerator:
         if not all(isinstance(prompt, str) for prompt in prompts):
             raise InputError(f"prompts are texts, not {prompts!r:.200}")
         files = [Path(file) for file in _several(pictures)]
-        given = len(classes) + len(prompts) + len(files)
+        given = max(len(classes) + len(prompts), len(files))
         count = _whole("count", given or 1 if count is None else count, 1)
         if given > count:
             raise InputError(
@@ -167,11 +168,8 @@ class ImageGenerator:
         with as_keywords(*SETTINGS, "prompt"):
             chosen = ImageSampler(self.model, SamplingOptions(**settings), self._autoencoder)
             numbers = range(first, first + count)
-            if files:
-                made_from = [chosen.made_from(file) for file in files]
-                wanted: Wanted = [made_from[i % len(files)] for i in numbers]
-            else:
-                wanted = chosen.wanted(numbers, classes, prompts)
+            pictured = [chosen.made_from(file) for file in files]
+            wanted = chosen.wanted(numbers, classes, prompts, pictured)
         for remark in (r for text in dict.fromkeys(prompts) for r in chosen.text.remarks(text)):
             warnings.warn(remark, stacklevel=2)
         return np.concatenate(list(chosen.batches(count, wanted, first=first)))

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffusion.data.conditions import Condition
+from diffusion.data.masks import MaskCoding
 from diffusion.data.pixels import WHOLE, ValueRange
 from diffusion.model import DiffusionUNet
 from diffusion.stable.folder import read_unet, read_unet_config
@@ -28,6 +30,7 @@ from unet.weights.crossing import timed, with_pixels, with_time
 from unet.weights.folder import CONFIG, load_strictly, read_config
 from unet.weights.start import Start, read_start
 from unet.weights.start import take_over as start_with
+from unet.words import counted
 
 
 def their_unet(path: str) -> Path | None:
@@ -82,6 +85,53 @@ def find_start(path: str, ranges: Mapping[str, ValueRange] | None = None) -> Sta
         "the same at every timestep",
     )
     return replace(start, info={}, crossed=True)
+
+
+def image_channels(start: Start) -> int:
+    """The channels of a start's input that are those of an image, the first ones."""
+    return start.config.in_channels - sum(_beside(start.info).values())
+
+
+def alike(info: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two models read the same behind the channels of an image, whatever its values."""
+    return _beside(info) == _beside(other)
+
+
+def fitting(start: Start, images: int, info: Mapping[str, Any]) -> Start:
+    """The same start for images with so many channels, and what lies behind these.
+
+    That is a condition, or the codes of a mask that is made with the image. Where it is another one
+    than the start's, its weights are zero: the network gives at first what the start gives of the
+    noisy image with nothing beside it.
+
+    Args:
+        info: of the model that is started, where it has "condition" or "joint".
+
+    Raises:
+        InputError: a damaged model; neither grey nor colour on one of the sides.
+    """
+    theirs = image_channels(start)
+    if theirs == images and alike(info, start.info):
+        return start
+    for name in _beside(start.info):
+        start = start.for_inputs(theirs, 0, f"without the first weights of its {name[0]}")
+    start = start.for_channels(images)
+    for name, channels in _beside(info).items():
+        done = f"its first weights with zeros for {counted(channels, 'channel')} of the {name[0]}"
+        start = start.for_inputs(images, channels, done)
+    return start
+
+
+def _beside(info: Mapping[str, Any]) -> dict[tuple[Any, ...], int]:
+    """What a model reads behind the channels of an image, at most one thing: its name first, and
+    what else its weights depend on; and its channels."""
+    if "condition" in info:
+        condition = Condition.from_dict(info["condition"])
+        return {("condition", condition.kind, condition.values): condition.channels}
+    if "joint" in info:
+        masks = MaskCoding.from_dict(info["joint"])
+        return {("masks", masks): masks.channels}
+    return {}
 
 
 def take_over(model: DiffusionUNet, start: Start) -> str:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from diffusion.data.conditions import Condition
+from diffusion.data.conditions import Asked, Condition
 from diffusion.data.masks import MaskCoding
 from diffusion.text import TextEncoder, WordEncoder
 from unet.config import UNetConfig
@@ -64,9 +64,14 @@ class DiffusionUNet(FolderModel):
 
     @property
     def masks(self) -> MaskCoding | None:
-        """The classes of the masks that it makes, from its `info`; None: it makes images."""
-        saved = self.info.get("target")
+        """The classes of the masks that it makes, from its `info`; None: it makes images alone."""
+        saved = self.info.get("target", self.info.get("joint"))
         return None if saved is None else MaskCoding.from_dict(saved)
+
+    @property
+    def joint(self) -> bool:
+        """Whether masks are made with their images, behind whose channels their codes lie."""
+        return "joint" in self.info
 
     @property
     def image_channels(self) -> int:
@@ -114,22 +119,22 @@ class DiffusionUNet(FolderModel):
         features = self.trunk(x, t, context, mask=mask, classes=classes, vector=vector)
         return unpatch(self.head(features), self.config.patch, x.shape[-2:])
 
-    def conditioning(self, wanted: Sequence[int | str | Tensor | None]) -> dict[str, Any]:
-        """What `forward` is given for images of these classes, texts or pictures (K, H, W); None:
-        of any.
+    def conditioning(self, wanted: Sequence[int | str | Tensor | Asked | None]) -> dict[str, Any]:
+        """What `forward` is given for images of these classes or texts, or from these pictures
+        (K, H, W); None: of any, from none.
         """
+        asked, device = [Asked.of(w) for w in wanted], next(self.parameters()).device
+        given: dict[str, Any] = {}
         if (condition := self.condition) is not None:
-            device = next(self.parameters()).device
             empty = torch.zeros(condition.channels, *self.size)
-            rows = [w if isinstance(w, Tensor) else empty for w in wanted]
-            return {"picture": torch.stack([row.to(device) for row in rows])}
+            rows = [empty if a.picture is None else a.picture for a in asked]
+            given["picture"] = torch.stack([row.to(device) for row in rows])
         if self.text is not None:
-            return self.text.encode([str(w or "") for w in wanted])._asdict()
-        if not self.config.classes:
-            return {}
-        null, device = self.config.classes - 1, next(self.parameters()).device
-        indices = [null if w is None else int(w) for w in wanted]
-        return {"classes": torch.tensor(indices, device=device)}
+            given |= self.text.encode([str(a.shown or "") for a in asked])._asdict()
+        elif self.config.classes:
+            indices = [self.config.classes - 1 if a.shown is None else int(a.shown) for a in asked]
+            given["classes"] = torch.tensor(indices, device=device)
+        return given
 
     def usage(self, where: str) -> Usage:
         facts, model, wanted, tag = {}, shlex.quote(where), "", "unconditional-image-generation"
@@ -149,17 +154,19 @@ class DiffusionUNet(FolderModel):
             tag, wanted = "text-to-image", ', prompts="a text"'
             facts["Texts"] = "captions: give prompts, and guidance=3 for images closer to them"
         command = f"unet-sample-ddpm --model {model} --out samples"
-        condition = None
+        condition, made = None, "(16, H, W, C)"
         with suppress(InputError):
             condition = self.condition
             if masks := self.masks:
-                facts["Makes"] = masks.said()
+                facts["Makes"] = f"{'images with ' if self.joint else ''}{masks.said()}"
+                made = "(16, H, W, C + 1), the mask's value last" if self.joint else made
+            if masks and not self.joint:
                 command = (
                     f"unet-predict-seg --model {model} --samples 16 --input images --out masks"
                 )
         if condition is not None:
             facts["Made from"] = condition.said()
-            wanted = ', pictures="image.png"'
+            wanted += ', pictures="image.png"'
             if "unet-sample" in command:
                 command += " --condition pictures"
         if isinstance(lora := self.info.get("lora"), Mapping):
@@ -174,7 +181,7 @@ class DiffusionUNet(FolderModel):
             python=(
                 "from diffusion import load\n\n"
                 f"sampler = load({json.dumps(where)})\n"
-                f"images = sampler(16, seed=0{wanted})  # uint8 (16, H, W, C)"
+                f"images = sampler(16, seed=0{wanted})  # uint8 {made}"
             ),
             commands=(command + (' --prompt "a text"' if "prompts" in wanted else ""),),
             facts=facts,

@@ -87,12 +87,17 @@ class DiffusionOptions(ReadingOptions, FitOptions):
     """What is made. mask: --data is a folder of masks, each made from the image of its name in
     --condition; those of several annotators are in a folder each."""
 
+    joint: Path | None = None
+    """Folder of masks with the images' names: learn to make image and mask together, which are data
+    to train a segmentation on."""
+
     mask_coding: Literal["bits", "one-hot"] = "bits"
-    """With --target mask: the classes as binary digits, or a channel for each."""
+    """With --target mask or --joint: the classes as binary digits, or a channel for each."""
 
     label_dropout: float = 0.1
     """Share of the images that are shown without their class, caption or condition, as guidance
-    needs it."""
+    needs it; with a condition beside classes or captions as many again without the one or the
+    other."""
 
     network: str = "auto"
     """auto: width and levels by image size, number of images and budget; or a preset
@@ -183,15 +188,21 @@ class DiffusionOptions(ReadingOptions, FitOptions):
             raise InputError(
                 f"--text-encoder {self.text_encoder} has nothing to read: give --captions"
             )
-        if self.condition and (self.classes or self.captions or self.latents):
-            raise InputError(
-                "--condition goes neither with --classes nor with --captions or --latents: leave "
-                "one of them out"
-            )
-        if self.target == "mask" and (not self.condition or self.colour or self.latents):
+        if self.condition and self.latents:
+            raise InputError("--condition does not go with --latents: leave one of them out")
+        if self.target == "mask" and (
+            not self.condition or self.colour or self.latents or self.classes or self.captions
+        ):
             raise InputError(
                 "--target mask makes masks from images: give the folder of these as --condition, "
-                "and leave out --colour and --latents"
+                "and leave out --colour, --latents, --classes and --captions"
+            )
+        if self.joint and (
+            self.condition or self.latents or self.target == "mask" or self.colour == "rgba"
+        ):
+            raise InputError(
+                f"--joint {self.joint} makes grey or colour images and their masks out of noise: "
+                "leave out --condition, --target mask, --latents and --colour rgba"
             )
         if self.latents and (self.crops or self.flips):
             raise InputError(

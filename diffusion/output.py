@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +11,11 @@ from PIL import Image
 from torch import Tensor
 
 from diffusion.attention_maps import attention_figure
+from diffusion.data.pixels import ValueRange
 from diffusion.pictures import Images, grid, write_gif
 from unet.errors import InputError
 from unet.files.images import read_image, write_image
+from unet.files.pages import Array
 from unet.files.writing import replacing
 from unet.training.task import Processes
 
@@ -22,6 +24,8 @@ IN_GRID = 100  # images in grid.png, at most
 
 class SampleFolder:
     """Where a sampling run puts its images: images/00000.png, ..., grid.png.
+
+    Images with masks become data for `train-seg`: image/00000.png, ... and label/00000.png, ...
 
     Args:
         overwrite: empty what an earlier run wrote there.
@@ -33,11 +37,19 @@ class SampleFolder:
     def __init__(self, path: Path, *, overwrite: bool = False) -> None:
         self.path, self.suffix = path, "png"
         self.names: Sequence[str] | None = None
+        self.labelled = False
+        self.values: tuple[str, ValueRange] | None = None
         if path.is_file() or (path.is_dir() and any(path.iterdir()) and not overwrite):
             raise InputError(f"--out {path} is in use: give --overwrite or another folder")
 
     def begin(
-        self, processes: Processes, channels: int = 3, names: Sequence[str] | None = None
+        self,
+        processes: Processes,
+        channels: int = 3,
+        names: Sequence[str] | None = None,
+        *,
+        labelled: bool = False,
+        values: Mapping[str, ValueRange] | None = None,
     ) -> None:
         """Makes the folder, and removes what an earlier run wrote to it (nothing else).
 
@@ -46,17 +58,23 @@ class SampleFolder:
         Args:
             channels: of the images, which are TIFF files where a PNG cannot hold so many.
             names: of the files of images 0, 1, ..., instead of their numbers.
+            labelled: the last channel is the image's mask.
+            values: with masks, the range of the images of each type that was learnt from: data of
+                one type are made as data of this type.
         """
-        self.names = names
-        self.suffix = "png" if channels in (1, 3, 4) else "tif"
+        self.names, self.labelled = names, labelled
+        self.values = next(iter(values.items())) if labelled and values else None
+        plain = channels - labelled in (1, 3, 4) and not self.values
+        self.suffix = "png" if plain else "tif"
         processes.wait()  # lest one finds what another has written already
         if processes.main:
             self._empty()
         processes.wait()
 
     def _empty(self) -> None:
-        (self.path / "images").mkdir(parents=True, exist_ok=True)
-        for folder in ("images", "attention"):
+        for folder in ("image", "label") if self.labelled else ("images",):
+            (self.path / folder).mkdir(parents=True, exist_ok=True)
+        for folder in ("images", "image", "label", "attention"):
             for old in (self.path / folder).glob("*"):
                 if re.fullmatch(r"[0-9]{5,}\.(png|tif)", old.name):
                     old.unlink()
@@ -66,15 +84,30 @@ class SampleFolder:
     def add(self, images: Images, first: int) -> None:
         """Writes images, uint8 (N, H, W, C), the first of them under this number."""
         for number, image in enumerate(images, first):
-            write_image(self.file(number), image)
+            file, *label = self.files(number)
+            picture: Array = image[..., :-1] if label else image
+            if self.values:
+                dtype, used = self.values
+                picture = used.from_uint8(picture, dtype)
+            write_image(file, picture)
+            for mask in label:
+                write_image(mask, image[..., -1:])
 
     def read(self, numbers: Sequence[int]) -> Images:
         """What was written, by whatever process."""
-        return np.stack([read_image(self.file(number), alpha=True) for number in numbers])
+        found = []
+        for number in numbers:
+            picture, *label = (read_image(file, alpha=True) for file in self.files(number))
+            picture = self.values[1].to_uint8(picture) if self.values else picture
+            found.append(np.concatenate([picture, *label], axis=2))
+        return np.stack(found)
 
-    def file(self, number: int) -> Path:
+    def files(self, number: int) -> tuple[Path, ...]:
+        """Of an image, and its mask where it has one."""
         name = f"{number:05d}" if self.names is None else self.names[number]
-        return self.path / "images" / f"{name}.{self.suffix}"
+        if not self.labelled:
+            return (self.path / "images" / f"{name}.{self.suffix}",)
+        return self.path / "image" / f"{name}.{self.suffix}", self.path / "label" / f"{name}.png"
 
     def write_grid(
         self, numbers: Sequence[int], shown: Callable[[Images], Images] = lambda images: images
@@ -83,7 +116,9 @@ class SampleFolder:
         return self._save(grid(shown(self.read(numbers[:IN_GRID]))), "grid.png")
 
     def write_npz(self, numbers: Sequence[int], labels: Sequence[int] | None) -> None:
-        """`images` uint8 (N, H, W, C), and `labels` int64 (N,) where there are classes."""
+        """`images` uint8 (N, H, W, C), with masks (N, H, W, C + 1), and `labels` int64 (N,) where
+        there are classes.
+        """
         images = self.read(numbers)
         with replacing(self.path / "samples.npz") as temporary, temporary.open("wb") as file:
             if labels is None:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffusion.data.conditions import Asked
 from diffusion.model import DiffusionUNet
 from diffusion.process.editing import (
     ITERATIONS,
@@ -33,8 +34,8 @@ from diffusion.process.samplers import (
 from diffusion.process.schedule import CLEAN
 from diffusion.stable.autoencoder import Autoencoder
 
-# The class of each image, its text, or the picture (K, H, W) it is made from; None: any.
-Wanted = Sequence[int | str | Tensor | None]
+# The class of each image, its text, or the picture (K, H, W) it is made from, or two; None: any.
+Wanted = Sequence[int | str | Tensor | Asked | None]
 # Of a batch: its places in the run, its seeds and what is wanted.
 Run = Callable[[range, Sequence[int], Wanted], Iterator[Step]]
 
@@ -119,7 +120,7 @@ class Plans:
         return self._plan(run, repaint_timesteps(self.timesteps, JUMP, REPEATS))
 
     def between(
-        self, first: Tensor, last: Tensor, count: int, wanted: int | str | Tensor | None
+        self, first: Tensor, last: Tensor, count: int, wanted: int | str | Tensor | Asked | None
     ) -> Plan:
         """`count` images between two (1, C, H, W), both among them (DDIM, appendix D.5).
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diffusion.attention_maps import recorded_attention
+from diffusion.data.conditions import Asked
 from diffusion.data.pixels import to_bytes
 from diffusion.initial import load_model
 from diffusion.model import DiffusionUNet
@@ -111,7 +112,7 @@ class ImageSampler:
 
     @property
     def channels(self) -> int:
-        """Channels of the images."""
+        """Channels of what is made; of images with masks, the mask's value is the last."""
         found = self.autoencoder
         return found.image_channels if found else made_channels(self.model)
 
@@ -218,33 +219,40 @@ class ImageSampler:
         numbers: Sequence[int],
         classes: Sequence[int | str | None] = (),
         prompts: Sequence[str] = (),
+        pictures: Sequence[Tensor] = (),
     ) -> Wanted:
-        """The class or text of each of these images of a run, in turn; None: any.
+        """The class or text of each of these images of a run, and what it is made from, in turn;
+        None: any.
 
         Args:
             numbers: of the images.
             classes: their names or indices.
-            prompts: texts that images are to show. With neither, images are of every class in turn,
-                where the model knows classes.
+            prompts: texts that images are to show. With neither, and without pictures, images are
+                of every class in turn, where the model knows classes.
+            pictures: (K, H, W) each, as `made_from` reads them.
 
         Raises:
             InputError: a class or texts that the model does not know; both of them; a text that is
                 too long.
         """
-        if self.model.condition is not None and not (classes or prompts):
+        if self.model.condition is not None and not (classes or prompts or pictures):
             raise InputError(
                 "the model makes images from pictures, and none is given (--condition, in Python "
                 f"pictures): a file or several of {self.model.condition.said()}"
             )
         if classes and prompts:
             raise InputError("classes and prompts each say what an image shows: give one")
-        chosen: Wanted = list(range(len(self.classes))) or [None]
+        chosen: Sequence[int | str | None] = [None]
+        if self.classes and not pictures:
+            chosen = range(len(self.classes))
         if classes:
             chosen = [None if name is None else self.class_index(name) for name in classes]
         if prompts:
             self.text.tokenize(prompts)  # which refuses what is too long
             chosen = prompts
-        return [chosen[i % len(chosen)] for i in numbers]
+        if not pictures:
+            return [chosen[i % len(chosen)] for i in numbers]
+        return [Asked(chosen[i % len(chosen)], pictures[i % len(pictures)]) for i in numbers]
 
     def made_from(self, file: Path) -> Tensor:
         """The picture (K, H, W) in a file that an image can be made from.
@@ -278,7 +286,7 @@ class ImageSampler:
         return found if self.model.masks is None else self.model.masks.decode(found)
 
     def shown(self, images: Images) -> Images:
-        """Images as they are, and masks with greys that can be told apart."""
+        """Images as they are, and masks with greys that can be told apart, beside their images."""
         return images if self.model.masks is None else self.model.masks.shown(images)
 
     # ------------------------------------------------------------------------------------------
@@ -353,8 +361,9 @@ class ImageSampler:
 
 
 def made_channels(model: DiffusionUNet) -> int:
-    """Channels of the images that a model makes, without an autoencoder."""
-    return model.image_channels if model.masks is None else 1
+    """Channels of what a model makes, without an autoencoder: a mask has one."""
+    masks = model.masks
+    return model.image_channels - (masks.channels - 1 if masks else 0)
 
 
 def image_seeds(seed: int, count: int, first: int = 0) -> list[int]:

@@ -161,7 +161,8 @@ def load_data(options: DiffusionOptions, latents: str = "latents") -> Data:
         captions=options.captions,
         how=how_to_read(options),
         condition=options.condition,
-        masks=options.mask_coding if options.target == "mask" else None,
+        masks=options.mask_coding if options.target == "mask" or options.joint else None,
+        joint=options.joint,
     )
     return LatentData(images, autoencoder, options.out / latents) if autoencoder else images
 
@@ -256,13 +257,19 @@ class NoisedSamples:
         sample["noise"] = torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
         sample["place"] = torch.tensor(rng.random(dtype=np.float32))
         label, caption = sample.pop("label", None), sample.pop("caption", "")
-        dropped = rng.random() < self.dropout
-        if dropped and "picture" in sample:
+        place, share = rng.random(), self.dropout
+        without = from_none = place < share
+        if "picture" in sample and (self.null >= 0 or self.tokenizer is not None):
+            # Half as often the one or the other, as InstructPix2Pix (arXiv 2211.09800) leaves out
+            # each alone, so that either can be asked for without the other.
+            without = place < 1.5 * share
+            from_none = place < share or 1.5 * share <= place < 2 * share
+        if from_none and "picture" in sample:
             sample["picture"] = torch.zeros_like(sample["picture"])
         if self.null >= 0:
-            sample["label"] = torch.tensor(self.null) if dropped else label
+            sample["label"] = torch.tensor(self.null) if without else label
         if self.tokenizer is not None:
-            tokens = self.tokenizer.tokenize(["" if dropped else caption])[0]
+            tokens = self.tokenizer.tokenize(["" if without else caption])[0]
             missing = self.tokenizer.longest - len(tokens)
             sample["tokens"] = F.pad(tokens, (0, missing), value=PADDING)
         return sample
@@ -327,6 +334,9 @@ class DiffusionTask:
         self.plan, self.data = plan, data
         self.schedule, self.prediction = plan.schedule, plan.prediction
         self.autoencoder = autoencoder_of(data)
+        self.pictured = data.channels  # before the codes of a mask
+        if isinstance(data, DiffusionData) and data.joint:
+            self.pictured -= data.codes
 
     def _loss(self, model: nn.Module, x0: Tensor, t: Tensor, noise: Tensor, **given: Any) -> Tensor:
         return diffusion_loss(model, self.schedule, self.prediction, x0, t, noise, **given)
@@ -409,7 +419,9 @@ class DiffusionTask:
     def _shown(self, x: Tensor) -> Any:
         """The first of images, or of the images that latents stand for."""
         x = x[:1]
-        return composite(to_bytes(self.autoencoder.decode(x) if self.autoencoder else x)[0])
+        found = to_bytes(self.autoencoder.decode(x) if self.autoencoder else x)[0]
+        parts = np.split(found, [self.pictured], axis=-1)  # the image, and the codes of its mask
+        return np.concatenate([composite(p) for p in parts if p.shape[-1]], axis=1)
 
     def _noise_table(self, model: DiffusionUNet) -> Image.Image:
         device = next(model.parameters()).device

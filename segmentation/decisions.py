@@ -130,6 +130,7 @@ def decide(
         ),
         optimizer,
         after_pretraining(fit) if options.unlabelled else told_budget(options),
+        *_synthetic(options, data),
         *judgement.decisions,
         *smallest,
         *part,
@@ -239,17 +240,28 @@ def chosen_crop(
 ) -> tuple[tuple[int, int], str]:
     """Height and width of the training crops, and why."""
     shapes = {image_shape(data, i) for i in data.train}
+    made = {image_shape(data, i) for i in data.synthetic}
     if options.crop:
         size, why = (options.crop, options.crop), AS_ASKED
+        small = min((min(shape) for shape in made), default=options.crop)
+        if small < output_size(config, options.crop):
+            raise InputError(
+                f"--crop {options.crop} is larger than a synthetic image, {small} pixels a side: "
+                "give a smaller crop, or larger images"
+            )
     elif options.crop is None:
         largest = [max(s[axis] for s in shapes) for axis in (0, 1)]
-        usual = (min(CROP, -(-n // config.stride) * config.stride) for n in largest)
+        least = [min((s[axis] for s in made), default=CROP) for axis in (0, 1)]
+        most = [min(pair) for pair in zip(largest, least, strict=True)]
+        usual = (min(CROP, -(-n // config.stride) * config.stride) for n in most)
         h, w = (input_size(config, n) for n in usual)
-        size, why = (h, w), "the usual side" if min(largest) >= CROP else "as large as the images"
-    elif len(shapes) > 1:
+        size, why = (h, w), "the usual side" if min(most) >= CROP else "as large as the images"
+        if min(least) < min(CROP, *largest):
+            why = "as large as the smallest synthetic image"
+    elif (sizes := len(shapes | made)) > 1:
         raise InputError(
-            f"--crop 0 takes whole images, but the training images have {len(shapes)} sizes: give "
-            "the side of a crop"
+            f"--crop 0 takes whole images, but the training images have {sizes} sizes: give the "
+            "side of a crop"
         )
     else:
         size, why = shapes.pop(), f"whole images, {AS_ASKED}"
@@ -401,6 +413,15 @@ def chosen_loss(
         gamma=options.focal_gamma,
     )
     return loss, balance
+
+
+def _synthetic(options: SegmentationOptions, data: SegmentationData) -> list[Decision]:
+    """The part of synthetic images in the training, if there are any."""
+    if not data.synthetic:
+        return []
+    share, default = options.synthetic_share, SegmentationOptions.synthetic_share
+    why = "the default" if share == default else AS_ASKED
+    return [Decision("synthetic", f"{share:.3g} of the crops, in none of the figures", why)]
 
 
 def _class_name(data: SegmentationData, k: int) -> str:

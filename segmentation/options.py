@@ -119,6 +119,13 @@ class SegmentationOptions(LabelOptions, FitOptions):
     RUN/pretraining, is trained for a part of the budget first, and starts the segmentation. For
     other labels it is there already: --init RUN/pretraining/model."""
 
+    synthetic: Path | None = None
+    """Folder of generated images and masks to train on as well, laid out as --data, such as that of
+    sample-ddpm; they are never held out or scored, and no statistic is of them."""
+
+    synthetic_share: float = 0.5
+    """With --synthetic: share of the training crops that is cut out of these."""
+
     loss: Literal["ce", "dice", "dice-ce", "focal", "tversky", "lovasz"] = "ce"
     """Loss: ce is the binary cross-entropy where there are two classes."""
 
@@ -190,6 +197,14 @@ class SegmentationOptions(LabelOptions, FitOptions):
         if self.val_data is not None and (self.fold is not None or self.val_names):
             raise InputError(
                 "--val-data holds out images of its own: leave out --fold, --val-names"
+            )
+        if not 0 < self.synthetic_share < 1:
+            raise InputError(
+                f"--synthetic-share {self.synthetic_share} must be above 0 and below 1"
+            )
+        if self.synthetic is None and self.synthetic_share != type(self).synthetic_share:
+            raise InputError(
+                f"--synthetic-share {self.synthetic_share} is a share of nothing: give --synthetic"
             )
         if self.crop is not None and self.crop < 0:
             raise InputError(f"--crop {self.crop} must be 0 (whole images) or the side in pixels")

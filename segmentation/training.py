@@ -18,7 +18,7 @@ from segmentation.data.classes import class_names
 from segmentation.data.dataset import SegmentationData
 from segmentation.data.download import isbi2012_folder
 from segmentation.data.normalisation import Normalisation
-from segmentation.data.pairs import Pair, alike, find_pairs, pairs_from_arrays
+from segmentation.data.pairs import Pair, alike, find_pairs, kind, pairs_from_arrays
 from segmentation.data.phantom import phantom_stack
 from segmentation.data.samples import CropSamples
 from segmentation.data.splits import split_pairs
@@ -90,6 +90,7 @@ def train(options: SegmentationOptions, start: Start | None = None) -> dict[str,
         plan.target,
         border=plan.border,
         cells=plan.cells,
+        share=options.synthetic_share,
         seed=plan.fit.seed,
     )
     task = SegmentationTask(plan, data)
@@ -164,12 +165,34 @@ def load_data(options: SegmentationOptions, start: Start | None = None) -> Segme
     return SegmentationData(
         train,
         val,
+        synthetic=find_synthetic(options, info),
         ignore_value=options.ignore_value,
         instances=options.instances,
         names=options.class_names,
         normalisation=known and known.for_images(info.channels, info.dtype),
         left_out=len({pair.source for pair in pairs} - {pair.source for pair in [*train, *val]}),
     )
+
+
+def find_synthetic(options: SegmentationOptions, wanted: ImageInfo) -> list[Pair]:
+    """The generated images and masks of --synthetic.
+
+    Args:
+        wanted: of the real images.
+
+    Raises:
+        InputError: none there; other channels or another depth than the real images.
+    """
+    if options.synthetic is None:
+        return []
+    pairs = find_pairs(options.synthetic, reading=options.reading, cleaning=options.cleaning)
+    info = pairs[0].info
+    if (info.channels, info.dtype) != (wanted.channels, wanted.dtype):
+        raise InputError(
+            f"--synthetic {options.synthetic} holds images of {kind(info)}, where the real ones "
+            f"are {kind(wanted)}: save them alike"
+        )
+    return pairs
 
 
 def find_data(options: SegmentationOptions) -> list[Pair]:

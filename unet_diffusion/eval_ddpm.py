@@ -111,6 +111,11 @@ def main(options: EvalOptions) -> None:
             f"{options.model} makes images from pictures, which eval-ddpm does not judge: compare "
             "what sample-ddpm --condition makes with the true images"
         )
+    if model.joint:
+        raise InputError(
+            f"{options.model} makes images with masks, which eval-ddpm does not judge: train a "
+            "segmentation on what sample-ddpm makes"
+        )
     samplers = [ImageSampler(model, way) for way in options.ways()]
     if options.bits:
         check_bits(samplers[0])

@@ -36,7 +36,8 @@ class SampleOptions(SamplingOptions):
     """Model folder, such as RUN/model."""
 
     out: Path
-    """Folder to make: grid.png, and images/ with one PNG an image."""
+    """Folder to make: grid.png, and images/ with one PNG an image; of a model that was trained with
+    --joint image/ and label/, which train-seg reads."""
 
     lora: tuple[str, ...] = ()
     """LoRA files, or the model folders of LoRA runs, to change the model by: FILE, or FILE:0.5 for
@@ -60,7 +61,7 @@ class SampleOptions(SamplingOptions):
 
     class_: Annotated[tuple[str, ...], tyro.conf.arg(name="class")] = ()
     """Classes of the images, by name and in turn; none given: every class in turn, where the model
-    knows classes."""
+    knows classes, but any with --condition."""
 
     prompt: tuple[str, ...] = ()
     """Texts that the images are to show, in turn, for a model that was trained with captions."""
@@ -107,12 +108,9 @@ class SampleOptions(SamplingOptions):
             raise InputError(f"--each {self.each} goes with --condition")
         if self.each < 1:
             raise InputError(f"--each {self.each} must be at least 1")
-        if self.condition is not None and (
-            self.class_ or self.prompt or self.interpolate or self.first
-        ):
+        if self.condition is not None and (self.interpolate or self.first):
             raise InputError(
-                "--condition says what is made: leave out --class, --prompt, --interpolate and "
-                "--first"
+                "--condition says which images are made: leave out --interpolate and --first"
             )
         if self.first < 0:
             raise InputError(f"--first {self.first} must be 0 or more")
@@ -144,6 +142,7 @@ class SampleOptions(SamplingOptions):
 
 
 def main(options: SampleOptions) -> None:
+    from diffusion.data.pixels import known_ranges
     from diffusion.output import SampleFolder
     from diffusion.sampling import ImageSampler, load_for_sampling
     from unet.training.task import Processes
@@ -153,8 +152,8 @@ def main(options: SampleOptions) -> None:
     model = load_for_sampling(options.model, options.device, options.lora)
     if model.masks and (options.init or options.inpaint or options.interpolate):
         raise InputError(
-            "--init, --inpaint and --interpolate are for models of images, and this one makes "
-            "masks: leave them out"
+            "--init, --inpaint and --interpolate are for models of images alone, and this one "
+            "makes masks: leave them out"
         )
     if options.merged and options.merged.exists() and not options.overwrite:
         raise InputError(f"--merged {options.merged} is there already: give --overwrite")
@@ -165,8 +164,11 @@ def main(options: SampleOptions) -> None:
         options = replace(options, count=len(wanted), condition=None, each=1)
     else:
         wanted = chosen_conditions(options, sampler)
+    for remark in (r for text in options.prompt for r in sampler.text.remarks(text)):
+        print(f"note: {remark}", file=sys.stderr)
     plan = chosen_plan(options, sampler, wanted)
-    folder.begin(processes, sampler.channels, names)
+    values = known_ranges(model.info)
+    folder.begin(processes, sampler.channels, names, labelled=model.joint, values=values)
     parts = sampler.parts(options.count, processes)
     for part, images in zip(parts, made(options, sampler, plan, wanted, processes), strict=True):
         folder.add(images, options.first + part.start)
@@ -176,7 +178,9 @@ def main(options: SampleOptions) -> None:
         if options.merged:
             model.save_pretrained(options.merged)
             print(f"model with its LoRA: {options.merged}")
-        if model.condition is None:  # which eval-ddpm judges
+        if model.joint:
+            say_next("train-seg", "--data", "real_data", "--synthetic", options.out)
+        elif model.condition is None:  # which eval-ddpm judges
             say_next("eval-ddpm", "--model", options.model, "--data", trained_on(options.model))
 
 
@@ -192,39 +196,45 @@ def write_pictures(
     options: SampleOptions, sampler: ImageSampler, wanted: Wanted, folder: SampleFolder
 ) -> None:
     """What shows all images together, and those of the first of them."""
+    from diffusion.data.conditions import Asked
+
     numbers = range(options.first, options.first + options.count)
     if options.npz:
-        labels = [int(w) for w in wanted if w is not None] if sampler.classes else []
+        shown = [Asked.of(w).shown for w in wanted] if sampler.classes else []
+        labels = [int(kind) for kind in shown if kind is not None]
         folder.write_npz(numbers, labels or None)
-    shown = wanted[:SHOWN]
+    first = wanted[:SHOWN]
     if options.gif:
-        frames = sampler.appearing(len(shown), shown, first=options.first)
+        frames = sampler.appearing(len(first), first, first=options.first)
         folder.write_gif([sampler.shown(frame) for frame in frames])
     if options.attention:
-        images, maps = sampler.attending(shown, options.attention_steps, first=options.first)
-        words = [sampler.text.words(str(text)) for text in shown]
+        images, maps = sampler.attending(first, options.attention_steps, first=options.first)
+        words = [sampler.text.words(str(Asked.of(w).shown)) for w in first]
         folder.write_attention(images, words, maps, options.first)
     print(f"images: {folder.write_grid(numbers, sampler.shown)}")
 
 
 def given_conditions(options: SampleOptions, sampler: ImageSampler) -> tuple[Wanted, list[str]]:
-    """The pictures of --condition, each as often as it is asked for, and the names of the files."""
+    """The pictures of --condition, each as often as it is asked for, with the class or prompt of
+    each in turn, and the names of the files.
+    """
     from unet.files.images import list_images
 
     path = options.condition
     assert path is not None
     files = list_images(path) if path.is_dir() else [path]
-    wanted: list[Tensor] = []
+    pictures: list[Tensor] = []
     names: list[str] = []
     for file in files:
         picture = sampler.made_from(file)
         for i in range(options.each):
-            wanted.append(picture)
+            pictures.append(picture)
             names.append(f"{file.stem}_{i}" if options.each > 1 else file.stem)
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise InputError(f"two files of {path} are named {twice!r}: rename one")
-    return wanted, names
+    numbers = range(len(names))
+    return sampler.wanted(numbers, options.class_, options.prompt, pictures), names
 
 
 def chosen_conditions(options: SampleOptions, sampler: ImageSampler) -> Wanted:
@@ -234,10 +244,7 @@ def chosen_conditions(options: SampleOptions, sampler: ImageSampler) -> Wanted:
         if not (options.class_ or options.prompt):
             return [None] * options.count
         numbers = [0] * options.count
-    wanted = sampler.wanted(numbers, options.class_, options.prompt)
-    for remark in (r for text in options.prompt for r in sampler.text.remarks(text)):
-        print(f"note: {remark}", file=sys.stderr)
-    return wanted
+    return sampler.wanted(numbers, options.class_, options.prompt)
 
 
 def chosen_plan(options: SampleOptions, sampler: ImageSampler, wanted: Wanted) -> Plan:

@@ -41,9 +41,9 @@ class MaskSampler:
 
     def __init__(self, model: str | Path, count: int, options: SamplingOptions) -> None:
         network = load_for_sampling(model, options.device)
-        if network.masks is None:
+        if network.masks is None or network.joint:
             raise InputError(
-                f"{model} makes images, not masks: samples are drawn by a model of train-ddpm "
+                f"{model} makes no masks of images: samples are drawn by a model of train-ddpm "
                 "--target mask"
             )
         self.masks, self.count = network.masks, count

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffusion.data.pixels import WHOLE, ValueRange, known_ranges
-from diffusion.initial import find_start, is_lora, their_unet
+from diffusion.initial import find_start, fitting, image_channels, is_lora, their_unet
 from diffusion.model import DiffusionUNet
 from diffusion.process.prediction import PREDICTIONS, Prediction, get_prediction
 from diffusion.process.schedule import NoiseSchedule
@@ -71,12 +71,14 @@ def segmentation_start(path: str | None, timestep: float = TIMESTEP) -> Start | 
     else:
         schedule = NoiseSchedule.from_dict(start.info.get("schedule", {}))
         rule = get_prediction(start.info.get("prediction", "v"), schedule)
-    channels = start.config.in_channels
-    if "condition" in start.info:
+    if masks := {"target", "joint"} & start.info.keys():
+        also = " with its images" if "joint" in masks else ""
         raise InputError(
-            f"--init {path} makes images from pictures, which a segmentation has none of: start "
-            "from a diffusion model without --condition"
+            f"--init {path} makes masks{also}, and a segmentation starts from a diffusion model of "
+            "images: give one without --target mask and --joint"
         )
+    channels = image_channels(start)
+    start = fitting(start, channels, {})
     if "autoencoder" in start.info or (unet and channels == 4):
         raise InputError(
             f"--init {path} works on latents of {counted(channels, 'channel')}, not on pixels: "

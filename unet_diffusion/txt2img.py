@@ -167,7 +167,7 @@ def main(options: Txt2ImgOptions) -> None:
                 x = step.x
                 bar.update()
             for seed, pixels in zip(part, model.decode(x), strict=True):
-                file = folder.file(seed - recipe.seed)
+                file = folder.files(seed - recipe.seed)[0]
                 write_picture(file, pixels, dataclasses.replace(recipe, seed=seed))
     processes.wait()
     if processes.main:
@@ -178,7 +178,13 @@ def main(options: Txt2ImgOptions) -> None:
             print(f"pipeline with its LoRA: {options.merged}")
         print(f"pictures: {folder.write_grid(range(count))}")
         say_next(
-            "txt2img", "--from-png", folder.file(0), "--steps", 2 * recipe.steps, "--out", "again"
+            "txt2img",
+            "--from-png",
+            folder.files(0)[0],
+            "--steps",
+            2 * recipe.steps,
+            "--out",
+            "again",
         )
 
 

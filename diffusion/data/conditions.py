@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -36,6 +36,22 @@ from unet.words import counted
 RECIPES = ("lowres", "grey", "noise", "hole")
 MAX_VALUES = 32  # of a mask
 _LOOKED_AT = 50  # files that say what a folder holds
+
+
+class Asked(NamedTuple):
+    """The class or text of an image, and the picture (K, H, W) it is made from; None: any, and no
+    picture.
+    """
+
+    shown: int | str | None = None
+    picture: Tensor | None = None
+
+    @classmethod
+    def of(cls, wanted: int | str | Tensor | Asked | None) -> Asked:
+        """What is asked for where only the one or the other may be given."""
+        if isinstance(wanted, Asked):
+            return wanted
+        return cls(picture=wanted) if isinstance(wanted, Tensor) else cls(shown=wanted)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,11 +266,14 @@ def _of_folder(folder: Path) -> Condition:
     )
 
 
-def partners(images: Sequence[str], folder: Path) -> list[str]:
+def partners(images: Sequence[str], folder: Path, what: str = "condition") -> list[str]:
     """The file of a folder that goes with each image: of the same name, whatever its ending.
 
+    Args:
+        what: these files are, for people.
+
     Raises:
-        InputError: an image without one.
+        InputError: an image without one, or that is the file itself.
     """
     of = {file.stem: str(file) for file in list_images(folder)}
     found, alone = [], []
@@ -266,7 +285,11 @@ def partners(images: Sequence[str], folder: Path) -> list[str]:
             alone.append(Path(image).name)
     if alone:
         raise InputError(
-            f"{str(folder)!r} has no condition for {counted(len(alone), 'image')}, such as "
+            f"{str(folder)!r} has no {what} for {counted(len(alone), 'image')}, such as "
             f"{alone[0]}: it has the name of its image"
+        )
+    if own := next((a for a, b in zip(images, found, strict=True) if Path(a) == Path(b)), None):
+        raise InputError(
+            f"{own!r} would be the {what} of itself: let --data name the folder of the images alone"
         )
     return found

@@ -18,7 +18,7 @@ from einops import rearrange
 from numpy.typing import NDArray
 from torch import Tensor
 
-from diffusion.data.conditions import Condition, find_condition, partners
+from diffusion.data.conditions import Asked, Condition, find_condition, partners
 from diffusion.data.masks import Coding, MaskCoding, find_masks
 from diffusion.data.pixels import (
     WHOLE,
@@ -75,11 +75,14 @@ class DiffusionData:
         condition: what each picture is made from: a recipe or a folder, see
             `diffusion.data.conditions`; or that of a model.
         masks: the files are masks, of which each class becomes a code: see `diffusion.data.masks`.
+        joint: a folder of masks with the images' names, whose codes lie behind the channels of the
+            image; `masks` says which codes.
         ranges: the values of each type that become black and white; None: those that are used.
         seed: of the choice of held-out images, and of the pictures of "shapes".
 
     Attributes:
-        size, channels: height and width, and channels, of every image.
+        size, channels: height and width, and channels, of every image, codes among them.
+        codes: how many of the channels, the last ones, are codes of a mask.
         classes: their names, empty where there are none; `labels` (N,) are indices into them.
         train, val: indices, in random order (with crops, in their order in the images).
 
@@ -104,6 +107,7 @@ class DiffusionData:
         ranges: Mapping[str, ValueRange] | None = None,
         condition: str | Condition | None = None,
         masks: Coding | None = None,
+        joint: str | Path | None = None,
         seed: int = 0,
     ) -> None:
         if size is not None and size < 1:
@@ -132,17 +136,22 @@ class DiffusionData:
         self.condition: Condition | None = None
         self._partners: list[str] = []
         self.masks: MaskCoding | None = None
-        if masks is not None:
+        self.joint = joint is not None
+        if joint is not None:
+            self._partners = self._named_as_images("--joint", Path(joint), "mask")
+            self.masks = find_masks(self._partners, masks or "bits")
+        elif masks is not None:
             if not source.files:
                 raise InputError(f"'{data}': masks are made of a folder of masks, one a file")
             self.masks = find_masks(source.files, masks)
-            channels = self.masks.channels
-        self.channels = channels or max(info.channels for info in self._infos.values())
+        self.codes = 0 if self.masks is None else self.masks.channels
+        self.ranges = dict(ranges or {})
+        self.channels = self.codes
+        if self.masks is None or self.joint:
+            self.channels += channels or max(info.channels for info in self._infos.values())
+            self._find_ranges()
         if condition is not None:
             self._find_condition(condition)
-        self.ranges = dict(ranges or {})
-        if self.masks is None:
-            self._find_ranges()
         self._alike = size is None and not crops
         self.size = self._choose_size(size)
         self._keeps = self._bytes() <= CACHE_BYTES
@@ -172,21 +181,22 @@ class DiffusionData:
         images = [as_tensor(p[..., : self.channels]) for p in pixels]
         return torch.stack(images), torch.tensor(labels)
 
-    def conditions(self, indices: Sequence[int]) -> list[int | str | Tensor | None]:
+    def conditions(self, indices: Sequence[int]) -> list[Asked]:
         """The caption of each image where captions were asked for, else its class, or None; with a
         condition its picture (K, H, W), the same at each call.
         """
-        if self.condition is not None:
-            rows = (self.load(i)[1] for i in indices)
-            rngs = (np.random.default_rng(i) for i in indices)
-            return [self._parted(row, rng)[1] for row, rng in zip(rows, rngs, strict=True)]
-        used = [self.load(i)[0] for i in indices]
-        if self.captioned:
-            return [self.caption(i) for i in used]
-        return [None if self.labels is None else int(self.labels[i]) for i in used]
+        found = []
+        for index in indices:
+            used, pixels = self.load(index)
+            shown = None if self.labels is None else int(self.labels[used])
+            picture = self._parted(pixels, np.random.default_rng(index))[1]
+            found.append(Asked(self.caption(used) if self.captioned else shown, picture))
+        return found
 
     def images(self, indices: Sequence[int]) -> NDArray[np.uint8]:
-        """The same images as bytes (N, H, W, C), and masks as greys, (N, H, W, 1)."""
+        """The same images as bytes (N, H, W, C), masks as greys, (N, H, W, 1), and both side by
+        side, (N, H, 2 W, C).
+        """
         found = np.stack([self.load(i)[1][..., : self.channels] for i in indices])
         return found if self.masks is None else self.masks.shown(self.masks.decode(found))
 
@@ -237,12 +247,16 @@ class DiffusionData:
             return
         self.condition = find_condition(said, self.channels)
         if not self.condition.from_image:
-            if not self.source.files or self.source.names != self.source.files:
-                raise InputError(
-                    f"--condition {said} goes with a folder of images, one a file, not with "
-                    "stacks, archives or generated pictures"
-                )
-            self._partners = partners(self.source.files, Path(said))
+            self._partners = self._named_as_images("--condition", Path(said), "condition")
+
+    def _named_as_images(self, flag: str, folder: Path, what: str) -> list[str]:
+        """The file of a folder that goes with each image."""
+        if not self.source.files or self.source.names != self.source.files:
+            raise InputError(
+                f"{flag} {folder} goes with a folder of images, one a file, not with stacks, "
+                "archives or generated pictures"
+            )
+        return partners(self.source.files, folder, what)
 
     def describe(self) -> str:
         """What was found, for people: images, sizes, classes, captions, split."""
@@ -255,16 +269,20 @@ class DiffusionData:
             size = f"{size}, resized to {self.size[0]} x {self.size[1]} and cropped at the centre"
         kinds = sorted({f"{_colour(info.channels)} {info.dtype}" for info in infos})
         lines = [f"{counted(len(self.source.names) - len(self._bad), 'image')} of {size}"]
-        lines.append(", ".join(kinds) if self.masks is None else self.masks.said())
-        if self.masks is None and kinds != [used := f"{_colour(self.channels)} uint8"]:
+        pictured = self.channels - self.codes
+        if pictured:
+            lines.append(", ".join(kinds))
+        if pictured and kinds != [used := f"{_colour(pictured)} uint8"]:
             lines[1] += f", all converted to {used}"
+        if self.masks is not None:
+            lines.append(f"{'with ' if pictured else ''}{self.masks.said()}")
         for dtype in sorted({info.dtype for info in infos} - {"uint8"}):
             found = self.ranges.get(dtype, WHOLE[dtype])
             lines.append(f"values of {dtype}: {found} fill the range of the network")
         if any(info.has_alpha for info in infos):
             colour = " ".join(map(str, self.how.background or ()))
             lines.append(f"transparent pixels are laid over the colour {colour}")
-        if self.labels is not None and self.masks is None:
+        if self.labels is not None and pictured:
             counts = np.bincount(self.labels, minlength=len(self.classes)).tolist()
             shown = [f"{name} ({n:,})" for name, n in zip(self.classes, counts, strict=True)]
             shown = shown if len(shown) <= 12 else [*shown[:10], "...", shown[-1]]
@@ -287,9 +305,11 @@ class DiffusionData:
             pixels = self._read(image)
             if self._alike:
                 self._check_size(image, pixels.shape[:2], self.size)
-            if self._partners and self.condition:
+            if self._partners:
                 file = self._partners[image]
-                other = self.condition.read(Path(file))
+                read = self.condition or self.masks
+                assert read is not None
+                other = read.read(Path(file))
                 if other.shape[:2] != pixels.shape[:2]:
                     raise InputError(
                         f"'{file}' is {other.shape[0]} x {other.shape[1]}, but its image "
@@ -307,12 +327,12 @@ class DiffusionData:
 
     def _read(self, image: int) -> Pixels:
         """An image as bytes (H, W, C), a mask as its codes."""
-        if self.masks is not None:
+        if self.masks is not None and not self.joint:
             return self.masks.read(Path(self.source.files[image]))
-        pixels = self.source.read(image)
+        pixels, channels = self.source.read(image), self.channels - self.codes
         try:
             known = self.ranges.get(pixels.dtype.name)
-            return as_uint8(pixels, self.channels, known, self._nodata(image))
+            return as_uint8(pixels, channels, known, self._nodata(image))
         except InputError as error:
             raise InputError(f"'{self.source.names[image]}': {error}") from error
 
@@ -321,8 +341,8 @@ class DiffusionData:
         found = resized(pixels, self.size)
         if self.masks is None or found is pixels:
             return found
-        c = self.channels
-        return np.concatenate([self.masks.nearest(found[..., :c]), found[..., c:]], axis=2)
+        image, codes, rest = np.split(found, [self.channels - self.codes, self.channels], axis=2)
+        return np.concatenate([image, self.masks.nearest(codes), rest], axis=2)
 
     def _leave_out(self, image: int, error: InputError) -> None:
         if not self.skip_bad:

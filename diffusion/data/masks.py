@@ -1,7 +1,8 @@
 """Masks as what a diffusion model makes: each class a code of -1 and 1, one channel a digit.
 
 Codes are analog bits (arXiv 2208.04202), the digits of the class's number, or one-hot. What is
-made is of the class whose code is nearest.
+made is of the class whose code is nearest. They are all that is made, or lie behind the channels of
+an image that is made with them.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ MOST_VALUES = 32
 
 @dataclass(frozen=True, kw_only=True)
 class MaskCoding:
-    """The classes of masks and their codes, saved with a model in `info["target"]`.
+    """The classes of masks and their codes, saved with a model in `info["target"]`, or in
+    `info["joint"]` where images are made with them.
 
     Attributes:
         values: of the masks, from 0 to 255, rising.
@@ -71,14 +73,26 @@ class MaskCoding:
         """Pixels (..., H, W, C) with the nearest code in the place of each."""
         return self.codes[self.indices(pixels)]
 
-    def decode(self, pixels: Pixels) -> Pixels:
-        """The mask values (..., H, W, 1) of pixels (..., H, W, C)."""
-        return np.array(self.values, np.uint8)[self.indices(pixels)][..., None]
+    def decode(self, made: Pixels) -> Pixels:
+        """The channels (..., H, W, I) before the codes as they are, and then the mask's values.
 
-    def shown(self, masks: Pixels) -> Pixels:
-        """Mask values as greys that can be told apart, from black to white."""
+        Args:
+            made: (..., H, W, I + C); I is 0 where masks alone are made.
+        """
+        images, codes = np.split(made, [made.shape[-1] - self.channels], axis=-1)
+        values = np.array(self.values, np.uint8)[self.indices(codes)]
+        return np.concatenate([images, values[..., None]], axis=-1)
+
+    def shown(self, decoded: Pixels) -> Pixels:
+        """What `decode` gives for people: mask values as greys from black to white, (H, W, 1), or
+        to the right of their image (H, 2 W, I).
+        """
+        images, masks = np.split(decoded, [decoded.shape[-1] - 1], axis=-1)
         indices = np.searchsorted(self.values, masks)
-        return np.round(indices * (255 / (len(self.values) - 1))).astype(np.uint8)
+        greys = np.round(indices * (255 / (len(self.values) - 1))).astype(np.uint8)
+        if not (channels := images.shape[-1]):
+            return greys
+        return np.concatenate([images, greys.repeat(channels, axis=-1)], axis=-2)
 
     def said(self) -> str:
         """What it is, for people."""
@@ -113,7 +127,7 @@ def find_masks(files: Sequence[str], coding: Coding) -> MaskCoding:
     for file in files:
         mask = read_mask(Path(file))
         if mask.ndim == 3:
-            raise InputError(f"{file!r} holds colours, where --target mask makes masks of numbers")
+            raise InputError(f"{file!r} holds colours, where masks are made of numbers")
         values |= set(np.unique(mask).tolist())
         if len(values) > MOST_VALUES or max(values) > 255:
             raise InputError(

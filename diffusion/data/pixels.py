@@ -49,6 +49,11 @@ class ValueRange:
         scaled = (pixels.astype(np.float64) - self.low) * (255 / (self.high - self.low))
         return np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
 
+    def from_uint8(self, pixels: Pixels, dtype: str) -> Array:
+        """Values of a type out of 256 levels, which `to_uint8` brings to these again."""
+        values = self.low + pixels * ((self.high - self.low) / 255)
+        return (values if dtype == "float32" else np.rint(values)).astype(dtype)
+
     def __str__(self) -> str:
         return f"{self.low:g} to {self.high:g}"
 

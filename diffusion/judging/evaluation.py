@@ -149,7 +149,8 @@ def wanted_like(data: DiffusionData, sampler: ImageSampler, count: int) -> Wante
     """
     if data.captioned:
         captioned = [*data.val, *spread(data.train, count)]
-        return data.conditions([captioned[i % len(captioned)] for i in range(count)])
+        asked = data.conditions([captioned[i % len(captioned)] for i in range(count)])
+        return [a.shown for a in asked]
     if not sampler.classes:
         return [None] * count
     labels = [] if data.labels is None else data.labels[[*data.train, *data.val]].tolist()

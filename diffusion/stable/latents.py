@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from diffusion.data.conditions import Asked
 from diffusion.data.images import DiffusionData, TrainingSamples
 from diffusion.data.pixels import as_tensor
 from diffusion.stable.autoencoder import Autoencoder
@@ -238,12 +239,12 @@ class LatentData:
         latents = [self.draw(i, sample_rng(0, 0, i))[1] for i in indices]
         return torch.stack(latents), torch.tensor(labels)
 
-    def conditions(self, indices: Sequence[int]) -> list[int | str | None]:
+    def conditions(self, indices: Sequence[int]) -> list[Asked]:
         """The caption of each image where captions were asked for, else its class, or None."""
         used = [self.used(i) for i in indices]
         if self.captioned:
-            return [self.caption(i) for i in used]
-        return [None if self.labels is None else int(self.labels[i]) for i in used]
+            return [Asked(self.caption(i)) for i in used]
+        return [Asked(None if self.labels is None else int(self.labels[i])) for i in used]
 
     def images(self, indices: Sequence[int]) -> NDArray[np.uint8]:
         """The images themselves, as bytes (N, H, W, C)."""

@@ -46,6 +46,8 @@ class SegmentationData:
     Everything is read once when it is built, so that a bad file is found before training starts.
 
     Args:
+        synthetic: pairs to train on as well, of which nothing is found out: neither classes nor
+            their shares nor statistics.
         ignore_value: mask value of pixels that do not count. Not given, it is the value that the
             masks' files declare to be no data, or 255 where that marks the edges of objects.
         table, normalisation: those of a trained model; found from the data if not given, the
@@ -66,6 +68,7 @@ class SegmentationData:
         train: Sequence[Pair],
         val: Sequence[Pair] = (),
         *,
+        synthetic: Sequence[Pair] = (),
         ignore_value: Value | None = None,
         table: ClassTable | None = None,
         normalisation: Normalisation | None = None,
@@ -99,8 +102,19 @@ class SegmentationData:
         self._cache: dict[int, tuple[NDArray[np.float32], NDArray[np.uint8]]] = {}
         self._objects: dict[int, NDArray[np.int32]] = {}
         self._free = cache_bytes
+        real = len(self.pairs)
+        self.pairs += [
+            replace(pair, colours=self.pairs[0].colours, instances=self.instances)
+            for pair in synthetic
+        ]
+        self.synthetic = range(real, len(self.pairs))
         for index in range(len(self.pairs)):
-            self.load(index)
+            mask = self.load(index)[1]
+            if index in self.synthetic and (mask == IGNORE).all():
+                raise InputError(
+                    f"{self.pairs[index].where}: no pixel of this synthetic mask has a label: "
+                    "leave it out"
+                )
 
     def _drawings(self) -> list[Drawing]:
         return [pair.mask for pair in self.pairs if isinstance(pair.mask, Drawing)]
@@ -345,7 +359,7 @@ class SegmentationData:
         Args:
             names: name some of the images.
         """
-        infos = [pair.info for pair in self.pairs]
+        infos = [pair.info for pair in self.pairs[: self.synthetic.start]]
         sizes = sorted({(info.height, info.width) for info in infos})
         size = " to ".join(f"{h} x {w}" for h, w in dict.fromkeys((sizes[0], sizes[-1])))
         lines = [f"{counted(len(infos), 'image')} of {size}, {kind(infos[0])}", *self.table.lines()]
@@ -364,6 +378,8 @@ class SegmentationData:
             if indices:
                 shown = f" ({some(self.pairs[i].name for i in indices)})" if names else ""
                 lines.append(f"{part}: {counted(len(indices), 'image')}{shown}")
+        if self.synthetic:
+            lines.append(f"training beside them: {counted(len(self.synthetic), 'synthetic image')}")
         if self.train and not self.val:
             lines.append("validation: nothing is held out, so no figure tells of other images")
         return "\n".join(lines)

@@ -22,12 +22,16 @@ class CropSamples:
     Of an image that is labelled only in part, each crop has a label in it, at a random place, and
     an epoch has as many crops as its labelled pixels would fill.
 
+    Beside these an epoch has crops of synthetic images, if there are any, so many that they have
+    their share, each image in turn, from epoch to epoch.
+
     Args:
         size: height and width of a crop.
         target_size: of the part in its centre that is labelled (valid convolutions).
         border: w0 and sigma of the border weights (arXiv 1505.04597, eq. 2); None: no weights.
             Where masks number objects, these are the cells.
         cells: the class of the cells between which these are.
+        share: of the synthetic images among the crops.
     """
 
     def __init__(
@@ -39,28 +43,39 @@ class CropSamples:
         *,
         border: tuple[float, float] | None = None,
         cells: int = 1,
+        share: float = 0.5,
         seed: int = 0,
     ) -> None:
         self.data, self.augmentation, self.seed = data, augmentation, seed
         self.size, self.target_size, self.border = size, target_size, border
         self.cells = cells
+        used = [*data.train, *data.synthetic]
+        labelled = {i: float((data.load(i)[1] != IGNORE).mean()) for i in used}
+        # The images with pixels that are ignored.
+        self.partly = {i for i, part in labelled.items() if part < 1}
         self.images: list[int] = []
-        self.partly: set[int] = set()  # the images with pixels that are ignored
         for i in data.train:
-            shape, labels = image_shape(data, i), self.data.load(i)[1] != IGNORE
-            fits = math.prod(max(1, round(n / t)) for n, t in zip(shape, target_size, strict=True))
-            if not labels.all():
-                self.partly.add(i)
-                fits = max(1, round(labels.mean() * fits))
-            self.images += [i] * fits
+            sides = zip(image_shape(data, i), target_size, strict=True)
+            fits = math.prod(max(1, round(n / t)) for n, t in sides)
+            self.images += [i] * max(1, round(labelled[i] * fits))
+        self.others = 0
+        if data.synthetic:
+            self.others = max(1, round(len(self.images) * share / (1 - share)))
         self._weights: dict[int, Tensor] = {}
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.images) + self.others
+
+    def _image(self, epoch: int, index: int) -> int:
+        """The image that a crop is cut out of."""
+        if index < len(self.images):
+            return self.images[index]
+        turn = epoch * self.others + index - len(self.images)
+        return self.data.synthetic[turn % len(self.data.synthetic)]
 
     def __getitem__(self, key: Key) -> dict[str, Tensor]:
         epoch, index = key
-        i = self.images[index]
+        i = self._image(epoch, index)
         image, mask = (torch.tensor(a) for a in self.data.load(i))
         maps = {"mask": mask}
         if self.border is not None:
@@ -81,7 +96,7 @@ class CropSamples:
         return sample
 
     def name(self, index: int) -> str:
-        return self.data.pairs[self.images[index]].name
+        return self.data.pairs[self._image(0, index)].name
 
     def weights(self, i: int) -> Tensor:
         """Border weights (H, W) of an image, computed once."""

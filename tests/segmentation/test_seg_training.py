@@ -215,9 +215,14 @@ def test_from_python_what_is_not_given_is_the_runs_own(folder, tmp_path, capsys)
         train(SegmentationOptions(out=run, resume=True))
 
 
-def test_a_stopped_and_resumed_training_is_that_of_one_sitting(folder, tmp_path):
-    """With whole samples: shuffled, turned, deformed, averaged."""
+def test_a_stopped_and_resumed_training_is_that_of_one_sitting(folder, tmp_path, capsys):
+    """With whole samples: shuffled, turned, deformed, averaged, and synthetic ones among them."""
+    made = tmp_path / "made"
+    for i, (image, label) in enumerate(zip(*phantom_stack(2, (32, 32), seed=3), strict=True)):
+        write_image(made / "image" / f"{i}.png", image)
+        write_image(made / "label" / f"{i}.png", label)
     options = ("--data", folder, *SMALL, "--schedule", "constant", "--warmup", "0")
+    options = (*options, "--synthetic", made, "--synthetic-share", "0.75")
     for run, sittings in (("one", [4]), ("two", [2, 4])):
         for sitting, steps in enumerate(sittings):
             more = ("--resume",) if sitting else ()
@@ -228,6 +233,42 @@ def test_a_stopped_and_resumed_training_is_that_of_one_sitting(folder, tmp_path)
     ]
     for part in ("model", "ema"):
         assert all(torch.equal(v, states[1][part][k]) for k, v in states[0][part].items())
+    told = capsys.readouterr().out
+    assert "training beside them: 2 synthetic images" in told
+    assert "0.75 of the crops, in none of the figures" in told
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("empty", "no image in this folder"),
+        ("colour", "holds images of RGB uint8, where the real ones are grey uint8"),
+        ("values", "label/0.png': unexpected values 3 in"),
+        ("small", "--crop 32 is larger than a synthetic image, 16 pixels a side"),
+        ("share", "--synthetic-share 1.0 must be above 0"),
+        ("alone", "--synthetic-share 0.25 is a share of nothing"),
+    ],
+)
+def test_synthetic_images_that_do_not_go_with_the_real_ones_are_refused(
+    folder, tmp_path, capsys, change, told
+):
+    made, side = tmp_path / "made", 16 if change == "small" else 32
+    image, label = np.zeros((side, side), np.uint8), np.full((side, side), 255, np.uint8)
+    if change == "empty":
+        made.mkdir()
+    else:
+        write_image(
+            made / "image/0.png", np.stack([image] * 3, -1) if change == "colour" else image
+        )
+        write_image(made / "label/0.png", label * 0 + 3 if change == "values" else label)
+    flags = {"share": ("--synthetic", made, "--synthetic-share", 1.0)}
+    flags["alone"] = ("--synthetic-share", 0.25)
+    given = flags.get(change, ("--synthetic", made))
+    assert run_train("--data", folder, "--out", tmp_path / "run", *SMALL, *given) == 2
+    error = capsys.readouterr().err.strip()
+    assert told in error
+    assert "\n" not in error
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_demo_shows_what_it_says(tmp_path, capsys, monkeypatch):

@@ -16,7 +16,10 @@ Options = TypeVar("Options", bound=FitOptions)
 # Options of the loop that the saved state, and the order of the samples, depend on.
 _FIXED = ("batch_size", "optimizer", "ema", "snapshots", "seed")
 _MAY_CHANGE = {field.name for field in dataclasses.fields(FitOptions)}.difference(_FIXED)
-_PATHS = ("data", "images", "masks", "init", "latents", "text_encoder", "prior")
+_PATHS = (
+    *("data", "images", "masks", "synthetic", "init"),
+    *("condition", "joint", "latents", "text_encoder", "prior"),
+)
 
 
 def resumed(options: Options) -> Options:

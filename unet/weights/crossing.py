@@ -132,6 +132,23 @@ def with_channels(config: UNetConfig, state: Mapping[str, Tensor], in_channels: 
     return Trunk(replace(config, in_channels=in_channels), {**state, name: weight})
 
 
+def with_inputs(config: UNetConfig, state: Mapping[str, Tensor], kept: int, more: int) -> Trunk:
+    """The trunk that reads the first channels of its input, and others that change nothing yet.
+
+    It gives what this one gives where all channels but those are 0, whatever the others are: their
+    weights start at zero.
+
+    Args:
+        kept: how many of the channels are kept.
+        more: how many come after them.
+    """
+    name = _first_convolution(state)
+    weight = rearrange(state[name], "o (c p) h w -> o c p h w", c=config.in_channels)[:, :kept]
+    zeros = weight.new_zeros(weight.shape[0], more, *weight.shape[2:])
+    weight = torch.cat([weight, zeros], dim=1).flatten(1, 2)
+    return Trunk(replace(config, in_channels=kept + more), {**state, name: weight})
+
+
 def check_channels(given: int, wanted: int) -> None:
     """Raises an InputError unless one of two numbers of channels is 1, or they are the same."""
     if given != wanted and 1 not in (given, wanted):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from unet.config import UNetConfig
 from unet.model import UNet
-from unet.weights.crossing import Trunk, check_channels, with_channels
+from unet.weights.crossing import Trunk, check_channels, with_channels, with_inputs
 from unet.weights.folder import FolderModel, load_strictly, read_config, read_weights
 
 _TRUNK = "trunk."
@@ -72,6 +72,20 @@ class Start:
             replace(self.config, in_channels=channels),
             lambda config, trunk: with_channels(config, trunk, channels),
             f"its first weights {'summed to grey' if channels == 1 else 'shared out to colour'}",
+        )
+
+    def for_inputs(self, kept: int, more: int, done: str) -> Start:
+        """The same start with other channels behind the first of its input: see `with_inputs`.
+
+        Args:
+            kept: channels that are kept.
+            more: channels after them, whose weights are zero.
+            done: what was done, for people.
+        """
+        return self.changed(
+            replace(self.config, in_channels=kept + more),
+            lambda config, trunk: with_inputs(config, trunk, kept, more),
+            done,
         )
 
 

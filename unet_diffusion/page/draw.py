@@ -110,24 +110,25 @@ def tab(page: Page) -> None:
         frames: list[Images] = []
         for i, frame in enumerate(drawer.appearing(len(wanted), wanted)):
             frames.append(frame)
-            yield grid(frame), f"step {i} of {options.steps}", gr.skip(), gr.skip()
+            yield grid(drawer.shown(frame)), f"step {i} of {options.steps}", gr.skip(), gr.skip()
         folder = SampleFolder(page.results() / "pictures")
-        folder.begin(Processes(), drawer.channels)
+        folder.begin(Processes(), drawer.channels, labelled=known.joint)
         folder.add(frames[-1], 0)
         numbers = range(len(wanted))
-        made = [folder.write_grid(numbers), *(folder.file(i) for i in numbers)]
-        folder.write_gif(frames)
+        made = [folder.write_grid(numbers, drawer.shown)]
+        made += [file for i in numbers for file in folder.files(i)]
+        folder.write_gif([drawer.shown(frame) for frame in frames])
         figures = []
         if looked and text:
             shown = wanted[:FIGURES]
             images, heat = drawer.attending(shown)
-            words = [drawer.text.words(str(one)) for one in shown]
+            words = [drawer.text.words(text)] * len(shown)
             figures = [attention_figure(*each) for each in zip(images, words, heat, strict=True)]
         remarks = drawer.text.remarks(text) if text else []
         given = [*made, folder.path / "appearing.gif"]
         archive = packed(given, folder.path, "all.zip")
         yield (
-            grid(frames[-1]),
+            grid(drawer.shown(frames[-1])),
             " | ".join(remarks) or f"seed {options.seed}: done",
             gr.update(value=figures, visible=bool(figures)),
             [str(path) for path in (archive, *given)],
@@ -169,6 +170,7 @@ def asked(
     if not 1 <= count <= MOST:
         raise InputError(f"{count} pictures: ask for 1 to {MOST}")
     sampler = ImageSampler(model, options)
+    pictures = []
     if model.condition is not None:
         if not file:
             raise InputError(f"this model draws from {model.condition.said()}: give a file")
@@ -178,7 +180,7 @@ def asked(
                 f"{Path(file).name} is {info.height} x {info.width}, which is more than the "
                 f"{page.most_pixels:,} pixels that the page takes"
             )
-        return [sampler.made_from(Path(file))] * count, sampler
+        pictures = [sampler.made_from(Path(file))]
     classes = [] if class_name in (ANY, None) or not model.classes else [class_name]
     prompts = [text] if text else []
-    return sampler.wanted(range(count), classes, prompts), sampler
+    return sampler.wanted(range(count), classes, prompts, pictures), sampler

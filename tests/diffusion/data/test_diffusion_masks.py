@@ -11,12 +11,16 @@ import torch
 from diffusion import load
 from diffusion.data.images import DiffusionData
 from diffusion.data.masks import MaskCoding
+from diffusion.data.pixels import ValueRange
 from diffusion.options import DiffusionOptions, SamplingOptions
+from diffusion.output import SampleFolder
 from diffusion.training import train
+from segmentation.data.pairs import find_pairs
 from unet import InputError
 from unet.files.images import read_image, write_image
 from unet.training.cli import run_script
-from unet_diffusion import predict_seg, sample_ddpm
+from unet.training.task import Processes
+from unet_diffusion import eval_ddpm, predict_seg, sample_ddpm, train_ddpm
 from unet_diffusion.sampled import MaskSampler
 
 
@@ -123,3 +127,74 @@ def test_a_model_of_masks_makes_masks_of_images(tmp_path, capsys):
     write_image(large, np.zeros((8, 10), np.uint8))
     with pytest.raises(InputError, match="cut it to these proportions"):
         sampler(large)
+
+
+def test_image_and_mask_are_made_together_as_data_to_train_on(tmp_path, capsys):
+    """Same geometry; the model keeps the classes; what is sampled is data for train-seg."""
+    write(tmp_path, (0, 3, 9), count=6, side=20)
+    masks = tmp_path / "masks/1"
+    given = {"joint": masks, "crops": True, "size": 16, "flips": True, "val": 1}
+    data = DiffusionData(tmp_path / "images", **given)
+    x = data.samples(seed=3)[0, 1]["image"]
+    assert x.shape == (3, 16, 16)
+    image = (x[0] + 1) * 127.5
+    index = (x[1] > 0).int() + 2 * (x[2] > 0).int()
+    assert torch.equal(index, ((image.round().int() * 3 + 20) // 300).int())
+    shown = data.images([0])
+    assert shown.shape == (1, 16, 32, 1)
+    assert set(np.unique(shown[:, :, 16:])) <= {0, 128, 255}
+    assert "with masks of the values 0, 3, 9, as bits" in data.describe()
+    argv = ["--data", tmp_path / "images", "--joint", masks, "--crops", "--size", 16, "--val", 1]
+    argv += ["--width", 8, "--batch-size", 4, "--timesteps", 3, "--evaluations", 1, "--steps", 2]
+    run = tmp_path / "run"
+    assert run_script(train_ddpm.main, DiffusionOptions, list(map(str, [*argv, "--out", run]))) == 0
+    again = list(map(str, ["--out", run, "--resume", "--steps", 3]))
+    assert run_script(train_ddpm.main, DiffusionOptions, again) == 0
+    assert "images with masks of the values 0, 3, 9" in (run / "model/README.md").read_text()
+    model = load(run / "model", device="cpu")
+    assert (model.channels, model.model.image_channels) == (2, 3)
+    made = model(5, steps=2, seed=1)
+    assert made.shape == (5, 16, 16, 2)
+    assert set(np.unique(made[..., 1])) <= {0, 3, 9}
+    argv = ["--model", run / "model", "--out", tmp_path / "made", "--steps", 2, "--seed", 1]
+    argv = list(map(str, [*argv, "--count", 5, "--gif", "--npz"]))
+    assert run_script(sample_ddpm.main, sample_ddpm.SampleOptions, argv) == 0
+    assert "train-seg --data real_data --synthetic" in capsys.readouterr().out
+    pairs = find_pairs(tmp_path / "made")
+    assert [pair.name for pair in pairs] == [f"{i:05d}" for i in range(5)]
+    for pair, both in zip(pairs, made, strict=True):
+        assert np.array_equal(pair.read_image(), both[..., :1])
+        assert np.array_equal(pair.read_mask(), both[..., 1])
+    argv = ["--model", run / "model", "--data", tmp_path / "images", "--out", tmp_path / "judged"]
+    assert run_script(eval_ddpm.main, eval_ddpm.EvalOptions, list(map(str, argv))) == 2
+    assert "makes images with masks, which eval-ddpm does not judge" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "float32"])
+def test_sampled_data_have_the_type_of_what_was_learnt(tmp_path, dtype):
+    values = ValueRange(-3.0, 7.0) if dtype == "float32" else ValueRange(90, 4095)
+    made = np.random.default_rng(0).integers(0, 256, (2, 5, 4, 2), np.uint8)
+    folder = SampleFolder(tmp_path / "made")
+    folder.begin(Processes(), 2, labelled=True, values={dtype: values})
+    folder.add(made, 0)
+    assert np.array_equal(folder.read(range(2)), made)
+    pairs = find_pairs(tmp_path / "made")
+    assert [pair.info.dtype for pair in pairs] == [dtype] * 2
+    assert np.array_equal(pairs[1].read_mask(), made[1, ..., 1])
+
+
+def test_masks_that_do_not_go_with_the_images_are_refused(tmp_path):
+    write(tmp_path)
+    images = tmp_path / "images"
+    with pytest.raises(InputError, match="leave out --condition"):
+        DiffusionOptions(data=str(images), joint=tmp_path, condition="grey")
+    with pytest.raises(InputError, match=r"0\.png' would be the mask of itself"):
+        DiffusionData(images, joint=images)
+    (tmp_path / "masks/1/3.png").unlink()
+    with pytest.raises(InputError, match=r"has no mask for 1 image, such as 3\.png"):
+        DiffusionData(images, joint=tmp_path / "masks/1")
+    with pytest.raises(InputError, match="not with stacks, archives or generated"):
+        DiffusionData("shapes", joint=tmp_path / "masks/1")
+    write_image(tmp_path / "masks/2/3.png", np.zeros((5, 5), np.uint8))
+    with pytest.raises(InputError, match="is 5 x 5, but its image 16 x 16"):
+        DiffusionData(images, joint=tmp_path / "masks/2")

@@ -133,7 +133,7 @@ def test_latents_are_drawn_from_the_scaled_posterior_of_the_autoencoder(
     assert_close(data.autoencoder.decode(mean[None]), decoded, atol=1e-4, rtol=0)
     batch, _ = data.batch([index, data.val[0]])
     assert torch.equal(batch, data.batch([index, data.val[0]])[0])
-    assert samples[0, 3]["caption"] == data.conditions([index])[0] == data.caption(index)
+    assert samples[0, 3]["caption"] == data.conditions([index])[0].shown == data.caption(index)
     assert samples.name(3) == data.name(index)
 
 

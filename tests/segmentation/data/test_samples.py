@@ -22,7 +22,7 @@ from segmentation.model import SegmentationUNet
 from segmentation.options import SegmentationOptions
 from segmentation.pictures import SAMPLES, augmented, class_legend
 from tests.forks import as_spawned
-from unet import PRESETS
+from unet import PRESETS, InputError
 from unet.files.pictures import key
 
 FLIPS = Augmentation()
@@ -39,6 +39,36 @@ def test_an_epoch_sees_each_image_as_often_as_crops_fit(data):
     assert len(samples) == 2 * (2 * 3)
     assert [samples.name(i) for i in (0, 5, 6, 11)] == ["0", "0", "1", "1"]
     assert len(CropSamples(data, FLIPS, (500, 500), (500, 500))) == 2
+
+
+def test_synthetic_images_have_their_share_and_are_in_nothing_else(data):
+    """An epoch sees the real images as before; the others take turns, from epoch to epoch."""
+    real = [data.pairs[i] for i in (*data.train, *data.val)]
+    made = pairs_from_arrays(*phantom_stack(3, (40, 48), seed=9))
+    made = [replace(p, name=f"made {p.name}", image=p.image // 2) for p in made]
+    both = SegmentationData(real[:2], real[2:], synthetic=made)
+    assert both.normalisation == data.normalisation
+    assert both.table == data.table
+    assert (both.train, both.val, both.synthetic) == (data.train, data.val, range(3, 6))
+    for share, others in ((0.5, 12), (0.25, 4), (0.9, 108)):
+        samples = CropSamples(both, FLIPS, (32, 32), (32, 32), share=share)
+        assert [samples.name(i) for i in range(12)] == ["0"] * 6 + ["1"] * 6
+        assert len(samples) == 12 + others
+        turns = [(epoch, 12 + i) for epoch in (0, 1) for i in range(min(others, 4))]
+        for n, turn in enumerate(turns):
+            i = samples._image(*turn)
+            assert n >= 4 or both.pairs[i].name == f"made {n % 3}"
+            assert samples[turn]["image"].shape == (1, 32, 32)
+    wrong = [replace(made[0], mask=np.where(made[0].mask > 0, 3, 0).astype(np.uint8))]
+    with pytest.raises(InputError, match="made 0: unexpected values 3 in"):
+        SegmentationData(real[:2], real[2:], synthetic=wrong)
+    partly = [
+        replace(pair, mask=np.pad(pair.mask[1:], ((1, 0), (0, 0)), constant_values=9))
+        for pair in real[:2]
+    ]
+    blank = [replace(made[0], mask=np.full_like(made[0].mask, 9))]
+    with pytest.raises(InputError, match="no pixel of this synthetic mask has a label"):
+        SegmentationData(partly, real[2:], synthetic=blank, ignore_value=9)
 
 
 def test_a_sample_depends_on_seed_epoch_and_index_alone(data):

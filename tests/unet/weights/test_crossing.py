@@ -19,6 +19,7 @@ from unet.presets import PRESETS
 from unet.weights.crossing import (
     Trunk,
     with_channels,
+    with_inputs,
     with_pixels,
     with_time,
     without_conditioning,
@@ -138,6 +139,17 @@ def test_grey_shown_in_colour_is_the_same_to_the_trunk(channels: int, block: Any
     with torch.no_grad():
         found = loaded(turned)(grey.expand(-1, 4 - channels, -1, -1))
         assert differs(found, model(grey.expand(-1, channels, -1, -1))) < 1e-5
+
+
+@pytest.mark.parametrize("block", ["conv", "res"])
+def test_other_channels_change_nothing_at_first(block: Any) -> None:
+    config = replace(PLAIN, block=block, patch=2 if block == "res" else 1, in_channels=3)
+    model = trunk(config, 1)
+    wider = loaded(with_inputs(config, model.state_dict(), 2, 4))
+    x = torch.randn(2, 6, 12, 8)
+    with torch.no_grad():
+        wanted = model(torch.cat([x[:, :2], torch.zeros(2, 1, 12, 8)], dim=1))
+        assert differs(wider(x), wanted) < 1e-5
 
 
 def test_other_pixels_are_the_same_to_the_trunk() -> None:

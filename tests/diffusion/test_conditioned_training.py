@@ -1,0 +1,223 @@
+"""A picture beside classes and texts, and models that start others with another input."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from diffusion import load
+from diffusion.data.conditions import Asked
+from diffusion.data.shapes import example, example_caption
+from diffusion.decisions import decide
+from diffusion.model import DiffusionUNet
+from diffusion.options import DiffusionOptions
+from diffusion.training import NoisedSamples, load_data, make_model
+from segmentation.data.normalisation import Normalisation
+from segmentation.model import SegmentationUNet
+from unet import UNetConfig
+from unet.errors import InputError
+from unet.files.images import read_image, write_image
+from unet.training.cli import run_script
+from unet_diffusion import sample_ddpm, train_ddpm
+from unet_diffusion.starting import segmentation_start
+
+SIDE = 16
+TINY = ("--width", 8, "--batch-size", 4, "--timesteps", 3, "--evaluations", 1, "--steps", 1)
+
+
+@pytest.fixture(autouse=True)
+def few_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SHOWN", "FRAMES", "JUDGED"):
+        monkeypatch.setattr(f"diffusion.judging.report.{name}", 4)
+    for name in ("SHOWN", "LEAST_JUDGED", "MOST_JUDGED"):
+        monkeypatch.setattr(f"diffusion.training.{name}", 4)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Images in a folder of two classes, with captions, and masks of them."""
+    lines = []
+    for i in range(8):
+        picture = example(0, i, SIDE)[1].picture
+        name = f"{'ab'[i % 2]}/{i}.png"
+        write_image(tmp_path / "images" / name, picture)
+        write_image(tmp_path / f"masks/{i}.png", (picture.mean(axis=2) > 128) * np.uint8(7))
+        lines.append(json.dumps({"file_name": name, "text": example_caption(0, i)}))
+    (tmp_path / "images/metadata.jsonl").write_text("\n".join(lines))
+    return tmp_path
+
+
+def options(folder: Path, **more: Any) -> DiffusionOptions:
+    given: dict[str, Any] = {
+        "data": str(folder / "images"),
+        "width": 8,
+        "device": "cpu",
+        "steps": 1,
+    }
+    return DiffusionOptions(out=folder / "run", **(given | more))
+
+
+def run(module: Any, kind: Any, *arguments: object) -> int:
+    return run_script(module.main, kind, list(map(str, arguments)))
+
+
+@pytest.mark.parametrize("beside", ["classes", "captions"])
+def test_a_picture_goes_with_classes_and_with_texts(folder: Path, beside: str) -> None:
+    """Trained, gone on with, sampled from both or either, from the command and from Python."""
+    data = ("--data", folder / "images", "--condition", folder / "masks", f"--{beside}")
+    out = ("--out", folder / "run")
+    assert run(train_ddpm, DiffusionOptions, *data, *TINY, *out) == 0
+    if beside == "classes":
+        assert run(train_ddpm, DiffusionOptions, *out, "--resume", "--steps", 2) == 0
+    card = (folder / "run/model/README.md").read_text()
+    assert 'pictures="image.png"' in card
+    assert "--condition pictures" in card
+    words = ["b", "a"] if beside == "classes" else [example_caption(0, i) for i in (1, 2)]
+    kind = "classes" if beside == "classes" else "prompts"
+    given: dict[str, Any] = {kind: words[0]}
+    generator = load(folder / "run/model", device="cpu")
+    # Heads start at zero: of weights that say something both the picture and the word must tell.
+    torch.nn.init.normal_(generator.model.head.conv.weight, std=0.1)
+    for p in generator.model.parameters():
+        p.data += 0.05 * torch.randn_like(p)
+    pictures = [folder / f"masks/{i}.png" for i in (0, 1)]
+    how: dict[str, Any] = {"steps": 2, "guidance": 2.0, "seed": 3}
+    both = generator(2, pictures=pictures[0], **given, **how)
+    assert both.shape == (2, SIDE, SIDE, 3)
+    others = (
+        generator(2, pictures=pictures[1], **given, **how),
+        generator(2, pictures=pictures[0], **how),
+        generator(2, **given, **how),
+    )
+    assert not any(np.array_equal(both, other) for other in others)
+    assert np.array_equal(generator(pictures=pictures, **given, **how)[0], both[0])
+    model = ("--model", folder / "run/model", "--condition", folder / "masks")
+    flag = "--class" if beside == "classes" else "--prompt"
+    more = ("--each", 2, "--steps", 2, "--guidance", 2, "--npz", "--out", folder / "made")
+    assert run(sample_ddpm, sample_ddpm.SampleOptions, *model, flag, *words, *more) == 0
+    names = [folder / f"masks/{i}.png" for i in (0, 0, 1, 1)]
+    ours = load(folder / "run/model", device="cpu")(
+        pictures=names, **{kind: words}, steps=2, guidance=2.0
+    )
+    for name, image in zip(("0_0", "0_1", "1_0", "1_1"), ours, strict=True):
+        assert np.array_equal(read_image(folder / f"made/images/{name}.png"), image)
+    if beside == "classes":
+        assert np.load(folder / "made/samples.npz")["labels"].tolist() == [1, 0] * 8
+
+
+def test_either_or_both_are_left_out(folder: Path) -> None:
+    """All of it in a share of the images, each alone in half as many."""
+    asked = options(folder, condition=str(folder / "masks"), classes=True, label_dropout=0.2)
+    data = load_data(asked)
+    samples = NoisedSamples(data, plan := decide(asked, data), make_model(plan))
+    seen = [samples[epoch, i] for epoch in range(400) for i in range(len(samples))]
+    none = [int(s["label"]) == 2 for s in seen], [not s["picture"].any() for s in seen]
+    shares = [
+        np.mean(np.logical_and(a, b))
+        for a in (none[0], np.logical_not(none[0]))
+        for b in (none[1], np.logical_not(none[1]))
+    ]
+    np.testing.assert_allclose(shares, [0.2, 0.1, 0.1, 0.6], atol=0.03)
+
+
+def test_what_is_asked_for_becomes_rows_of_both(folder: Path) -> None:
+    asked = options(folder, condition=str(folder / "masks"), classes=True)
+    data = load_data(asked)
+    model = make_model(decide(asked, data))
+    picture = torch.rand(2, SIDE, SIDE)
+    given = model.conditioning([Asked(1, picture), 0, picture, None])
+    assert given["classes"].tolist() == [1, 0, 2, 2]
+    assert [bool(row.any()) for row in given["picture"]] == [True, False, True, False]
+
+
+# -- starts
+
+
+def randomised(model: torch.nn.Module) -> None:
+    torch.manual_seed(1)
+    for p in model.parameters():
+        p.data = 0.1 * torch.randn_like(p)
+
+
+@pytest.mark.parametrize("how", ["condition", "joint", "dropped"])
+def test_what_is_beside_the_image_starts_at_zero(folder: Path, how: str, capsys) -> None:
+    """The network is what it was, whatever is beside the noisy image."""
+    before = options(folder, condition="grey" if how == "dropped" else None)
+    teacher = make_model(decide(before, load_data(before)))
+    randomised(teacher)
+    teacher.save_pretrained(folder / "teacher")
+    more: dict[str, Any] = {"condition": str(folder / "masks")}
+    more = {"joint": folder / "masks"} if how == "joint" else {} if how == "dropped" else more
+    asked = options(folder, init=str(folder / "teacher"), **more)
+    data = load_data(asked)
+    student = make_model(decide(asked, data)).eval()
+    told = capsys.readouterr().out
+    zeros = "its first weights with zeros for {} of the {}"
+    wanted = {
+        "condition": zeros.format("2 channels", "condition"),
+        "joint": zeros.format("1 channel", "masks"),
+        "dropped": "without the first weights of its condition",
+    }
+    assert wanted[how] in told
+    x, t = torch.randn(2, student.config.in_channels, SIDE, SIDE), torch.tensor([5, 700])
+    seen = x[:, :3]
+    if how == "dropped":
+        seen = torch.cat([seen, torch.zeros(2, 1, SIDE, SIDE)], dim=1)
+    with torch.no_grad():
+        ours, theirs = student.trunk(x, t), teacher.eval().trunk(seen, t)
+        torch.testing.assert_close(ours, theirs)
+        if how != "joint":  # whose head makes more
+            torch.testing.assert_close(student.head(ours), teacher.head(theirs))
+
+
+def test_the_same_condition_keeps_its_weights_and_lora_needs_it(folder: Path, capsys) -> None:
+    before = options(folder, condition="lowres:4")
+    teacher = make_model(decide(before, load_data(before)))
+    randomised(teacher)
+    teacher.save_pretrained(folder / "teacher")
+    for more in ({}, {"trained": "lora"}):
+        asked = options(
+            folder, init=str(folder / "teacher"), condition="lowres:2", width=None, **more
+        )
+        student = make_model(decide(asked, load_data(asked)))
+        assert "first weights" not in capsys.readouterr().out
+        assert student.condition is not None
+        assert student.condition.amount == 2
+        x, t, picture = (
+            torch.randn(1, 3, SIDE, SIDE),
+            torch.tensor([5]),
+            torch.randn(1, 3, SIDE, SIDE),
+        )
+        with torch.no_grad():
+            ours, theirs = (m.eval()(x, t, picture=picture) for m in (student, teacher))
+        torch.testing.assert_close(ours, theirs)
+    asked = options(folder, init=str(folder / "teacher"), width=None, trained="lora")
+    with pytest.raises(InputError, match="trained with another --condition or --joint"):
+        decide(asked, load_data(asked))
+
+
+def test_a_segmentation_starts_a_model_with_a_condition_and_the_reverse(folder: Path) -> None:
+    config = UNetConfig(in_channels=3, channels=8, multipliers=(1, 2), block="res", norm="none")
+    scaled = Normalisation((100.0,) * 3, (30.0,) * 3, "uint8").to_dict()
+    SegmentationUNet(config, 1, {"normalisation": scaled}).save_pretrained(folder / "seg")
+    asked = options(folder, init=str(folder / "seg"), condition=str(folder / "masks"))
+    model = make_model(decide(asked, load_data(asked))).eval()
+    x, t = torch.randn(1, 5, SIDE, SIDE), torch.tensor([5])
+    with torch.no_grad():
+        other = torch.cat([x[:, :3], torch.rand(1, 2, SIDE, SIDE)], dim=1)
+        torch.testing.assert_close(model.trunk(x, t), model.trunk(other, t))
+    model.save_pretrained(folder / "conditioned")
+    back = segmentation_start(str(folder / "conditioned"))
+    assert back is not None
+    assert back.config.in_channels == 3
+    assert "without the first weights of its condition" in back.where
+    masked = options(folder, joint=folder / "masks")
+    make_model(decide(masked, load_data(masked))).save_pretrained(folder / "joint")
+    with pytest.raises(InputError, match="makes masks with its images, and a segmentation starts"):
+        segmentation_start(str(folder / "joint"))
+    assert DiffusionUNet.from_pretrained(folder / "joint").joint
