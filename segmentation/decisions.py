@@ -15,6 +15,7 @@ from segmentation.data.dataset import SegmentationData
 from segmentation.data.instances import CELL, smallest_counted
 from segmentation.data.normalisation import Normalisation
 from segmentation.data.samples import image_shape
+from segmentation.data.slices import told_stacks
 from segmentation.data.weights import find_cells
 from segmentation.losses import Loss, make_loss
 from segmentation.model import DEPTH, DEPTH_CHANNELS, SegmentationUNet
@@ -93,7 +94,13 @@ def decide(
         "normalisation": data.normalisation.to_dict(),
         "threshold": 0.5,
     }
-    names = data.pairs[0].info.names
+    first = data.pairs[0]
+    neighbours: list[Decision] = []
+    if data.slices > 1:
+        info["slices"] = data.slices
+        value = f"{data.slices} as channels"
+        neighbours = [Decision("slices", value, told_stacks(data.pairs))]
+    names = (first.around or [first])[0].info.names
     info |= {"channel_names": list(names)} if names else {}
     info |= {"reading": said} if (said := options.reading.to_dict()) else {}
     if data.instances:
@@ -120,6 +127,7 @@ def decide(
     loss, balance = chosen_loss(options, data, 1 if data.instances else outputs)
     decisions = (
         Decision("network", f"{parameters / 1e6:.2f} M parameters", why),
+        *neighbours,
         Decision("crops", f"{crop[0]} x {crop[1]}, {fit.batch_size} a step", whole),
         turned,
         normalisation(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from segmentation.data.classes import ClassTable
 from segmentation.data.normalisation import Normalisation
+from segmentation.data.slices import known_slices
 from unet.config import UNetConfig
 from unet.errors import InputError
 from unet.layers import make_activation, make_norm, unpatch
@@ -102,7 +103,9 @@ class SegmentationUNet(FolderModel):
         facts = {}
         try:
             images = Normalisation.from_dict(self.info.get("normalisation", {}))
-            kind = channels_said(len(images.mean), self.info.get("channel_names") or ())
+            slices = known_slices(self.info)
+            kind = channels_said(len(images.mean) // slices, self.info.get("channel_names") or ())
+            kind = f"stacks, {slices} neighbouring slices together, {kind}" if slices > 1 else kind
             facts["Images"] = f"{kind}, {images.dtype}, as stored: the model normalises them itself"
             table = ClassTable.from_dict(self.info.get("classes", {}))
             names = table.names or [f"class {i}" for i in range(len(table.values))]
@@ -112,7 +115,7 @@ class SegmentationUNet(FolderModel):
             facts["Mask values"] = ", ".join(f"{value} ({name})" for value, name in pairs)
         except InputError:  # which loading it will say
             pass
-        model = shlex.quote(where)
+        model, stacks = shlex.quote(where), self.info.get("slices", 1) != 1
         return Usage(
             title="U-Net for segmentation",
             summary="It gives every pixel of an image a class.",
@@ -121,7 +124,9 @@ class SegmentationUNet(FolderModel):
             python=(
                 "from segmentation import load\n\n"
                 f"model = load({json.dumps(where)})\n"
-                'mask = model("image.png")  # or an array (H, W) or (H, W, C)'
+                'mask = model("stack.tif")  # or an array (N, H, W) or (N, H, W, C)'
+                if stacks
+                else 'mask = model("image.png")  # or an array (H, W) or (H, W, C)'
             ),
             commands=(
                 f"unet-predict-seg --model {model} --input images --out predictions",

@@ -84,6 +84,12 @@ class SegmentationOptions(LabelOptions, FitOptions):
     """A folder of images and masks to hold out, beside --data; a val/ or validation/ beside a
     train/ in --data is found by itself."""
 
+    slices: int = 1
+    """Slices of a stack or volume that are taken together, an odd number such as 3: those next to a
+    slice become further channels, and its labels alone are learnt. At the ends the nearest one is
+    repeated. The files of a folder are a stack where they have one size and are numbered without a
+    gap."""
+
     class_names: tuple[str, ...] = ()
     """Names of the classes, in the order of their mask values; none given: those of a classes.txt
     or dataset.json in --data."""
@@ -190,6 +196,16 @@ class SegmentationOptions(LabelOptions, FitOptions):
         if self.val_data is not None and (self.fold is not None or self.val_names):
             raise InputError(
                 "--val-data holds out images of its own: leave out --fold, --val-names"
+            )
+        if self.slices < 1 or self.slices % 2 == 0:
+            raise InputError(
+                f"--slices {self.slices} must be an odd number, such as 3: a slice and as many "
+                "before as behind it"
+            )
+        if self.slices > 1 and self.unlabelled is not None:
+            raise InputError(
+                "--unlabelled learns from single images, and --slices takes several together: "
+                "leave one of them out"
             )
         if self.crop is not None and self.crop < 0:
             raise InputError(f"--crop {self.crop} must be 0 (whole images) or the side in pixels")

@@ -10,7 +10,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +19,15 @@ from tqdm import tqdm
 
 from segmentation.data.classes import ClassTable
 from segmentation.data.depths import Depth
+from segmentation.data.layouts import stem_of
+from segmentation.data.slices import Layers, Place, around_each
 from segmentation.pictures import grey_or_rgb, instance_overlay, overlay, overlay_legend
 from segmentation.predict import Predictor, Probability
 from segmentation.segmenter import RasterSource, Segmenter
 from segmentation.uncertainty import disagreement_map, entropy_map
 from unet.errors import InputError
-from unet.files.images import image_info, list_images, write_image
-from unet.files.pages import AS_STORED, ImageInfo, Reading
+from unet.files.images import Blocks, image_info, list_images, write_image
+from unet.files.pages import AS_STORED, Array, ImageInfo, Reading
 from unet.files.pictures import key
 from unet.files.rasters import open_raster, writing_bands
 from unet.files.volumes import is_volume, volume_name
@@ -39,12 +41,19 @@ PREVIEW = 2048  # pixels a side of the overlay of a larger one, at most
 
 @dataclass(frozen=True, kw_only=True)
 class Slice:
-    """An image to predict: a file, or a page of a stack."""
+    """An image to predict: a file, or a page of a stack; `around` are those that go with it."""
 
     name: str
     path: Path
     info: ImageInfo
     page: int | None = None
+    around: tuple[Slice, ...] = ()
+
+    def open(self, reading: Reading) -> Array | Blocks | Layers:
+        """Its pixels (H, W, C), with those around it as further channels."""
+        if self.around:
+            return Layers([open_raster(s.path, s.page, s.info, reading) for s in self.around])
+        return open_raster(self.path, self.page, self.info, reading)
 
 
 class FilePredictor:
@@ -108,9 +117,7 @@ class FilePredictor:
 
         A large image is written as it is predicted.
         """
-        source = RasterSource(
-            open_raster(image.path, image.page, image.info, self.reading), image.info.nodata
-        )
+        source = RasterSource(image.open(self.reading), image.info.nodata)
         if math.prod(source.shape) > AT_ONCE:
             self._run_in_bands(source, self.files(image, out))
             return lambda: None
@@ -142,7 +149,7 @@ class FilePredictor:
         table = self.segmenter.table
         write_image(mask, table.decode(decided), palette=table.palette)
         write_image(probability, as_16_bit(found))
-        shown = grey_or_rgb(np.asarray(source.pixels))
+        shown = grey_or_rgb(np.asarray(source.shown))
         if not self.numbers:
             write_image(picture, overlay(shown, decided, table))
             return
@@ -181,7 +188,7 @@ class FilePredictor:
                 for writer, values in zip(unsure, mapped, strict=True):
                     writer.write(top, values)
                 small.append(decided[-top % step :: step, ::step])
-        preview = grey_or_rgb(np.asarray(source.pixels[::step, ::step]))
+        preview = grey_or_rgb(np.asarray(source.shown[::step, ::step]))
         write_image(picture, overlay(preview, np.concatenate(small), table))
 
 
@@ -210,7 +217,8 @@ def predict_files(
         InputError: no image, or files in the way, before anything is predicted.
     """
     processes = processes or Processes()
-    slices, failed = find_slices(source, predictor.reading, predictor.segmenter.check)
+    segmenter = predictor.segmenter
+    slices, failed = find_slices(source, predictor.reading, segmenter.check, segmenter.slices)
     count = len(slices) + len(failed)
     made: dict[Path, Path] = {}  # from which image each file comes
     for image in slices:
@@ -273,15 +281,18 @@ def find_slices(
     source: Path,
     reading: Reading = AS_STORED,
     check: Callable[[ImageInfo, str], None] | None = None,
+    together: int = 1,
 ) -> tuple[list[Slice], list[str]]:
     """The images of a file, folder or volume, a stack page by page, and what is wrong with others.
 
     Args:
         reading: what is said of the files beside what they say themselves.
         check: raises InputError for what is none of the images that can be predicted.
+        together: neighbouring slices that the model takes; see `with_neighbours`.
 
     Raises:
-        InputError: no such file or folder, nothing in it, or a single file that is no image.
+        InputError: no such file or folder, nothing in it, or a single file that is no image; single
+            images, where neighbouring slices are taken together.
     """
     alone = is_volume(source) or source.is_file()
     if not (alone or source.exists()):
@@ -307,4 +318,19 @@ def find_slices(
             Slice(name=f"{name}_{page:0{digits}d}", path=path, info=info, page=page)
             for page in range(info.pages)
         ]
-    return slices, failed
+    return _surrounded(slices, together), failed
+
+
+def _surrounded(slices: list[Slice], together: int) -> list[Slice]:
+    """The same slices, with those that are next to each in its stack or folder."""
+    if together == 1:
+        return slices
+    places = [
+        Place(str(s.path)) if s.page is not None else Place(s.path.parent, stem_of(s.path))
+        for s in slices
+    ]
+    around = around_each(places, [s.info for s in slices], together)
+    return [
+        replace(image, around=tuple(slices[i] for i in near))
+        for image, near in zip(slices, around, strict=True)
+    ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -19,6 +19,7 @@ from segmentation.data.classes import IGNORE, ClassTable, Value
 from segmentation.data.depths import Depth, objects_from_depth
 from segmentation.data.instances import INSTANCE_NAMES, instances_from_classes, without_small
 from segmentation.data.normalisation import Normalisation
+from segmentation.data.slices import Layers, known_slices, near_page
 from segmentation.export.bioimage import write_package
 from segmentation.export.graph import exportable
 from segmentation.model import SegmentationUNet
@@ -112,6 +113,12 @@ def load_models(
                 f"{folder} knows the classes {tables[-1].values}, but {folders[0]} "
                 f"{tables[0].values}: average models for the same classes"
             )
+        known = [known_slices(m.info) for m in (model, models[0])]
+        if known[0] != known[1]:
+            raise InputError(
+                f"{folder} takes {known[0]} slices together, but {folders[0]} {known[1]}: average "
+                "models for the same images"
+            )
         if dtypes[-1] != dtypes[0]:
             raise InputError(
                 f"{folder} takes images of {dtypes[-1]}, but {folders[0]} of {dtypes[0]}: average "
@@ -150,11 +157,11 @@ class RasterSource:
     """An image as stored, normalised for each model as it is read.
 
     Attributes:
-        pixels: (H, W, C), in memory, or mapped or read from a file.
+        pixels: (H, W, C), in memory, or mapped or read from a file, or several slices of such.
         nodata: the value of pixels where nothing was measured, if its file declares one.
     """
 
-    pixels: Array | Blocks
+    pixels: Array | Blocks | Layers
     nodata: float | None = None
 
     @property
@@ -168,7 +175,12 @@ class RasterSource:
 
     def missing(self, nodata: float | None) -> NDArray[np.bool_]:
         """Where (H, W) nothing was measured; `nodata` is what the training images declared."""
-        return missing(np.asarray(self.pixels), nodata if self.nodata is None else self.nodata)
+        return missing(np.asarray(self.shown), nodata if self.nodata is None else self.nodata)
+
+    @property
+    def shown(self) -> Array | Blocks:
+        """The image (H, W, C) to look at: without the slices next to it."""
+        return self.pixels.middle if isinstance(self.pixels, Layers) else self.pixels
 
 
 class Segmenter:
@@ -181,6 +193,8 @@ class Segmenter:
       H, W), unless the last one is 1, which are channels; if it is 3 or 4, as of colour images, the
       array is refused.
     - a path of an image file; the pages of a stack, and the slices of a volume, are a batch.
+
+    A model of several slices takes a batch for the slices of one stack, and no single image.
 
     Pixels have the values and the type of the training images: an image of another type is another
     range of values, and is refused. Types that say nothing of a range are converted: whole numbers
@@ -218,8 +232,13 @@ class Segmenter:
 
     @property
     def channels(self) -> int:
-        """Channels of the images."""
-        return self.predict.models[0].config.in_channels
+        """Channels of the images, each slice of a stack for itself."""
+        return self.predict.models[0].config.in_channels // self.slices
+
+    @property
+    def slices(self) -> int:
+        """Slices of a stack that the model takes together; 1: images are predicted one by one."""
+        return known_slices(self.predict.models[0].info)
 
     @property
     def dtype(self) -> str:
@@ -419,18 +438,37 @@ class Segmenter:
         Raises:
             InputError: an image that does not fit.
         """
+        get: Callable[[int], Array | Blocks]
         if isinstance(image, (str, Path)):
-            pages, batched, nodata = self._pages(Path(image))
+            info, get = self._pages(Path(image))
+            batched = info.pages > 1
         else:
-            nodata = None
             pages, batched = _as_batch(_as_array(image), self.channels)
             pages = _converted(pages, self.dtype, self._nodata)
-        return (RasterSource(page, nodata) for page in pages), batched
+            count, h, w, _ = pages.shape
+            info = ImageInfo(
+                height=h, width=w, channels=self.channels, dtype=self.dtype, pages=count
+            )
+            get = pages.__getitem__
+        if self.slices > 1 and not batched:
+            raise InputError(
+                f"the model takes {self.slices} neighbouring slices together, and this is a single "
+                "image: give the stack that it is of"
+            )
+        return (
+            RasterSource(self._with_near(get, i, info), info.nodata) for i in range(info.pages)
+        ), batched
 
-    def _pages(self, path: Path) -> tuple[Iterable[Array | Blocks], bool, float | None]:
-        """The images (H, W, C) of a file, read one by one, whether it is a stack, and its value of
-        no data.
-        """
+    def _with_near(
+        self, get: Callable[[int], Array | Blocks], page: int, info: ImageInfo
+    ) -> Array | Blocks | Layers:
+        """A page, with those next to it where the model takes them together."""
+        if self.slices == 1:
+            return get(page)
+        return Layers([get(i) for i in near_page(page, info, self.slices)])
+
+    def _pages(self, path: Path) -> tuple[ImageInfo, Callable[[int], Array | Blocks]]:
+        """What a file is, and its images (H, W, C), read one by one."""
         if path.is_dir() and not is_volume(path):
             raise InputError(
                 f"{str(path)!r} is a folder: give one of its images, or label all of them with "
@@ -439,9 +477,11 @@ class Segmenter:
         reading = self.reading
         info = image_info(path, reading)
         self.check(info, repr(str(path)))
-        pages = [None] if info.pages == 1 else range(info.pages)
-        found = (open_raster(path, page, info, reading) for page in pages)
-        return found, info.pages > 1, info.nodata
+
+        def get(page: int) -> Array | Blocks:
+            return open_raster(path, None if info.pages == 1 else page, info, reading)
+
+        return info, get
 
     def check(self, info: ImageInfo, where: str) -> None:
         """Refuses an image of other channels or another type than the training images.

@@ -21,6 +21,7 @@ from segmentation.data.normalisation import Normalisation
 from segmentation.data.pairs import Pair, find_pairs, pairs_from_arrays
 from segmentation.data.phantom import phantom_stack
 from segmentation.data.samples import CropSamples
+from segmentation.data.slices import with_neighbours
 from segmentation.data.splits import split_pairs
 from segmentation.data.stains import CHANNELS, NAMES, stained_stack
 from segmentation.decisions import SegmentationPlan, decide, own_start
@@ -150,7 +151,7 @@ def _finish(
 
 def load_data(options: SegmentationOptions, start: Start | None = None) -> SegmentationData:
     """The training and held-out images that the options name, scaled as a start wants them."""
-    pairs = find_data(options)
+    pairs = with_neighbours(find_data(options), options.slices)
     train, val = split_pairs(
         pairs,
         options.val,
@@ -315,7 +316,7 @@ class SegmentationTask:
             image, mask = self.data.load(i)
             probability = predict(TensorSource(torch.tensor(image)))
             found = classes(probability, model.info["threshold"])
-            grey = grey_or_rgb(self.data.pairs[i].read_image())
+            grey = grey_or_rgb(self.data.pairs[i].read_shown())
             shown = grey_or_rgb((probability[-1] * 255).astype(np.uint8)[..., None])
             rows.append(
                 [

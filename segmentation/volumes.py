@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from segmentation.data.slices import Layers, near, near_page
 from segmentation.output import AT_ONCE, FilePredictor, as_16_bit
 from segmentation.predict import Predictor, Probability
 from segmentation.segmenter import RasterSource
@@ -123,6 +124,11 @@ def predict_volume(
             stored = volume.stored(predictor.reading)
             info = predictor.reading.of(volume.pages(predictor.reading)(0).info)
         predictor.segmenter.check(info, repr(str(source)))
+        if info.pages == 1 and predictor.segmenter.slices > 1:
+            raise InputError(
+                f"the model takes {predictor.segmenter.slices} neighbouring slices together, and "
+                f"{str(source)!r} has a single one"
+            )
         if info.height * info.width > AT_ONCE and predictor.segmenter.min_size:
             raise InputError(
                 f"slices of {info.height} x {info.width} pixels are predicted in bands, which know "
@@ -305,9 +311,12 @@ class _Work:
 
     def _run_in_bands(self, slab: Slab) -> None:
         for page in slab.pages:
-            source = RasterSource(
-                Blocks(self.source, page, self.reading, self.info), self.info.nodata
-            )
+            around = [
+                Blocks(self.source, i, self.reading, self.info)
+                for i in near_page(page, self.info, self.segmenter.slices)
+            ]
+            pixels = Layers(around) if len(around) > 1 else around[0]
+            source = RasterSource(pixels, self.info.nodata)
             bands = self.segmenter.predict.bands(source, entropies=self._unsure)
             for top, band in bands:
                 rows = slice(top, top + band.shape[1])
@@ -319,7 +328,7 @@ class _Work:
     def _unsure(self) -> bool:
         return bool(self.predictor.unsure)
 
-    def _found(self, pixels: Array) -> list[Array]:
+    def _found(self, pixels: Array | Layers) -> list[Array]:
         """What is written of a slice (H, W, C)."""
         source = RasterSource(pixels, self.info.nodata)
         return self._blocks(self.segmenter.predict(source, entropies=self._unsure), source)
@@ -330,15 +339,32 @@ class _Work:
         decided = self.segmenter.table.decode(self.segmenter.decided(found, source))
         return [decided, as_16_bit(found), *unsure]
 
-    def _pixels(self, slab: Slab) -> Iterator[Array]:
-        """The slices (H, W, C) of a slab, which is read once."""
-        at = dict(zip(self.slices, slab.at, strict=True))
+    def _pixels(self, slab: Slab) -> Iterator[Array | Layers]:
+        """The slices (H, W, C) of a slab, with those next to them where they are taken together."""
+        together = self.segmenter.slices
+        if together == 1:
+            yield from self._read(slab.at)
+            return
+        along = max(
+            (i for i, axis in enumerate(self.slices) if self.stored.shape[axis] > 1), default=0
+        )
+        span, length = slab.at[along], self.stored.shape[self.slices[along]]
+        wide = slice(max(span.start - together // 2, 0), min(span.stop + together // 2, length))
+        found = list(self._read([*slab.at[:along], wide, *slab.at[along + 1 :]]))
+        count = wide.stop - wide.start
+        for first in range(0, len(found), count):
+            for i in range(span.start - wide.start, span.stop - wide.start):
+                yield Layers([found[first + k] for k in near(i, count, together)])
+
+    def _read(self, places: Sequence[slice]) -> Iterator[Array]:
+        """The slices (H, W, C) at places along the axes of slices, read at once."""
+        at = dict(zip(self.slices, places, strict=True))
         with naming(self.source):
             key = tuple(at.get(i, ALL) for i in range(len(self.stored.axes)))
             block = np.asarray(self.volume.array[key])
         part = replace(self.stored, shape=block.shape, read=lambda _: block)
         chosen = self.reading.chosen(self.volume.pages(self.reading)(0).info)
-        for i in range(len(slab.pages)):
+        for i in range(part.pages):
             with naming(self.source):
                 pixels = part.page(i) if chosen is None else part.page(i)[..., chosen]
                 pixels = as_read(np.ascontiguousarray(pixels), self.info)

@@ -92,6 +92,7 @@ class EvalOptions(LabelOptions):
 def main(options: EvalOptions) -> None:
     import numpy as np
 
+    from segmentation.data.slices import known_slices
     from segmentation.judging.calibration import calibrate
     from segmentation.judging.evaluation import Evaluation, evaluate
     from segmentation.judging.labelled import known_cells, labelled_data
@@ -103,7 +104,7 @@ def main(options: EvalOptions) -> None:
     if taken or options.out.is_file():
         raise InputError(f"--out {options.out} holds files: give --overwrite or another folder")
     models, table, threshold = load_models(options.model, options.device)
-    source, pairs = chosen_pairs(options)
+    source, pairs = chosen_pairs(options, known_slices(models[0].info))
     data = labelled_data(models, pairs, table, source.ignore_value)
     if options.threshold is not None and len(table.values) != 2:
         raise InputError(
@@ -176,8 +177,9 @@ def halves(data: SegmentationData) -> tuple[list[int], list[int]]:
     return fitted, [i for i in data.val if data.pairs[i].source not in first]
 
 
-def chosen_pairs(options: EvalOptions) -> tuple[SegmentationOptions, list[Pair]]:
-    """Where the data are from, and the images to score."""
+def chosen_pairs(options: EvalOptions, slices: int) -> tuple[SegmentationOptions, list[Pair]]:
+    """Where the data are from, and the images to score, of so many slices together."""
+    from segmentation.data.slices import with_neighbours
     from segmentation.data.splits import split_pairs
     from segmentation.judging.labelled import held_out
     from segmentation.training import find_data
@@ -194,7 +196,7 @@ def chosen_pairs(options: EvalOptions) -> tuple[SegmentationOptions, list[Pair]]
         source = runs[0]
     else:
         raise InputError(f"{options.model[0]} is in no run folder: name labelled images by --data")
-    chosen = pairs = find_data(source)
+    chosen = pairs = with_neighbours(find_data(source), slices)
     place = Path(source.images or source.data).resolve()
     own = [run for run in runs if Path(run.images or run.data).resolve() == place]
     if options.val_names:

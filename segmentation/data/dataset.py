@@ -32,6 +32,7 @@ from segmentation.data.masks import VOID, Survey, are_instances, is_void
 from segmentation.data.normalisation import Normalisation
 from segmentation.data.pairs import Pair, kind
 from segmentation.data.polygons import Drawing
+from segmentation.data.slices import middle
 from unet.errors import InputError
 from unet.files.pages import Array, missing
 from unet.words import counted
@@ -58,6 +59,7 @@ class SegmentationData:
         cache_bytes: loaded pairs are kept in memory up to this size, in each process.
 
     Attributes:
+        slices: of a stack that an image has as its channels, each with channels of its own.
         notes: what was found out and decided about the masks and images, a sentence each.
     """
 
@@ -77,6 +79,7 @@ class SegmentationData:
         self.pairs = [*train, *val]
         self.train, self.val = range(len(train)), range(len(train), len(self.pairs))
         self.channels, self.dtype = self.pairs[0].info.channels, self.pairs[0].info.dtype
+        self.slices = max(1, len(self.pairs[0].around))
         self.notes: list[str] = []
         self.bordered = table is not None and table.names == INSTANCE_NAMES
         self.instances = instances or self.bordered
@@ -152,7 +155,7 @@ class SegmentationData:
         """Class indices (H, W), ignored where the image holds no data."""
         mask = self._read_mask(pair)
         nodata = pair.info.nodata if pair.info.nodata is not None else self._nodata
-        unknown = missing(image, nodata)
+        unknown = missing(middle(image, self.slices), nodata)
         if not unknown.any():
             return self.table.encode(mask, pair.where)
         mask = np.where(
@@ -220,7 +223,7 @@ class SegmentationData:
         mask = pair.read_mask()
         if pair.info.nodata is None:
             return mask
-        known = ~missing(pair.read_image(), pair.info.nodata)
+        known = ~missing(pair.read_shown(), pair.info.nodata)
         return mask if known.all() else mask[known][:, None]
 
     def _unmeasured(self, survey: Survey) -> Value | None:
@@ -229,7 +232,7 @@ class SegmentationData:
         for pair in self.pairs:
             if pair.info.nodata is not None:
                 mask = pair.read_mask()
-                codes = value_codes(mask[missing(pair.read_image(), pair.info.nodata)][:, None])
+                codes = value_codes(mask[missing(pair.read_shown(), pair.info.nodata)][:, None])
                 found |= set(code_values(np.unique(codes), mask.ndim == 3)) - set(survey.pixels)
         if len(found) != 1:
             return None
@@ -326,7 +329,7 @@ class SegmentationData:
             return None
         found: set[float] = set()
         for pair, counts in zip(pairs, self._counted(pairs), strict=True):
-            image = pair.read_image()
+            image = pair.read_shown()
             if counts.all() or not counts.any():
                 continue
             ignored, known = image[~counts], image[counts]

@@ -30,6 +30,8 @@ class Pair:
         mask: several files are the objects of a numbered mask; a drawing is drawn when it is read.
         info: of the image.
         page: 0-based slice of the stacks.
+        stack: the stack or volume that it is a slice of.
+        around: the slices that are the image's channels in turn, of which it is the middle one.
         window: rows and columns of a part of the image.
         part: "train" or "val" where the folder says it.
         reading: what is said of the image's file beside what it says itself.
@@ -46,6 +48,8 @@ class Pair:
     mask: Path | Array | tuple[Path, ...] | Drawing
     info: ImageInfo
     page: int | None = None
+    stack: str = ""
+    around: tuple[Pair, ...] = ()
     window: tuple[slice, slice] | None = None
     part: str = ""
     reading: Reading = AS_STORED
@@ -58,13 +62,19 @@ class Pair:
 
     def read_image(self) -> Array:
         """(H, W, C), as `unet.files.images.read_image`."""
-        if isinstance(self.image, Path):
+        if self.around:
+            image = np.concatenate([slice_.read_image() for slice_ in self.around], axis=2)
+        elif isinstance(self.image, Path):
             image = read_image(self.image, self.page, self.reading)
         elif isinstance(self.image, tuple):
             image = np.concatenate([read_image(file, self.page) for file in self.image], axis=2)
         else:
             image = self.image if self.image.ndim == 3 else self.image[:, :, None]
         return image if self.window is None else image[self.window]
+
+    def read_shown(self) -> Array:
+        """(H, W, C) to look at: the image without its neighbours."""
+        return replace(self, around=()).read_image()
 
     def read_mask(self) -> Array:
         """(H, W) or (H, W, 3), as `unet.files.images.read_mask`."""
@@ -205,7 +215,8 @@ def find_pairs(
             if info.pages == 1:
                 pairs.append(common)
             else:
-                pairs.append(replace(common, name=f"{match.name}_{page:0{digits}d}", page=page))
+                name, stack = f"{match.name}_{page:0{digits}d}", str(match.image[0])
+                pairs.append(replace(common, name=name, page=page, stack=stack))
     for pair in pairs:
         _check_alike(pair, pairs[0])
     name, times = Counter(pair.name for pair in pairs).most_common(1)[0]
@@ -309,6 +320,7 @@ def _stack(match: Match, reading: Reading, cleaning: MaskCleaning) -> list[Pair]
                 image=image,
                 mask=mask,
                 info=replace(stack if one_image else alone, pages=1),
+                stack=str(match.image[0] if one_image else match.mask[0]),
                 reading=reading,
                 cleaning=cleaning,
                 palette=alone.palette if one_image else stack.palette,

@@ -20,7 +20,8 @@ from PIL import Image
 
 from segmentation.data.classes import ClassTable
 from segmentation.data.normalisation import Normalisation
-from segmentation.export.graph import exportable, metadata
+from segmentation.data.slices import known_slices, middle
+from segmentation.export.graph import channels_of, exportable, metadata
 from segmentation.model import SegmentationUNet
 from segmentation.pictures import class_colours, grey_or_rgb
 from segmentation.predict import classes
@@ -78,7 +79,8 @@ def write_package(
         np.save(folder / "input.npy", tensor)
         np.save(folder / "probabilities.npy", found)
         table = ClassTable.from_dict(model.info["classes"])
-        _cover(pixels, classes(found[0]), len(table.values)).save(folder / "cover.png")
+        shown = middle(pixels, known_slices(model.info))
+        _cover(shown, classes(found[0]), len(table.values)).save(folder / "cover.png")
         (folder / "documentation.md").write_text(_documentation(model, name), encoding="utf-8")
         description = _described(folder, model, halo, least, name, authors, licence)
         text = yaml.safe_dump(description, sort_keys=False, allow_unicode=True)
@@ -111,7 +113,7 @@ def _described(
     saved = Normalisation.from_dict(model.info["normalisation"])
     table = ClassTable.from_dict(model.info["classes"])
     names = table.names or [f"class_{value}" for value in map(_flat, table.values)]
-    channels = model.info.get("channel_names") or [f"channel{i}" for i in range(len(saved.mean))]
+    channels = channels_of(model) or [f"channel{i}" for i in range(len(saved.mean))]
     axes = ("y", "x")
     length = {"min": least, "step": 1}
     same = [{"tensor_id": "image", "axis_id": axis} for axis in axes]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from segmentation.data.classes import ClassTable
 from segmentation.data.normalisation import Normalisation
+from segmentation.data.slices import channel_names, known_slices
 from segmentation.model import SegmentationUNet
 from segmentation.predict import folded, probabilities
 from unet.config import UNetConfig
@@ -95,6 +96,13 @@ def exportable(model: SegmentationUNet) -> Exportable:
     )
 
 
+def channels_of(model: SegmentationUNet) -> list[str]:
+    """What the channels of the input are, where it is known; slices of a stack by their place."""
+    slices = known_slices(model.info)
+    names = model.info.get("channel_names") or []
+    return list(channel_names(names, model.config.in_channels // slices, slices))
+
+
 def metadata(model: SegmentationUNet) -> dict[str, str]:
     """What using the file needs, as texts; lists are JSON."""
     table = ClassTable.from_dict(model.info["classes"])
@@ -117,7 +125,7 @@ def metadata(model: SegmentationUNet) -> dict[str, str]:
         "dtype": saved.dtype,
         "classes": json.dumps(table.values),
         "names": json.dumps(table.names),
-        "channel_names": json.dumps(list(model.info.get("channel_names") or [])),
+        "channel_names": json.dumps(channels_of(model)),
         "threshold": repr(float(model.info["threshold"])),
         "decision": (
             "the second class where its probability is above the threshold"

@@ -433,6 +433,7 @@ def _open_npy(source: Path | BytesIO, reading: Reading) -> Iterator[GetPage]:
         pages=stored.pages,
         has_alpha=alpha,
         axes=stored.axes,
+        series=stored.series,
     )
 
     def get_page(index: int) -> Page:
