@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from segmentation.data.classes import ClassTable
 from segmentation.data.normalisation import Normalisation
+from segmentation.data.regions import known_regions
 from segmentation.data.slices import known_slices
 from unet.config import UNetConfig
 from unet.errors import InputError
@@ -32,7 +33,8 @@ class SegmentationUNet(FolderModel):
         out_channels: classes, or 1 for a single logit (sigmoid) of two classes.
         info: see `FolderModel`; with a true "deep_supervision" each coarser level of the decoder
             has a head of its own, for training; with "objects": "depth" the channels are a logit of
-            what is an object, and the depth in it (`segmentation.data.depths`).
+            what is an object, and the depth in it (`segmentation.data.depths`); with "regions" they
+            are regions, with a sigmoid each (`segmentation.data.regions`).
     """
 
     task: ClassVar[str] = "segmentation"
@@ -77,6 +79,11 @@ class SegmentationUNet(FolderModel):
             he_init(self.coarse_heads)
 
     @property
+    def overlapping(self) -> bool:
+        """Whether it gives regions, with a sigmoid each (`segmentation.data.regions`)."""
+        return "regions" in self.info
+
+    @property
     def depth(self) -> bool:
         """Whether it gives the depth in objects beside their probability."""
         return self.info.get("objects") == DEPTH
@@ -113,20 +120,28 @@ class SegmentationUNet(FolderModel):
             if "temperature" in self.info:
                 facts["Probabilities"] = f"calibrated, temperature {self.info['temperature']!s:.6}"
             facts["Mask values"] = ", ".join(f"{value} ({name})" for value, name in pairs)
+            if regions := known_regions(self.info, table):
+                facts["Regions"] = (
+                    f"{regions.lines()}; masks show the later one, by its first value"
+                )
         except InputError:  # which loading it will say
             pass
-        model, stacks = shlex.quote(where), self.info.get("slices", 1) != 1
+        model, given = shlex.quote(where), '"image.png")  # or an array (H, W) or (H, W, C'
+        if self.info.get("slices", 1) != 1:
+            given = '"stack.tif")  # or an array (N, H, W) or (N, H, W, C'
         return Usage(
             title="U-Net for segmentation",
-            summary="It gives every pixel of an image a class.",
+            summary=(
+                "It finds regions of an image, which may overlap."
+                if self.overlapping
+                else "It gives every pixel of an image a class."
+            ),
             pipeline_tag="image-segmentation",
             tags=("segmentation",),
             python=(
                 "from segmentation import load\n\n"
                 f"model = load({json.dumps(where)})\n"
-                'mask = model("stack.tif")  # or an array (N, H, W) or (N, H, W, C)'
-                if stacks
-                else 'mask = model("image.png")  # or an array (H, W) or (H, W, C)'
+                f"mask = model({given})"
             ),
             commands=(
                 f"unet-predict-seg --model {model} --input images --out predictions",

@@ -94,6 +94,11 @@ class SegmentationOptions(LabelOptions, FitOptions):
     """Names of the classes, in the order of their mask values; none given: those of a classes.txt
     or dataset.json in --data."""
 
+    regions: tuple[str, ...] = ()
+    """Learn regions that may overlap instead of classes: each by its name and mask values, such as
+    whole=1,2,3 core=2,3, with a sigmoid each. In label maps later ones overwrite earlier ones, by
+    their first values. None given: those of nnU-Net's dataset.json, if it has some."""
+
     instances: bool = False
     """The masks number each cell: learn where cells are, and how deep each pixel lies in its own,
     by which those that touch are told apart. Masks that clearly do are recognised."""
@@ -196,6 +201,11 @@ class SegmentationOptions(LabelOptions, FitOptions):
         if self.val_data is not None and (self.fold is not None or self.val_names):
             raise InputError(
                 "--val-data holds out images of its own: leave out --fold, --val-names"
+            )
+        if self.regions and (self.instances or self.balance or self.class_weights):
+            raise InputError(
+                "--regions overlap, so that neither --instances nor weights of classes (--balance, "
+                "--class-weights) have a meaning with them: leave these out"
             )
         if self.slices < 1 or self.slices % 2 == 0:
             raise InputError(

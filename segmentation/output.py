@@ -20,6 +20,7 @@ from tqdm import tqdm
 from segmentation.data.classes import ClassTable
 from segmentation.data.depths import Depth
 from segmentation.data.layouts import stem_of
+from segmentation.data.regions import file_name
 from segmentation.data.slices import Layers, Place, around_each
 from segmentation.pictures import grey_or_rgb, instance_overlay, overlay, overlay_legend
 from segmentation.predict import Predictor, Probability
@@ -63,9 +64,10 @@ class FilePredictor:
     NAME_probability.png (of the second of two classes, or of the chosen class of more; 16-bit,
     65535 is 1), NAME_overlay.png, and on request NAME_labels.tif, NAME_entropy.png and, where
     several predictions are averaged, NAME_disagreement.png (16-bit, too; see
-    `segmentation.uncertainty`). The overlay has the image's size and shows instances, numbered,
-    where the model or `labels` makes them, else classes. Of an image with more than AT_ONCE pixels
-    all but the overlay are TIFFs, written in bands, and the overlay is small and shows classes.
+    `segmentation.uncertainty`). Of regions NAME_REGION.png is 255 where each is. The overlay has
+    the image's size and shows instances, numbered, where the model or `labels` makes them, else
+    classes. Of an image with more than AT_ONCE pixels all but the overlay are TIFFs, written in
+    bands, and the overlay is small and shows classes.
 
     Args:
         min_size: connected parts of fewer pixels become the class that surrounds them, and
@@ -93,7 +95,12 @@ class FilePredictor:
         if labels and not self.segmenter.has_labels:
             raise InputError(
                 f"labels number the parts of the second of two classes, but the model knows "
-                f"{len(table.values)}: leave out --labels"
+                f"{len(self.segmenter.classes)}: leave out --labels"
+            )
+        if uncertainty and self.segmenter.of_regions:
+            raise InputError(
+                "--uncertainty is of classes that exclude each other, and this model knows regions "
+                "that overlap: leave it out"
             )
         self.labels, self.parts = labels, labels or bool(min_size)
         self.numbers = labels or self.segmenter.instances
@@ -105,8 +112,18 @@ class FilePredictor:
         """The files that `run` writes."""
         kind = "png" if image.info.height * image.info.width <= AT_ONCE else "tif"
         names = [f"mask.{kind}", f"probability.{kind}", "overlay.png"]
-        names += [f"{name}.{kind}" for name in self.unsure]
+        names += [f"{name}.{kind}" for name in (*self.unsure, *self.regions)]
         return [out / f"{image.name}_{n}" for n in [*names, *["labels.tif"] * self.labels]]
+
+    @property
+    def dtypes(self) -> list[type[np.integer]]:
+        """Of the probability, and of the maps that `parted` gives."""
+        return [np.uint16] * (1 + len(self.unsure)) + [np.uint8] * len(self.regions)
+
+    @property
+    def regions(self) -> list[str]:
+        """What the files of the model's regions are called."""
+        return [file_name(name) for name in self.segmenter.region_names]
 
     def run(self, image: Slice, out: Path) -> None:
         """Predicts one image and writes what was found."""
@@ -124,8 +141,13 @@ class FilePredictor:
         found, depth = self.segmenter.predict.found(source, entropies=bool(self.unsure))
         return functools.partial(self.write, image, out, source, found, depth)
 
-    def parted(self, found: Probability) -> tuple[Probability, list[NDArray[np.uint16]]]:
-        """Probabilities (K, H, W) of what was predicted, and the maps (H, W) that go with them."""
+    def parted(self, found: Probability) -> tuple[Probability, list[Array]]:
+        """Probabilities (K, H, W) of what was predicted, and the maps (H, W) that go with them: of
+        what is unsure, and of each region 255 where it is.
+        """
+        if known := self.segmenter.of_regions:
+            inside = known.found(found, self.segmenter.threshold)
+            return found, [np.where(one, np.uint8(255), np.uint8(0)) for one in inside]
         if not self.unsure:
             return found, []
         found, entropies = found[:-1], found[-1]
@@ -176,8 +198,8 @@ class FilePredictor:
             shape = (h, w, *values.shape[2:])
             masks = stack.enter_context(writing_bands(mask, shape, values.dtype, table.palette))
             probabilities, *unsure = (
-                stack.enter_context(writing_bands(file, (h, w), np.uint16))
-                for file in (probability, *others)
+                stack.enter_context(writing_bands(file, (h, w), dtype))
+                for file, dtype in zip((probability, *others), self.dtypes, strict=True)
             )
             for top, found in segmenter.predict.bands(source, entropies=bool(self.unsure)):
                 band, mapped = self.parted(found)

@@ -19,6 +19,7 @@ from segmentation.data.classes import IGNORE, ClassTable, Value
 from segmentation.data.depths import Depth, objects_from_depth
 from segmentation.data.instances import INSTANCE_NAMES, instances_from_classes, without_small
 from segmentation.data.normalisation import Normalisation
+from segmentation.data.regions import known_regions
 from segmentation.data.slices import Layers, known_slices, near_page
 from segmentation.export.bioimage import write_package
 from segmentation.export.graph import exportable
@@ -114,6 +115,11 @@ def load_models(
                 f"{tables[0].values}: average models for the same classes"
             )
         known = [known_slices(m.info) for m in (model, models[0])]
+        regions = [m.info.get("regions") for m in (model, models[0])]
+        if regions[0] != regions[1]:
+            raise InputError(
+                f"{folder} knows other regions than {folders[0]}: average models for the same ones"
+            )
         if known[0] != known[1]:
             raise InputError(
                 f"{folder} takes {known[0]} slices together, but {folders[0]} {known[1]}: average "
@@ -203,8 +209,8 @@ class Segmenter:
 
     Args:
         predict: the models.
-        table: of their classes.
-        threshold: probability above which a pixel is of the second of two classes.
+        table: of the classes of their masks.
+        threshold: probability above which a pixel is of the second of two classes, or of a region.
         min_size: connected parts of fewer pixels become the class that surrounds them, and
             instances of fewer pixels are left out; None: 0, and of instances what the models know.
 
@@ -224,8 +230,14 @@ class Segmenter:
             raise InputError(f"threshold={threshold} must be from 0 to 1")
         if min_size is not None and min_size < 0:
             raise InputError(f"min_size={min_size} must be at least 0")
-        self.predict, self.table = predict, table
-        self.threshold = threshold
+        self.predict, self.threshold = predict, threshold
+        self.of_regions = known_regions(predict.models[0].info, table)
+        self.table = self.of_regions.table if self.of_regions else table
+        if min_size and self.of_regions:
+            raise InputError(
+                f"min_size={min_size} gives specks to the class around them, which overlapping "
+                "regions are not: leave it out"
+            )
         if min_size is None:
             min_size = smallest_object(predict.models) if self.instances else 0
         self.min_size = min_size
@@ -277,7 +289,7 @@ class Segmenter:
 
         Returns:
             (H, W) of the second of two classes; of more classes (H, W, K), in the order of
-            `classes`, which add up to 1. Of a batch (N, H, W[, K]).
+            `classes`, which add up to 1; of regions (H, W, R). Of a batch (N, H, W[, K]).
         """
 
         def find(source: Source) -> Probability:
@@ -287,12 +299,21 @@ class Segmenter:
         return self._each(image, find)
 
     def uncertainty(self, image: Image) -> NDArray[np.float32]:
-        """Entropy of the probabilities, as a share of its largest, log2 K bits of K classes.
+        """Entropy of the probabilities, as a share of its largest, log2 K bits of K classes; of
+        regions it is refused.
 
         Returns:
             (H, W) from 0 (sure) to 1 (all classes as likely); of a batch (N, H, W).
         """
+        self._check_classes()
         return self._each(image, lambda source: entropy_map(self.predict(source)))
+
+    def _check_classes(self) -> None:
+        if self.of_regions:
+            raise InputError(
+                "uncertainty is of classes that exclude each other, and this model knows regions "
+                "that overlap: take their probability"
+            )
 
     def disagreement(self, image: Image) -> NDArray[np.float32]:
         """The part of `uncertainty` that is disagreement of the models, or of the symmetries (tta).
@@ -303,6 +324,7 @@ class Segmenter:
         Raises:
             InputError: there is a single prediction, which agrees with itself.
         """
+        self._check_classes()
         if self.predict.members == 1:
             raise InputError(
                 "a single prediction cannot disagree: load several models, or one with tta=True"
@@ -311,6 +333,27 @@ class Segmenter:
         def find(source: Source) -> NDArray[np.float32]:
             found = self.predict(source, entropies=True)
             return disagreement_map(found[:-1], found[-1])
+
+        return self._each(image, find)
+
+    @property
+    def region_names(self) -> tuple[str, ...]:
+        """The name of each region; empty where the model knows classes."""
+        return self.of_regions.names if self.of_regions else ()
+
+    def regions(self, image: Image) -> NDArray[np.bool_]:
+        """Where each region is: (H, W, R), in the order of `region_names`; of a batch (N, H, W, R).
+
+        Raises:
+            InputError: a model of classes.
+        """
+        known = self.of_regions
+        if known is None:
+            raise InputError("the model knows classes, no regions that overlap: take the mask")
+
+        def find(source: Source) -> Array:
+            found = known.found(self.predict(source), self.threshold)
+            return rearrange(found, "r h w -> h w r")
 
         return self._each(image, find)
 
@@ -330,7 +373,7 @@ class Segmenter:
 
         def find(source: Source) -> Array:
             probability, depth = self.predict.found(source)
-            return self.numbered(self._cleaned(classes(probability, self.threshold), source), depth)
+            return self.numbered(self.decided(probability, source), depth)
 
         return self._each(image, find)
 
@@ -388,12 +431,12 @@ class Segmenter:
         """Whether it is clear which parts `labels` numbers."""
         return self.instances or len(self.classes) == 2
 
-    def decided(self, probability: Probability, source: RasterSource) -> NDArray[np.uint8]:
+    def decided(self, probability: Probability, source: Source) -> NDArray[np.uint8]:
         """Class indices (H, W) of what `predict` gives for an image.
 
         Where the image holds no data they are IGNORE, if the training masks had such a value.
         """
-        return self._cleaned(classes(probability, self.threshold), source)
+        return self._cleaned(classes(probability, self.threshold, self.of_regions), source)
 
     def _cleaned(self, found: NDArray[np.uint8], source: Source) -> NDArray[np.uint8]:
         """Of instances it is whole ones that are too small, once they are numbered."""
@@ -423,7 +466,9 @@ class Segmenter:
 
     def _decided(self, source: Source) -> NDArray[np.uint8]:
         """`decided` of an image whose probabilities are never in memory as a whole."""
-        bands = [classes(band, self.threshold) for _, band in self.predict.bands(source)]
+        bands = [
+            classes(band, self.threshold, self.of_regions) for _, band in self.predict.bands(source)
+        ]
         return self._cleaned(np.concatenate(bands), source)
 
     def _each(self, image: Image, find: Callable[[Source], Array]) -> Array:

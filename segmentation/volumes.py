@@ -213,7 +213,7 @@ class _Work:
         self.segmenter = predictor.segmenter
         self.source, self.volume, self.stored, self.info = source, volume, stored, info
         self.name = volume_name(source)
-        names = ("mask", "probability", *predictor.unsure)
+        names = ("mask", "probability", *predictor.unsure, *predictor.regions)
         self.results = [out / f"{self.name}_{name}.zarr" for name in names]
         self.dtype = self.segmenter.table.decode(np.zeros((1, 1), np.uint8)).dtype
         self.slices = [i for i, axis in enumerate(stored.axes) if axis not in "YX" + CHANNELS]
@@ -282,7 +282,7 @@ class _Work:
             return None if values is None else tuple(values[i] for i in self.kept)
 
         for i, file in enumerate(self.results):
-            dtype = np.dtype(np.uint16) if i else self.dtype
+            dtype = np.dtype(self.predictor.dtypes[i - 1]) if i else self.dtype
             image = ZarrImage(
                 shape=tuple(stored.shape[i] for i in self.kept),
                 axes="".join(stored.axes[i] for i in self.kept),

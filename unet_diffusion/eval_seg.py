@@ -106,7 +106,9 @@ def main(options: EvalOptions) -> None:
     models, table, threshold = load_models(options.model, options.device)
     source, pairs = chosen_pairs(options, known_slices(models[0].info))
     data = labelled_data(models, pairs, table, source.ignore_value)
-    if options.threshold is not None and len(table.values) != 2:
+    if data.regions and options.calibrate:
+        raise InputError("--calibrate is of classes, and the model knows regions: leave it out")
+    if options.threshold is not None and len(table.values) != 2 and not data.regions:
         raise InputError(
             f"--threshold parts two classes, but the model knows {len(table.values)}, of which the "
             "most probable one is taken: leave it out"

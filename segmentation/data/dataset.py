@@ -32,6 +32,7 @@ from segmentation.data.masks import VOID, Survey, are_instances, is_void
 from segmentation.data.normalisation import Normalisation
 from segmentation.data.pairs import Pair, kind
 from segmentation.data.polygons import Drawing
+from segmentation.data.regions import Regions
 from segmentation.data.slices import middle
 from unet.errors import InputError
 from unet.files.pages import Array, missing
@@ -55,6 +56,7 @@ class SegmentationData:
             clearly do say so by themselves, and so does a table with a border class, where two
             cells touch, of a model that parts them by it.
         names: of the classes, in the order of their values, or of some values.
+        regions: unions of classes to find instead, which may overlap; None: those that a file says.
         left_out: images that were found and have no label, to be told.
         cache_bytes: loaded pairs are kept in memory up to this size, in each process.
 
@@ -73,6 +75,7 @@ class SegmentationData:
         normalisation: Normalisation | None = None,
         instances: bool = False,
         names: Sequence[str] = (),
+        regions: Mapping[str, Sequence[int]] | None = None,
         left_out: int = 0,
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
@@ -98,6 +101,11 @@ class SegmentationData:
             ignore_value, table = VOID, table.ignoring(VOID)
         self.ignore_value = ignore_value
         self.table = table or self._find_table(names)
+        self.regions: Regions | None = None
+        if values := regions or self.pairs[0].regions:
+            if self.instances:
+                raise InputError("regions are of classes, and the masks number objects")
+            self.regions = Regions(values, self.table)
         self.normalisation = normalisation or self._find_normalisation()
         self._cache: dict[int, tuple[NDArray[np.float32], NDArray[np.uint8]]] = {}
         self._objects: dict[int, NDArray[np.int32]] = {}

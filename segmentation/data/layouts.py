@@ -72,6 +72,7 @@ class Layout:
         classes: the name of each mask value, where a file says them.
         ignore_value: the mask value without a label, where a file says it.
         channels: the names of the channels, where a file says them.
+        regions: the mask values of each region, where a file says them.
     """
 
     matches: Sequence[Match]
@@ -79,6 +80,7 @@ class Layout:
     classes: Mapping[int, str] = field(default_factory=dict)
     ignore_value: int | None = None
     channels: tuple[str, ...] = ()
+    regions: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 def stem_of(file: Path) -> str:
@@ -245,7 +247,10 @@ def _nnunet(data: Path) -> Layout:
         return Layout(matches=matches)
     said = read_json(file)
     named, classes = said.get("channel_names", said.get("modality")), said.get("labels")
+    regions: dict[str, tuple[int, ...]] = {}
     try:
+        if isinstance(classes, dict) and any(isinstance(v, list) for v in classes.values()):
+            regions, classes = _nnunet_regions(classes, said["regions_class_order"]), None
         names = tuple(str(named[str(i)]) for i in range(len(named))) if named else ()
         if classes and all(str(key).isdecimal() for key in classes):  # the first version's order
             classes = {name: int(value) for value, name in classes.items()}
@@ -255,13 +260,28 @@ def _nnunet(data: Path) -> Layout:
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise InputError(
             f"{str(file)!r} must give channel_names such as {{'0': 'T1'}} and labels such as "
-            "{'background': 0, 'nucleus': 1}"
+            "{'background': 0, 'nucleus': 1}, and a regions_class_order where labels are lists"
         ) from error
     if names and len(names) != most:
         raise InputError(f"{str(file)!r} names {len(names)} channels, but the images have {most}")
     ignored = next((value for value, name in values.items() if name.lower() == "ignore"), None)
     values = {value: name for value, name in values.items() if value != ignored}
-    return Layout(matches=matches, classes=values, ignore_value=ignored, channels=names)
+    return Layout(
+        matches=matches, classes=values, ignore_value=ignored, channels=names, regions=regions
+    )
+
+
+def _nnunet_regions(
+    labels: Mapping[str, object], order: Sequence[int]
+) -> dict[str, tuple[int, ...]]:
+    """nnU-Net's regions, each with the value first that it has in a label map."""
+    values = {
+        name: tuple(map(int, value if isinstance(value, list) else [value]))
+        for name, value in labels.items()
+        if name != "background"
+    }
+    pairs = zip(values.items(), map(int, order), strict=True)
+    return {name: (first, *(v for v in of if v != first)) for (name, of), first in pairs}
 
 
 def _folders_of_objects(folders: Sequence[Path]) -> list[Match]:

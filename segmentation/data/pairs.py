@@ -41,6 +41,7 @@ class Pair:
         nodata: the mask's value of pixels without a label, where its file declares one.
         instances: the mask numbers objects, and so does a drawing then.
         classes: names of mask values, where a file says them.
+        regions: mask values of each region, where a file says them.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Pair:
     nodata: int | None = None
     instances: bool = False
     classes: Mapping[int, str] = field(default_factory=dict)
+    regions: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def read_image(self) -> Array:
         """(H, W, C), as `unet.files.images.read_image`."""
@@ -207,6 +209,7 @@ def find_pairs(
             nodata=int(nodata) if nodata is not None and nodata == nodata // 1 else None,
             instances=layout.instances,
             classes=layout.classes,
+            regions=layout.regions,
         )
         if layout.ignore_value is not None:
             common = replace(common, nodata=layout.ignore_value)

@@ -137,6 +137,10 @@ def test_scores_and_more_training_follow_without_a_flag(run, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "those next to each in 1 stack of 6 slices (image/s*)" in printed
     assert "3 as channels" in printed
+    card = (run / "model/README.md").read_text()
+    assert "from segmentation import load" in card
+    assert 'mask = model("stack.tif")  # or an array (N, H, W) or (N, H, W, C)' in card
+    assert "stacks, 3 neighbouring slices together, grey (1 channel)" in card
 
 
 @pytest.mark.parametrize(

@@ -134,6 +134,8 @@ def picture(done: Labelled, image: Slice, layer: str, opacity: float) -> RGB:
     shown = grey_or_rgb(np.asarray(source.shown))
     if layer == "probability":
         over = heat(found.max(axis=0))
+    elif layer == "uncertainty" and segmenter.of_regions:
+        raise InputError("uncertainty is of classes, and this model knows regions that overlap")
     elif layer == "uncertainty":
         over = heat(entropy_map(found))
     else:
