@@ -22,9 +22,9 @@ from segmentation.output import AT_ONCE, FilePredictor, as_16_bit
 from segmentation.predict import Predictor, Probability
 from segmentation.segmenter import RasterSource
 from unet.errors import InputError, with_extras
-from unet.files.images import Blocks
+from unet.files.images import Blocks, list_images
 from unet.files.pages import ALL, CHANNELS, Array, ImageInfo, Stored, Volume, as_read, naming
-from unet.files.volumes import open_volume, volume_name
+from unet.files.volumes import is_volume, open_volume, volume_name
 from unet.files.writing import write_text
 from unet.training.task import Processes
 from unet.words import counted
@@ -88,6 +88,67 @@ class Progress:
         with self.file.open("rb+") as file:
             file.seek(len(self.head.encode()) + slab)
             file.write(b"1")
+
+
+def find_volumes(source: Path) -> list[Path]:
+    """The volume that a path is, or the volumes of a folder that holds no images; or none."""
+    if is_volume(source):
+        return [source]
+    found = list_images(source) if source.is_dir() else []
+    return [path for path in found if is_volume(path)]
+
+
+def predict_volumes(
+    predictor: FilePredictor,
+    volumes: Sequence[Path],
+    out: Path,
+    *,
+    overwrite: bool = False,
+    processes: Processes | None = None,
+) -> list[str]:
+    """Predicts volumes one after the other; see `predict_volume`.
+
+    All that are to be predicted get an empty NAME_progress first, so that an interrupted prediction
+    goes on with those that have one, and leaves the others as they are.
+
+    Returns:
+        What went wrong with the volumes or slices that failed, a sentence each.
+
+    Raises:
+        InputError: two volumes of one name; results in the way.
+    """
+    processes = processes or Processes()
+    names = [volume_name(path) for path in volumes]
+    marks = [out / f"{name}_progress" for name in names]
+    if twins := [path for path, name in zip(volumes, names, strict=True) if names.count(name) > 1]:
+        raise InputError(f"{twins[0]} and {twins[1]} would have results of one name: rename one")
+    made = [(out / f"{name}_mask.zarr").exists() for name in names]
+    begun = [mark.exists() for mark in marks]
+    if any(made) and not any(begun) and not overwrite:
+        file = out / f"{names[made.index(True)]}_mask.zarr"
+        raise InputError(f"{file} exists already: give --overwrite or another --out")
+    todo = [i for i in range(len(volumes)) if begun[i] or not (made[i] and any(begun))]
+    processes.wait()  # lest one finds what another has begun
+    if processes.main and len(volumes) > 1:
+        out.mkdir(parents=True, exist_ok=True)
+        for i in todo:
+            marks[i].touch()
+    processes.wait()
+    failed: list[str] = []
+    for i in todo:
+        if processes.main and len(volumes) > 1:
+            print(f"{volumes[i]}:")
+        try:
+            failed += predict_volume(
+                predictor, volumes[i], out, overwrite=overwrite, processes=processes
+            )
+        except InputError as error:
+            if len(volumes) == 1:
+                raise
+            failed.append(str(error))
+            if processes.main:
+                print(f"error: {error}", file=sys.stderr)
+    return failed
 
 
 def predict_volume(
@@ -181,7 +242,7 @@ def _going_on(progress: Progress, results: Sequence[Path], overwrite: bool) -> b
     Raises:
         InputError: others are in the way.
     """
-    if progress.file.exists():
+    if progress.file.exists() and progress.file.stat().st_size:
         other = progress.differs()
         if not other:
             begun = len(progress.left()) < progress.count

@@ -163,20 +163,23 @@ def main(options: EvalOptions) -> None:
 def halves(data: SegmentationData) -> tuple[list[int], list[int]]:
     """The images to fit a temperature on, and those to judge it by: the first half and the others.
 
-    Parts and masks of one image are on one side.
+    Parts and masks of one image are on one side, and the slices of one of several volumes.
 
     Raises:
         InputError: there is a single image.
     """
-    sources = list(dict.fromkeys(data.pairs[i].source for i in data.val))
+    from segmentation.data.splits import unit_of
+
+    unit = unit_of(data.pairs)
+    sources = list(dict.fromkeys(unit(data.pairs[i]) for i in data.val))
     if len(sources) < 2:
         raise InputError(
             "--calibrate fits on some images and judges by others, and here is a single one: give "
             "two or more"
         )
     first = set(sources[: len(sources) // 2])
-    fitted = [i for i in data.val if data.pairs[i].source in first]
-    return fitted, [i for i in data.val if data.pairs[i].source not in first]
+    fitted = [i for i in data.val if unit(data.pairs[i]) in first]
+    return fitted, [i for i in data.val if unit(data.pairs[i]) not in first]
 
 
 def chosen_pairs(options: EvalOptions, slices: int) -> tuple[SegmentationOptions, list[Pair]]:

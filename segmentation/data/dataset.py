@@ -369,10 +369,13 @@ class SegmentationData:
         lines += self.notes
         if self.left_out:
             lines.append(f"{counted(self.left_out, 'image')} without any label left out")
+        one = len({pair.stack for pair in self.pairs}) == 1
         for part, indices in (("training", self.train), ("validation", self.val)):
             if indices:
                 shown = f" ({some(self.pairs[i].name for i in indices)})" if names else ""
-                lines.append(f"{part}: {counted(len(indices), 'image')}{shown}")
+                stacks = {self.pairs[i].stack for i in indices}
+                of = "" if one else f" of {counted(len(stacks), 'volume')}"
+                lines.append(f"{part}: {counted(len(indices), 'image')}{of}{shown}")
         if self.train and not self.val:
             lines.append("validation: nothing is held out, so no figure tells of other images")
         return "\n".join(lines)

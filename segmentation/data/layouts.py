@@ -27,7 +27,7 @@ from unet.errors import InputError
 from unet.files.images import list_images, natural_key
 from unet.files.pages import SUFFIXES
 from unet.files.shards import find_shards, key_of, read_shards
-from unet.files.volumes import is_volume, volume_name
+from unet.files.volumes import is_volume, is_volume_file, volume_name
 from unet.files.writing import read_json
 from unet.words import counted
 
@@ -123,7 +123,9 @@ def _in_folder(data: Path) -> Layout:
     stacks = data / _STACKS[0], data / _STACKS[1]
     if all(os.path.isfile(stack) for stack in stacks):
         return Layout(matches=[_pair(*stacks)])
-    folders = sorted(path for path in data.glob("*") if path.is_dir() and path.name[0] != ".")
+    folders = sorted(
+        p for p in data.glob("*") if p.is_dir() and p.name[0] != "." and not is_volume_file(p)
+    )
     if (data / "imagesTr").is_dir() and (data / "labelsTr").is_dir():
         return _nnunet(data)
     images = [folder for folder in folders if folder.name.lower() in IMAGE_FOLDERS]
@@ -156,6 +158,7 @@ def _in_folder(data: Path) -> Layout:
     files = [p for p in data.glob("*") if p.suffix.lower() in SUFFIXES and p.name[0] != "."]
     if len(masks) == 1 and len(files) == 1 and not images:  # a stack beside a folder
         return Layout(matches=_across(files[0], masks[0]))
+    files += [p for p in data.glob("*") if is_volume_file(p)]
     if images or masks or (folders and not files):
         raise InputError(
             f"{str(data)!r}: needs one folder of images ({', '.join(IMAGE_FOLDERS[:4])} ...) and "
@@ -218,7 +221,9 @@ def _listed_parts(data: Path, matches: list[Match]) -> list[Match]:
 
 
 def _nnunet(data: Path) -> Layout:
-    """imagesTr/case_0000.png, one file a channel, labelsTr/case.png, and dataset.json."""
+    """imagesTr/case_0000.png, one file a channel, labelsTr/case.png, and dataset.json; images of
+    any kind, .nii.gz among them.
+    """
     labels = {stem_of(mask): mask for mask in list_images(data / "labelsTr")}
     cases: dict[str, dict[int, Path]] = defaultdict(dict)
     for image in list_images(data / "imagesTr"):
@@ -422,6 +427,8 @@ def _labelme(images: Path, jsons: Path) -> list[Match]:
 
 
 def _has_images(folder: Path) -> bool:
+    if any(is_volume_file(file) for file in folder.glob("*")):
+        return True
     return any(file.suffix.lower() in SUFFIXES for file in folder.rglob("*"))
 
 
@@ -494,7 +501,8 @@ def _annotated(images: Sequence[Path], masks: Sequence[Path], masked: Path) -> l
 def _tree(folder: Path) -> list[Path]:
     """Image files of a folder, or if it has none itself, of the folders below it."""
     inside = [p for p in folder.glob("*") if p.suffix.lower() in SUFFIXES and p.is_file()]
-    if inside or not folder.is_dir():
+    volumes = (is_volume_file(path) for path in folder.glob("*"))
+    if inside or not folder.is_dir() or any(volumes):
         return list_images(folder)
     below = sorted(
         (p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()),

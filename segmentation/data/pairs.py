@@ -286,7 +286,7 @@ def _image_info(files: Sequence[Path], reading: Reading, names: tuple[str, ...])
             infos[0].width,
             infos[0].dtype,
             1,
-            1,
+            infos[0].pages,
         ):
             raise InputError(
                 f"{str(file)!r} is {kind(info)} {_size(info)}, but {str(files[0])!r} "
