@@ -56,6 +56,10 @@ class EvalOptions(LabelOptions):
     """Also count the warping error of ISBI 2012, which takes minutes for some images; of cells that
     thin membranes part."""
 
+    surface: float | None = None
+    """Also give distances between true and found surfaces, HD95, and the share of these within this
+    tolerance, NSD: in the unit of volumes whose scale is known, of anything else in pixels."""
+
     pictures: int = 50
     """Pictures of that many of the worst images: image, mask, prediction, error map."""
 
@@ -75,6 +79,8 @@ class EvalOptions(LabelOptions):
         super().__post_init__()
         if self.threshold is not None and not 0 <= self.threshold < 1:
             raise InputError(f"--threshold {self.threshold} must be in [0, 1)")
+        if self.surface is not None and self.surface < 0:
+            raise InputError(f"--surface {self.surface} must be a tolerance of 0 or more")
         if self.pictures < 0:
             raise InputError(f"--pictures {self.pictures} must be 0 or more")
         if self.split and self.val_names:
@@ -97,6 +103,7 @@ def main(options: EvalOptions) -> None:
     from segmentation.judging.evaluation import Evaluation, evaluate
     from segmentation.judging.labelled import known_cells, labelled_data
     from segmentation.judging.report import write_scores
+    from segmentation.judging.surface import score_surfaces
     from segmentation.predict import Predictor
     from segmentation.segmenter import load_models
 
@@ -151,11 +158,15 @@ def main(options: EvalOptions) -> None:
             f"other {len(judged)}: {changes}",
             file=sys.stderr,
         )
+    surfaces = None if options.surface is None else score_surfaces(found, data, options.surface)
+    if surfaces:
+        facts["surface"] = surfaces.to_dict()
     write_scores(options.out, found, data, pictures=options.pictures, **facts)
     if options.json:
         print((options.out / "scores.json").read_text(encoding="utf-8"), end="")
     else:
-        print("\n".join(found.lines()), f"\n\nscores and pictures: {options.out}")
+        lines = [*found.lines(), *(["", *surfaces.lines()] if surfaces else [])]
+        print("\n".join(lines), f"\n\nscores and pictures: {options.out}")
         unseen = ("--input", "new_images", "--out", "predictions")
         say_next("predict-seg", "--model", *options.model, *unseen)
 

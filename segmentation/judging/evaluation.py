@@ -58,11 +58,19 @@ class ImageScores:
     shape: tuple[int, int]
     packed: bytes  # the predicted classes, deflated: a fiftieth of them
     packed_objects: bytes = b""  # and the objects, where the masks number some
+    packed_regions: bytes = b""  # and where each region is, of a model of regions
 
     @property
     def prediction(self) -> Mask:
         """Predicted class indices (H, W)."""
         return np.frombuffer(zlib.decompress(self.packed), np.uint8).reshape(self.shape)
+
+    @property
+    def regions(self) -> NDArray[np.bool_] | None:
+        """Where (R, H, W) each region was found, None of a model of classes."""
+        if not self.packed_regions:
+            return None
+        return np.frombuffer(zlib.decompress(self.packed_regions), bool).reshape(-1, *self.shape)
 
     @property
     def objects(self) -> NDArray[np.int32] | None:
@@ -175,15 +183,18 @@ class Evaluation:
             one.add(*_as_isbi(probability, mask, self.isbi.cells), name)
             scores |= one.at(self.threshold)
             self.isbi.merge(one)
-        packed = [zlib.compress(found.tobytes(), 1)]
+        packed = {"packed": zlib.compress(found.tobytes(), 1)}
+        if self.regions:
+            inside = self.regions.found(probability, self.threshold)
+            packed["packed_regions"] = zlib.compress(inside.tobytes(), 1)
         if objects is not None:
             for threshold, parted in self._parted(found, probability, depth):
                 here = Overlaps.of(parted, objects)
                 self.at_each[threshold] = here + self.at_each.get(threshold, Overlaps())
                 if threshold == self.threshold:
                     scores |= here.scores()
-                    packed.append(zlib.compress(parted.tobytes(), 1))
-        self.images.append(ImageScores(index, name, scores, mask.shape, *packed))
+                    packed["packed_objects"] = zlib.compress(parted.tobytes(), 1)
+        self.images.append(ImageScores(index, name, scores, mask.shape, **packed))
 
     @property
     def kinds(self) -> list[str]:

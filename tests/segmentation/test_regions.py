@@ -13,6 +13,7 @@ from segmentation.data.classes import IGNORE, ClassTable
 from segmentation.data.pairs import find_pairs
 from segmentation.data.regions import Regions, parse_regions
 from segmentation.judging.evaluation import Evaluation
+from segmentation.judging.surface import surface_scores
 from segmentation.losses import RegionLoss, cross_entropy
 from segmentation.segmenter import load
 from tests.segmentation.test_seg_training import SMALL, run_predict, run_train
@@ -24,6 +25,9 @@ TABLE = ClassTable(values=(0, 1, 2, 3), shares=(0.4, 0.3, 0.2, 0.1))
 GIVEN = ("whole=1,2,3", "core=2,3")
 RING = np.zeros((40, 40), np.uint8)
 RING[6:34, 6:34], RING[12:28, 12:28], RING[17:23, 17:23] = 1, 2, 3
+
+
+RING_5 = np.roll(RING, (5, -5), (0, 1))
 
 
 def tumours(folder: Path) -> Path:
@@ -110,11 +114,13 @@ def test_regions_from_the_command_to_masks_and_scores(tmp_path, capsys):
     for name, expected in (("mask", mask), ("whole", 255 * whole), ("core", 255 * core)):
         assert (read_image(out / f"5_{name}.png")[..., 0] == expected).all()
     argv = ["--model", str(run / "model"), "--out", str(tmp_path / "scores")]
-    assert eval_seg.command(argv) == 0
+    assert eval_seg.command([*argv, "--surface", "2"]) == 0
     scores = json.loads((tmp_path / "scores/scores.json").read_text())
     figures = json.loads((run / "model/config.json").read_text())["info"]["training"]["figures"]
     assert scores["scores"]["dice"] == pytest.approx(figures["dice"], abs=1e-5)
     assert [one["class"] for one in scores["classes"]] == ["whole", "core"]
+    (case,) = scores["surface"]["cases"]  # of the regions, not of what they leave in the map
+    assert case["nsd whole"] == surface_scores(whole, RING_5 > 0, 2, (1, 1))[1]
     assert "Regions" in (run / "model/README.md").read_text()
     for refused in (("--min-size", 5), ("--uncertainty",), ("--labels",)):
         more = ("--model", run / "model", "--input", image, "--out", tmp_path / "no")

@@ -12,6 +12,7 @@ from segmentation.data.pairs import find_pairs
 from segmentation.data.phantom import phantom_stack
 from segmentation.data.slices import with_neighbours
 from segmentation.data.splits import split_pairs
+from segmentation.judging.surface import surface_scores
 from segmentation.segmenter import load
 from segmentation.volumes import find_volumes
 from tests.segmentation.test_seg_training import SMALL, run_predict, run_train
@@ -34,6 +35,7 @@ def nnunet(tmp_path: Path) -> Path:
             (f"labelsTr/case_{i}", np.uint8(mask > 0)),
         ):
             nifti = nibabel.Nifti1Image(array.T, np.diag([0.5, 0.5, 2, 1]))
+            nifti.header.set_xyzt_units("mm")
             nibabel.save(nifti, folder / f"{name}.nii.gz")
     said = {"channel_names": {"0": "EM"}, "labels": {"membrane": 0, "cell": 1}}
     (folder / "dataset.json").write_text(json.dumps(said))
@@ -115,6 +117,14 @@ def test_from_cases_to_masks_and_scores(nnunet, tmp_path, capsys):
     assert "exists already" in capsys.readouterr().err
 
     argv = ["--model", str(run / "model"), "--data", str(nnunet), "--out", str(tmp_path / "s")]
-    assert eval_seg.command(argv) == 0
+    assert eval_seg.command([*argv, "--surface", "1.5"]) == 0
+    # Distances are of the volume, whose slices are 2 mm apart.
+    assert "HD95 (millimeter)" in capsys.readouterr().out
+    found, true = model(IMAGES[3]), np.uint8(MASKS[3] > 0)
+    expected = [surface_scores(found == k, true == k, 1.5, (2, 0.5, 0.5)) for k in (0, 1)]
     scores = json.loads((tmp_path / "s/scores.json").read_text())
     assert {one["name"][:6] for one in scores["per_image"]} == {"case_3"}
+    (case,) = scores["surface"]["cases"]
+    assert case["name"] == "case_3_0000"
+    for kind, both in zip(("membrane", "cell"), expected, strict=True):
+        assert (case[f"hd95 {kind}"], case[f"nsd {kind}"]) == pytest.approx(both, rel=1e-6)
