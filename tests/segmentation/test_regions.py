@@ -12,10 +12,11 @@ import torch
 from segmentation.data.classes import IGNORE, ClassTable
 from segmentation.data.pairs import find_pairs
 from segmentation.data.regions import Regions, parse_regions
+from segmentation.export.graph import exportable
 from segmentation.judging.evaluation import Evaluation
 from segmentation.judging.surface import surface_scores
 from segmentation.losses import RegionLoss, cross_entropy
-from segmentation.segmenter import load
+from segmentation.segmenter import load, load_models
 from tests.segmentation.test_seg_training import SMALL, run_predict, run_train
 from unet import InputError
 from unet.files.images import read_image, write_image
@@ -122,6 +123,13 @@ def test_regions_from_the_command_to_masks_and_scores(tmp_path, capsys):
     (case,) = scores["surface"]["cases"]  # of the regions, not of what they leave in the map
     assert case["nsd whole"] == surface_scores(whole, RING_5 > 0, 2, (1, 1))[1]
     assert "Regions" in (run / "model/README.md").read_text()
+    # Exported, the same probabilities come out of the pixels.
+    export = exportable(load_models([run / "model"], "cpu")[0][0])
+    pixels = torch.from_numpy(read_image(image).astype(np.float32)).permute(2, 0, 1)
+    with torch.no_grad():
+        found = export.module(pixels[None])[0].permute(1, 2, 0).numpy()
+    np.testing.assert_allclose(found, model.probability(image), atol=1e-5)
+    assert json.loads(export.metadata["regions"]) == {"whole": [1, 2, 3], "core": [2, 3]}
     for refused in (("--min-size", 5), ("--uncertainty",), ("--labels",)):
         more = ("--model", run / "model", "--input", image, "--out", tmp_path / "no")
         assert run_predict(*more, *refused) == 2

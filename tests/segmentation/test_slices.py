@@ -13,6 +13,7 @@ from segmentation import volumes
 from segmentation.data.pairs import find_pairs
 from segmentation.data.phantom import phantom_stack
 from segmentation.data.slices import channel_names, near, near_page, with_neighbours
+from segmentation.export.graph import exportable
 from segmentation.options import SegmentationOptions
 from segmentation.output import FilePredictor, find_slices, predict_files
 from segmentation.predict import Predictor
@@ -102,6 +103,8 @@ def test_the_model_remembers_and_every_way_gives_the_same(run, tmp_path, monkeyp
     stack = stacks(tmp_path / "stack") / "x.npy"
     assert (model(stack) == expected).all()
     assert (model(IMAGES[..., None]) == expected).all()
+    named = exportable(load_models([str(run / "model")], "cpu")[0][0]).metadata["channel_names"]
+    assert json.loads(named) == ["slice -1", "slice 0", "slice +1"]
 
     folder = files(tmp_path / "new", masks=False) / "image"
     assert predict_files(predictor(run), folder, tmp_path / "files") == []
