@@ -22,6 +22,8 @@ from unet import InputError
 from unet.files.images import read_image, write_image
 from unet_diffusion import eval_seg
 
+zarr = pytest.importorskip("zarr", reason="pip install 'unet-diffusion[zarr]'")
+
 TABLE = ClassTable(values=(0, 1, 2, 3), shares=(0.4, 0.3, 0.2, 0.1))
 GIVEN = ("whole=1,2,3", "core=2,3")
 RING = np.zeros((40, 40), np.uint8)
@@ -114,6 +116,13 @@ def test_regions_from_the_command_to_masks_and_scores(tmp_path, capsys):
     assert run_predict("--model", run / "model", "--input", image, "--out", out) == 0
     for name, expected in (("mask", mask), ("whole", 255 * whole), ("core", 255 * core)):
         assert (read_image(out / f"5_{name}.png")[..., 0] == expected).all()
+    volume = tmp_path / "v.zarr"
+    zarr.create_array(
+        str(volume), data=np.stack([read_image(image)[..., 0]] * 2), chunks=(1, 40, 40)
+    )
+    assert run_predict("--model", run / "model", "--input", volume, "--out", out) == 0
+    found = zarr.open_array(str(out / "v_core.zarr"), path="0", mode="r")[...]
+    assert (found == 255 * core).all()
     argv = ["--model", str(run / "model"), "--out", str(tmp_path / "scores")]
     assert eval_seg.command([*argv, "--surface", "2"]) == 0
     scores = json.loads((tmp_path / "scores/scores.json").read_text())
