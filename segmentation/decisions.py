@@ -15,8 +15,9 @@ from segmentation.data.dataset import SegmentationData
 from segmentation.data.instances import CELL, smallest_counted
 from segmentation.data.normalisation import Normalisation
 from segmentation.data.samples import image_shape
+from segmentation.data.slices import told_stacks
 from segmentation.data.weights import find_cells
-from segmentation.losses import Loss, make_loss
+from segmentation.losses import Loss, RegionLoss, make_loss
 from segmentation.model import DEPTH, DEPTH_CHANNELS, SegmentationUNet
 from segmentation.options import BestBy, SegmentationOptions
 from unet import PRESETS, UNetConfig
@@ -87,13 +88,25 @@ def decide(
     start = start or own_start(options)
     count = len(data.table.values)
     outputs = DEPTH_CHANNELS if data.instances else 1 if count == 2 else count
+    outputs = len(data.regions.names) if data.regions else outputs
     network, why = chosen_network(options, data.channels, start)
     info: dict[str, Any] = {
         "classes": data.table.to_dict(),
         "normalisation": data.normalisation.to_dict(),
         "threshold": 0.5,
     }
-    names = data.pairs[0].info.names
+    overlapping: list[Decision] = []
+    if data.regions:
+        info["regions"] = [[name, list(values)] for name, values in data.regions.values.items()]
+        why = "a sigmoid each; in a label map the later ones, by their first values"
+        overlapping = [Decision("regions", data.regions.lines(), why)]
+    first = data.pairs[0]
+    neighbours: list[Decision] = []
+    if data.slices > 1:
+        info["slices"] = data.slices
+        value = f"{data.slices} as channels"
+        neighbours = [Decision("slices", value, told_stacks(data.pairs))]
+    names = (first.around or [first])[0].info.names
     info |= {"channel_names": list(names)} if names else {}
     info |= {"reading": said} if (said := options.reading.to_dict()) else {}
     if data.instances:
@@ -122,6 +135,8 @@ def decide(
     loss, balance = chosen_loss(options, data, 1 if data.instances else outputs)
     decisions = (
         Decision("network", f"{parameters / 1e6:.2f} M parameters", why),
+        *neighbours,
+        *overlapping,
         Decision("crops", f"{crop[0]} x {crop[1]}, {fit.batch_size} a step", whole),
         turned,
         normalisation(
@@ -347,8 +362,8 @@ def chosen_judgement(options: SegmentationOptions, data: SegmentationData) -> Ju
         kept,
         Decision("border weight", f"{w0:g}", masks if options.border_weight is None else AS_ASKED),
     ]
-    if missing:
-        names = ", ".join(_class_name(data, k) for k in missing)
+    if gone := absent(data, missing):
+        names = ", ".join(gone)
         why = "no held-out mask has it: it is left out of the mean Dice and IoU"
         decisions.append(Decision("not scored", names, why))
     border = (w0, options.border_sigma) if w0 else None
@@ -372,6 +387,14 @@ def missing_classes(data: SegmentationData) -> list[int]:
             "--fold or --val-names"
         )
     return sorted(missing) if data.val else []
+
+
+def absent(data: SegmentationData, missing: Sequence[int]) -> list[str]:
+    """The names of these classes, or of the regions that have no others."""
+    if not data.regions:
+        return [_class_name(data, k) for k in missing]
+    members = zip(data.regions.names, data.regions.members, strict=True)
+    return [name for name, of in members if set(np.flatnonzero(of).tolist()) <= set(missing)]
 
 
 def chosen_part(data: SegmentationData, fit: FitPlan) -> tuple[tuple[int, ...], list[Decision]]:
@@ -405,14 +428,14 @@ def chosen_loss(
         why = "the inverse of the shares"
         why += f"; no pixel is {' or '.join(empty)}, which gets no weight" if empty else ""
         balance = [Decision("class weights", ", ".join(f"{w:.3g}" for w in weights), why)]
-    loss = make_loss(
+    loss: Loss = make_loss(
         options.loss,
-        outputs,
+        1 if data.regions else outputs,
         class_weights=weights,
         label_smoothing=options.label_smoothing,
         gamma=options.focal_gamma,
     )
-    return loss, balance
+    return RegionLoss(loss, data.regions.members) if data.regions else loss, balance
 
 
 def _synthetic(options: SegmentationOptions, data: SegmentationData) -> list[Decision]:

@@ -23,9 +23,11 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal, Protocol, get_args
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from numpy.typing import NDArray
 from torch import Tensor
 
 from segmentation.data.classes import IGNORE
@@ -199,6 +201,30 @@ class DepthLoss:
         return self.loss(found[:, :1], target, weight) + DEPTH_WEIGHT * _mean(
             error, (~ignored).to(dtype)
         )
+
+
+class RegionLoss:
+    """The mean over regions of a loss of single logits (`segmentation.data.regions`).
+
+    Args:
+        loss: of one logit a pixel.
+        members: (R, K) which classes are in which region.
+    """
+
+    def __init__(self, loss: Loss, members: NDArray[np.bool_]) -> None:
+        self.loss, self.members = loss, torch.from_numpy(members)
+
+    def __call__(self, logits: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+        """Of logits (B, R, H, W), target and weight as of any loss."""
+        ignored, members = target == IGNORE, self.members.to(target.device)
+        known = target.long().masked_fill(ignored, 0)
+        losses = [
+            self.loss(
+                one[:, None], inside[known].to(target.dtype).masked_fill(ignored, IGNORE), weight
+            )
+            for one, inside in zip(logits.unbind(1), members, strict=True)
+        ]
+        return torch.stack(losses).mean()
 
 
 def deeply_supervised(

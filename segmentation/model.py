@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from segmentation.data.classes import ClassTable
 from segmentation.data.normalisation import Normalisation
+from segmentation.data.regions import known_regions
+from segmentation.data.slices import known_slices
 from unet.config import UNetConfig
 from unet.errors import InputError
 from unet.layers import make_activation, make_norm, unpatch
@@ -31,8 +33,9 @@ class SegmentationUNet(FolderModel):
         out_channels: classes, or 1 for a single logit (sigmoid) of two classes.
         info: see `FolderModel`; with a true "deep_supervision" each coarser level of the decoder
             has a head of its own, for training; with "objects": "depth" the channels are a logit of
-            what is an object, and the depth in it (`segmentation.data.depths`); with a true
-            "refined" the logits are refined (see `refine`).
+            what is an object, and the depth in it (`segmentation.data.depths`); with "regions" they
+            are regions, with a sigmoid each (`segmentation.data.regions`); with a true "refined"
+            the logits are refined (see `refine`).
 
     Attributes:
         refine: a convolution of 3 x 3 of each channel's logits, which is added to them. The pixels
@@ -87,6 +90,11 @@ class SegmentationUNet(FolderModel):
             nn.init.zeros_(self.refine.weight)
 
     @property
+    def overlapping(self) -> bool:
+        """Whether it gives regions, with a sigmoid each (`segmentation.data.regions`)."""
+        return "regions" in self.info
+
+    @property
     def depth(self) -> bool:
         """Whether it gives the depth in objects beside their probability."""
         return self.info.get("objects") == DEPTH
@@ -115,7 +123,9 @@ class SegmentationUNet(FolderModel):
         facts = {}
         try:
             images = Normalisation.from_dict(self.info.get("normalisation", {}))
-            kind = channels_said(len(images.mean), self.info.get("channel_names") or ())
+            slices = known_slices(self.info)
+            kind = channels_said(len(images.mean) // slices, self.info.get("channel_names") or ())
+            kind = f"stacks, {slices} neighbouring slices together, {kind}" if slices > 1 else kind
             facts["Images"] = f"{kind}, {images.dtype}, as stored: the model normalises them itself"
             table = ClassTable.from_dict(self.info.get("classes", {}))
             names = table.names or [f"class {i}" for i in range(len(table.values))]
@@ -123,18 +133,28 @@ class SegmentationUNet(FolderModel):
             if "temperature" in self.info:
                 facts["Probabilities"] = f"calibrated, temperature {self.info['temperature']!s:.6}"
             facts["Mask values"] = ", ".join(f"{value} ({name})" for value, name in pairs)
+            if regions := known_regions(self.info, table):
+                facts["Regions"] = (
+                    f"{regions.lines()}; masks show the later one, by its first value"
+                )
         except InputError:  # which loading it will say
             pass
-        model = shlex.quote(where)
+        model, given = shlex.quote(where), '"image.png")  # or an array (H, W) or (H, W, C'
+        if self.info.get("slices", 1) != 1:
+            given = '"stack.tif")  # or an array (N, H, W) or (N, H, W, C'
         return Usage(
             title="U-Net for segmentation",
-            summary="It gives every pixel of an image a class.",
+            summary=(
+                "It finds regions of an image, which may overlap."
+                if self.overlapping
+                else "It gives every pixel of an image a class."
+            ),
             pipeline_tag="image-segmentation",
             tags=("segmentation",),
             python=(
                 "from segmentation import load\n\n"
                 f"model = load({json.dumps(where)})\n"
-                'mask = model("image.png")  # or an array (H, W) or (H, W, C)'
+                f"mask = model({given})"
             ),
             commands=(
                 f"unet-predict-seg --model {model} --input images --out predictions",

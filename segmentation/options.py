@@ -84,9 +84,20 @@ class SegmentationOptions(LabelOptions, FitOptions):
     """A folder of images and masks to hold out, beside --data; a val/ or validation/ beside a
     train/ in --data is found by itself."""
 
+    slices: int = 1
+    """Slices of a stack or volume that are taken together, an odd number such as 3: those next to a
+    slice become further channels, and its labels alone are learnt. At the ends the nearest one is
+    repeated. The files of a folder are a stack where they have one size and are numbered without a
+    gap."""
+
     class_names: tuple[str, ...] = ()
     """Names of the classes, in the order of their mask values; none given: those of a classes.txt
     or dataset.json in --data."""
+
+    regions: tuple[str, ...] = ()
+    """Learn regions that may overlap instead of classes: each by its name and mask values, such as
+    whole=1,2,3 core=2,3, with a sigmoid each. In label maps later ones overwrite earlier ones, by
+    their first values. None given: those of nnU-Net's dataset.json, if it has some."""
 
     instances: bool = False
     """The masks number each cell: learn where cells are, and how deep each pixel lies in its own,
@@ -205,6 +216,21 @@ class SegmentationOptions(LabelOptions, FitOptions):
         if self.synthetic is None and self.synthetic_share != type(self).synthetic_share:
             raise InputError(
                 f"--synthetic-share {self.synthetic_share} is a share of nothing: give --synthetic"
+            )
+        if self.regions and (self.instances or self.balance or self.class_weights):
+            raise InputError(
+                "--regions overlap, so that neither --instances nor weights of classes (--balance, "
+                "--class-weights) have a meaning with them: leave these out"
+            )
+        if self.slices < 1 or self.slices % 2 == 0:
+            raise InputError(
+                f"--slices {self.slices} must be an odd number, such as 3: a slice and as many "
+                "before as behind it"
+            )
+        if self.slices > 1 and self.unlabelled is not None:
+            raise InputError(
+                "--unlabelled learns from single images, and --slices takes several together: "
+                "leave one of them out"
             )
         if self.crop is not None and self.crop < 0:
             raise InputError(f"--crop {self.crop} must be 0 (whole images) or the side in pixels")

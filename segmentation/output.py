@@ -19,13 +19,16 @@ from tqdm import tqdm
 
 from segmentation.data.classes import ClassTable
 from segmentation.data.depths import Depth
+from segmentation.data.layouts import stem_of
+from segmentation.data.regions import file_name
+from segmentation.data.slices import Layers, Place, around_each
 from segmentation.pictures import grey_or_rgb, instance_overlay, overlay, overlay_legend
 from segmentation.predict import Predictor, Probability
 from segmentation.segmenter import RasterSource, Segmenter
 from segmentation.uncertainty import disagreement_map, entropy_map
 from unet.errors import InputError
-from unet.files.images import image_info, list_images, write_image
-from unet.files.pages import AS_STORED, ImageInfo, Reading
+from unet.files.images import Blocks, image_info, list_images, write_image
+from unet.files.pages import AS_STORED, Array, ImageInfo, Reading
 from unet.files.pictures import key
 from unet.files.rasters import open_raster, writing_bands
 from unet.files.volumes import is_volume, volume_name
@@ -39,12 +42,19 @@ PREVIEW = 2048  # pixels a side of the overlay of a larger one, at most
 
 @dataclass(frozen=True, kw_only=True)
 class Slice:
-    """An image to predict: a file, or a page of a stack."""
+    """An image to predict: a file, or a page of a stack; `around` are those that go with it."""
 
     name: str
     path: Path
     info: ImageInfo
     page: int | None = None
+    around: tuple[Slice, ...] = ()
+
+    def open(self, reading: Reading) -> Array | Blocks | Layers:
+        """Its pixels (H, W, C), with those around it as further channels."""
+        if self.around:
+            return Layers([open_raster(s.path, s.page, s.info, reading) for s in self.around])
+        return open_raster(self.path, self.page, self.info, reading)
 
 
 class FilePredictor:
@@ -54,9 +64,10 @@ class FilePredictor:
     NAME_probability.png (of the second of two classes, or of the chosen class of more; 16-bit,
     65535 is 1), NAME_overlay.png, and on request NAME_labels.tif, NAME_entropy.png and, where
     several predictions are averaged, NAME_disagreement.png (16-bit, too; see
-    `segmentation.uncertainty`). The overlay has the image's size and shows instances, numbered,
-    where the model or `labels` makes them, else classes. Of an image with more than AT_ONCE pixels
-    all but the overlay are TIFFs, written in bands, and the overlay is small and shows classes.
+    `segmentation.uncertainty`). Of regions NAME_REGION.png is 255 where each is. The overlay has
+    the image's size and shows instances, numbered, where the model or `labels` makes them, else
+    classes. Of an image with more than AT_ONCE pixels all but the overlay are TIFFs, written in
+    bands, and the overlay is small and shows classes.
 
     Args:
         min_size: connected parts of fewer pixels become the class that surrounds them, and
@@ -85,7 +96,12 @@ class FilePredictor:
         if labels and not self.segmenter.has_labels:
             raise InputError(
                 f"labels number the parts of the second of two classes, but the model knows "
-                f"{len(table.values)}: leave out --labels"
+                f"{len(self.segmenter.classes)}: leave out --labels"
+            )
+        if uncertainty and self.segmenter.of_regions:
+            raise InputError(
+                "--uncertainty is of classes that exclude each other, and this model knows regions "
+                "that overlap: leave it out"
             )
         self.labels, self.parts = labels, labels or bool(min_size)
         self.numbers = labels or self.segmenter.instances
@@ -97,8 +113,18 @@ class FilePredictor:
         """The files that `run` writes."""
         kind = "png" if image.info.height * image.info.width <= AT_ONCE else "tif"
         names = [f"mask.{kind}", f"probability.{kind}", "overlay.png"]
-        names += [f"{name}.{kind}" for name in self.unsure]
+        names += [f"{name}.{kind}" for name in (*self.unsure, *self.regions)]
         return [out / f"{image.name}_{n}" for n in [*names, *["labels.tif"] * self.labels]]
+
+    @property
+    def dtypes(self) -> list[type[np.integer]]:
+        """Of the probability, and of the maps that `parted` gives."""
+        return [np.uint16] * (1 + len(self.unsure)) + [np.uint8] * len(self.regions)
+
+    @property
+    def regions(self) -> list[str]:
+        """What the files of the model's regions are called."""
+        return [file_name(name) for name in self.segmenter.region_names]
 
     def run(self, image: Slice, out: Path) -> None:
         """Predicts one image and writes what was found."""
@@ -109,17 +135,20 @@ class FilePredictor:
 
         A large image is written as it is predicted.
         """
-        source = RasterSource(
-            open_raster(image.path, image.page, image.info, self.reading), image.info.nodata
-        )
+        source = RasterSource(image.open(self.reading), image.info.nodata)
         if math.prod(source.shape) > AT_ONCE:
             self._run_in_bands(source, self.files(image, out))
             return lambda: None
         found, depth = self.segmenter.predict.found(source, entropies=bool(self.unsure))
         return functools.partial(self.write, image, out, source, found, depth)
 
-    def parted(self, found: Probability) -> tuple[Probability, list[NDArray[np.uint16]]]:
-        """Probabilities (K, H, W) of what was predicted, and the maps (H, W) that go with them."""
+    def parted(self, found: Probability) -> tuple[Probability, list[Array]]:
+        """Probabilities (K, H, W) of what was predicted, and the maps (H, W) that go with them: of
+        what is unsure, and of each region 255 where it is.
+        """
+        if known := self.segmenter.of_regions:
+            inside = known.found(found, self.segmenter.threshold)
+            return found, [np.where(one, np.uint8(255), np.uint8(0)) for one in inside]
         if not self.unsure:
             return found, []
         found, entropies = found[:-1], found[-1]
@@ -143,7 +172,7 @@ class FilePredictor:
         table = self.segmenter.table
         write_image(mask, table.decode(decided), palette=table.palette)
         write_image(probability, as_16_bit(found))
-        shown = grey_or_rgb(np.asarray(source.pixels))
+        shown = grey_or_rgb(np.asarray(source.shown))
         if not self.numbers:
             write_image(picture, overlay(shown, decided, table))
             return
@@ -170,8 +199,8 @@ class FilePredictor:
             shape = (h, w, *values.shape[2:])
             masks = stack.enter_context(writing_bands(mask, shape, values.dtype, table.palette))
             probabilities, *unsure = (
-                stack.enter_context(writing_bands(file, (h, w), np.uint16))
-                for file in (probability, *others)
+                stack.enter_context(writing_bands(file, (h, w), dtype))
+                for file, dtype in zip((probability, *others), self.dtypes, strict=True)
             )
             for top, found in segmenter.predict.bands(source, entropies=bool(self.unsure)):
                 band, mapped = self.parted(found)
@@ -182,7 +211,7 @@ class FilePredictor:
                 for writer, values in zip(unsure, mapped, strict=True):
                     writer.write(top, values)
                 small.append(decided[-top % step :: step, ::step])
-        preview = grey_or_rgb(np.asarray(source.pixels[::step, ::step]))
+        preview = grey_or_rgb(np.asarray(source.shown[::step, ::step]))
         write_image(picture, overlay(preview, np.concatenate(small), table))
 
 
@@ -211,7 +240,8 @@ def predict_files(
         InputError: no image, or files in the way, before anything is predicted.
     """
     processes = processes or Processes()
-    slices, failed = find_slices(source, predictor.reading, predictor.segmenter.check)
+    segmenter = predictor.segmenter
+    slices, failed = find_slices(source, predictor.reading, segmenter.check, segmenter.slices)
     count = len(slices) + len(failed)
     made: dict[Path, Path] = {}  # from which image each file comes
     for image in slices:
@@ -274,15 +304,18 @@ def find_slices(
     source: Path,
     reading: Reading = AS_STORED,
     check: Callable[[ImageInfo, str], None] | None = None,
+    together: int = 1,
 ) -> tuple[list[Slice], list[str]]:
     """The images of a file, folder or volume, a stack page by page, and what is wrong with others.
 
     Args:
         reading: what is said of the files beside what they say themselves.
         check: raises InputError for what is none of the images that can be predicted.
+        together: neighbouring slices that the model takes; see `with_neighbours`.
 
     Raises:
-        InputError: no such file or folder, nothing in it, or a single file that is no image.
+        InputError: no such file or folder, nothing in it, or a single file that is no image; single
+            images, where neighbouring slices are taken together.
     """
     alone = is_volume(source) or source.is_file()
     if not (alone or source.exists()):
@@ -308,4 +341,19 @@ def find_slices(
             Slice(name=f"{name}_{page:0{digits}d}", path=path, info=info, page=page)
             for page in range(info.pages)
         ]
-    return slices, failed
+    return _surrounded(slices, together), failed
+
+
+def _surrounded(slices: list[Slice], together: int) -> list[Slice]:
+    """The same slices, with those that are next to each in its stack or folder."""
+    if together == 1:
+        return slices
+    places = [
+        Place(str(s.path)) if s.page is not None else Place(s.path.parent, stem_of(s.path))
+        for s in slices
+    ]
+    around = around_each(places, [s.info for s in slices], together)
+    return [
+        replace(image, around=tuple(slices[i] for i in near))
+        for image, near in zip(slices, around, strict=True)
+    ]

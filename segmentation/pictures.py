@@ -13,6 +13,7 @@ from skimage.segmentation import expand_labels
 
 from segmentation.data.classes import IGNORE, ClassTable, class_names
 from segmentation.data.samples import CropSamples
+from segmentation.data.slices import middle
 from unet.files.pictures import RGB, Colour, Legend, composite, font, panel, shortened
 
 SAMPLES = 16  # in the picture of augmented crops
@@ -197,7 +198,8 @@ def augmented(samples: CropSamples) -> Image.Image:
     rows, count = [], len(samples.data.table.values)
     for start in range(0, SAMPLES, 8):
         crops = [samples[divmod(i, len(samples))] for i in range(start, start + 8)]
-        rows.append([grey_or_rgb(c["image"].permute(1, 2, 0).numpy()) for c in crops])
+        images = [c["image"].permute(1, 2, 0).numpy() for c in crops]
+        rows.append([grey_or_rgb(middle(image, samples.data.slices)) for image in images])
         rows.append([class_colours(c["mask"].numpy(), count) for c in crops])
         if samples.data.instances:
             deep = [(255 * c["depth"][..., None].numpy()).astype(np.uint8) for c in crops]

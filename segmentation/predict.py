@@ -21,6 +21,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from segmentation.data.augment import mirror
 from segmentation.data.depths import Depth
+from segmentation.data.regions import Regions
 from segmentation.model import SegmentationUNet
 from segmentation.uncertainty import entropy
 from unet.device import computing_in, trained_precision
@@ -117,7 +118,7 @@ class Predictor:
         self.models = [folded(model) for model in models]
         self.turns = [trained_symmetries(model) if symmetries else (0,) for model in models]
         self.temperatures = [temperature(model) for model in models]
-        self.depth = models[0].depth
+        self.depth, self.overlapping = models[0].depth, models[0].overlapping
         self.kinds = 1 if self.depth else models[0].out_channels  # probabilities of a pixel
         self.device = next(models[0].parameters()).device
         self.dtype = trained_precision(precision, self.device)
@@ -278,7 +279,7 @@ class Predictor:
 
     def _activated(self, logits: Tensor, warmth: float, entropies: bool) -> Tensor:
         """Logits (B, channels, H, W) as what `_channels` says; the depth is as it is."""
-        found = probabilities(logits[:, : self.kinds] / warmth)
+        found = probabilities(logits[:, : self.kinds] / warmth, apart=self.overlapping)
         parts = [found, *([entropy(found)[:, None]] if entropies else []), logits[:, self.kinds :]]
         return torch.cat(parts, dim=1)
 
@@ -328,13 +329,23 @@ def folded(model: SegmentationUNet) -> SegmentationUNet:
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # stubs lack it
 
 
-def probabilities(logits: Tensor) -> Tensor:
-    """Class probabilities along dim -3: sigmoid of a single logit (of class 1), else softmax."""
-    return logits.sigmoid() if logits.shape[-3] == 1 else logits.softmax(dim=-3)
+def probabilities(logits: Tensor, *, apart: bool = False) -> Tensor:
+    """Class probabilities along dim -3: sigmoid of a single logit (of class 1), else softmax.
+
+    Args:
+        apart: they are of regions that may overlap: a sigmoid each.
+    """
+    return logits.sigmoid() if apart or logits.shape[-3] == 1 else logits.softmax(dim=-3)
 
 
-def classes(probability: NDArray[np.floating], threshold: float = 0.5) -> NDArray[np.uint8]:
-    """Class indices (H, W) of probabilities (K, H, W); a single one is class 1 above threshold."""
+def classes(
+    probability: NDArray[np.floating], threshold: float = 0.5, regions: Regions | None = None
+) -> NDArray[np.uint8]:
+    """Class indices (H, W) of probabilities (K, H, W); a single one is class 1 above threshold; of
+    regions what their label map has.
+    """
+    if regions is not None:
+        return regions.label_map(probability, threshold)
     if probability.shape[0] == 1:
         return (probability[0] > threshold).astype(np.uint8)
     return probability.argmax(axis=0).astype(np.uint8)
@@ -361,7 +372,7 @@ def _turned_back(image: Tensor, turn: int) -> Tensor:
 
 def _shape(model: SegmentationUNet) -> str:
     """What models have in common whose outputs can be averaged, for people."""
-    kind = "depth" if model.depth else "classes"
+    kind = "depth" if model.depth else "regions" if model.overlapping else "classes"
     return f"{model.config.in_channels} channels and {model.out_channels} outputs of {kind}"
 
 

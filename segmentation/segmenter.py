@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -19,6 +19,8 @@ from segmentation.data.classes import IGNORE, ClassTable, Value
 from segmentation.data.depths import Depth, objects_from_depth
 from segmentation.data.instances import INSTANCE_NAMES, instances_from_classes, without_small
 from segmentation.data.normalisation import Normalisation
+from segmentation.data.regions import known_regions
+from segmentation.data.slices import Layers, known_slices, near_page
 from segmentation.export.bioimage import write_package
 from segmentation.export.graph import exportable
 from segmentation.model import SegmentationUNet
@@ -112,6 +114,17 @@ def load_models(
                 f"{folder} knows the classes {tables[-1].values}, but {folders[0]} "
                 f"{tables[0].values}: average models for the same classes"
             )
+        known = [known_slices(m.info) for m in (model, models[0])]
+        regions = [m.info.get("regions") for m in (model, models[0])]
+        if regions[0] != regions[1]:
+            raise InputError(
+                f"{folder} knows other regions than {folders[0]}: average models for the same ones"
+            )
+        if known[0] != known[1]:
+            raise InputError(
+                f"{folder} takes {known[0]} slices together, but {folders[0]} {known[1]}: average "
+                "models for the same images"
+            )
         if dtypes[-1] != dtypes[0]:
             raise InputError(
                 f"{folder} takes images of {dtypes[-1]}, but {folders[0]} of {dtypes[0]}: average "
@@ -150,11 +163,11 @@ class RasterSource:
     """An image as stored, normalised for each model as it is read.
 
     Attributes:
-        pixels: (H, W, C), in memory, or mapped or read from a file.
+        pixels: (H, W, C), in memory, or mapped or read from a file, or several slices of such.
         nodata: the value of pixels where nothing was measured, if its file declares one.
     """
 
-    pixels: Array | Blocks
+    pixels: Array | Blocks | Layers
     nodata: float | None = None
 
     @property
@@ -168,7 +181,12 @@ class RasterSource:
 
     def missing(self, nodata: float | None) -> NDArray[np.bool_]:
         """Where (H, W) nothing was measured; `nodata` is what the training images declared."""
-        return missing(np.asarray(self.pixels), nodata if self.nodata is None else self.nodata)
+        return missing(np.asarray(self.shown), nodata if self.nodata is None else self.nodata)
+
+    @property
+    def shown(self) -> Array | Blocks:
+        """The image (H, W, C) to look at: without the slices next to it."""
+        return self.pixels.middle if isinstance(self.pixels, Layers) else self.pixels
 
 
 class Segmenter:
@@ -182,6 +200,8 @@ class Segmenter:
       array is refused.
     - a path of an image file; the pages of a stack, and the slices of a volume, are a batch.
 
+    A model of several slices takes a batch for the slices of one stack, and no single image.
+
     Pixels have the values and the type of the training images: an image of another type is another
     range of values, and is refused. Types that say nothing of a range are converted: whole numbers
     as int64 to the uint8 or uint16 of the model if all of them fit; float16, float64 and these
@@ -189,8 +209,8 @@ class Segmenter:
 
     Args:
         predict: the models.
-        table: of their classes.
-        threshold: probability above which a pixel is of the second of two classes.
+        table: of the classes of their masks.
+        threshold: probability above which a pixel is of the second of two classes, or of a region.
         min_size: connected parts of fewer pixels become the class that surrounds them, and
             instances of fewer pixels are left out; None: 0, and of instances what the models know.
 
@@ -210,16 +230,27 @@ class Segmenter:
             raise InputError(f"threshold={threshold} must be from 0 to 1")
         if min_size is not None and min_size < 0:
             raise InputError(f"min_size={min_size} must be at least 0")
-        self.predict, self.table = predict, table
-        self.threshold = threshold
+        self.predict, self.threshold = predict, threshold
+        self.of_regions = known_regions(predict.models[0].info, table)
+        self.table = self.of_regions.table if self.of_regions else table
+        if min_size and self.of_regions:
+            raise InputError(
+                f"min_size={min_size} gives specks to the class around them, which overlapping "
+                "regions are not: leave it out"
+            )
         if min_size is None:
             min_size = smallest_object(predict.models) if self.instances else 0
         self.min_size = min_size
 
     @property
     def channels(self) -> int:
-        """Channels of the images."""
-        return self.predict.models[0].config.in_channels
+        """Channels of the images, each slice of a stack for itself."""
+        return self.predict.models[0].config.in_channels // self.slices
+
+    @property
+    def slices(self) -> int:
+        """Slices of a stack that the model takes together; 1: images are predicted one by one."""
+        return known_slices(self.predict.models[0].info)
 
     @property
     def dtype(self) -> str:
@@ -258,7 +289,7 @@ class Segmenter:
 
         Returns:
             (H, W) of the second of two classes; of more classes (H, W, K), in the order of
-            `classes`, which add up to 1. Of a batch (N, H, W[, K]).
+            `classes`, which add up to 1; of regions (H, W, R). Of a batch (N, H, W[, K]).
         """
 
         def find(source: Source) -> Probability:
@@ -268,12 +299,21 @@ class Segmenter:
         return self._each(image, find)
 
     def uncertainty(self, image: Image) -> NDArray[np.float32]:
-        """Entropy of the probabilities, as a share of its largest, log2 K bits of K classes.
+        """Entropy of the probabilities, as a share of its largest, log2 K bits of K classes; of
+        regions it is refused.
 
         Returns:
             (H, W) from 0 (sure) to 1 (all classes as likely); of a batch (N, H, W).
         """
+        self._check_classes()
         return self._each(image, lambda source: entropy_map(self.predict(source)))
+
+    def _check_classes(self) -> None:
+        if self.of_regions:
+            raise InputError(
+                "uncertainty is of classes that exclude each other, and this model knows regions "
+                "that overlap: take their probability"
+            )
 
     def disagreement(self, image: Image) -> NDArray[np.float32]:
         """The part of `uncertainty` that is disagreement of the models, or of the symmetries (tta).
@@ -284,6 +324,7 @@ class Segmenter:
         Raises:
             InputError: there is a single prediction, which agrees with itself.
         """
+        self._check_classes()
         if self.predict.members == 1:
             raise InputError(
                 "a single prediction cannot disagree: load several models, or one with tta=True"
@@ -292,6 +333,27 @@ class Segmenter:
         def find(source: Source) -> NDArray[np.float32]:
             found = self.predict(source, entropies=True)
             return disagreement_map(found[:-1], found[-1])
+
+        return self._each(image, find)
+
+    @property
+    def region_names(self) -> tuple[str, ...]:
+        """The name of each region; empty where the model knows classes."""
+        return self.of_regions.names if self.of_regions else ()
+
+    def regions(self, image: Image) -> NDArray[np.bool_]:
+        """Where each region is: (H, W, R), in the order of `region_names`; of a batch (N, H, W, R).
+
+        Raises:
+            InputError: a model of classes.
+        """
+        known = self.of_regions
+        if known is None:
+            raise InputError("the model knows classes, no regions that overlap: take the mask")
+
+        def find(source: Source) -> Array:
+            found = known.found(self.predict(source), self.threshold)
+            return rearrange(found, "r h w -> h w r")
 
         return self._each(image, find)
 
@@ -311,7 +373,7 @@ class Segmenter:
 
         def find(source: Source) -> Array:
             probability, depth = self.predict.found(source)
-            return self.numbered(self._cleaned(classes(probability, self.threshold), source), depth)
+            return self.numbered(self.decided(probability, source), depth)
 
         return self._each(image, find)
 
@@ -369,12 +431,12 @@ class Segmenter:
         """Whether it is clear which parts `labels` numbers."""
         return self.instances or len(self.classes) == 2
 
-    def decided(self, probability: Probability, source: RasterSource) -> NDArray[np.uint8]:
+    def decided(self, probability: Probability, source: Source) -> NDArray[np.uint8]:
         """Class indices (H, W) of what `predict` gives for an image.
 
         Where the image holds no data they are IGNORE, if the training masks had such a value.
         """
-        return self._cleaned(classes(probability, self.threshold), source)
+        return self._cleaned(classes(probability, self.threshold, self.of_regions), source)
 
     def _cleaned(self, found: NDArray[np.uint8], source: Source) -> NDArray[np.uint8]:
         """Of instances it is whole ones that are too small, once they are numbered."""
@@ -406,7 +468,9 @@ class Segmenter:
 
     def _decided(self, source: Source) -> NDArray[np.uint8]:
         """`decided` of an image whose probabilities are never in memory as a whole."""
-        bands = [classes(band, self.threshold) for _, band in self.predict.bands(source)]
+        bands = [
+            classes(band, self.threshold, self.of_regions) for _, band in self.predict.bands(source)
+        ]
         return self._cleaned(np.concatenate(bands), source)
 
     def _each(self, image: Image, find: Callable[[Source], Array]) -> Array:
@@ -421,18 +485,37 @@ class Segmenter:
         Raises:
             InputError: an image that does not fit.
         """
+        get: Callable[[int], Array | Blocks]
         if isinstance(image, (str, Path)):
-            pages, batched, nodata = self._pages(Path(image))
+            info, get = self._pages(Path(image))
+            batched = info.pages > 1
         else:
-            nodata = None
             pages, batched = _as_batch(_as_array(image), self.channels)
             pages = _converted(pages, self.dtype, self._nodata)
-        return (RasterSource(page, nodata) for page in pages), batched
+            count, h, w, _ = pages.shape
+            info = ImageInfo(
+                height=h, width=w, channels=self.channels, dtype=self.dtype, pages=count
+            )
+            get = pages.__getitem__
+        if self.slices > 1 and not batched:
+            raise InputError(
+                f"the model takes {self.slices} neighbouring slices together, and this is a single "
+                "image: give the stack that it is of"
+            )
+        return (
+            RasterSource(self._with_near(get, i, info), info.nodata) for i in range(info.pages)
+        ), batched
 
-    def _pages(self, path: Path) -> tuple[Iterable[Array | Blocks], bool, float | None]:
-        """The images (H, W, C) of a file, read one by one, whether it is a stack, and its value of
-        no data.
-        """
+    def _with_near(
+        self, get: Callable[[int], Array | Blocks], page: int, info: ImageInfo
+    ) -> Array | Blocks | Layers:
+        """A page, with those next to it where the model takes them together."""
+        if self.slices == 1:
+            return get(page)
+        return Layers([get(i) for i in near_page(page, info, self.slices)])
+
+    def _pages(self, path: Path) -> tuple[ImageInfo, Callable[[int], Array | Blocks]]:
+        """What a file is, and its images (H, W, C), read one by one."""
         if path.is_dir() and not is_volume(path):
             raise InputError(
                 f"{str(path)!r} is a folder: give one of its images, or label all of them with "
@@ -441,9 +524,11 @@ class Segmenter:
         reading = self.reading
         info = image_info(path, reading)
         self.check(info, repr(str(path)))
-        pages = [None] if info.pages == 1 else range(info.pages)
-        found = (open_raster(path, page, info, reading) for page in pages)
-        return found, info.pages > 1, info.nodata
+
+        def get(page: int) -> Array | Blocks:
+            return open_raster(path, None if info.pages == 1 else page, info, reading)
+
+        return info, get
 
     def check(self, info: ImageInfo, where: str) -> None:
         """Refuses an image of other channels or another type than the training images.

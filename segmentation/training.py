@@ -20,7 +20,9 @@ from segmentation.data.download import isbi2012_folder
 from segmentation.data.normalisation import Normalisation
 from segmentation.data.pairs import Pair, alike, find_pairs, kind, pairs_from_arrays
 from segmentation.data.phantom import phantom_stack
+from segmentation.data.regions import parse_regions
 from segmentation.data.samples import CropSamples
+from segmentation.data.slices import with_neighbours
 from segmentation.data.splits import split_pairs
 from segmentation.data.stains import CHANNELS, NAMES, stained_stack
 from segmentation.decisions import SegmentationPlan, decide, own_start
@@ -151,7 +153,7 @@ def _finish(
 
 def load_data(options: SegmentationOptions, start: Start | None = None) -> SegmentationData:
     """The training and held-out images that the options name, scaled as a start wants them."""
-    pairs = find_data(options)
+    pairs = with_neighbours(find_data(options), options.slices)
     train, val = split_pairs(
         pairs,
         options.val,
@@ -169,6 +171,7 @@ def load_data(options: SegmentationOptions, start: Start | None = None) -> Segme
         ignore_value=options.ignore_value,
         instances=options.instances,
         names=options.class_names,
+        regions=parse_regions(options.regions),
         normalisation=known and known.for_images(info.channels, info.dtype),
         left_out=len({pair.source for pair in pairs} - {pair.source for pair in [*train, *val]}),
     )
@@ -274,10 +277,8 @@ def make_model(plan: SegmentationPlan) -> SegmentationUNet:
     torch.manual_seed(plan.fit.seed)
     model = SegmentationUNet(plan.network, plan.outputs, info)
     if plan.start and not goes_on:
-        alike = plan.start.info.get("objects") == model.info.get("objects")
-        found = take_over(
-            model, plan.start, own=() if alike else ("head", "coarse_heads", "refine")
-        )
+        same = all(plan.start.info.get(k) == model.info.get(k) for k in ("objects", "regions"))
+        found = take_over(model, plan.start, own=() if same else ("head", "coarse_heads", "refine"))
         if is_main_process():
             print(f"started with {found}")
     return model
@@ -294,7 +295,7 @@ class SegmentationTask:
         self.held_out = "held out"
         if len(plan.scored) < len(data.val):
             self.held_out = f"held out, {len(plan.scored)} of {len(data.val)} images"
-        self.count, self.deep = len(data.table.values), bool(plan.info.get("deep_supervision"))
+        self.deep = bool(plan.info.get("deep_supervision"))
         self.score = "loss" if self.best_by == "loss" else f"-{self.best_by}"
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -319,6 +320,7 @@ class SegmentationTask:
         part, whole = (
             Evaluation(
                 self.data.table,
+                regions=self.data.regions,
                 thresholds=COARSE if isbi else OBJECTS if objects else (),
                 cells=self.cells if isbi else None,
                 smallest=self.smallest,
@@ -342,23 +344,26 @@ class SegmentationTask:
 
     def pictures(self, model: SegmentationUNet) -> Mapping[str, Image.Image]:
         """Held-out or else training images: image, mask, probability of the last class, errors."""
-        rows, predict = [], Predictor([model])
+        rows, predict, regions = [], Predictor([model]), self.data.regions
+        table = regions.table if regions else self.data.table
+        count = len(table.values)
         for i in (self.data.val or self.data.train)[:PICTURED]:
             image, mask = self.data.load(i)
             probability = predict(TensorSource(torch.tensor(image)))
-            found = classes(probability, model.info["threshold"])
-            grey = grey_or_rgb(self.data.pairs[i].read_image())
+            found = classes(probability, model.info["threshold"], regions)
+            mask = regions.true_map(mask) if regions else mask
+            grey = grey_or_rgb(self.data.pairs[i].read_shown())
             shown = grey_or_rgb((probability[-1] * 255).astype(np.uint8)[..., None])
             rows.append(
                 [
                     grey,
-                    class_colours(mask, self.count),
+                    class_colours(mask, count),
                     shown,
-                    errors(grey, found, mask, self.count),
+                    errors(grey, found, mask, count),
                 ]
             )
-        table = self.data.table
-        titles = ("image", "mask", f"probability of {class_names(table)[-1]}", "errors")
+        last = regions.names[-1] if regions else class_names(table)[-1]
+        titles = ("image", "mask", f"probability of {last}", "errors")
         legend = [*class_legend(table), *error_legend(table)]
         picture = panel(rows, titles=titles, legend=legend)
         return {"held-out" if self.data.val else "training": picture}

@@ -17,13 +17,14 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from segmentation.data.slices import Layers, near, near_page
 from segmentation.output import AT_ONCE, FilePredictor, as_16_bit
 from segmentation.predict import Predictor, Probability
 from segmentation.segmenter import RasterSource
 from unet.errors import InputError, with_extras
-from unet.files.images import Blocks
+from unet.files.images import Blocks, list_images
 from unet.files.pages import ALL, CHANNELS, Array, ImageInfo, Stored, Volume, as_read, naming
-from unet.files.volumes import open_volume, volume_name
+from unet.files.volumes import is_volume, open_volume, volume_name
 from unet.files.writing import write_text
 from unet.training.task import Processes
 from unet.words import counted
@@ -89,6 +90,67 @@ class Progress:
             file.write(b"1")
 
 
+def find_volumes(source: Path) -> list[Path]:
+    """The volume that a path is, or the volumes of a folder that holds no images; or none."""
+    if is_volume(source):
+        return [source]
+    found = list_images(source) if source.is_dir() else []
+    return [path for path in found if is_volume(path)]
+
+
+def predict_volumes(
+    predictor: FilePredictor,
+    volumes: Sequence[Path],
+    out: Path,
+    *,
+    overwrite: bool = False,
+    processes: Processes | None = None,
+) -> list[str]:
+    """Predicts volumes one after the other; see `predict_volume`.
+
+    All that are to be predicted get an empty NAME_progress first, so that an interrupted prediction
+    goes on with those that have one, and leaves the others as they are.
+
+    Returns:
+        What went wrong with the volumes or slices that failed, a sentence each.
+
+    Raises:
+        InputError: two volumes of one name; results in the way.
+    """
+    processes = processes or Processes()
+    names = [volume_name(path) for path in volumes]
+    marks = [out / f"{name}_progress" for name in names]
+    if twins := [path for path, name in zip(volumes, names, strict=True) if names.count(name) > 1]:
+        raise InputError(f"{twins[0]} and {twins[1]} would have results of one name: rename one")
+    made = [(out / f"{name}_mask.zarr").exists() for name in names]
+    begun = [mark.exists() for mark in marks]
+    if any(made) and not any(begun) and not overwrite:
+        file = out / f"{names[made.index(True)]}_mask.zarr"
+        raise InputError(f"{file} exists already: give --overwrite or another --out")
+    todo = [i for i in range(len(volumes)) if begun[i] or not (made[i] and any(begun))]
+    processes.wait()  # lest one finds what another has begun
+    if processes.main and len(volumes) > 1:
+        out.mkdir(parents=True, exist_ok=True)
+        for i in todo:
+            marks[i].touch()
+    processes.wait()
+    failed: list[str] = []
+    for i in todo:
+        if processes.main and len(volumes) > 1:
+            print(f"{volumes[i]}:")
+        try:
+            failed += predict_volume(
+                predictor, volumes[i], out, overwrite=overwrite, processes=processes
+            )
+        except InputError as error:
+            if len(volumes) == 1:
+                raise
+            failed.append(str(error))
+            if processes.main:
+                print(f"error: {error}", file=sys.stderr)
+    return failed
+
+
 def predict_volume(
     predictor: FilePredictor,
     source: Path,
@@ -123,6 +185,11 @@ def predict_volume(
             stored = volume.stored(predictor.reading)
             info = predictor.reading.of(volume.pages(predictor.reading)(0).info)
         predictor.segmenter.check(info, repr(str(source)))
+        if info.pages == 1 and predictor.segmenter.slices > 1:
+            raise InputError(
+                f"the model takes {predictor.segmenter.slices} neighbouring slices together, and "
+                f"{str(source)!r} has a single one"
+            )
         if info.height * info.width > AT_ONCE and predictor.segmenter.min_size:
             raise InputError(
                 f"slices of {info.height} x {info.width} pixels are predicted in bands, which know "
@@ -175,7 +242,7 @@ def _going_on(progress: Progress, results: Sequence[Path], overwrite: bool) -> b
     Raises:
         InputError: others are in the way.
     """
-    if progress.file.exists():
+    if progress.file.exists() and progress.file.stat().st_size:
         other = progress.differs()
         if not other:
             begun = len(progress.left()) < progress.count
@@ -207,7 +274,7 @@ class _Work:
         self.segmenter = predictor.segmenter
         self.source, self.volume, self.stored, self.info = source, volume, stored, info
         self.name = volume_name(source)
-        names = ("mask", "probability", *predictor.unsure)
+        names = ("mask", "probability", *predictor.unsure, *predictor.regions)
         self.results = [out / f"{self.name}_{name}.zarr" for name in names]
         self.dtype = self.segmenter.table.decode(np.zeros((1, 1), np.uint8)).dtype
         self.slices = [i for i, axis in enumerate(stored.axes) if axis not in "YX" + CHANNELS]
@@ -276,7 +343,7 @@ class _Work:
             return None if values is None else tuple(values[i] for i in self.kept)
 
         for i, file in enumerate(self.results):
-            dtype = np.dtype(np.uint16) if i else self.dtype
+            dtype = np.dtype(self.predictor.dtypes[i - 1]) if i else self.dtype
             image = ZarrImage(
                 shape=tuple(stored.shape[i] for i in self.kept),
                 axes="".join(stored.axes[i] for i in self.kept),
@@ -305,9 +372,12 @@ class _Work:
 
     def _run_in_bands(self, slab: Slab) -> None:
         for page in slab.pages:
-            source = RasterSource(
-                Blocks(self.source, page, self.reading, self.info), self.info.nodata
-            )
+            around = [
+                Blocks(self.source, i, self.reading, self.info)
+                for i in near_page(page, self.info, self.segmenter.slices)
+            ]
+            pixels = Layers(around) if len(around) > 1 else around[0]
+            source = RasterSource(pixels, self.info.nodata)
             bands = self.segmenter.predict.bands(source, entropies=self._unsure)
             for top, band in bands:
                 rows = slice(top, top + band.shape[1])
@@ -319,7 +389,7 @@ class _Work:
     def _unsure(self) -> bool:
         return bool(self.predictor.unsure)
 
-    def _found(self, pixels: Array) -> list[Array]:
+    def _found(self, pixels: Array | Layers) -> list[Array]:
         """What is written of a slice (H, W, C)."""
         source = RasterSource(pixels, self.info.nodata)
         return self._blocks(self.segmenter.predict(source, entropies=self._unsure), source)
@@ -330,15 +400,32 @@ class _Work:
         decided = self.segmenter.table.decode(self.segmenter.decided(found, source))
         return [decided, as_16_bit(found), *unsure]
 
-    def _pixels(self, slab: Slab) -> Iterator[Array]:
-        """The slices (H, W, C) of a slab, which is read once."""
-        at = dict(zip(self.slices, slab.at, strict=True))
+    def _pixels(self, slab: Slab) -> Iterator[Array | Layers]:
+        """The slices (H, W, C) of a slab, with those next to them where they are taken together."""
+        together = self.segmenter.slices
+        if together == 1:
+            yield from self._read(slab.at)
+            return
+        along = max(
+            (i for i, axis in enumerate(self.slices) if self.stored.shape[axis] > 1), default=0
+        )
+        span, length = slab.at[along], self.stored.shape[self.slices[along]]
+        wide = slice(max(span.start - together // 2, 0), min(span.stop + together // 2, length))
+        found = list(self._read([*slab.at[:along], wide, *slab.at[along + 1 :]]))
+        count = wide.stop - wide.start
+        for first in range(0, len(found), count):
+            for i in range(span.start - wide.start, span.stop - wide.start):
+                yield Layers([found[first + k] for k in near(i, count, together)])
+
+    def _read(self, places: Sequence[slice]) -> Iterator[Array]:
+        """The slices (H, W, C) at places along the axes of slices, read at once."""
+        at = dict(zip(self.slices, places, strict=True))
         with naming(self.source):
             key = tuple(at.get(i, ALL) for i in range(len(self.stored.axes)))
             block = np.asarray(self.volume.array[key])
         part = replace(self.stored, shape=block.shape, read=lambda _: block)
         chosen = self.reading.chosen(self.volume.pages(self.reading)(0).info)
-        for i in range(len(slab.pages)):
+        for i in range(part.pages):
             with naming(self.source):
                 pixels = part.page(i) if chosen is None else part.page(i)[..., chosen]
                 pixels = as_read(np.ascontiguousarray(pixels), self.info)

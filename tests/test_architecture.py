@@ -192,7 +192,7 @@ def in_circles(found: set[tuple[str, str]]) -> set[str]:
 # diffusion.initial, as the folder of a LoRA run is read by way of the model that it started from.
 @pytest.mark.parametrize(
     ("package", "rooms", "most_arrows"),
-    [("unet", 14, 28), ("diffusion", 18, 59), ("segmentation", 14, 42)],
+    [("unet", 14, 28), ("diffusion", 18, 59), ("segmentation", 14, 43)],
 )
 def test_rooms_import_one_way(package: str, rooms: int, most_arrows: int) -> None:
     found = arrows(package)

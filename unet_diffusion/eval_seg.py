@@ -56,6 +56,10 @@ class EvalOptions(LabelOptions):
     """Also count the warping error of ISBI 2012, which takes minutes for some images; of cells that
     thin membranes part."""
 
+    surface: float | None = None
+    """Also give distances between true and found surfaces, HD95, and the share of these within this
+    tolerance, NSD: in the unit of volumes whose scale is known, of anything else in pixels."""
+
     pictures: int = 50
     """Pictures of that many of the worst images: image, mask, prediction, error map."""
 
@@ -75,6 +79,8 @@ class EvalOptions(LabelOptions):
         super().__post_init__()
         if self.threshold is not None and not 0 <= self.threshold < 1:
             raise InputError(f"--threshold {self.threshold} must be in [0, 1)")
+        if self.surface is not None and self.surface < 0:
+            raise InputError(f"--surface {self.surface} must be a tolerance of 0 or more")
         if self.pictures < 0:
             raise InputError(f"--pictures {self.pictures} must be 0 or more")
         if self.split and self.val_names:
@@ -92,10 +98,12 @@ class EvalOptions(LabelOptions):
 def main(options: EvalOptions) -> None:
     import numpy as np
 
+    from segmentation.data.slices import known_slices
     from segmentation.judging.calibration import calibrate
     from segmentation.judging.evaluation import Evaluation, evaluate
     from segmentation.judging.labelled import known_cells, labelled_data
     from segmentation.judging.report import write_scores
+    from segmentation.judging.surface import score_surfaces
     from segmentation.predict import Predictor
     from segmentation.segmenter import load_models
 
@@ -103,9 +111,11 @@ def main(options: EvalOptions) -> None:
     if taken or options.out.is_file():
         raise InputError(f"--out {options.out} holds files: give --overwrite or another folder")
     models, table, threshold = load_models(options.model, options.device)
-    source, pairs = chosen_pairs(options)
+    source, pairs = chosen_pairs(options, known_slices(models[0].info))
     data = labelled_data(models, pairs, table, source.ignore_value)
-    if options.threshold is not None and len(table.values) != 2:
+    if data.regions and options.calibrate:
+        raise InputError("--calibrate is of classes, and the model knows regions: leave it out")
+    if options.threshold is not None and len(table.values) != 2 and not data.regions:
         raise InputError(
             f"--threshold parts two classes, but the model knows {len(table.values)}, of which the "
             "most probable one is taken: leave it out"
@@ -148,11 +158,15 @@ def main(options: EvalOptions) -> None:
             f"other {len(judged)}: {changes}",
             file=sys.stderr,
         )
+    surfaces = None if options.surface is None else score_surfaces(found, data, options.surface)
+    if surfaces:
+        facts["surface"] = surfaces.to_dict()
     write_scores(options.out, found, data, pictures=options.pictures, **facts)
     if options.json:
         print((options.out / "scores.json").read_text(encoding="utf-8"), end="")
     else:
-        print("\n".join(found.lines()), f"\n\nscores and pictures: {options.out}")
+        lines = [*found.lines(), *(["", *surfaces.lines()] if surfaces else [])]
+        print("\n".join(lines), f"\n\nscores and pictures: {options.out}")
         unseen = ("--input", "new_images", "--out", "predictions")
         say_next("predict-seg", "--model", *options.model, *unseen)
 
@@ -160,24 +174,28 @@ def main(options: EvalOptions) -> None:
 def halves(data: SegmentationData) -> tuple[list[int], list[int]]:
     """The images to fit a temperature on, and those to judge it by: the first half and the others.
 
-    Parts and masks of one image are on one side.
+    Parts and masks of one image are on one side, and the slices of one of several volumes.
 
     Raises:
         InputError: there is a single image.
     """
-    sources = list(dict.fromkeys(data.pairs[i].source for i in data.val))
+    from segmentation.data.splits import unit_of
+
+    unit = unit_of(data.pairs)
+    sources = list(dict.fromkeys(unit(data.pairs[i]) for i in data.val))
     if len(sources) < 2:
         raise InputError(
             "--calibrate fits on some images and judges by others, and here is a single one: give "
             "two or more"
         )
     first = set(sources[: len(sources) // 2])
-    fitted = [i for i in data.val if data.pairs[i].source in first]
-    return fitted, [i for i in data.val if data.pairs[i].source not in first]
+    fitted = [i for i in data.val if unit(data.pairs[i]) in first]
+    return fitted, [i for i in data.val if unit(data.pairs[i]) not in first]
 
 
-def chosen_pairs(options: EvalOptions) -> tuple[SegmentationOptions, list[Pair]]:
-    """Where the data are from, and the images to score."""
+def chosen_pairs(options: EvalOptions, slices: int) -> tuple[SegmentationOptions, list[Pair]]:
+    """Where the data are from, and the images to score, of so many slices together."""
+    from segmentation.data.slices import with_neighbours
     from segmentation.data.splits import split_pairs
     from segmentation.judging.labelled import held_out
     from segmentation.training import find_data
@@ -194,7 +212,7 @@ def chosen_pairs(options: EvalOptions) -> tuple[SegmentationOptions, list[Pair]]
         source = runs[0]
     else:
         raise InputError(f"{options.model[0]} is in no run folder: name labelled images by --data")
-    chosen = pairs = find_data(source)
+    chosen = pairs = with_neighbours(find_data(source), slices)
     place = Path(source.images or source.data).resolve()
     own = [run for run in runs if Path(run.images or run.data).resolve() == place]
     if options.val_names:

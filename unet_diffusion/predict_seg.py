@@ -21,7 +21,8 @@ class PredictOptions(ReadingOptions):
 
     input: Path
     """An image, or a folder of images. Stacks are predicted slice by slice. Or a volume: x.zarr,
-    x.zarr/path/in/it, x.h5:/path, x.nii.gz or a folder of a DICOM series."""
+    x.zarr/path/in/it, x.h5:/path, x.nii.gz or a folder of a DICOM series; or a folder of
+    volumes."""
 
     out: Path
     """Folder for NAME_mask.png, NAME_probability.png, NAME_overlay.png, and legend.png; of a volume
@@ -98,8 +99,7 @@ def main(options: PredictOptions) -> int:
     from segmentation.output import FilePredictor, predict_files
     from segmentation.predict import Predictor
     from segmentation.segmenter import load_models
-    from segmentation.volumes import predict_volume
-    from unet.files.volumes import is_volume
+    from segmentation.volumes import find_volumes, predict_volumes
     from unet.memory import PREDICTED, keep_freed_memory
     from unet.training.task import Processes
     from unet.weights.folder import read_config
@@ -131,13 +131,15 @@ def main(options: PredictOptions) -> int:
         uncertainty=options.uncertainty,
         reading=options.reading,
     )
-    volume = is_volume(options.input)
-    failed = (predict_volume if volume else predict_files)(
-        predictor, options.input, options.out, overwrite=options.overwrite, processes=processes
-    )
+    volumes = find_volumes(options.input)
+    how: dict[str, Any] = {"overwrite": options.overwrite, "processes": processes}
+    if volumes:
+        failed = predict_volumes(predictor, volumes, options.out, **how)
+    else:
+        failed = predict_files(predictor, options.input, options.out, **how)
     if failed:
         return 1
-    if processes.main and not volume:
+    if processes.main and not volumes:
         print(f"masks: {options.out / '*_mask.png'}, probabilities and overlays beside them")
     labelled = ("--data", "labelled_images", "--out", "scores")
     say_next("eval-seg", "--model", *options.model, *labelled)

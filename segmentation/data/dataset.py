@@ -32,6 +32,8 @@ from segmentation.data.masks import VOID, Survey, are_instances, is_void
 from segmentation.data.normalisation import Normalisation
 from segmentation.data.pairs import Pair, kind
 from segmentation.data.polygons import Drawing
+from segmentation.data.regions import Regions
+from segmentation.data.slices import middle
 from unet.errors import InputError
 from unet.files.pages import Array, missing
 from unet.words import counted
@@ -56,10 +58,12 @@ class SegmentationData:
             clearly do say so by themselves, and so does a table with a border class, where two
             cells touch, of a model that parts them by it.
         names: of the classes, in the order of their values, or of some values.
+        regions: unions of classes to find instead, which may overlap; None: those that a file says.
         left_out: images that were found and have no label, to be told.
         cache_bytes: loaded pairs are kept in memory up to this size, in each process.
 
     Attributes:
+        slices: of a stack that an image has as its channels, each with channels of its own.
         notes: what was found out and decided about the masks and images, a sentence each.
     """
 
@@ -74,12 +78,14 @@ class SegmentationData:
         normalisation: Normalisation | None = None,
         instances: bool = False,
         names: Sequence[str] = (),
+        regions: Mapping[str, Sequence[int]] | None = None,
         left_out: int = 0,
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
         self.pairs = [*train, *val]
         self.train, self.val = range(len(train)), range(len(train), len(self.pairs))
         self.channels, self.dtype = self.pairs[0].info.channels, self.pairs[0].info.dtype
+        self.slices = max(1, len(self.pairs[0].around))
         self.notes: list[str] = []
         self.bordered = table is not None and table.names == INSTANCE_NAMES
         self.instances = instances or self.bordered
@@ -98,6 +104,11 @@ class SegmentationData:
             ignore_value, table = VOID, table.ignoring(VOID)
         self.ignore_value = ignore_value
         self.table = table or self._find_table(names)
+        self.regions: Regions | None = None
+        if values := regions or self.pairs[0].regions:
+            if self.instances:
+                raise InputError("regions are of classes, and the masks number objects")
+            self.regions = Regions(values, self.table)
         self.normalisation = normalisation or self._find_normalisation()
         self._cache: dict[int, tuple[NDArray[np.float32], NDArray[np.uint8]]] = {}
         self._objects: dict[int, NDArray[np.int32]] = {}
@@ -166,7 +177,7 @@ class SegmentationData:
         """Class indices (H, W), ignored where the image holds no data."""
         mask = self._read_mask(pair)
         nodata = pair.info.nodata if pair.info.nodata is not None else self._nodata
-        unknown = missing(image, nodata)
+        unknown = missing(middle(image, self.slices), nodata)
         if not unknown.any():
             return self.table.encode(mask, pair.where)
         mask = np.where(
@@ -234,7 +245,7 @@ class SegmentationData:
         mask = pair.read_mask()
         if pair.info.nodata is None:
             return mask
-        known = ~missing(pair.read_image(), pair.info.nodata)
+        known = ~missing(pair.read_shown(), pair.info.nodata)
         return mask if known.all() else mask[known][:, None]
 
     def _unmeasured(self, survey: Survey) -> Value | None:
@@ -243,7 +254,7 @@ class SegmentationData:
         for pair in self.pairs:
             if pair.info.nodata is not None:
                 mask = pair.read_mask()
-                codes = value_codes(mask[missing(pair.read_image(), pair.info.nodata)][:, None])
+                codes = value_codes(mask[missing(pair.read_shown(), pair.info.nodata)][:, None])
                 found |= set(code_values(np.unique(codes), mask.ndim == 3)) - set(survey.pixels)
         if len(found) != 1:
             return None
@@ -340,7 +351,7 @@ class SegmentationData:
             return None
         found: set[float] = set()
         for pair, counts in zip(pairs, self._counted(pairs), strict=True):
-            image = pair.read_image()
+            image = pair.read_shown()
             if counts.all() or not counts.any():
                 continue
             ignored, known = image[~counts], image[counts]
@@ -374,10 +385,13 @@ class SegmentationData:
         lines += self.notes
         if self.left_out:
             lines.append(f"{counted(self.left_out, 'image')} without any label left out")
+        one = len({pair.stack for pair in self.pairs}) == 1
         for part, indices in (("training", self.train), ("validation", self.val)):
             if indices:
                 shown = f" ({some(self.pairs[i].name for i in indices)})" if names else ""
-                lines.append(f"{part}: {counted(len(indices), 'image')}{shown}")
+                stacks = {self.pairs[i].stack for i in indices}
+                of = "" if one else f" of {counted(len(stacks), 'volume')}"
+                lines.append(f"{part}: {counted(len(indices), 'image')}{of}{shown}")
         if self.synthetic:
             lines.append(f"training beside them: {counted(len(self.synthetic), 'synthetic image')}")
         if self.train and not self.val:

@@ -27,7 +27,7 @@ from unet.errors import InputError
 from unet.files.images import list_images, natural_key
 from unet.files.pages import SUFFIXES
 from unet.files.shards import find_shards, key_of, read_shards
-from unet.files.volumes import is_volume, volume_name
+from unet.files.volumes import is_volume, is_volume_file, volume_name
 from unet.files.writing import read_json
 from unet.words import counted
 
@@ -72,6 +72,7 @@ class Layout:
         classes: the name of each mask value, where a file says them.
         ignore_value: the mask value without a label, where a file says it.
         channels: the names of the channels, where a file says them.
+        regions: the mask values of each region, where a file says them.
     """
 
     matches: Sequence[Match]
@@ -79,6 +80,7 @@ class Layout:
     classes: Mapping[int, str] = field(default_factory=dict)
     ignore_value: int | None = None
     channels: tuple[str, ...] = ()
+    regions: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 def stem_of(file: Path) -> str:
@@ -121,7 +123,9 @@ def _in_folder(data: Path) -> Layout:
     stacks = data / _STACKS[0], data / _STACKS[1]
     if all(os.path.isfile(stack) for stack in stacks):
         return Layout(matches=[_pair(*stacks)])
-    folders = sorted(path for path in data.glob("*") if path.is_dir() and path.name[0] != ".")
+    folders = sorted(
+        p for p in data.glob("*") if p.is_dir() and p.name[0] != "." and not is_volume_file(p)
+    )
     if (data / "imagesTr").is_dir() and (data / "labelsTr").is_dir():
         return _nnunet(data)
     images = [folder for folder in folders if folder.name.lower() in IMAGE_FOLDERS]
@@ -154,6 +158,7 @@ def _in_folder(data: Path) -> Layout:
     files = [p for p in data.glob("*") if p.suffix.lower() in SUFFIXES and p.name[0] != "."]
     if len(masks) == 1 and len(files) == 1 and not images:  # a stack beside a folder
         return Layout(matches=_across(files[0], masks[0]))
+    files += [p for p in data.glob("*") if is_volume_file(p)]
     if images or masks or (folders and not files):
         raise InputError(
             f"{str(data)!r}: needs one folder of images ({', '.join(IMAGE_FOLDERS[:4])} ...) and "
@@ -216,7 +221,9 @@ def _listed_parts(data: Path, matches: list[Match]) -> list[Match]:
 
 
 def _nnunet(data: Path) -> Layout:
-    """imagesTr/case_0000.png, one file a channel, labelsTr/case.png, and dataset.json."""
+    """imagesTr/case_0000.png, one file a channel, labelsTr/case.png, and dataset.json; images of
+    any kind, .nii.gz among them.
+    """
     labels = {stem_of(mask): mask for mask in list_images(data / "labelsTr")}
     cases: dict[str, dict[int, Path]] = defaultdict(dict)
     for image in list_images(data / "imagesTr"):
@@ -245,7 +252,10 @@ def _nnunet(data: Path) -> Layout:
         return Layout(matches=matches)
     said = read_json(file)
     named, classes = said.get("channel_names", said.get("modality")), said.get("labels")
+    regions: dict[str, tuple[int, ...]] = {}
     try:
+        if isinstance(classes, dict) and any(isinstance(v, list) for v in classes.values()):
+            regions, classes = _nnunet_regions(classes, said["regions_class_order"]), None
         names = tuple(str(named[str(i)]) for i in range(len(named))) if named else ()
         if classes and all(str(key).isdecimal() for key in classes):  # the first version's order
             classes = {name: int(value) for value, name in classes.items()}
@@ -255,13 +265,28 @@ def _nnunet(data: Path) -> Layout:
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise InputError(
             f"{str(file)!r} must give channel_names such as {{'0': 'T1'}} and labels such as "
-            "{'background': 0, 'nucleus': 1}"
+            "{'background': 0, 'nucleus': 1}, and a regions_class_order where labels are lists"
         ) from error
     if names and len(names) != most:
         raise InputError(f"{str(file)!r} names {len(names)} channels, but the images have {most}")
     ignored = next((value for value, name in values.items() if name.lower() == "ignore"), None)
     values = {value: name for value, name in values.items() if value != ignored}
-    return Layout(matches=matches, classes=values, ignore_value=ignored, channels=names)
+    return Layout(
+        matches=matches, classes=values, ignore_value=ignored, channels=names, regions=regions
+    )
+
+
+def _nnunet_regions(
+    labels: Mapping[str, object], order: Sequence[int]
+) -> dict[str, tuple[int, ...]]:
+    """nnU-Net's regions, each with the value first that it has in a label map."""
+    values = {
+        name: tuple(map(int, value if isinstance(value, list) else [value]))
+        for name, value in labels.items()
+        if name != "background"
+    }
+    pairs = zip(values.items(), map(int, order), strict=True)
+    return {name: (first, *(v for v in of if v != first)) for (name, of), first in pairs}
 
 
 def _folders_of_objects(folders: Sequence[Path]) -> list[Match]:
@@ -402,6 +427,8 @@ def _labelme(images: Path, jsons: Path) -> list[Match]:
 
 
 def _has_images(folder: Path) -> bool:
+    if any(is_volume_file(file) for file in folder.glob("*")):
+        return True
     return any(file.suffix.lower() in SUFFIXES for file in folder.rglob("*"))
 
 
@@ -474,7 +501,8 @@ def _annotated(images: Sequence[Path], masks: Sequence[Path], masked: Path) -> l
 def _tree(folder: Path) -> list[Path]:
     """Image files of a folder, or if it has none itself, of the folders below it."""
     inside = [p for p in folder.glob("*") if p.suffix.lower() in SUFFIXES and p.is_file()]
-    if inside or not folder.is_dir():
+    volumes = (is_volume_file(path) for path in folder.glob("*"))
+    if inside or not folder.is_dir() or any(volumes):
         return list_images(folder)
     below = sorted(
         (p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()),

@@ -30,6 +30,8 @@ class Pair:
         mask: several files are the objects of a numbered mask; a drawing is drawn when it is read.
         info: of the image.
         page: 0-based slice of the stacks.
+        stack: the stack or volume that it is a slice of.
+        around: the slices that are the image's channels in turn, of which it is the middle one.
         window: rows and columns of a part of the image.
         part: "train" or "val" where the folder says it.
         reading: what is said of the image's file beside what it says itself.
@@ -39,6 +41,7 @@ class Pair:
         nodata: the mask's value of pixels without a label, where its file declares one.
         instances: the mask numbers objects, and so does a drawing then.
         classes: names of mask values, where a file says them.
+        regions: mask values of each region, where a file says them.
     """
 
     name: str
@@ -46,6 +49,8 @@ class Pair:
     mask: Path | Array | tuple[Path, ...] | Drawing
     info: ImageInfo
     page: int | None = None
+    stack: str = ""
+    around: tuple[Pair, ...] = ()
     window: tuple[slice, slice] | None = None
     part: str = ""
     reading: Reading = AS_STORED
@@ -55,16 +60,23 @@ class Pair:
     nodata: int | None = None
     instances: bool = False
     classes: Mapping[int, str] = field(default_factory=dict)
+    regions: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def read_image(self) -> Array:
         """(H, W, C), as `unet.files.images.read_image`."""
-        if isinstance(self.image, Path):
+        if self.around:
+            image = np.concatenate([slice_.read_image() for slice_ in self.around], axis=2)
+        elif isinstance(self.image, Path):
             image = read_image(self.image, self.page, self.reading)
         elif isinstance(self.image, tuple):
             image = np.concatenate([read_image(file, self.page) for file in self.image], axis=2)
         else:
             image = self.image if self.image.ndim == 3 else self.image[:, :, None]
         return image if self.window is None else image[self.window]
+
+    def read_shown(self) -> Array:
+        """(H, W, C) to look at: the image without its neighbours."""
+        return replace(self, around=()).read_image()
 
     def read_mask(self) -> Array:
         """(H, W) or (H, W, 3), as `unet.files.images.read_mask`."""
@@ -198,6 +210,7 @@ def find_pairs(
             nodata=int(nodata) if nodata is not None and nodata == nodata // 1 else None,
             instances=layout.instances,
             classes=layout.classes,
+            regions=layout.regions,
         )
         if layout.ignore_value is not None:
             common = replace(common, nodata=layout.ignore_value)
@@ -206,7 +219,8 @@ def find_pairs(
             if info.pages == 1:
                 pairs.append(common)
             else:
-                pairs.append(replace(common, name=f"{match.name}_{page:0{digits}d}", page=page))
+                name, stack = f"{match.name}_{page:0{digits}d}", str(match.image[0])
+                pairs.append(replace(common, name=name, page=page, stack=stack))
     pairs = alike(pairs)
     name, times = Counter(pair.name for pair in pairs).most_common(1)[0]
     if times > 1:
@@ -272,7 +286,7 @@ def _image_info(files: Sequence[Path], reading: Reading, names: tuple[str, ...])
             infos[0].width,
             infos[0].dtype,
             1,
-            1,
+            infos[0].pages,
         ):
             raise InputError(
                 f"{str(file)!r} is {kind(info)} {_size(info)}, but {str(files[0])!r} "
@@ -309,6 +323,7 @@ def _stack(match: Match, reading: Reading, cleaning: MaskCleaning) -> list[Pair]
                 image=image,
                 mask=mask,
                 info=replace(stack if one_image else alone, pages=1),
+                stack=str(match.image[0] if one_image else match.mask[0]),
                 reading=reading,
                 cleaning=cleaning,
                 palette=alone.palette if one_image else stack.palette,

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from segmentation.data.classes import Value
+from segmentation.data.layouts import stem_of
 from segmentation.data.pairs import Pair
 from unet.errors import InputError
 from unet.words import counted
@@ -29,10 +31,10 @@ def split_pairs(
     """Training and validation pairs, by name, by fold, or else the last `val` of them.
 
     By default validation is one contiguous block, since neighbouring slices of a stack look alike.
-    Masks of one image by several annotators are on one side. Images that have no label at all are
-    left out. A single image with labels is cut into strips of
-    as many labelled pixels, which are images of their own: nothing that is trained on shows a pixel
-    that is held out.
+    Masks of one image by several annotators are on one side, and so are the slices of a volume
+    where there are several volumes, which then are what is counted. Images that have no label at
+    all are left out. A single image with labels is cut into strips of as many labelled pixels,
+    which are images of their own: nothing that is trained on shows a pixel that is held out.
 
     Where folders say which images are held out (`Pair.part`), these are, unless names or a fold are
     given.
@@ -41,21 +43,23 @@ def split_pairs(
         val: share for validation, from 0 (nothing is held out) and below 1; else at least one pair
             is on each side.
         fold: "k/n": the k-th of n contiguous blocks, from 1.
-        val_names: names, 0-based positions, or ranges "24-29" of either; a name goes first.
+        val_names: names, 0-based positions, or ranges "24-29" of either, or names of volumes; a
+            name goes first.
         ignore_value: mask value of pixels without a label.
 
     Raises:
         InputError: no pair with a label, a bad share, fold or name, or nothing left to train on.
     """
-    names = [pair.name for pair in pairs]
     if val_names is not None and fold is not None:
         raise InputError("give a fold or validation images, not both")
     if not 0 <= val < 1:
         raise InputError(f"validation share {val}: give a number from 0 to below 1")
-    held_out = {names[i] for entry in val_names or () for i in _positions(entry, names)}
+    held_out = {name for entry in val_names or () for name in _named(entry, pairs)}
     if ignore_value is not None:
         pairs = [pair for pair in pairs if _labels(pair, ignore_value).any()]
-    sources = list(dict.fromkeys(pair.source for pair in pairs))
+    # Slices that are named are held out by themselves.
+    unit = unit_of(pairs) if val_names is None else lambda pair: pair.source
+    sources = list(dict.fromkeys(map(unit, pairs)))
     count = len(sources)
     if not count:
         raise InputError("no image has a label: every pixel of the masks is ignored")
@@ -67,7 +71,7 @@ def split_pairs(
                 "some on each side"
             )
     elif fold is None and any(pair.part == "val" for pair in pairs):
-        chosen = _of(sources, {pair.source for pair in pairs if pair.part == "val"})
+        chosen = _of(sources, {unit(pair) for pair in pairs if pair.part == "val"})
         if len(chosen) == count:
             raise InputError("no image is left to train on: all of them are held out")
     elif fold is not None:
@@ -88,8 +92,24 @@ def split_pairs(
     else:
         chosen = set(range(count - min(max(round(val * count), 1), count - 1), count))
     unseen = {sources[i] for i in chosen}
-    train = [pair for pair in pairs if pair.source not in unseen]
-    return train, [pair for pair in pairs if pair.source in unseen]
+    train = [pair for pair in pairs if unit(pair) not in unseen]
+    return train, [pair for pair in pairs if unit(pair) in unseen]
+
+
+def unit_of(pairs: Sequence[Pair]) -> Callable[[Pair], object]:
+    """What of a pair is on one side of a split: where there are several volumes its volume, whose
+    slices look alike, else its image.
+    """
+    if len({pair.stack for pair in pairs if pair.stack}) > 1:
+        return lambda pair: pair.stack or pair.source
+    return lambda pair: pair.source
+
+
+def _named(entry: str, pairs: Sequence[Pair]) -> list[str]:
+    """The names of the pairs that an entry of `val_names` means."""
+    names = [pair.name for pair in pairs]
+    slices = [p.name for p in pairs if p.stack and stem_of(Path(p.stack)) == entry]
+    return slices if slices and entry not in names else [names[i] for i in _positions(entry, names)]
 
 
 def _of(sources: Sequence[object], wanted: set[Any]) -> set[int]:

@@ -20,7 +20,9 @@ from PIL import Image
 
 from segmentation.data.classes import ClassTable
 from segmentation.data.normalisation import Normalisation
-from segmentation.export.graph import exportable, metadata
+from segmentation.data.regions import known_regions
+from segmentation.data.slices import known_slices, middle
+from segmentation.export.graph import channels_of, exportable, metadata
 from segmentation.model import SegmentationUNet
 from segmentation.pictures import class_colours, grey_or_rgb
 from segmentation.predict import classes
@@ -78,7 +80,10 @@ def write_package(
         np.save(folder / "input.npy", tensor)
         np.save(folder / "probabilities.npy", found)
         table = ClassTable.from_dict(model.info["classes"])
-        _cover(pixels, classes(found[0]), len(table.values)).save(folder / "cover.png")
+        shown = middle(pixels, known_slices(model.info))
+        regions = known_regions(model.info, table)
+        count = len(regions.table.values if regions else table.values)
+        _cover(shown, classes(found[0], regions=regions), count).save(folder / "cover.png")
         (folder / "documentation.md").write_text(_documentation(model, name), encoding="utf-8")
         description = _described(folder, model, halo, least, name, authors, licence)
         text = yaml.safe_dump(description, sort_keys=False, allow_unicode=True)
@@ -110,8 +115,15 @@ def _described(
 
     saved = Normalisation.from_dict(model.info["normalisation"])
     table = ClassTable.from_dict(model.info["classes"])
-    names = table.names or [f"class_{value}" for value in map(_flat, table.values)]
-    channels = model.info.get("channel_names") or [f"channel{i}" for i in range(len(saved.mean))]
+    regions = known_regions(model.info, table)
+    kind = "region" if regions else "class"
+    what = f"one of {len(table.values)} classes" if regions is None else "its regions"
+    names = (
+        regions.names
+        if regions
+        else table.names or [f"class_{value}" for value in map(_flat, table.values)]
+    )
+    channels = channels_of(model) or [f"channel{i}" for i in range(len(saved.mean))]
     axes = ("y", "x")
     length = {"min": least, "step": 1}
     same = [{"tensor_id": "image", "axis_id": axis} for axis in axes]
@@ -119,7 +131,7 @@ def _described(
         "format_version": FORMAT,
         "type": "model",
         "name": name,
-        "description": f"A U-Net that gives every pixel one of {len(table.values)} classes",
+        "description": f"A U-Net that gives every pixel {what}",
         "authors": [{"name": author} for author in authors],
         **({} if licence is None else {"license": licence}),
         "documentation": "documentation.md",
@@ -142,7 +154,7 @@ def _described(
         "outputs": [
             {
                 "id": "probabilities",
-                "description": f"one channel a class: {metadata(model)['decision']}",
+                "description": f"one channel a {kind}: {metadata(model)['decision']}",
                 "axes": [
                     {"type": "batch"},
                     {"type": "channel", "channel_names": _identifiers(names)},

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from segmentation.data.classes import ClassTable
 from segmentation.data.normalisation import Normalisation
+from segmentation.data.regions import known_regions
+from segmentation.data.slices import channel_names, known_slices
 from segmentation.model import SegmentationUNet
 from segmentation.predict import folded, probabilities
 from unet.config import UNetConfig
@@ -37,16 +39,18 @@ class PixelsToProbabilities(nn.Module):
         self.register_buffer("std", torch.tensor(saved.std)[:, None, None])
         self.stride = model.config.stride
         self.kinds = 1 if model.depth else model.out_channels  # the depth of objects stays here
+        self.overlapping = model.overlapping
         self.least, self.margin = _margins(model.config)
 
     def forward(self, image: Tensor) -> Tensor:
         """Pixels (N, C, H, W) as stored, in float32, to probabilities (N, K, H, W), which add up
-        to 1.
+        to 1 unless they are of regions that overlap.
         """
         h, w = image.shape[-2:]
         x = self.normalised(image)
         x = x[:, :, self._mirrored(h)[:, None], self._mirrored(w)[None]]
-        found = probabilities(self.network(x)[:, : self.kinds])[..., :h, :w]
+        logits = self.network(x)[:, : self.kinds]
+        found = probabilities(logits, apart=self.overlapping)[..., :h, :w]
         return torch.cat([1 - found, found], dim=1) if found.shape[1] == 1 else found
 
     def normalised(self, image: Tensor) -> Tensor:
@@ -95,9 +99,17 @@ def exportable(model: SegmentationUNet) -> Exportable:
     )
 
 
+def channels_of(model: SegmentationUNet) -> list[str]:
+    """What the channels of the input are, where it is known; slices of a stack by their place."""
+    slices = known_slices(model.info)
+    names = model.info.get("channel_names") or []
+    return list(channel_names(names, model.config.in_channels // slices, slices))
+
+
 def metadata(model: SegmentationUNet) -> dict[str, str]:
     """What using the file needs, as texts; lists are JSON."""
     table = ClassTable.from_dict(model.info["classes"])
+    regions = known_regions(model.info, table)
     saved = Normalisation.from_dict(model.info["normalisation"])
     training = model.info.get("training")
     run = training.get("run", []) if isinstance(training, dict) else []
@@ -111,16 +123,23 @@ def metadata(model: SegmentationUNet) -> dict[str, str]:
             f"the values of {saved.dtype} files as stored"
         ),
         "output": (
-            f"probabilities: float32 (batch, {len(table.values)}, height, width), one channel a "
-            "class, which add up to 1"
+            f"probabilities: float32 (batch, {model.out_channels}, height, width), one channel a "
+            f"region ({', '.join(regions.names)}), which may overlap"
+            if regions
+            else f"probabilities: float32 (batch, {len(table.values)}, height, width), one channel "
+            "a class, which add up to 1"
         ),
         "dtype": saved.dtype,
         "classes": json.dumps(table.values),
         "names": json.dumps(table.names),
-        "channel_names": json.dumps(list(model.info.get("channel_names") or [])),
+        "channel_names": json.dumps(channels_of(model)),
+        **({"regions": json.dumps(regions.values)} if regions else {}),
         "threshold": repr(float(model.info["threshold"])),
         "decision": (
-            "the second class where its probability is above the threshold"
+            "each region where its probability is above the threshold; a label map has the first "
+            "value of the last one that is there"
+            if regions
+            else "the second class where its probability is above the threshold"
             if len(table.values) == 2
             else "the class of the largest probability"
         ),

@@ -23,10 +23,11 @@ from segmentation.data.classes import IGNORE, ClassTable, class_names
 from segmentation.data.dataset import SegmentationData
 from segmentation.data.depths import Depth, grown, markers
 from segmentation.data.instances import instances_from_classes, without_small
+from segmentation.data.regions import Regions
 from segmentation.judging.calibration import Calibration, fingerprint, fitted_on, full
 from segmentation.judging.instances import Numbers, Overlaps
 from segmentation.judging.isbi import THRESHOLDS, IsbiMetrics
-from segmentation.judging.metrics import ConfusionMatrix
+from segmentation.judging.metrics import ConfusionMatrix, mean_known
 from segmentation.predict import Predictor, Probability, classes
 from segmentation.segmenter import RasterSource, smallest_object
 from unet.errors import InputError
@@ -57,11 +58,19 @@ class ImageScores:
     shape: tuple[int, int]
     packed: bytes  # the predicted classes, deflated: a fiftieth of them
     packed_objects: bytes = b""  # and the objects, where the masks number some
+    packed_regions: bytes = b""  # and where each region is, of a model of regions
 
     @property
     def prediction(self) -> Mask:
         """Predicted class indices (H, W)."""
         return np.frombuffer(zlib.decompress(self.packed), np.uint8).reshape(self.shape)
+
+    @property
+    def regions(self) -> NDArray[np.bool_] | None:
+        """Where (R, H, W) each region was found, None of a model of classes."""
+        if not self.packed_regions:
+            return None
+        return np.frombuffer(zlib.decompress(self.packed_regions), bool).reshape(-1, *self.shape)
 
     @property
     def objects(self) -> NDArray[np.int32] | None:
@@ -82,6 +91,8 @@ class Evaluation:
         cells: which of two classes are cells that membranes part; None: there are no ISBI scores.
         warping: also count the warping error, which takes seconds for each image and threshold.
         smallest: of objects: those that were found with fewer pixels do not count.
+        regions: what is found instead of the table's classes: Dice, IoU and loss are theirs, the
+            confusion and the accuracy those of the label map.
     """
 
     def __init__(
@@ -93,8 +104,12 @@ class Evaluation:
         cells: int | None = None,
         warping: bool = False,
         smallest: int = 0,
+        regions: Regions | None = None,
     ) -> None:
+        table = regions.table if regions else table
         self.table, self.threshold, self.smallest = table, threshold, smallest
+        self.regions = regions
+        self.by_region = [ConfusionMatrix(2) for _ in regions.names] if regions else []
         self.tried = sorted({threshold, *thresholds})  # for objects
         # Of the images that came with numbered objects, at each threshold.
         self.at_each: dict[float, Overlaps] = {}
@@ -137,37 +152,63 @@ class Evaluation:
             fitted: a temperature was fitted on it, so that it does not count for the calibration.
             depth: (H, W), by which predicted objects are parted; None: by their border class.
         """
-        if fitted:
-            self.fitted += 1
+        by_region: list[ConfusionMatrix] = []
+        found = classes(probability, self.threshold, self.regions)
+        if self.regions:
+            entropy = _entropy_of_regions(probability, self.regions.true(mask))
+            by_region = self._of_regions(probability, mask)
+            for whole, part in zip(self.by_region, by_region, strict=True):
+                whole.merge(part)
+            mask = self.regions.true_map(mask)
         else:
-            self.calibration.add(probability, mask)
-        found = classes(probability, self.threshold)
+            entropy = _entropy(probability, mask)
+            if fitted:
+                self.fitted += 1
+            else:
+                self.calibration.add(probability, mask)
         confusion = ConfusionMatrix(self.confusion.classes)
         confusion.add(found, mask, ignore=IGNORE)
         self.confusion.merge(confusion)
-        entropy = _entropy(probability, mask)
         self.entropy += entropy
         if self.has_threshold:
             self.above += _counts_above(probability[-1], mask)
-        scores = {**_figures(confusion), "loss": entropy / max(int(confusion.counts.sum()), 1)}
-        scores |= {
-            f"dice {kind}": float(v)
-            for kind, v in zip(class_names(self.table), _of_true(confusion, "dice"), strict=True)
-        }
+        scores = _figures(confusion, by_region)
+        scores |= {"loss": entropy / max(int(confusion.counts.sum()), 1)}
+        dice = _of_true(confusion, "dice")
+        if by_region:
+            dice = np.array([_of_true(one, "dice")[1] for one in by_region])
+        scores |= {f"dice {kind}": float(v) for kind, v in zip(self.kinds, dice, strict=True)}
         if self.isbi:
             one = IsbiMetrics(self.isbi.thresholds, self.isbi.warping, cells=self.isbi.cells)
             one.add(*_as_isbi(probability, mask, self.isbi.cells), name)
             scores |= one.at(self.threshold)
             self.isbi.merge(one)
-        packed = [zlib.compress(found.tobytes(), 1)]
+        packed = {"packed": zlib.compress(found.tobytes(), 1)}
+        if self.regions:
+            inside = self.regions.found(probability, self.threshold)
+            packed["packed_regions"] = zlib.compress(inside.tobytes(), 1)
         if objects is not None:
             for threshold, parted in self._parted(found, probability, depth):
                 here = Overlaps.of(parted, objects)
                 self.at_each[threshold] = here + self.at_each.get(threshold, Overlaps())
                 if threshold == self.threshold:
                     scores |= here.scores()
-                    packed.append(zlib.compress(parted.tobytes(), 1))
-        self.images.append(ImageScores(index, name, scores, mask.shape, *packed))
+                    packed["packed_objects"] = zlib.compress(parted.tobytes(), 1)
+        self.images.append(ImageScores(index, name, scores, mask.shape, **packed))
+
+    @property
+    def kinds(self) -> list[str]:
+        """The names of what is found: classes or regions."""
+        return list(self.regions.names) if self.regions else class_names(self.table)
+
+    def _of_regions(self, probability: Probability, mask: Mask) -> list[ConfusionMatrix]:
+        """Of each region, whether pixels are in it."""
+        assert self.regions is not None
+        each = [ConfusionMatrix(2) for _ in self.regions.names]
+        found = self.regions.found(probability, self.threshold)
+        for one, inside, true in zip(each, found, self.regions.true(mask), strict=True):
+            one.add(inside, true, ignore=IGNORE)
+        return each
 
     def _parted(
         self, found: Mask, probability: Probability, depth: Depth | None
@@ -186,6 +227,8 @@ class Evaluation:
         if (self.table.values, self.threshold) != (other.table.values, other.threshold):
             raise InputError("cannot merge scores of different classes or thresholds")
         self.confusion.merge(other.confusion)
+        for mine, theirs in zip(self.by_region, other.by_region, strict=True):
+            mine.merge(theirs)
         self.entropy += other.entropy
         self.calibration.merge(other.calibration)
         self.fitted += other.fitted
@@ -209,7 +252,7 @@ class Evaluation:
             threshold = self.threshold
         elif threshold != self.threshold:
             confusion = self._confusion_at(_GRID.index(threshold))
-        found = {"loss": self.entropy / max(pixels, 1), **_figures(confusion)}
+        found = {"loss": self.entropy / max(pixels, 1), **_figures(confusion, self.by_region)}
         found |= self.calibration.scores()
         if self.isbi and self.isbi.slices:
             found |= self.isbi.at(threshold)
@@ -259,14 +302,23 @@ class Evaluation:
 
     def missing(self) -> list[str]:
         """The names of the classes that no mask has; none before an image is added."""
-        occurs = self.confusion.occurs
-        names = zip(class_names(self.table), occurs, strict=True)
-        return [name for name, there in names if not there] if occurs.any() else []
+        occurs, any_pixel = self._occurs(), self.confusion.occurs.any()
+        names = zip(self.kinds, occurs, strict=True)
+        return [name for name, there in names if not there] if any_pixel else []
+
+    def _occurs(self) -> NDArray[np.bool_]:
+        """Whether masks have each class or region."""
+        if self.regions:
+            return np.array([one.occurs[1] for one in self.by_region])
+        return self.confusion.occurs
 
     def never_predicted(self) -> list[str]:
         """The names of the classes that masks have and no pixel was predicted to be."""
-        never = self.confusion.occurs & (self.confusion.counts.sum(0) == 0)
-        return [name for name, so in zip(class_names(self.table), never, strict=True) if so]
+        predicted = self.confusion.counts.sum(0)
+        if self.regions:
+            predicted = np.array([one.counts[:, 1].sum() for one in self.by_region])
+        never = self._occurs() & (predicted == 0)
+        return [name for name, so in zip(self.kinds, never, strict=True) if so]
 
     @property
     def ranked_by(self) -> str:
@@ -279,23 +331,16 @@ class Evaluation:
         return sorted(self.images, key=lambda image: (_known(image.scores[key]), image.index))
 
     def per_class(self) -> list[dict[str, Any]]:
-        """Of each class: its name, Dice, IoU, precision, recall, and share of the true pixels.
+        """Of each class, or region: its name, Dice, IoU, precision, recall, and share of the true
+        pixels.
 
         Dice, IoU and recall are NaN of a class that no mask has.
         """
-        counts, right = self.confusion.counts, self.confusion.counts.diagonal()
-        with np.errstate(invalid="ignore"):
-            columns = {
-                "dice": _of_true(self.confusion, "dice"),
-                "iou": _of_true(self.confusion, "iou"),
-                "precision": right / counts.sum(0),
-                "recall": right / counts.sum(1),
-                "share": counts.sum(1) / counts.sum(),
-            }
-        return [
-            {"class": name, **{key: float(v[i]) for key, v in columns.items()}}
-            for i, name in enumerate(class_names(self.table))
-        ]
+        if self.regions:
+            each = zip(self.kinds, self.by_region, strict=True)
+            return [{"class": name, **_columns(one)[1]} for name, one in each]
+        each_class = zip(self.kinds, _columns(self.confusion), strict=True)
+        return [{"class": name, **columns} for name, columns in each_class]
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as JSON values, the worst image first; undefined scores are None."""
@@ -316,20 +361,23 @@ class Evaluation:
     def lines(self, worst: int = 10) -> list[str]:
         """A table for people: classes, ISBI scores, and the worst images."""
         found, best = self.scores(), self.challenge()
-        width = max(5, *(len(name) for name in class_names(self.table)))
+        width = max(6, *(len(name) for name in self.kinds))
         row = f"{{:>{width}}}" + "{:>11}" * 5
         count, pixels = len(self.images), self.confusion.counts.sum()
         lines = [
             f"{counted(count, 'image')}, {counted(int(pixels), 'pixel')}"
             + (f", threshold {self.threshold:g}" if self.has_threshold else ""),
             "",
-            row.format("class", "Dice", "IoU", "precision", "recall", "share"),
+            row.format(
+                "region" if self.regions else "class", "Dice", "IoU", "precision", "recall", "share"
+            ),
         ]
         for one in self.per_class():
             keys = ("dice", "iou", "precision", "recall", "share")
             lines.append(row.format(one["class"], *(_shown(one[key]) for key in keys)))
         lines.append(row.format("mean", f"{found['dice']:.4f}", f"{found['iou']:.4f}", "", "", ""))
-        lines.append(f"accuracy {found['accuracy']:.4f}, cross-entropy {found['loss']:.4f}")
+        of = " of the label map" if self.regions else ""
+        lines.append(f"accuracy{of} {found['accuracy']:.4f}, cross-entropy {found['loss']:.4f}")
         if "ece" in found:
             judged = (
                 f"of {class_names(self.table)[1]}" if self.has_threshold else "of the top class"
@@ -412,6 +460,7 @@ def evaluate(
         cells=cells,
         warping=warping,
         smallest=smallest_object(predict.models) if data.instances else 0,
+        regions=data.regions,
     )
     known = fitted_on(predict.models)
     for i in tqdm(indices, unit="image", desc="scoring", leave=False, disable=None):
@@ -447,7 +496,35 @@ def _entropy(probability: Probability, mask: Mask) -> float:
     return -float(np.log(np.maximum(true[valid], 1e-7), dtype=np.float64).sum())
 
 
-def _figures(confusion: ConfusionMatrix) -> dict[str, float]:
+def _entropy_of_regions(probability: Probability, true: NDArray[np.uint8]) -> float:
+    """Binary cross-entropy in nats, its mean over the regions (R, H, W), summed over the pixels."""
+    p = np.where(true == 1, probability, 1 - probability)[true != IGNORE]
+    return -float(np.log(np.maximum(p, 1e-7), dtype=np.float64).sum()) / len(true)
+
+
+def _columns(confusion: ConfusionMatrix) -> list[dict[str, float]]:
+    """Scores of each class."""
+    counts, right = confusion.counts, confusion.counts.diagonal()
+    with np.errstate(invalid="ignore"):
+        columns = {
+            "dice": _of_true(confusion, "dice"),
+            "iou": _of_true(confusion, "iou"),
+            "precision": right / counts.sum(0),
+            "recall": right / counts.sum(1),
+            "share": counts.sum(1) / counts.sum(),
+        }
+    return [{key: float(v[i]) for key, v in columns.items()} for i in range(confusion.classes)]
+
+
+def _figures(
+    confusion: ConfusionMatrix, by_region: Sequence[ConfusionMatrix] = ()
+) -> dict[str, float]:
+    """Mean Dice and IoU, of regions those of the ones that masks have; and accuracy."""
+    if by_region:
+        dice, iou = (
+            mean_known(_of_true(one, score)[1] for one in by_region) for score in ("dice", "iou")
+        )
+        return {"dice": dice, "iou": iou, "accuracy": confusion.accuracy}
     return {
         "dice": confusion.mean_dice,
         "iou": confusion.mean_iou,

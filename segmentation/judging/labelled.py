@@ -9,6 +9,7 @@ from segmentation.data.dataset import SegmentationData
 from segmentation.data.instances import INSTANCE_NAMES
 from segmentation.data.normalisation import Normalisation
 from segmentation.data.pairs import Pair, as_rgb
+from segmentation.data.regions import known_regions
 from segmentation.data.splits import split_pairs
 from segmentation.data.weights import find_cells
 from segmentation.model import SegmentationUNet
@@ -46,6 +47,7 @@ def labelled_data(
                 f"image {pairs[0].name} has {counted(info.channels, 'channel')} of {info.dtype}, "
                 f"but the model was trained on {channels} of {dtype}: convert the images"
             )
+    regions = known_regions(models[0].info, table)
     numbered = any(model.depth for model in models)
     if ignore_value is not None and not numbered and table.names != INSTANCE_NAMES:
         table = table.ignoring(ignore_value)
@@ -56,6 +58,7 @@ def labelled_data(
         normalisation=normalisation,
         ignore_value=ignore_value,
         instances=numbered,
+        regions=regions.values if regions else None,
     )
 
 

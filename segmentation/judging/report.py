@@ -185,8 +185,11 @@ def picture_row(
     Args:
         largest: pixels a side to which they are scaled down, at most.
     """
-    pair, mask, count = data.pairs[image.index], data.load(image.index)[1], len(data.table.values)
-    grey = grey_or_rgb(pair.read_image())
+    pair, mask, table = data.pairs[image.index], data.load(image.index)[1], data.table
+    if data.regions:
+        mask, table = data.regions.true_map(mask), data.regions.table
+    count = len(table.values)
+    grey = grey_or_rgb(pair.read_shown())
     found, objects = image.prediction, image.objects
     if objects is None:
         true, predicted = class_colours(mask, count), class_colours(found, count)

@@ -44,7 +44,7 @@ from unet.files.pages import (
 )
 from unet.files.shards import is_member, read_member
 from unet.files.tiff import open_tiff
-from unet.files.volumes import is_volume, open_volume
+from unet.files.volumes import is_volume, is_volume_file, open_volume
 from unet.files.writing import replacing
 
 Colour: TypeAlias = tuple[int, int, int]
@@ -58,9 +58,10 @@ def white(dtype: str) -> int:
 
 
 def list_images(folder: Path) -> list[Path]:
-    """Image files of a folder in natural order: 0.png, 1.png, 2.png, 10.png.
+    """Image files of a folder in natural order: 0.png, 1.png, 2.png, 10.png; or its volumes.
 
-    Hidden files, subfolders and files with other suffixes than SUFFIXES are passed over.
+    Volumes are listed where there is no other image. Hidden files, subfolders and files with other
+    suffixes than SUFFIXES are passed over.
 
     Raises:
         InputError: no such folder, or no image in it.
@@ -68,8 +69,9 @@ def list_images(folder: Path) -> list[Path]:
     try:
         if not folder.is_dir():
             raise InputError(f"{str(folder)!r}: no such folder")
-        shown = (path for path in folder.iterdir() if not path.name.startswith("."))
+        shown = [path for path in folder.iterdir() if not path.name.startswith(".")]
         files = [path for path in shown if path.suffix.lower() in SUFFIXES and path.is_file()]
+        files = files or [path for path in shown if is_volume_file(path)]
     except OSError as error:
         raise InputError(f"{str(folder)!r}: cannot be read ({error.strerror})") from error
     if not files:
@@ -433,6 +435,7 @@ def _open_npy(source: Path | BytesIO, reading: Reading) -> Iterator[GetPage]:
         pages=stored.pages,
         has_alpha=alpha,
         axes=stored.axes,
+        series=stored.series,
     )
 
     def get_page(index: int) -> Page:

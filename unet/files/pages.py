@@ -56,6 +56,7 @@ class ImageInfo:
     nodata: float | None = None  # the value of pixels where nothing was measured; may be NaN
     palette: bytes | None = None  # of a file of indices: red, green and blue of each in turn
     axes: str = ""  # of a TIFF or NPY array; of what nothing is said, I (TIFF) or Z (NPY)
+    series: int = 0  # pages that follow each other, where there are several axes of slices; 0: all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,6 +237,13 @@ class Stored:
         return math.prod(n for axis, n in lengths if axis not in "YX" + CHANNELS)
 
     @property
+    def series(self) -> int:
+        """Slices along the last of several axes of them, such as Z of TZYX; 0: there is one."""
+        lengths = zip(self.axes, self.shape, strict=True)
+        found = [n for axis, n in lengths if axis not in "YX" + CHANNELS and n > 1]
+        return found[-1] if len(found) > 1 else 0
+
+    @property
     def size(self) -> tuple[int, int]:
         """Rows and columns."""
         return self.shape[self.axes.index("Y")], self.shape[self.axes.index("X")]
@@ -343,6 +351,7 @@ class Volume:
             pages=stored.pages,
             names=self.names if len(self.names) == stored.channels else (),
             axes=stored.axes,
+            series=stored.series,
         )
 
         def get_page(index: int) -> Page:

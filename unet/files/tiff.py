@@ -371,6 +371,7 @@ def _info(page: Any, stored: Stored, tif: Any, reading: Reading) -> ImageInfo:
         nodata=_nodata(page, reading),
         palette=palette,
         axes=stored.axes,
+        series=stored.series,
     )
 
 

@@ -29,6 +29,14 @@ def is_volume(path: Path) -> bool:
     return _kind(path) != ""
 
 
+def is_volume_file(path: Path) -> bool:
+    """Whether a file or folder is a whole volume by its own name, as they lie in a folder."""
+    name = path.name.lower()
+    if name.endswith(".zarr"):
+        return path.is_dir()
+    return bool(_HDF5.fullmatch(name) or _NIFTI.fullmatch(name)) and path.is_file()
+
+
 def volume_name(path: Path) -> str:
     """What files made of it are called: "x" of x.ome.zarr and x.nii.gz, "x_raw" of x.h5:/raw."""
     kind = _kind(path)

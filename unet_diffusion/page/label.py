@@ -131,9 +131,11 @@ def picture(done: Labelled, image: Slice, layer: str, opacity: float) -> RGB:
     """An image (H, W, 3) with a layer over it; at opacity 0 the image alone."""
     source, (found, depth) = done.source(image), done.found(image)
     segmenter = done.predictor.segmenter
-    shown = grey_or_rgb(np.asarray(source.pixels))
+    shown = grey_or_rgb(np.asarray(source.shown))
     if layer == "probability":
         over = heat(found.max(axis=0))
+    elif layer == "uncertainty" and segmenter.of_regions:
+        raise InputError("uncertainty is of classes, and this model knows regions that overlap")
     elif layer == "uncertainty":
         over = heat(entropy_map(found))
     else:
@@ -199,7 +201,7 @@ def found_slices(page: Page, name: str, files: Sequence[str]) -> tuple[Labelled,
     pixels = 0
     for file in map(Path, files):
         try:
-            found, _ = find_slices(file, predictor.reading, segmenter.check)
+            found, _ = find_slices(file, predictor.reading, segmenter.check, segmenter.slices)
         except InputError as error:
             text = str(error).replace(str(file), file.name)
             wrong.append(text if file.name in text else f"'{file.name}': {text}")

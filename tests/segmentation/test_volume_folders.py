@@ -1,0 +1,130 @@
+"""Folders of volumes: each a case, on one side of a split, and predicted one by one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from segmentation.data.pairs import find_pairs
+from segmentation.data.phantom import phantom_stack
+from segmentation.data.slices import with_neighbours
+from segmentation.data.splits import split_pairs
+from segmentation.judging.surface import surface_scores
+from segmentation.segmenter import load
+from segmentation.volumes import find_volumes
+from tests.segmentation.test_seg_training import SMALL, run_predict, run_train
+from unet.files.images import list_images, write_image
+from unet_diffusion import eval_seg
+
+IMAGES, MASKS = (a.reshape(4, 3, 40, 48) for a in phantom_stack(12, (40, 48), seed=1))
+
+
+@pytest.fixture
+def nnunet(tmp_path: Path) -> Path:
+    """Four cases of three slices, in nnU-Net's folders."""
+    nibabel = pytest.importorskip("nibabel", reason="pip install 'unet-diffusion[medical]'")
+    folder = tmp_path / "Dataset001"
+    for part in ("imagesTr", "labelsTr"):
+        (folder / part).mkdir(parents=True)
+    for i, (image, mask) in enumerate(zip(IMAGES, MASKS, strict=True)):
+        for name, array in (
+            (f"imagesTr/case_{i}_0000", image),
+            (f"labelsTr/case_{i}", np.uint8(mask > 0)),
+        ):
+            nifti = nibabel.Nifti1Image(array.T, np.diag([0.5, 0.5, 2, 1]))
+            nifti.header.set_xyzt_units("mm")
+            nibabel.save(nifti, folder / f"{name}.nii.gz")
+    said = {"channel_names": {"0": "EM"}, "labels": {"membrane": 0, "cell": 1}}
+    (folder / "dataset.json").write_text(json.dumps(said))
+    return folder
+
+
+def test_volumes_are_split_whole(nnunet):
+    pairs = find_pairs(nnunet)
+    assert [p.name for p in pairs][:4] == ["case_0_0", "case_0_1", "case_0_2", "case_1_0"]
+    for given, held in (
+        ({}, ["case_3"]),
+        ({"val": 0.5}, ["case_2", "case_3"]),
+        ({"fold": "1/4"}, ["case_0"]),
+        ({"val_names": ["case_1_0000"]}, ["case_1"]),
+    ):
+        train, val = split_pairs(pairs, **given)
+        assert {p.name[:6] for p in val} == set(held)
+        assert len(val) == 3 * len(held)
+        assert len(train) == 12 - len(val)
+    train, val = split_pairs(pairs, val_names=["case_1_0"])
+    assert [p.name for p in val] == ["case_1_0"]
+    # Neighbours are those of the same volume.
+    around = with_neighbours(pairs, 3)[3].around
+    assert [p.name for p in around] == ["case_1_0", "case_1_0", "case_1_1"]
+
+
+def test_volumes_with_several_modalities_have_channels(nnunet):
+    nibabel = pytest.importorskip("nibabel")
+    for i, image in enumerate(IMAGES):
+        nifti = nibabel.Nifti1Image(255 - image.T, np.eye(4))
+        nibabel.save(nifti, nnunet / f"imagesTr/case_{i}_0001.nii.gz")
+    said = {"channel_names": {"0": "EM", "1": "inverse"}}
+    (nnunet / "dataset.json").write_text(json.dumps(said))
+    pair = find_pairs(nnunet)[4]
+    assert (pair.info.channels, pair.info.names) == (2, ("EM", "inverse"))
+    assert (pair.read_image() == np.stack([IMAGES[1, 1], 255 - IMAGES[1, 1]], 2)).all()
+
+
+def test_other_kinds_and_layouts(tmp_path):
+    h5py = pytest.importorskip("h5py", reason="pip install 'unet-diffusion[hdf5]'")
+    for i in (2, 10):
+        for part, array in (("", IMAGES[0]), ("_mask", MASKS[0])):
+            with h5py.File(tmp_path / f"v{i}{part}.h5", "w") as file:
+                file["x"] = array
+    pairs = find_pairs(tmp_path)
+    assert [p.name for p in pairs] == [f"v{i}_{k}" for i in (2, 10) for k in range(3)]
+    assert (pairs[4].read_image()[..., 0] == IMAGES[0, 1]).all()
+    write_image(tmp_path / "0.png", IMAGES[0, 0])  # beside images volumes are passed over
+    assert list_images(tmp_path) == [tmp_path / "0.png"]
+    assert find_volumes(tmp_path) == []
+
+
+def test_from_cases_to_masks_and_scores(nnunet, tmp_path, capsys):
+    zarr = pytest.importorskip("zarr", reason="pip install 'unet-diffusion[zarr]'")
+    run, out = tmp_path / "run", tmp_path / "out"
+    assert run_train("--data", nnunet, "--out", run, *SMALL) == 0
+    printed = capsys.readouterr().out
+    assert "training: 9 images of 3 volumes" in printed
+    assert "validation: 3 images of 1 volume" in printed
+
+    given = ("--model", run / "model", "--input", nnunet / "imagesTr", "--out", out)
+    broken = nnunet / "imagesTr/case_1_0000.nii.gz"
+    whole = broken.read_bytes()
+    broken.write_bytes(b"nothing")
+    assert run_predict(*given) == 1
+    assert "case_1_0000.nii.gz" in capsys.readouterr().err
+    model = load(run / "model", device="cpu")
+    for i in (0, 2, 3):
+        found = zarr.open_array(str(out / f"case_{i}_0000_mask.zarr"), path="0", mode="r")
+        assert (found[...] == model(IMAGES[i])).all()
+    # The same command goes on with what is not done, and with nothing else.
+    broken.write_bytes(whole)
+    assert run_predict(*given) == 0
+    printed = capsys.readouterr().out
+    assert "case_1_0000.nii.gz:" in printed
+    assert "case_0_0000" not in printed
+    assert not list(out.glob("*_progress"))
+    assert run_predict(*given) == 2
+    assert "exists already" in capsys.readouterr().err
+
+    argv = ["--model", str(run / "model"), "--data", str(nnunet), "--out", str(tmp_path / "s")]
+    assert eval_seg.command([*argv, "--surface", "1.5"]) == 0
+    # Distances are of the volume, whose slices are 2 mm apart.
+    assert "HD95 (millimeter)" in capsys.readouterr().out
+    found, true = model(IMAGES[3]), np.uint8(MASKS[3] > 0)
+    expected = [surface_scores(found == k, true == k, 1.5, (2, 0.5, 0.5)) for k in (0, 1)]
+    scores = json.loads((tmp_path / "s/scores.json").read_text())
+    assert {one["name"][:6] for one in scores["per_image"]} == {"case_3"}
+    (case,) = scores["surface"]["cases"]
+    assert case["name"] == "case_3_0000"
+    for kind, both in zip(("membrane", "cell"), expected, strict=True):
+        assert (case[f"hd95 {kind}"], case[f"nsd {kind}"]) == pytest.approx(both, rel=1e-6)
