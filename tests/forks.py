@@ -90,6 +90,7 @@ def _run(command: list[str], environ: dict[str, str], short: bool, out: Path, er
     for stream, file in ((1, out), (2, err)):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), stream)
     os.environ.update(environ)
+    multiprocessing.set_start_method(None, force=True)  # the usual one, not that of these forks
     if short:
         shorten(pytest.MonkeyPatch())
     sys.argv = command
