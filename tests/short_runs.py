@@ -21,7 +21,7 @@ SMALL = {
 
 
 def shorten(patch: pytest.MonkeyPatch) -> None:
-    """Few drawn shapes, few pictures in training, few held-out images for its figures, and no report.png."""
+    """Few shapes, few pictures in training, few held-out images for its figures, no report.png."""
     for name, value in SMALL.items():
         patch.setattr(name, value)
     for task in ("segmentation", "diffusion"):
