@@ -22,7 +22,7 @@ demo: venv  ## train, predict and evaluate on embedded data; prints where the pi
 	@$(PY) scripts/demo.py $(ARGS)
 
 test: venv  ## run the tests (ISBI2012_DIR, MNIST_DIR and NUCLEI_DIR, when set, name folders of real data)
-	@$(PY) -m pytest -n auto $(ARGS)
+	@$(PY) -m pytest -n auto --dist worksteal $(ARGS)
 
 test-slow: venv  ## run the tests marked slow, the notebooks among them
 	@$(PY) -m pip install -qq --disable-pip-version-check -c "$(CONSTRAINTS)" -e ".[notebooks]"

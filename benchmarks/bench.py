@@ -32,6 +32,7 @@ from unet.files.writing import write_text  # noqa: E402
 from unet.training.cli import run_script  # noqa: E402
 
 PACKAGES = ("torch", "numpy", "diffusers", "monai", "scikit-image")
+MATRIX = 2048  # side of the matrices whose product is the peak of a processor
 SCRIPTS = ("train_seg", "train_ddpm", "sample_ddpm", "txt2img")
 
 
@@ -218,15 +219,15 @@ def _matrix_peak(options: Options) -> float:
             times.append(time.perf_counter() - start)
         return 2 * 8192**3 / min(times)
     torch.set_num_threads(options.threads)
-    a = torch.rand(2048, 2048)
-    maps = a.view(16, 128, 1, 2048).permute(0, 3, 1, 2)
+    a = torch.rand(MATRIX, MATRIX)
+    maps = a.view(16, MATRIX // 16, 1, MATRIX).permute(0, 3, 1, 2)
     times = []
     for _ in range(2):
         for product in (lambda: a @ a, lambda: torch.conv2d(maps, a[:, :, None, None])):
             start = time.perf_counter()
             product()
             times.append(time.perf_counter() - start)
-    return 2 * 2048**3 / min(times)
+    return 2 * MATRIX**3 / min(times)
 
 
 def _start(options: Options) -> dict[str, Any]:

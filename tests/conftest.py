@@ -1,8 +1,10 @@
-"""Fixtures that all tests share: the folders of real data, where this machine has them."""
+"""Fixtures that all tests share: short runs, and real data, where this machine has them."""
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before torch is imported, here and in every process that a test starts: the networks are tiny, and
@@ -12,9 +14,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 from hypothesis import settings
 
+from tests.short_runs import shorten, with_reports
+
 # A machine under load is no failure. (Hypothesis makes its choices repeatable by itself under CI.)
 settings.register_profile("project", deadline=None)
 settings.load_profile("project")
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: no later collection of garbage need look at it again."""
+    gc.freeze()
 
 
 def _data_folder(variable: str, holds: str) -> Path:
@@ -43,3 +52,17 @@ def mnist() -> Path:
 def nuclei() -> Path:
     """Images of the 2018 Data Science Bowl: ID/images/ID.png and ID/masks/, a file a nucleus."""
     return _data_folder("NUCLEI_DIR", "*/masks/*.png")
+
+
+@pytest.fixture(scope="module")
+def short_runs() -> Iterator[None]:
+    """Runs of this module draw few pictures and no report."""
+    with pytest.MonkeyPatch.context() as patch:
+        shorten(patch)
+        yield
+
+
+@pytest.fixture
+def reports(short_runs: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But in this test they draw their report."""
+    with_reports(monkeypatch)

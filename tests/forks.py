@@ -14,19 +14,28 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import pytest
 from torch import nn
+
+from tests.short_runs import shorten
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(
-    ["tests.unet.training.toy_training", "torch._dynamo", "torch.distributed.tensor"]
+    [
+        *("tests.unet.training.toy_training", "torch._dynamo", "torch.distributed.tensor"),
+        *("diffusion.training", "segmentation.training"),
+    ]
 )
 
 
 def run_forked(
-    script: str | Path, *arguments: object, processes: int = 1
+    script: str | Path, *arguments: object, processes: int = 1, short: bool = False
 ) -> subprocess.CompletedProcess[str]:
     """Runs a script, as several processes with the environment that torchrun gives each.
+
+    Args:
+        short: whether it draws few pictures and no report, as with the fixture `short_runs`.
 
     Returns:
         The first status that is not 0, and what the processes said, one after the other.
@@ -43,7 +52,7 @@ def run_forked(
     with tempfile.TemporaryDirectory() as folder:
         texts = [[Path(folder, f"{name}{i}") for name in ("out", "err")] for i in range(len(group))]
         started = [
-            _FORKS.Process(target=_run, args=(command, environ, *files))
+            _FORKS.Process(target=_run, args=(command, environ, short, *files))
             for environ, files in zip(group, texts, strict=True)
         ]
         for process in started:
@@ -76,10 +85,13 @@ def as_spawned(samples: Any) -> Any:
     return pickle.load(file)
 
 
-def _run(command: list[str], environ: dict[str, str], out: Path, err: Path) -> None:
+def _run(command: list[str], environ: dict[str, str], short: bool, out: Path, err: Path) -> None:
     """In a process of its own: the script, with its output in two files."""
     for stream, file in ((1, out), (2, err)):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), stream)
     os.environ.update(environ)
+    multiprocessing.set_start_method(None, force=True)  # the usual one, not that of these forks
+    if short:
+        shorten(pytest.MonkeyPatch())
     sys.argv = command
     runpy.run_path(command[0], run_name="__main__")

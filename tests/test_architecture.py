@@ -223,7 +223,10 @@ def options_class(command: Path) -> str:
 def undocumented(name: str) -> Iterator[str]:
     """The fields of the class `name`, and of the bases that are ours, without a string below."""
     for path in SOURCES:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        source = path.read_text(encoding="utf-8")
+        if not re.search(rf"^class {name}\b", source, re.M):  # much faster than to parse it
+            continue
+        for node in ast.parse(source).body:
             if not isinstance(node, ast.ClassDef) or node.name != name:
                 continue
             for base in node.bases:
@@ -240,20 +243,21 @@ def test_every_option_of_a_command_is_documented(command: Path) -> None:
     assert list(undocumented(options_class(command))) == []
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_help_of_a_script_does_not_load_torch(script: Path) -> None:
+def test_help_of_the_scripts_does_not_load_torch() -> None:
     code = (
         "import runpy, sys\n"
-        f"sys.argv = [{str(script)!r}, '--help']\n"
-        "try:\n"
-        f"    runpy.run_path({str(script)!r}, run_name='__main__')\n"
-        "except SystemExit as stop:\n"
-        "    assert not stop.code\n"
-        "assert 'torch' not in sys.modules\n"
+        "for script in sys.argv[1:]:\n"
+        "    sys.argv = [script, '--help']\n"
+        "    try:\n"
+        "        runpy.run_path(script, run_name='__main__')\n"
+        "    except SystemExit as stop:\n"
+        "        assert not stop.code, script\n"
+        "    assert 'torch' not in sys.modules, script\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    command = [sys.executable, "-c", code, *map(str, SCRIPTS)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    assert "--help" in done.stdout
+    assert done.stdout.count("--help") >= len(SCRIPTS)
 
 
 def excerpts() -> list[tuple[str, str]]:

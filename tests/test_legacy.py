@@ -41,7 +41,7 @@ def test_a_model_folder_is_read(task: str) -> None:
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("again", ["--resume", "--config"])
 def test_a_run_goes_on_and_is_repeated_to_the_same_weights(
-    task: str, again: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    task: str, again: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, short_runs: None
 ) -> None:
     """The weights of another processor's arithmetic, so not bit by bit.
 
@@ -50,9 +50,6 @@ def test_a_run_goes_on_and_is_repeated_to_the_same_weights(
     _, options, train = TASKS[task]
     shutil.copytree(LEGACY, tmp_path / "here")
     monkeypatch.chdir(tmp_path / "here")
-    for module in (diffusion, segmentation):  # which takes most of the time of six steps
-        monkeypatch.setattr(module, "write_report", lambda *_: "none")
-    monkeypatch.setattr(diffusion.DiffusionTask, "pictures", lambda *_: {})
     shutil.rmtree(Path(task, "model"))
     arguments = ["--out", task, "--resume"]
     if again == "--config":

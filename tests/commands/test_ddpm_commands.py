@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +12,19 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusion import training
 from diffusion.judging import evaluation, report
 from diffusion.judging.classifier import ClassifierUNet, classifier_config
 from diffusion.model import DiffusionUNet
 from diffusion.options import DiffusionOptions
 from tests.forks import SCRIPTS, run_forked
+from tests.short_runs import with_reports
 from unet.files.images import read_image, write_image
 from unet.training.cli import run_script
 from unet.training.config_file import load_config
 from unet.training.run import read_log
 from unet_diffusion import eval_ddpm, sample_ddpm, train_classifier, train_ddpm
+
+pytestmark = pytest.mark.usefixtures("short_runs")
 
 SMALL = ("--width", "8", "--batch-size", "4", "--evaluations", "1", "--log-every", "1")
 
@@ -55,29 +56,20 @@ def discs(count: int, side: int = 12) -> np.ndarray:
     return np.stack(images).astype(np.uint8)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def short_films() -> Iterator[None]:
-    """Pictures of few samples and frames, and neighbours among a few hundred images."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"SHOWN": 9, "FRAMES": 8, "JUDGED": 8, "MOST_COMPARED": 500}.items():
-            patch.setattr(report, name, value)
-        for name, value in {"SHOWN": 9, "LEAST_JUDGED": 16, "MOST_JUDGED": 16}.items():
-            patch.setattr(training, name, value)
-        yield
-
-
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with discs.npz and the run of a class-conditional model."""
+def trained(tmp_path_factory: pytest.TempPathFactory, short_runs: None) -> Path:
+    """A folder with discs.npz and the run of a class-conditional model, with its report."""
     folder = tmp_path_factory.mktemp("ddpm")
     np.savez(folder / "discs.npz", images=discs(80), labels=np.arange(80) % 2)
-    assert run_train("--out", folder / "run", *training_of(folder)) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        with_reports(patch)
+        assert run_train("--out", folder / "run", *training_of(folder)) == 0
     return folder
 
 
 def training_of(folder: Path) -> tuple[object, ...]:
     data = ("--data", folder / "discs.npz", "--classes")
-    return *data, *SMALL, "--steps", 4, "--precision", "fp32"
+    return *data, *SMALL, "--steps", 4, "--precision", "fp32", "--timesteps", 100
 
 
 def test_a_run_holds_the_model_and_the_pictures(trained: Path) -> None:
@@ -324,7 +316,7 @@ def test_a_run_in_the_default_folder_goes_on_with_its_own_settings(
     assert (trained / "run/metrics.jsonl").read_bytes() == log  # where it was before
 
 
-def test_five_images_are_enough(tmp_path) -> None:
+def test_five_images_are_enough(tmp_path, reports) -> None:
     for i, image in enumerate(discs(5)):
         write_image(tmp_path / f"images/{i}.png", image)
     run = tmp_path / "run"
@@ -411,7 +403,7 @@ def test_images_can_be_edited(trained, tmp_path) -> None:
 
 def test_samples_are_judged(trained, tmp_path, capsys) -> None:
     data = ("--data", trained / "discs.npz")
-    classifier = ("--out", tmp_path / "c", "--width", 8, "--steps", 30, "--batch-size", 16)
+    classifier = ("--out", tmp_path / "c", "--width", 8, "--steps", 5, "--batch-size", 16)
     assert run(train_classifier, "ClassifierOptions", *data, *classifier) == 0
     common = ("--model", trained / "run/model", *data, "--count", 8)
     options = ("--classifier", tmp_path / "c/model", "--bits", 2, "--out", tmp_path / "found.json")
@@ -600,7 +592,7 @@ def test_two_processes_share_the_images(trained: Path, tmp_path: Path) -> None:
 
 def test_two_processes_give_the_losses_of_one(trained: Path, tmp_path: Path) -> None:
     arguments = ("--out", tmp_path / "run", *training_of(trained))
-    done = run_forked(SCRIPTS / "train_ddpm.py", *arguments, processes=2)
+    done = run_forked(SCRIPTS / "train_ddpm.py", *arguments, processes=2, short=True)
     assert done.returncode == 0, done.stderr
     one, two = (
         [e["loss"] for e in read_log(path / "run/metrics.jsonl") if "loss" in e]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +12,10 @@ import torch
 
 from diffusion.model import DiffusionUNet
 from segmentation.model import SegmentationUNet
+from tests.forks import SCRIPTS, run_forked
 from unet.config import UNetConfig
 from unet.presets import PRESETS
 from unet_diffusion import describe
-
-SCRIPT = Path(__file__).parents[2] / "scripts" / "describe.py"
 
 
 def run(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
@@ -169,7 +166,7 @@ def test_memory_of_stored_weights(tmp_path: Path, capsys: pytest.CaptureFixture[
         (["paper", "--size", "512"], "nearest sizes that work are 508 and 524"),
         (["classic", "--size", "0"], "--size 0 must be from 1 to"),
         (["classic", "--size", "1000000"], "--size 1000000 must be from 1 to"),
-        ([str(SCRIPT.parent)], "config.json is missing"),
+        ([str(SCRIPTS)], "config.json is missing"),
         (["classic", "--sizes", "8"], "no option --sizes; did you mean --size?"),
     ],
 )
@@ -195,8 +192,7 @@ def test_a_damaged_folder_is_refused(
 
 
 def test_as_a_command() -> None:
-    command = [sys.executable, str(SCRIPT), "tutorial", "--size", "64", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=SCRIPT.parents[1])
+    done = run_forked(SCRIPTS / "describe.py", "tutorial", "--size", 64, "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["parameters"] == 13_394_177
 

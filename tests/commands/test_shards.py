@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from diffusion import training
 from diffusion.data.images import DiffusionData
 from diffusion.options import DiffusionOptions
 from segmentation.options import SegmentationOptions
@@ -58,9 +57,7 @@ def losses(run: Path) -> list[float]:
     return [line["loss"] for line in read_log(run / "metrics.jsonl") if "loss" in line]
 
 
-def test_digits_in_shards_train_to_the_losses_of_the_npz(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(training, "write_report", lambda *more: "")  # which samples for long
-    monkeypatch.setattr(training.DiffusionTask, "pictures", lambda *more: {})
+def test_digits_in_shards_train_to_the_losses_of_the_npz(tmp_path: Path, short_runs: None) -> None:
     np.savez(tmp_path / "digits.npz", images=DIGITS, labels=LABELS)
     digits(tmp_path / "shards")
 
@@ -97,7 +94,9 @@ def test_processes_share_the_samples_of_shards(tmp_path: Path) -> None:
         assert torch.equal(torch.cat([half[key] for half in halves]), whole[key])
 
 
-def test_a_segmentation_learns_the_same_of_shards_and_folders(tmp_path: Path) -> None:
+def test_a_segmentation_learns_the_same_of_shards_and_folders(
+    tmp_path: Path, short_runs: None
+) -> None:
     members: dict[str, Any] = {}
     for i, image in enumerate(CELLS):
         mask = (image > 127).astype(np.uint8)

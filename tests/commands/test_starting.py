@@ -26,6 +26,8 @@ from unet.weights.folder import FolderModel
 from unet_diffusion import describe, train_ddpm, train_seg
 from unet_diffusion.starting import TIMESTEP, segmentation_start
 
+pytestmark = pytest.mark.usefixtures("short_runs")
+
 SCHEDULE = NoiseSchedule(kind="linear", steps=200)
 CONFIG = UNetConfig(
     channels=8,
@@ -227,13 +229,6 @@ def unlabelled(tmp_path: Path) -> Path:
     return tmp_path / "unlabelled"
 
 
-@pytest.fixture(autouse=True)
-def few_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("SHOWN", "FRAMES", "JUDGED"):
-        monkeypatch.setattr(f"diffusion.judging.report.{name}", 4)
-    monkeypatch.setattr("diffusion.training.SHOWN", 4)
-
-
 def weights(run: Path) -> dict[str, torch.Tensor]:
     return SegmentationUNet.from_pretrained(run / "model").state_dict()
 
@@ -246,7 +241,6 @@ def test_unlabelled_images_come_first(data: Path, unlabelled: Path, tmp_path: Pa
     assert "started with trunk, head.norm of " in told
     assert "2 steps" in told
     assert DiffusionUNet.from_pretrained(tmp_path / "one/pretraining/model").config.time
-    assert (tmp_path / "one/pretraining/report.png").exists()
     assert run_seg(*given, "--out", tmp_path / "one") == 2
     assert "holds a run already" in capsys.readouterr().err
     for place, part in (("first", "diffusion.training"), ("second", "segmentation.training")):

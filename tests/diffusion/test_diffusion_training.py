@@ -38,6 +38,8 @@ from unet.training.batches import BatchKeys
 from unet.training.task import Processes
 from unet.weights.start import Start
 
+pytestmark = pytest.mark.usefixtures("short_runs")
+
 
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:

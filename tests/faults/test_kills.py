@@ -26,6 +26,7 @@ from tests.faults.harness import (
     start,
     wait_for,
 )
+from tests.forks import run_forked
 from unet.training.run import RunFolder
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="kills with signals")
@@ -48,7 +49,7 @@ DIFFUSION = (
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("kills") / "run"
-    assert run(TOY, "--out", folder, *TOY_RUN)[0] == 0
+    assert run_forked(TOY, "--out", folder, *TOY_RUN).returncode == 0
     return folder
 
 
@@ -82,7 +83,7 @@ def test_a_killed_data_worker_is_one_sentence_and_loses_no_step(uninterrupted, t
     assert status == 1
     assert "a process that prepares batches was killed" in assert_one_sentence(err)
     assert RunFolder(folder).load_state()["step"] >= logged(folder)[-1]["step"]
-    assert run(TOY, "--out", folder, *TOY_RUN, "--resume")[0] == 0
+    assert run_forked(TOY, "--out", folder, *TOY_RUN, "--resume").returncode == 0
     assert_same_run(folder, uninterrupted)
 
 

@@ -9,29 +9,30 @@ from pathlib import Path
 
 import pytest
 
+from tests.forks import run_forked
+
 SCRIPT = Path(__file__).with_name("fake_device.py")
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("part", ["presets", "losses", "diffusion_losses", "steps", "samplers"])
 def test_nothing_waits_for_a_value_or_mixes_devices(part: str) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(SCRIPT), part]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = run_forked(SCRIPT, part)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_what_waits_is_found() -> None:
-    """The rehearsal itself: a value that is asked for, and two devices in one sum."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    for part, said in (
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [
         ("a_wait", "DataDependentOutputException"),
         ("two_devices", "FakeTensorDeviceMismatchError"),
-    ):
-        command = [sys.executable, str(SCRIPT), part]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
-        assert done.returncode != 0
-        assert said in done.stderr
+    ],
+)
+def test_what_waits_is_found(part: str, said: str) -> None:
+    """The rehearsal itself: a value that is asked for, and two devices in one sum."""
+    done = run_forked(SCRIPT, part)
+    assert done.returncode != 0
+    assert said in done.stderr
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from dataclasses import replace
 
 import numpy as np
@@ -30,11 +31,12 @@ def network(config: UNetConfig, seed: int = 0) -> SegmentationUNet:
     return SegmentationUNet(config, 1).eval()
 
 
-@given(st.integers(1, 70), st.integers(1, 70))
-def test_every_size_is_covered(h, w):
-    for config in CONFIGS.values():
-        source = TensorSource(torch.randn(1, h, w))
-        assert Predictor([network(config)])(source).shape == (1, h, w)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_size_is_covered(name):
+    """Every height and every width; a rule for one axis knows nothing of the other."""
+    predict = Predictor([network(CONFIGS[name])])
+    for h, w in zip(range(1, 71), random.Random(0).sample(range(1, 71), 70), strict=True):
+        assert predict(TensorSource(torch.randn(1, h, w))).shape == (1, h, w)
 
 
 def test_valid_convolutions_see_the_mirrored_border():
@@ -90,8 +92,8 @@ def test_the_receptive_radius_is_an_upper_bound_and_not_a_wild_one(name):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@settings(max_examples=10)
-@given(h=st.integers(1, 150), w=st.integers(90, 260), symmetries=st.booleans())
+@settings(max_examples=6)
+@given(h=st.integers(1, 120), w=st.integers(90, 200), symmetries=st.booleans())
 def test_tiles_are_the_whole_where_the_overlap_covers_the_receptive_field(name, h, w, symmetries):
     model = network(CONFIGS[name])
     overlap = 2 * int(receptive_radius(CONFIGS[name])) + 2

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from diffusion.judging.report import write_report
 from segmentation.data.dataset import SegmentationData
 from segmentation.data.pairs import find_pairs, pairs_from_arrays
 from segmentation.data.phantom import phantom_stack
@@ -30,6 +31,8 @@ from unet.training.config_file import load_config
 from unet.training.run import read_log
 from unet.weights.start import Start
 from unet_diffusion import demo, eval_seg, predict_seg, train_seg
+
+pytestmark = pytest.mark.usefixtures("short_runs")
 
 SMALL = ("--width", "4", "--crop", "32", "--batch-size", "2", "--steps", "2", "--evaluations", "1")
 
@@ -57,7 +60,7 @@ def folder(tmp_path: Path) -> Path:
 # -- the whole path -------------------------------------------------------------------------------
 
 
-def test_from_a_folder_of_images_to_masks_of_new_ones(folder, tmp_path, capsys):
+def test_from_a_folder_of_images_to_masks_of_new_ones(folder, tmp_path, capsys, reports):
     run, out = tmp_path / "run", tmp_path / "out"
     assert run_train("--data", folder, "--out", run, *SMALL) == 0
     printed = capsys.readouterr().out
@@ -122,7 +125,7 @@ def test_one_labelled_corner_is_enough(corner, tmp_path, capsys):
     assert [image["name"] for image in found["per_image"]] == ["1_columns_110-127"]
 
 
-def test_nothing_need_be_held_out(corner, tmp_path, capsys):
+def test_nothing_need_be_held_out(corner, tmp_path, capsys, reports):
     """The last weights are kept then, and the figures are said to be of the training images."""
     given = ("--data", corner, "--ignore-value", 7, *SMALL, "--val", 0, "--out", tmp_path / "run")
     assert run_train(*given) == 0
@@ -272,16 +275,12 @@ def test_synthetic_images_that_do_not_go_with_the_real_ones_are_refused(
 
 
 def test_the_demo_shows_what_it_says(tmp_path, capsys, monkeypatch):
-    less = {
-        "judging.report.MOST_COMPARED": 500,
-        "judging.report.JUDGED": 8,
-        "judging.report.FRAMES": 8,
-    }
-    less |= {"judging.report.SHOWN": 9, "training.SHOWN": 9, "training.MOST_JUDGED": 16}
-    for name, value in {**less, "training.LEAST_JUDGED": 16}.items():
-        monkeypatch.setattr(f"diffusion.{name}", value)
-    monkeypatch.setattr("segmentation.training.PHANTOM_SLICES", 6)
-    options = demo.DemoOptions(out=tmp_path, minutes=0.05)
+    monkeypatch.setattr("diffusion.training.write_report", write_report)
+    for name, value in {"PHANTOM_SLICES": 6, "STAINED_SLICES": 4}.items():
+        monkeypatch.setattr(f"segmentation.training.{name}", value)
+    for name, value in {"UNSEEN_SLICES": 1, "SHEET": 4, "LABELLED": 2}.items():
+        monkeypatch.setattr(demo, name, value)
+    options = demo.DemoOptions(out=tmp_path, minutes=0.02)
     demo.main(options)
     printed = capsys.readouterr().out
     (run,) = tmp_path.iterdir()

@@ -77,7 +77,7 @@ def test_what_is_no_mask_is_told(tmp_path):
         train(DiffusionOptions(**options, condition=str(tmp_path / "images")))
 
 
-def test_a_model_of_masks_makes_masks_of_images(tmp_path, capsys):
+def test_a_model_of_masks_makes_masks_of_images(tmp_path, capsys, short_runs):
     write(tmp_path, count=4, side=8)
     options = DiffusionOptions(
         out=tmp_path / "run",
@@ -88,7 +88,7 @@ def test_a_model_of_masks_makes_masks_of_images(tmp_path, capsys):
         steps=2,
         evaluations=1,
         batch_size=4,
-        timesteps=3,  # as many steps have its pictures, and the samples of predict-seg
+        timesteps=3,  # as many steps have the samples of predict-seg
         val=1,
         device="cpu",
     )

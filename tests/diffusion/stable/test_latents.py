@@ -50,6 +50,8 @@ from unet.training.cli import run_script
 from unet.training.run import read_log
 from unet_diffusion import describe, sample_ddpm, train_ddpm, txt2img
 
+pytestmark = pytest.mark.usefixtures("short_runs")
+
 COUNT = 30
 PROMPT = "a dog"
 SMALL = ("--batch-size", 8, "--evaluations", 1, "--log-every", 1, "--precision", "fp32")
@@ -83,7 +85,9 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(pipeline: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(
+    pipeline: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory, short_runs: None
+) -> Path:
     """The run folder of a model that was trained from scratch, which no test changes."""
     out = tmp_path_factory.mktemp("runs") / "scratch"
     arguments = ("--data", pictures, "--captions", "--latents", pipeline, "--out", out, *SMALL)
@@ -305,7 +309,6 @@ def without_pictures() -> Iterator[pytest.MonkeyPatch]:
     with pytest.MonkeyPatch.context() as patch:
         for name in ("pictures", "forward_pictures"):
             patch.setattr(DiffusionTask, name, lambda *_: {})
-        patch.setattr(training, "write_report", lambda *_: "none")
         yield patch
 
 

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -23,6 +20,7 @@ from segmentation.data.pairs import Pair
 from segmentation.judging.evaluation import Evaluation
 from segmentation.judging.report import picture_row, report_figure, write_report, write_scores
 from segmentation.pictures import class_colours
+from tests.forks import run_forked
 from unet.files.pages import ImageInfo
 
 
@@ -229,9 +227,12 @@ def test_ignored_pixels_are_in_the_legend_where_there_are_some():
     assert "ignored" in [t.get_text() for t in texts_of(figure)]
 
 
-def test_matplotlib_is_imported_when_a_report_is_drawn():
-    code = "import sys, segmentation.judging.report; assert 'matplotlib' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[3])
+def test_matplotlib_is_imported_when_a_report_is_drawn(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys, segmentation.judging.report; assert 'matplotlib' not in sys.modules"
+    )
+    assert run_forked(script).returncode == 0
 
 
 def test_the_report_names_a_class_that_is_never_predicted():

@@ -41,6 +41,9 @@ class ToyOptions(FitOptions):
     with_signal: int = int(signal.SIGKILL)
     """The signal to die of."""
 
+    whole_group: bool = False
+    """Send it to the processes that prepare batches as well, as a terminal does."""
+
     nan_at: int = -1
     """Index of a sample that is not a number; -1: none, -2: all."""
 
@@ -94,7 +97,7 @@ def toy_task(options: ToyOptions) -> Task:
         if len(batch["index"]) > options.memory:
             raise torch.OutOfMemoryError("a stand-in for a full GPU")
         if steps == options.die_at:
-            os.kill(os.getpid(), options.with_signal)
+            (os.killpg if options.whole_group else os.kill)(os.getpid(), options.with_signal)
         found = F.binary_cross_entropy_with_logits(model(batch["image"]), batch["mask"])
         if (batch["index"] == options.bad_gradient_at).any():
             found = found + (0 * found).sqrt()  # adds 0, and 0 times infinity to the gradient
@@ -127,6 +130,8 @@ compile_anyhow = torch.compile
 
 
 def main(options: ToyOptions) -> None:
+    if options.whole_group:
+        os.setsid()  # a group of its own
     torch.set_num_threads(1)
     torch.compile = compiled_in_one_graph
     with run_folder(plan_fit(options)):
