@@ -39,7 +39,7 @@ from unet.training.plan import (
     told,
     told_budget,
 )
-from unet.weights.crossing import timed, with_jumps
+from unet.weights.crossing import timed, with_jumps, without_jumps
 from unet.weights.start import Start
 from unet.words import counted
 
@@ -107,6 +107,9 @@ def decide(options: DiffusionOptions, data: Data) -> DiffusionPlan:
         check_teacher(options, start, schedule, prediction)
         if not start.config.jumps:
             start = start.changed(replace(start.config, jumps=True), with_jumps, "told of jumps")
+    elif start and start.config.jumps and options.trained != "lora":
+        alone = replace(start.config, jumps=False)
+        start = start.changed(alone, without_jumps, "without its jumps")
     clip = read_clip(options)
     network, why = chosen_config(options, data, clip, start)
     width = network.channels if options.network == "auto" and not options.init else options.width

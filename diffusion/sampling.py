@@ -367,7 +367,7 @@ class ImageSampler:
 def chosen_way(options: SamplingOptions, model: DiffusionUNet) -> SamplingOptions:
     """The options with the sampler and the steps of a model, where none are given."""
     sampler, steps = options.sampler, options.steps
-    if sampler is None and model.config.jumps:
+    if sampler is None and "few_steps" in model.info:
         sampler = "jump"
     elif sampler is None:
         sampler = "dpmpp-2m" if "coupling" in model.info else "dpmpp-2m-sde"

@@ -379,6 +379,9 @@ def test_few_steps_are_learnt_from_a_model_and_sampled_by_default(
     python = load(run / "model")(2)
     for i in range(2):
         assert np.array_equal(python[i], read_image(tmp_path / f"four/images/0000{i}.png"))
+    on = ("--data", trained / "discs.npz", "--classes", "--init", run / "model", "--steps", 1)
+    assert run_train("--out", tmp_path / "on", *on, "--batch-size", 4, "--evaluations", 1) == 0
+    assert not DiffusionUNet.from_pretrained(tmp_path / "on/model").config.jumps
     words = ("--data", reads.parents[1] / "discs", "--captions")
     learnt = ("--init", reads, "--batch-size", 4, "--few-steps", 2, "--steps", 1)
     assert run_train("--out", tmp_path / "words", *words, *learnt) == 0

@@ -132,6 +132,12 @@ def with_jumps(config: UNetConfig, state: Mapping[str, Tensor]) -> Trunk:
     return Trunk(config, {**fresh, **known, **state})
 
 
+def without_jumps(config: UNetConfig, state: Mapping[str, Tensor]) -> Trunk:
+    """The trunk that knows single timesteps alone, as this one does when it is told of no jump."""
+    kept = {k: v for k, v in state.items() if not k.startswith(_JUMP)}
+    return Trunk(replace(config, jumps=False), kept)
+
+
 def with_channels(config: UNetConfig, state: Mapping[str, Tensor], in_channels: int) -> Trunk:
     """The trunk for images of another number of channels, of which one side is 1.
 

@@ -23,6 +23,7 @@ from unet.weights.crossing import (
     with_pixels,
     with_time,
     without_conditioning,
+    without_jumps,
 )
 
 PLAIN = UNetConfig(channels=8, multipliers=(1, 2), block="res", norm="group", groups=4, patch=2)
@@ -148,6 +149,7 @@ def test_a_trunk_that_is_told_of_jumps_is_the_same_until_it_learns() -> None:
         for found in (learnt(x, t), learnt(x, t, jump=torch.zeros(2))):
             assert differs(found, wanted) < 1e-6
         assert differs(learnt(x, t, jump=jump), wanted) > 0.01
+        assert differs(loaded(without_jumps(told.config, learnt.state_dict()))(x, t), wanted) < 1e-6
         plain = without_conditioning(told.config, learnt.state_dict(), t=3)
         assert differs(loaded(plain)(x[:1]), wanted[:1]) < 1e-5
 
