@@ -39,7 +39,7 @@ from unet.training.plan import (
     told,
     told_budget,
 )
-from unet.weights.crossing import timed
+from unet.weights.crossing import timed, with_jumps, without_jumps
 from unet.weights.start import Start
 from unet.words import counted
 
@@ -58,6 +58,8 @@ class DiffusionPlan(RunPlan):
         options: the command line with each choice filled in, which repeats the run.
         levels: the noise levels that are trained on.
         coupled: noise goes to images near it.
+        few_steps: the guidance of the teacher whose ways are learnt in jumps; None: noise is
+            predicted.
         label_dropout: share of the images that are shown without their class or caption.
         clip: what reads the captions; None: no captions, or a text encoder that is trained along.
     """
@@ -68,6 +70,7 @@ class DiffusionPlan(RunPlan):
     weighting: Weighting
     levels: TrainingLevels
     coupled: bool
+    few_steps: float | None
     label_dropout: float
     clip: ClipText | None
 
@@ -105,6 +108,13 @@ def decide(options: DiffusionOptions, data: Data) -> DiffusionPlan:
                 "cannot be trained here: give a model of version 1 or 2, or one of your own"
             )
     schedule, prediction, noise = chosen_noise(options, start)
+    if start and options.few_steps is not None:
+        check_teacher(options, start, schedule, prediction)
+        if not start.config.jumps:
+            start = start.changed(replace(start.config, jumps=True), with_jumps, "told of jumps")
+    elif start and start.config.jumps and options.trained != "lora":
+        alone = replace(start.config, jumps=False)
+        start = start.changed(alone, without_jumps, "without its jumps")
     clip = read_clip(options)
     network, why = chosen_config(options, data, clip, start)
     width = network.channels if options.network == "auto" and not options.init else options.width
@@ -117,11 +127,13 @@ def decide(options: DiffusionOptions, data: Data) -> DiffusionPlan:
         "classes": list(data.classes) if options.classes else [],
     }
     theirs = start.info.get("classes", []) if start else []
-    if options.trained == "lora" and theirs != info["classes"]:
+    if (as_it_is := _as_it_is(options)) and theirs != info["classes"]:
         raise InputError(
             f"--init {options.init} was trained on the classes {theirs}, but this is of "
-            f"{info['classes']}: --trained lora needs the same"
+            f"{info['classes']}: {as_it_is} needs the same"
         )
+    if options.few_steps is not None:
+        info["few_steps"] = options.few_steps
     if images.ranges:
         info["ranges"] = {kind: [v.low, v.high] for kind, v in images.ranges.items()}
     info |= {"reading": said} if (said := options.reading.to_dict()) else {}
@@ -153,6 +165,7 @@ def decide(options: DiffusionOptions, data: Data) -> DiffusionPlan:
         *noise,
         *told_levels,
         *([Decision("coupling", "noise goes to images near it", AS_ASKED)] if coupled else []),
+        *told_jumps(options),
         Decision("batch", counted(fit.batch_size, "image"), batch),
         optimizer,
         told_budget(options),
@@ -173,10 +186,56 @@ def decide(options: DiffusionOptions, data: Data) -> DiffusionPlan:
         weighting=options.weighting,
         levels=TrainingLevels(schedule, shift, log_sigma),
         coupled=coupled,
+        few_steps=options.few_steps,
         label_dropout=options.label_dropout,
         clip=clip,
         start=start,
     )
+
+
+def _as_it_is(options: DiffusionOptions) -> str:
+    """The option that takes the model of --init as it is, if one does."""
+    if options.trained == "lora":
+        return "--trained lora"
+    return "" if options.few_steps is None else "--few-steps"
+
+
+def check_teacher(
+    options: DiffusionOptions, start: Start, schedule: NoiseSchedule, prediction: PredictionName
+) -> None:
+    """Raises an InputError where the model of --init cannot teach its ways."""
+    if "prediction" not in start.info:
+        raise InputError(
+            f"--few-steps makes a model of train-ddpm faster, and --init {options.init} is none: "
+            "train it on these data first"
+        )
+    if (schedule, prediction) != _noise_of(None, start):
+        raise InputError(
+            f"--few-steps follows the ways of --init {options.init}, with its noise levels and its "
+            "kind of prediction: leave out --noise, --timesteps, --zero-snr and --prediction"
+        )
+    if options.few_steps != 1 and not (options.classes or options.captions):
+        raise InputError(
+            f"--few-steps {options.few_steps} guides by a class or a text, and the model has none: "
+            "give --few-steps 1"
+        )
+    if "coupling" in start.info:
+        raise InputError(
+            f"--init {options.init} was trained with --coupling ot, which fresh noise on the way "
+            "does not go with, and few steps draw some: give a model without"
+        )
+    if options.captions != bool({"text", "text_encoder"} & start.info.keys()):
+        raise InputError(
+            f"--init {options.init} and this run differ in --captions: --few-steps needs the same"
+        )
+
+
+def told_jumps(options: DiffusionOptions) -> list[Decision]:
+    """What the network learns beside noise levels."""
+    if options.few_steps is None:
+        return []
+    guided = "" if options.few_steps == 1 else f", guided by {options.few_steps:g}"
+    return [Decision("few steps", f"the ways of {options.init}{guided}", AS_ASKED)]
 
 
 def chosen_part(options: DiffusionOptions, model: DiffusionUNet) -> list[Decision]:
@@ -210,15 +269,19 @@ def chosen_fit(options: DiffusionOptions, start: Start | None = None) -> tuple[F
         {
             "with captions muon is untried": options.captions,
             "muon's steps would move the weights of --init far": (
-                options.init and not (start and start.crossed)
+                options.init and options.few_steps is None and not (start and start.crossed)
             ),
         },
     )
-    if optimizer == "muon" and options.init and not options.optimizer:
+    if optimizer == "muon" and options.few_steps is not None and not options.optimizer:
+        why = "in small steps, as for what has learnt already"
+    elif optimizer == "muon" and options.init and not options.optimizer:
         why = "as for random weights: it has everything to learn about noise"
     lr, beta2 = (7e-4, 0.99) if options.captions else (2e-3, 0.999)
     if options.trained == "lora" and clip_folder(options):
         lr = 1e-4  # as is usual for Stable Diffusion
+    if options.few_steps is not None:
+        lr /= 4
     if optimizer == "muon":
         lr *= 10
     small = options.captions or optimizer == "muon"
@@ -335,7 +398,7 @@ def chosen_text(
         return [Decision("text", f"CLIP, {clip.channels} channels", f"of {folder}")]
     if network.context_channels is None:
         return []
-    if options.trained == "lora" and start and "text" in start.info:
+    if _as_it_is(options) and start and "text" in start.info:
         info["text"] = start.info["text"]
         return [Decision("text", "its encoder and its words", f"as of {options.init}")]
     captions = (data.caption(i) for i in (*data.train, *data.val))

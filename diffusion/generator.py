@@ -103,7 +103,7 @@ class ImageGenerator:
         pictures: str | Path | Sequence[str | Path] | None = None,
         negative: str = SamplingOptions.negative,
         guidance: float = SamplingOptions.guidance,
-        steps: int = SamplingOptions.steps,
+        steps: int | None = SamplingOptions.steps,
         sampler: str | None = SamplingOptions.sampler,
         batch_size: int = SamplingOptions.batch_size,
         **settings: Any,
@@ -124,9 +124,10 @@ class ImageGenerator:
                 turn, for a model that was trained with a condition.
             negative: with `guidance` and `prompts`: a text to lead away from.
             guidance: scale of guidance; 1: none.
-            steps: from noise to image.
-            sampler: ddpm, ddim, euler, heun, flow-heun, dpmpp-2m or dpmpp-2m-sde; None: the last
-                one, or dpmpp-2m where training coupled noise with images.
+            steps: from noise to image; None: 20, or 4 of a model of few steps.
+            sampler: ddpm, ddim, euler, heun, flow-heun, dpmpp-2m, dpmpp-2m-sde or jump; None: jump
+                of a model of few steps, dpmpp-2m where training coupled noise with images, else
+                dpmpp-2m-sde.
             batch_size: images at a time.
             settings: the other fields of `SamplingOptions`: spacing, shift, eta, churn,
                 churn_interval, churn_noise, variance, clip, guide, guidance_rescale,
@@ -156,8 +157,9 @@ class ImageGenerator:
                 "many, or leave count out"
             )
         settings |= {"negative": negative, "guidance": guidance, "sampler": sampler}
-        for name, value in (("seed", seed), ("steps", steps), ("batch_size", batch_size)):
-            settings[name] = _whole(name, value, 0 if name == "seed" else 1)
+        settings["seed"] = _whole("seed", seed, 0)
+        settings["steps"] = None if steps is None else _whole("steps", steps, 1)
+        settings["batch_size"] = _whole("batch_size", batch_size, 1)
         if unknown := sorted(settings.keys() - set(SETTINGS) | settings.keys() & {"device"}):
             known = sorted({*SETTINGS} - {"device"})
             raise InputError(

@@ -105,6 +105,7 @@ class DiffusionUNet(FolderModel):
         classes: Tensor | None = None,
         tokens: Tensor | None = None,
         vector: Tensor | None = None,
+        jump: Tensor | None = None,
         picture: Tensor | None = None,
     ) -> Tensor:
         """(B, C, H, W) to (B, out_channels, H, W); the arguments are those of `UNet`.
@@ -116,7 +117,7 @@ class DiffusionUNet(FolderModel):
             x = torch.cat([x, picture.to(x.dtype)], dim=1)
         if tokens is not None and self.text is not None:
             context, mask = self.text(tokens)
-        features = self.trunk(x, t, context, mask=mask, classes=classes, vector=vector)
+        features = self.trunk(x, t, context, mask=mask, classes=classes, vector=vector, jump=jump)
         return unpatch(self.head(features), self.config.patch, x.shape[-2:])
 
     def conditioning(self, wanted: Sequence[int | str | Tensor | Asked | None]) -> dict[str, Any]:
@@ -148,6 +149,11 @@ class DiffusionUNet(FolderModel):
         facts["Prediction"] = str(self.info.get("prediction"))
         if isinstance(schedule, Mapping):
             facts["Noise schedule"] = ", ".join(f"{k} {v}" for k, v in schedule.items())
+        if "few_steps" in self.info:
+            facts["Few steps"] = (
+                "made to be sampled in 1, 2 or 4 (--sampler jump, the default), with guidance "
+                f"{self.info['few_steps']} built in"
+            )
         if "coupling" in self.info:
             facts["Coupling"] = "noise was given to images near it: sample without fresh noise"
         if {"text", "text_encoder"} & self.info.keys():

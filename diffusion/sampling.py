@@ -34,6 +34,7 @@ from unet.errors import InputError
 from unet.training.task import Processes
 
 Images = NDArray[np.uint8]  # (N, H, W, C)
+STEPS, FEW_STEPS = 20, 4  # where none are given
 
 
 def load_for_sampling(folder: str | Path, device: str, loras: Sequence[str] = ()) -> DiffusionUNet:
@@ -69,15 +70,16 @@ class ImageSampler:
         autoencoder: Autoencoder | None = None,
     ) -> None:
         coupled = "coupling" in model.info
-        if options.sampler is None:
-            options = replace(options, sampler="dpmpp-2m" if coupled else "dpmpp-2m-sde")
+        options = chosen_way(options, model)
         assert options.sampler is not None
+        assert options.steps is not None
         self.model, self.options = model.eval(), options
         self.autoencoder = autoencoder or self._read_parts()
         self.schedule = NoiseSchedule.from_dict(_known(model, "schedule"))
         self.height, self.width = model.size
         self.classes = model.classes
-        strided = self.schedule.kind == "flow" or options.shift != 1
+        jumping = options.sampler == "jump"
+        strided = self.schedule.kind == "flow" or options.shift != 1 or jumping
         spacing = options.spacing or ("trailing" if strided else "logsnr")
         self.timesteps = self.schedule.timesteps(options.steps, spacing, shift=options.shift)
         self.sampler_options: dict[str, Any] = {}
@@ -87,6 +89,11 @@ class ImageSampler:
             self.sampler_options["variance"] = options.variance
         elif options.churn:
             self.sampler_options |= {name: getattr(options, name) for name in CHURN}
+        if jumping and not model.config.jumps:
+            raise InputError(
+                "--sampler jump is for models of train-ddpm --few-steps, which know where a step "
+                "leads, and this is none: choose another sampler"
+            )
         chosen = get_sampler(options.sampler, self.sampler_options)
         if coupled and chosen.draws_noise(self.sampler_options):
             raise InputError(
@@ -186,6 +193,11 @@ class ImageSampler:
             raise InputError(
                 f"--guide {guide}: each of two models of captions reads them by an encoder of its "
                 "own, trained along, and guidance gives both the same: leave --guide out"
+            )
+        if self.options.sampler == "jump" and not lesser.config.jumps:
+            raise InputError(
+                f"--guide {guide} knows no jumps, as models of train-ddpm --few-steps do: give one "
+                "that does, or another --sampler"
             )
         for said, facts in (
             ("channels of its images", [m.image_channels for m in (model, lesser)]),
@@ -358,6 +370,19 @@ class ImageSampler:
             for done, step in enumerate(run, start=1):
                 record.paused, x = done not in counted, step.x
         return self._decoded(x), record.maps((self.height, self.width))
+
+
+def chosen_way(options: SamplingOptions, model: DiffusionUNet) -> SamplingOptions:
+    """The options with the sampler and the steps of a model, where none are given."""
+    sampler, steps = options.sampler, options.steps
+    if sampler is None and "few_steps" in model.info:
+        sampler = "jump"
+    elif sampler is None:
+        sampler = "dpmpp-2m" if "coupling" in model.info else "dpmpp-2m-sde"
+    if steps is None:
+        most = NoiseSchedule.from_dict(_known(model, "schedule")).steps
+        steps = min(FEW_STEPS if sampler == "jump" else STEPS, most)
+    return replace(options, sampler=sampler, steps=steps)
 
 
 def made_channels(model: DiffusionUNet) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,9 +31,11 @@ from diffusion.model import DiffusionUNet
 from diffusion.options import CHANNELS, DiffusionOptions
 from diffusion.pictures import grid, table
 from diffusion.process.denoiser import Denoiser
-from diffusion.process.levels import TrainingLevels, coupled
-from diffusion.process.loss import diffusion_loss
+from diffusion.process.guidance import Guided
+from diffusion.process.levels import TrainingLevels, coupled, jumps
+from diffusion.process.loss import Weighting, diffusion_loss, jump_loss
 from diffusion.process.noise import NoiseSource
+from diffusion.process.prediction import Denoised
 from diffusion.stable.autoencoder import Autoencoder
 from diffusion.stable.export import obstacle, write_pipeline
 from diffusion.stable.latents import Data, LatentData, autoencoder_of
@@ -48,6 +51,7 @@ from unet.training.resuming import resumed
 from unet.training.run import RunFolder, is_main_process, run_folder
 from unet.training.task import Batch, Processes, Task
 
+_GOLDEN = (math.sqrt(5) - 1) / 2  # its multiples are spread evenly, and far from their neighbours
 SHOWN_LEVELS = 8  # of the pictures
 LEAST_JUDGED, MOST_JUDGED = 128, 500  # held-out images, and as many training images
 
@@ -231,7 +235,8 @@ class Alternating:
 
 
 class NoisedSamples:
-    """Training images, each with its noise and the place of its timestep in its part of them all.
+    """Training images, each with its noise and the place of its timestep in its part of them all,
+    and with --few-steps the number that its jump follows from.
 
     All of it is drawn from the sample's own generator, so that a resumed run and one with other
     numbers of processes see the same.
@@ -245,6 +250,7 @@ class NoisedSamples:
         if prior is not None:
             self.samples = Alternating(self.samples, prior.samples(self.seed))
         self.null, self.dropout = (model.config.classes or 0) - 1, plan.label_dropout
+        self.jumping = plan.few_steps is not None
         self.tokenizer = model.text and model.text.tokenizer
 
     def __len__(self) -> int:
@@ -264,6 +270,8 @@ class NoisedSamples:
             # each alone, so that either can be asked for without the other.
             without = place < 1.5 * share
             from_none = place < share or 1.5 * share <= place < 2 * share
+        if self.jumping:
+            sample["jump"] = torch.tensor(rng.random(dtype=np.float32))
         if from_none and "picture" in sample:
             sample["picture"] = torch.zeros_like(sample["picture"])
         if self.null >= 0:
@@ -298,7 +306,8 @@ def stratified(position: Tensor, place: Tensor, batch: int, *, seed: int = 0) ->
 
 @dataclass(frozen=True)
 class Timesteps:
-    """What a whole batch gets: its timesteps, and no more tokens than its longest text has.
+    """What a whole batch gets: its timesteps, those that jumps lead to, and no more tokens than its
+    longest text has.
 
     Args: those of `stratified`; `coupled`: noise goes to images near it, of those that go through
     the network together; `padded`: padding after a text does not count.
@@ -320,11 +329,44 @@ class Timesteps:
         if self.coupled:
             noise = coupled(batch["noise"], batch["image"], batch.get("label"))
             batch = {**batch, "noise": noise}
+        batch = {**batch, "t": t}
+        if "jump" in batch:
+            batch["near"], batch["to"] = jumps(self.levels.schedule, t, batch["jump"])
         if "tokens" not in batch or not self.padded:
-            return {**batch, "t": t}
+            return batch
         tokens = batch["tokens"]
         longest = int((tokens != PADDING).sum(dim=1).max())
-        return {**batch, "t": t, "tokens": tokens[:, :longest].contiguous()}
+        return {**batch, "tokens": tokens[:, :longest].contiguous()}
+
+
+class Teacher:
+    """The denoiser of the model in --init, guided as --few-steps asks for.
+
+    It moves to where its first images are, and is not trained.
+    """
+
+    def __init__(self, plan: DiffusionPlan) -> None:
+        assert plan.options.init
+        assert plan.few_steps is not None
+        self.model = load_model(plan.options.init).requires_grad_(False)
+        if plan.clip:
+            self.model.text = plan.clip
+        self.schedule, self.prediction = plan.schedule, plan.prediction
+        self.scale = plan.few_steps
+
+    def __call__(
+        self, x: Tensor, t: Tensor | float, to: float | None = None, **conditioning: Any
+    ) -> Denoised:
+        if next(self.model.parameters()).device != x.device:
+            self.model.to(x.device)
+        if (tokens := conditioning.pop("tokens", None)) is not None:
+            assert self.model.text is not None  # the same captions: see `check_teacher`
+            conditioning["context"], conditioning["mask"] = self.model.text(tokens)
+        denoiser = Denoiser(self.model, self.schedule, self.prediction)
+        if self.scale == 1:
+            return denoiser(x, t, to, **conditioning)
+        null = self.model.conditioning([None])
+        return Guided(denoiser, self.scale, null)(x, t, to, **conditioning)
 
 
 class DiffusionTask:
@@ -337,9 +379,23 @@ class DiffusionTask:
         self.pictured = data.channels  # before the codes of a mask
         if isinstance(data, DiffusionData) and data.joint:
             self.pictured -= data.codes
+        self.teacher = None if plan.few_steps is None else Teacher(plan)
 
-    def _loss(self, model: nn.Module, x0: Tensor, t: Tensor, noise: Tensor, **given: Any) -> Tensor:
-        return diffusion_loss(model, self.schedule, self.prediction, x0, t, noise, **given)
+    def _loss(
+        self,
+        model: nn.Module,
+        x0: Tensor,
+        t: Tensor,
+        noise: Tensor,
+        jump: tuple[Tensor, Tensor] | None,
+        weighting: Weighting = "plain",
+        **given: Any,
+    ) -> Tensor:
+        if self.teacher is not None and jump is not None:
+            return jump_loss(model, self.teacher, x0, t, *jump, noise, **given)
+        return diffusion_loss(
+            model, self.schedule, self.prediction, x0, t, noise, weighting=weighting, **given
+        )
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         given: dict[str, Any] = {"weighting": self.plan.weighting}
@@ -349,7 +405,9 @@ class DiffusionTask:
             given["tokens"] = batch["tokens"]
         if "picture" in batch:
             given["picture"] = batch["picture"]
-        return self._loss(model, batch["image"], batch["t"], batch["noise"], **given).mean()
+        jump = (batch["near"], batch["to"]) if self.teacher is not None else None
+        losses = self._loss(model, batch["image"], batch["t"], batch["noise"], jump, **given)
+        return losses.mean()
 
     def evaluate(self, model: DiffusionUNet, processes: Processes) -> Mapping[str, float]:
         """The plain loss on held-out images, and on as many training images ("seen").
@@ -387,9 +445,17 @@ class DiffusionTask:
             part = slice(start, start + size)
             x0, _ = self.data.batch(indices[part])
             noise = NoiseSource(seeds[part]).draw(x0.shape[1:])
-            given = model.conditioning(self.data.conditions(indices[part]))
-            losses = self._loss(model, x0.to(device), t[part].to(device), noise.to(device), **given)
-            total += losses.sum()
+            wanted = self.data.conditions(indices[part])
+            given, jump = model.conditioning(wanted), None
+            if self.teacher is not None:
+                if model.text is not None:  # teacher and model may have each an encoder of its own
+                    tokens = model.text.tokenize([str(text or "") for text in wanted])
+                    given = {"tokens": tokens.to(device)}
+                u = torch.tensor(seeds[part]) * _GOLDEN % 1
+                near, to = jumps(self.schedule, t[part], u)
+                jump = near.to(device), to.to(device)
+            at = t[part].to(device)
+            total += self._loss(model, x0.to(device), at, noise.to(device), jump, **given).sum()
         return float(total)
 
     def forward_pictures(self) -> Mapping[str, Image.Image]:

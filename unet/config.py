@@ -59,6 +59,7 @@ class UNetConfig:
     time: bool = False  # a timestep goes into every residual block
     time_cos_first: bool = False  # order of the sinusoids: DDPM has sin first, SD cos first
     time_freq_shift: int = 1  # frequencies exp(-ln 10000 i / (half - shift)): DDPM 1, SD 0
+    jumps: bool = False  # it is also told how far below its timestep a result leads (MeanFlow)
     scale_shift: bool = False  # the embedding scales and shifts the second norm (FiLM), or is added
     classes: int = 0  # > 0: a class embedding of that many rows, added to the time embedding
     vector_channels: int = 0  # > 0: a vector of that width is embedded and added, too (SDXL)
@@ -200,6 +201,8 @@ class UNetConfig:
             )
         if self.scale_shift and not self.embedding_channels:
             raise InputError("scale_shift=True needs an embedding: set time=True or classes")
+        if self.jumps and not self.time:
+            raise InputError("jumps=True is from a timestep to another one: set time=True")
         if self.time and self.channels // 2 <= self.time_freq_shift:
             raise InputError(
                 f"channels={self.channels} leaves no sinusoids for a time embedding with "

@@ -306,6 +306,20 @@ class TimeEmbedding(nn.Module):
         return self.linear2(self.act(self.linear1(waves.to(self.linear1.weight.dtype))))
 
 
+class JumpEmbedding(TimeEmbedding):
+    """What is added to the embedding of a timestep for a jump below it: of no jump nothing.
+
+    It starts at zero, so that a network that has learnt single timesteps is still the same.
+    """
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__(config)
+        zero_init(self.linear2)
+
+    def forward(self, jump: Tensor) -> Tensor:
+        return super().forward(jump) - super().forward(torch.zeros_like(jump[:1]))
+
+
 def sinusoids(t: Tensor, channels: int, *, cos_first: bool, freq_shift: int) -> Tensor:
     """Sines and cosines of t (B,) at geometric frequencies 1 to 1/10000: (B, channels), float32."""
     half = channels // 2

@@ -19,6 +19,7 @@ from unet.layers import (
     ConvBlock,
     Downsample,
     Enlarge,
+    JumpEmbedding,
     ResBlock,
     Score,
     Stem,
@@ -71,6 +72,7 @@ class UNet(nn.Module):
         self.join = join_cropped if config.padding == "valid" else same
         width = config.embedding_channels
         self.time_embedding = TimeEmbedding(config) if config.time else None
+        self.jump_embedding = JumpEmbedding(config) if config.jumps else None
         self.class_embedding = nn.Embedding(config.classes, width) if config.classes else None
         self.vector_embedding = VectorEmbedding(config) if config.vector_channels else None
         self.act = make_activation(config)
@@ -88,6 +90,7 @@ class UNet(nn.Module):
         mask: Tensor | None = None,
         classes: Tensor | None = None,
         vector: Tensor | None = None,
+        jump: Tensor | None = None,
         maps: list[Tensor] | None = None,
     ) -> Tensor:
         """Features of an image, (B, config.out_channels, H / patch, W / patch) with same padding.
@@ -99,15 +102,17 @@ class UNet(nn.Module):
             mask: (B, L) bool, True where a token of the context counts; None: all of them.
             classes: (B,) class indices, where the config has classes.
             vector: (B, vector_channels), where the config has that.
+            jump: (B,) timesteps below t that the result leads to, where the config has jumps; None:
+                it is for t itself.
             maps: a list that gets the middle's map and the last one of each decoder level, of which
                 the last are the features.
 
         Raises:
             InputError: an argument that does not fit the config.
         """
-        self._check(x, t, context, mask, classes, vector)
+        self._check(x, t, context, mask, classes, vector, jump)
         finest = [-(-n // self.config.patch) for n in x.shape[-2:]]
-        cond = Conditioning(self._embed(t, classes, vector), context, mask)
+        cond = Conditioning(self._embed(t, classes, vector, jump), context, mask)
         kept: list[Tensor] = []
         for step in self.encoder:
             x = self._run(step, x, cond)
@@ -126,12 +131,18 @@ class UNet(nn.Module):
         return x
 
     def _embed(
-        self, t: Tensor | None, classes: Tensor | None, vector: Tensor | None
+        self,
+        t: Tensor | None,
+        classes: Tensor | None,
+        vector: Tensor | None,
+        jump: Tensor | None,
     ) -> Tensor | None:
         """The activated sum of the embeddings, (B, 4 * channels): once here, not in every block."""
         terms = []
         if self.time_embedding is not None:
             terms.append(self.time_embedding(t))
+        if self.jump_embedding is not None and jump is not None:
+            terms.append(self.jump_embedding(jump))
         if self.class_embedding is not None:
             terms.append(self.class_embedding(classes))
         if self.vector_embedding is not None:
@@ -154,6 +165,7 @@ class UNet(nn.Module):
         mask: Tensor | None,
         classes: Tensor | None,
         vector: Tensor | None,
+        jump: Tensor | None,
     ) -> None:
         config = self.config
         if x.ndim != 4 or x.shape[1] != config.in_channels or 0 in x.shape[2:]:
@@ -176,8 +188,10 @@ class UNet(nn.Module):
                 raise InputError(f"this network needs a {name}: pass it to forward")
             if value is not None and not wanted:
                 raise InputError(f"this network takes no {name}: drop it, or build with {cure}")
+        if jump is not None and not config.jumps:
+            raise InputError("this network takes no jump: drop it, or build with jumps=True")
         batch = x.shape[0]
-        for name, value in (("t", t), ("classes", classes)):
+        for name, value in (("t", t), ("classes", classes), ("jump", jump)):
             if value is not None and value.shape != (batch,):
                 raise InputError(
                     f"{name} has shape {tuple(value.shape)}, but a batch of {batch} needs "

@@ -75,6 +75,8 @@ def describe(name: str, size: int | None) -> dict[str, Any]:
         inputs = {"x": torch.empty(1, config.in_channels, size, size)}
         if config.time:
             inputs["t"] = torch.empty(1)
+        if config.jumps:
+            inputs["jump"] = torch.empty(1)
         if config.context_channels is not None:
             inputs["context"] = torch.empty(1, 77, config.context_channels)  # as many as CLIP gives
         if config.classes:

@@ -130,7 +130,7 @@ class SampleOptions(SamplingOptions):
             raise InputError("--attention shows where each word goes: give a --prompt")
         if self.attention_steps is not None:
             first, end = self.attention_steps
-            if not (self.attention and 0 <= first < end <= self.steps):
+            if not (self.attention and 0 <= first < end <= (self.steps or end)):
                 raise InputError(
                     f"--attention-steps {first} {end}: give --attention, and 0 <= first < end <= "
                     f"--steps {self.steps}"
@@ -158,6 +158,7 @@ def main(options: SampleOptions) -> None:
     if options.merged and options.merged.exists() and not options.overwrite:
         raise InputError(f"--merged {options.merged} is there already: give --overwrite")
     sampler = ImageSampler(model, options)
+    options = replace(options, steps=sampler.options.steps)  # checked again, now with a number
     names = None
     if options.condition is not None:
         wanted, names = given_conditions(options, sampler)

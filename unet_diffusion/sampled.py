@@ -48,7 +48,8 @@ class MaskSampler:
             )
         self.masks, self.count = network.masks, count
         most = NoiseSchedule.from_dict(network.info["schedule"]).steps
-        self.sampler = ImageSampler(network, replace(options, steps=min(options.steps, most)))
+        steps = options.steps and min(options.steps, most)
+        self.sampler = ImageSampler(network, replace(options, steps=steps))
         values = self.masks.values
         self.table = ClassTable(values=values, shares=(1 / len(values),) * len(values))
 

@@ -67,16 +67,21 @@ def few_steps(
     model: DiffusionUNet,
     seed: int,
     together: int,
-    steps: int = 20,
+    steps: int | None = None,
     autoencoder: Autoencoder | None = None,
 ) -> ImageSampler:
     """The sampler of the pictures: `steps` of them, or as many as the model has noise levels.
+
+    None: the model's default.
 
     Where it is called, in a training, autocast says what the network computes in.
     """
     most = NoiseSchedule.from_dict(model.info["schedule"]).steps
     options = SamplingOptions(
-        seed=seed, batch_size=min(SHOWN, together), steps=min(steps, most), precision="fp32"
+        seed=seed,
+        batch_size=min(SHOWN, together),
+        steps=steps and min(steps, most),
+        precision="fp32",
     )
     return ImageSampler(model, options, autoencoder)
 

@@ -17,7 +17,7 @@ from diffusion.process.prediction import (
     get_prediction,
     split_output,
 )
-from diffusion.process.schedule import NoiseSchedule
+from diffusion.process.schedule import CLEAN, NoiseSchedule
 from unet.errors import InputError
 from unet.words import counted
 
@@ -32,8 +32,10 @@ class Denoiser:
 
     Called as denoiser(x, t, **conditioning) with x (B, C, H, W), t (B,) or one timestep for all,
     and the conditioning that the network takes: for `DiffusionUNet`, `classes`, `context`, `mask`.
-    Tensors of conditioning with a single row serve all images. The network may compute in half
-    precision; everything around it is float32 (or float64, if x is).
+    Tensors of conditioning with a single row serve all images. A network of jumps is also given
+    `to`, the timesteps that these lead to, which are those of DDIM's step with what is returned.
+    The network may compute in half precision; everything around it is float32 (or float64, if x
+    is).
 
     Raises:
         InputError: eps- or edm-prediction under a schedule that ends without signal.
@@ -48,18 +50,26 @@ class Denoiser:
     def __post_init__(self) -> None:
         get_prediction(self.prediction, self.schedule)
 
-    def __call__(self, x: Tensor, t: Tensor | float, **conditioning: Any) -> Denoised:
+    def __call__(
+        self, x: Tensor, t: Tensor | float, to: Tensor | float | None = None, **conditioning: Any
+    ) -> Denoised:
         x = x.to(torch.promote_types(x.dtype, torch.float32))
-        # Filled, not copied: a GPU would wait for the copy.
-        given = (
-            t.expand(len(x)) if isinstance(t, Tensor) else torch.full((len(x),), t, device=x.device)
-        )
+        given = _for_each(t, x)
         rule = get_prediction(self.prediction, self.schedule)
         rates = self.schedule.rates(t, x)
+        if to is not None:
+            conditioning["jump"] = given - _for_each(to, x)
         output = self.model(*rule.inputs(x, given, *rates), **for_batch(conditioning, len(x)))
         output, mix = split_output(output, x)
         x0, eps = rule.to_x0_eps(output, x, *rates)
         return Denoised(x0, eps, mix)
+
+
+def _for_each(t: Tensor | float, x: Tensor) -> Tensor:
+    """A timestep for each image (B,); filled, not copied: a GPU would wait for the copy."""
+    if isinstance(t, Tensor):
+        return t.expand(len(x))
+    return torch.full((len(x),), t, device=x.device)
 
 
 def for_batch(conditioning: dict[str, Any], batch: int) -> dict[str, Any]:
@@ -97,8 +107,13 @@ class Clipped:
         self.denoiser, self.how = denoiser, how
         self.schedule, self.prediction = denoiser.schedule, denoiser.prediction
 
-    def __call__(self, x: Tensor, t: Tensor | float, **conditioning: Any) -> Denoised:
-        x0, eps, mix = self.denoiser(x, t, **conditioning)
+    def __call__(
+        self, x: Tensor, t: Tensor | float, to: float | None = None, **conditioning: Any
+    ) -> Denoised:
+        found = self.denoiser(x, t, to=to, **conditioning)
+        if to is not None and to != CLEAN:  # x0 is the end of a line then, and no image yet
+            return found
+        x0, eps, mix = found
         scale = torch.ones(1, 1, 1, 1).to(x0)
         if self.how == "dynamic":
             values = rearrange(x0.abs(), "b c h w -> b (c h w)")

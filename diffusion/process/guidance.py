@@ -68,11 +68,11 @@ class Guided:
         self.rescale, self.interval = rescale, interval
         self.schedule, self.prediction = denoiser.schedule, denoiser.prediction
 
-    def __call__(self, x: Tensor, t: Any, **conditioning: Any) -> Denoised:
+    def __call__(self, x: Tensor, t: Any, to: float | None = None, **conditioning: Any) -> Denoised:
         known = not isinstance(t, Tensor)  # on the host, which waits for no GPU
         if self.scale == 1 or (known and not self._inside(self.schedule.level(t).sigma)):
-            return self.denoiser(x, t, **conditioning)
-        wanted, unwanted = self._both(x, t, conditioning)
+            return self.denoiser(x, t, to=to, **conditioning)
+        wanted, unwanted = self._both(x, t, to, conditioning)
         x0, eps, mix = wanted
         scale = self.scale if known else self._scales(t).to(x0).view(-1, 1, 1, 1)
         guided_x0 = unwanted.x0 + scale * (x0 - unwanted.x0)
@@ -88,14 +88,17 @@ class Guided:
             guided_x0, guided_eps = rule.to_x0_eps(guided, x.to(x0), *rates)
         return Denoised(guided_x0, guided_eps, mix)
 
-    def _both(self, x: Tensor, t: Any, conditioning: dict[str, Any]) -> tuple[Denoised, Denoised]:
+    def _both(
+        self, x: Tensor, t: Any, to: float | None, conditioning: dict[str, Any]
+    ) -> tuple[Denoised, Denoised]:
         """What is wanted, and what to lead away from."""
         if not isinstance(self.away, Mapping):
-            return self.denoiser(x, t, **conditioning), self.away(x, t, **conditioning)
+            unwanted = self.away(x, t, to=to, **conditioning)
+            return self.denoiser(x, t, to=to, **conditioning), unwanted
         batch = len(x)
         times = torch.cat([t.expand(batch)] * 2) if isinstance(t, Tensor) else t
         both = doubled(for_batch(conditioning, batch), for_batch(dict(self.away), batch))
-        x0, eps, mix = self.denoiser(torch.cat([x, x]), times, **both)
+        x0, eps, mix = self.denoiser(torch.cat([x, x]), times, to=to, **both)
         first = None if mix is None else mix[:batch]
         return Denoised(x0[:batch], eps[:batch], first), Denoised(x0[batch:], eps[batch:], None)
 

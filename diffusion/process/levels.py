@@ -1,4 +1,4 @@
-"""Which noise levels are trained on, and which noise goes with which image."""
+"""Which noise levels are trained on, where jumps lead, and which noise goes with which image."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from diffusion.process.schedule import NoiseSchedule
+from diffusion.process.schedule import CLEAN, NoiseSchedule
+
+_AT_ONCE, _NOWHERE = 0.25, 0.5  # shares of jumps to the image, and of those that lead nowhere
+FIRST = 1 / 8  # the part of a jump that the teacher leads
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,31 @@ class TrainingLevels:
         log_sigma = mean + math.log(self.shift) + std * torch.special.ndtri(u.double())
         t = self.schedule.timesteps_at(log_sigma.numpy())
         return torch.from_numpy(t).round().long()
+
+
+def jumps(schedule: NoiseSchedule, t: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Jumps down from timesteps t (B,): a timestep a little on the way, and the one at the end.
+
+    Half of them stay where they are, so that the network goes on to know every single level; half
+    of the others lead to the image, and the rest anywhere in between, by the angle whose sine and
+    cosine are the rates of noise and signal.
+
+    Args:
+        u: (B,) uniform in [0, 1): which jump it is.
+    """
+    level = schedule.levels(t)
+    start = torch.atan2(level.noise, level.signal)
+    share = ((u.double() - _NOWHERE - _AT_ONCE) / (1 - _NOWHERE - _AT_ONCE)).clamp(min=0)
+    end = torch.where(u < _NOWHERE, start, share * start)
+    near, to = (_timesteps(schedule, angle) for angle in (start + FIRST * (end - start), end))
+    lowest = math.atan(schedule.level(0).sigma)
+    to = torch.where(end < lowest, float(CLEAN), to)
+    return torch.where(u < _NOWHERE, t, near).float(), torch.where(u < _NOWHERE, t, to).float()
+
+
+def _timesteps(schedule: NoiseSchedule, angle: Tensor) -> Tensor:
+    with np.errstate(divide="ignore"):  # of no noise
+        return torch.from_numpy(schedule.timesteps_at(np.log(np.tan(angle.numpy()))))
 
 
 def coupled(noise: Tensor, images: Tensor, labels: Tensor | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""The training loss of noise prediction: DDPM, alg. 1."""
+"""The training losses: of noise prediction (DDPM, alg. 1), and of jumps (MeanFlow)."""
 
 from __future__ import annotations
 
@@ -10,8 +10,16 @@ import torch
 from einops import reduce
 from torch import Tensor
 
+from diffusion.process.denoiser import Denoiser
+from diffusion.process.levels import FIRST
 from diffusion.process.likelihood import clipped, decoder_bits, model_variance, transition_bits
-from diffusion.process.prediction import Prediction, PredictionName, get_prediction, split_output
+from diffusion.process.prediction import (
+    DenoiserLike,
+    Prediction,
+    PredictionName,
+    get_prediction,
+    split_output,
+)
 from diffusion.process.schedule import CLEAN, NoiseSchedule, Posterior
 from unet.errors import InputError
 
@@ -19,6 +27,7 @@ Weighting = Literal["plain", "min-snr"]
 
 
 _BOUND_WEIGHT = 0.001  # lambda in Improved DDPM, eq. 16
+_STEADY = 0.1  # c in MeanFlow, eq. 22, whose p is 1
 
 
 def diffusion_loss(
@@ -59,6 +68,56 @@ def diffusion_loss(
     mean = torch.where((t == 0).view(signal.shape), predicted, x0)
     bits = torch.where(t == 0, decoder_bits(x0, mean, model_variance("learned", q, mix)), bits)
     return loss + _BOUND_WEIGHT * schedule.steps * bits
+
+
+def jump_loss(
+    model: Callable[..., Tensor],
+    teacher: DenoiserLike,
+    x0: Tensor,
+    t: Tensor,
+    near: Tensor,
+    to: Tensor,
+    noise: Tensor,
+    **conditioning: Any,
+) -> Tensor:
+    """The loss of each image, (B,), of a network that learns to jump along a teacher's ways.
+
+    MeanFlow (arXiv 2505.13447) by a finite difference: a jump from t has to end where the teacher's
+    way leads as far as `near` and the network's own jump goes on from there. The straight line to
+    that end has an x0 and an eps, and so a target in any kind of prediction; on the straight path
+    of flow matching it is the average velocity of eq. 3. Where `to` is t, it is what the teacher
+    says of t.
+
+    Args:
+        model: called as model(x_t, t, jump=..., **conditioning), jump being t - to.
+        teacher: of the model's schedule and kind of prediction; guided, it teaches guided jumps.
+        x0: (B, C, H, W) images in [-1, 1].
+        t, near, to: (B,) timesteps, as `levels.jumps` gives them.
+        noise: (B, C, H, W), standard normal.
+    """
+    schedule = teacher.schedule
+    rule = get_prediction(teacher.prediction, schedule)
+    signal, sigma = schedule.rates(t, x0)
+    x = signal * x0 + sigma * noise
+    with torch.no_grad():
+        clean, eps, _ = teacher(x, t, **conditioning)
+        own = Denoiser(model, schedule, teacher.prediction)
+        at = schedule.rates(near, x0)
+        jumped = own(at[0] * clean + at[1] * eps, near, to=to, **conditioning)
+        end_signal, end_sigma = schedule.rates(to, x0)
+        end = end_signal * jumped.x0 + end_sigma * jumped.eps
+        turn = signal * end_sigma - sigma * end_signal  # minus the sine of the angle between them
+        jumps = (to < t).view(turn.shape)
+        clean = torch.where(jumps, (end_sigma * x - sigma * end) / turn, clean)
+        eps = torch.where(jumps, (signal * end - end_signal * x) / turn, eps)
+        target = rule.target(clean, eps, signal, sigma)
+    output, _ = split_output(
+        model(*rule.inputs(x, t, signal, sigma), jump=t - to, **conditioning), x
+    )
+    error = reduce((output - target) ** 2, "b ... -> b", "mean")
+    # Of a jump it is FIRST times what eq. 11 compares; each image's error is weighted as in eq. 22.
+    error = error / torch.where(jumps.flatten(), FIRST, 1.0) ** 2
+    return error / (error.detach() + _STEADY)
 
 
 @functools.lru_cache(maxsize=8)

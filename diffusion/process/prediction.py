@@ -40,8 +40,15 @@ class DenoiserLike(Protocol):
     @property
     def prediction(self) -> PredictionName: ...
 
-    def __call__(self, x: Tensor, t: Tensor | float, **conditioning: Any) -> Denoised:
-        """x (B, C, H, W) at timesteps t (B,), or at one for all."""
+    def __call__(
+        self, x: Tensor, t: Tensor | float, to: float | None = None, **conditioning: Any
+    ) -> Denoised:
+        """x (B, C, H, W) at timesteps t (B,), or at one for all.
+
+        Args:
+            to: a timestep below t, to which DDIM's step with what is returned leads, of a network
+                that has learnt such jumps; None: x0 is what is expected of the image.
+        """
         ...
 
 

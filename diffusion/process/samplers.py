@@ -25,7 +25,9 @@ from unet.errors import InputError
 
 _FARTHEST = 200  # sigma from which Heun's step is corrected; the linear schedule ends at 157
 
-SamplerName = Literal["ddpm", "ddim", "euler", "heun", "flow-heun", "dpmpp-2m", "dpmpp-2m-sde"]
+SamplerName = Literal[
+    "ddpm", "ddim", "euler", "heun", "flow-heun", "dpmpp-2m", "dpmpp-2m-sde", "jump"
+]
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,15 @@ def _extrapolated_x0(m: Moment) -> Tensor:
     return m.now.x0 + (step / (2 * last)) * (m.now.x0 - x0)
 
 
+def jump_step(m: Moment) -> Tensor:
+    """To the image at once, and back to level `to` with fresh noise: arXiv 2303.01469, alg. 1.
+
+    The denoiser was asked for a jump to the image, whose x0 is a sample and no mean of many.
+    """
+    x = m.to.signal * m.now.x0
+    return x + m.to.noise * m.noise() if m.to.noise else x
+
+
 # ----------------------------------------------------------------------------------------------
 # The table
 
@@ -210,6 +221,9 @@ class Sampler:
     churns: bool = False
     """Whether it has the options of `Churn`."""
 
+    jumps: bool = False
+    """Whether the denoiser is asked for a jump to the image."""
+
 
 def _one(at: Level, to: Level) -> int:
     return 1
@@ -229,6 +243,7 @@ SAMPLERS: dict[SamplerName, Sampler] = {
     ),
     "dpmpp-2m": Sampler(dpmpp_2m_step, _one, lambda options: False),
     "dpmpp-2m-sde": Sampler(dpmpp_2m_sde_step, _one, lambda options: True),
+    "jump": Sampler(jump_step, _one, lambda options: True, jumps=True),
 }
 
 
@@ -337,6 +352,8 @@ def sample(
     churn = Churn.of(options)
     path = churn.path(denoiser.schedule, times)
     spread, given = churn.churn_noise, dict(conditioning or {})
+    if chosen.jumps:
+        given["to"] = CLEAN
     return _run(denoiser, x, path, chosen.step, noise, spread, given, constrain)
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from diffusion import load
 from diffusion.judging import evaluation, report
 from diffusion.judging.classifier import ClassifierUNet, classifier_config
 from diffusion.model import DiffusionUNet
@@ -347,6 +348,49 @@ def test_training_can_start_from_a_model(trained, tmp_path) -> None:
 # -- sampling
 
 
+def test_few_steps_are_learnt_from_a_model_and_sampled_by_default(
+    trained, reads, tmp_path, capsys
+) -> None:
+    teacher, run = trained / "run/model", tmp_path / "run"
+    data = ("--data", trained / "discs.npz", "--classes", *SMALL, "--init", teacher)
+    few = ("--few-steps", "1.3", "--steps")
+    assert run_train("--out", run, *data, *few, 1) == 0
+    assert run_train("--out", run, *data, *few, 2, "--resume") == 0
+    steps = [e["step"] for e in read_log(run / "metrics.jsonl") if "loss" in e]
+    assert steps == [1, 2]
+    model = DiffusionUNet.from_pretrained(run / "model")
+    assert model.config.jumps
+    assert model.info["few_steps"] == 1.3
+    assert "in 1, 2 or 4 (--sampler jump, the default)" in (run / "model/README.md").read_text()
+    capsys.readouterr()
+    samples = ("--model", run / "model", "--count", 2, "--out")
+    assert run_sample(*samples, tmp_path / "four") == 0
+    assert "by jump: 4 evaluations" in capsys.readouterr().out
+    assert run_sample(*samples, tmp_path / "one", "--steps", 1, "--guidance", 2) == 0
+    assert "by jump: 1 evaluation of" in capsys.readouterr().out
+    assert run_sample(*samples, tmp_path / "plain", "--sampler", "ddim", "--steps", 3) == 0
+    python = load(run / "model")(2)
+    for i in range(2):
+        assert np.array_equal(python[i], read_image(tmp_path / f"four/images/0000{i}.png"))
+    on = ("--data", trained / "discs.npz", "--classes", "--init", run / "model", "--steps", 1)
+    assert run_train("--out", tmp_path / "on", *on, "--batch-size", 4, "--evaluations", 1) == 0
+    assert not DiffusionUNet.from_pretrained(tmp_path / "on/model").config.jumps
+    words = ("--data", reads.parents[1] / "discs", "--captions")
+    learnt = ("--init", reads, "--batch-size", 4, "--few-steps", 2, "--steps", 1)
+    assert run_train("--out", tmp_path / "words", *words, *learnt) == 0
+    for arguments, error in (
+        ((*data[:2], *learnt), "guides by a class or a text"),
+        ((*words, *few, 1, "--init", teacher), "differ in --captions"),
+        ((*data, *few, 1, "--noise", "flow"), "leave out --noise"),
+        ((*data, *few, 1, "--weighting", "min-snr"), "leave out --weighting"),
+    ):
+        assert run_train("--out", tmp_path / "no", *arguments) == 2
+        assert error in capsys.readouterr().err
+    assert run_sample(*samples, tmp_path / "no", "--guide", teacher, "--guidance", 2) == 2
+    assert "knows no jumps" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
+
+
 def test_samples_are_written_as_asked_for(trained, tmp_path, capsys) -> None:
     model, out = trained / "run/model", tmp_path / "out"
     common = ("--model", model, "--steps", 4, "--count", 5, "--class", 1, 0)
@@ -475,6 +519,8 @@ def test_copies_are_said_to_be_looked_for_in_other_data(trained, tmp_path, capsy
         (("--levels", "uniform", "--log-sigma", "0", "1"), "is for --levels log-normal"),
         (("--log-sigma", "0", "0"), "a standard deviation above 0"),
         (("--coupling", "ot", "--captions"), "leave it out with --captions and --condition"),
+        (("--few-steps", "1.3"), "give that model with --init"),
+        (("--few-steps", "0", "--init", "x"), "--few-steps 0.0 must be a number above 0"),
         (("--seed", str(2**32)), "--seed 4294967296"),
         (
             ("--network", "paper"),
@@ -511,6 +557,7 @@ def test_a_mistake_is_one_sentence_before_training(tmp_path, capsys, arguments, 
         (("--inpaint", "IMAGE", "--mask", "SMALL"), "of the same proportions"),
         (("--interpolate", "IMAGE", "IMAGE", "--count", "1"), "there are at least 2"),
         (("--init", "IMAGE", "--gif"), "out of noise alone"),
+        (("--sampler", "jump"), "is for models of train-ddpm --few-steps"),
         (("--churn-noise", "1.1"), "do nothing without --churn"),
         (("--shift", "0.5"), "shift 0.5 must be a number of 1 or more"),
     ],

@@ -53,6 +53,8 @@ def arguments(config: UNetConfig, batch: int, height: int, width: int) -> dict[s
     given: dict[str, Tensor] = {"x": torch.randn(batch, config.in_channels, height, width)}
     if config.time:
         given["t"] = torch.randint(0, 1000, (batch,))
+    if config.jumps:
+        given["jump"] = torch.randint(0, 1000, (batch,))
     if config.context_channels is not None:
         given["context"] = torch.randn(batch, 5, config.context_channels)
     if config.classes:
@@ -378,6 +380,7 @@ def test_dropout_stands_at_the_end_of_the_contracting_path() -> None:
 
 PLAIN = UNetConfig(channels=4, multipliers=(1, 2))
 VECTOR = replace(TEXT, vector_channels=3)
+JUMPS = replace(TEXT, jumps=True)
 X, T, TOKENS = torch.zeros(2, 2, 8, 8), torch.zeros(2), torch.zeros(2, 5, 6)
 GOOD = {"x": X, "t": T, "context": TOKENS, "classes": torch.zeros(2, dtype=torch.long)}
 
@@ -399,6 +402,8 @@ GOOD = {"x": X, "t": T, "context": TOKENS, "classes": torch.zeros(2, dtype=torch
         ),
         (PLAIN, {"x": X[:, :1], "classes": T}, "takes no class vector: drop it, .* classes=N"),
         (PLAIN, {"x": X[:, :1], "vector": TOKENS[:, 0]}, "takes no vector: drop it"),
+        (PLAIN, {"x": X[:, :1], "jump": T}, "takes no jump: drop it, .* jumps=True"),
+        (JUMPS, GOOD | {"jump": T[:1]}, r"jump has shape \(1,\), .* batch of 2 needs \(2,\)"),
         (VECTOR, GOOD, "needs a vector: pass it"),
         (VECTOR, GOOD | {"vector": T}, r"vector has shape \(2,\), .* need \(2, 3\)"),
         (TEXT, GOOD | {"t": T[:1]}, r"t has shape \(1,\), .* batch of 2 needs \(2,\)"),

@@ -17,6 +17,8 @@ from unet.config import UNetConfig
 from unet.errors import InputError
 from unet.model import UNet
 
+_JUMP = "jump_embedding."
+
 
 class Trunk(NamedTuple):
     """A network's shape and the state dict of its `UNet`."""
@@ -28,7 +30,13 @@ class Trunk(NamedTuple):
 def plain(config: UNetConfig) -> UNetConfig:
     """The same network without timestep, class, vector and text."""
     return replace(
-        config, time=False, classes=0, vector_channels=0, scale_shift=False, context_channels=None
+        config,
+        time=False,
+        jumps=False,
+        classes=0,
+        vector_channels=0,
+        scale_shift=False,
+        context_channels=None,
     )
 
 
@@ -109,6 +117,25 @@ def with_time(
         for kind in ("weight", "bias"):
             fresh[f"{block}.emb.{kind}"].zero_()
     return Trunk(config, {**fresh, **state})
+
+
+def with_jumps(config: UNetConfig, state: Mapping[str, Tensor]) -> Trunk:
+    """A trunk that is told of jumps, of which it makes nothing yet: the same function at each.
+
+    The embedding of jumps ends with zeros, and begins as that of timesteps, which knows its waves.
+    """
+    config = replace(config, jumps=True)
+    fresh = {k: v for k, v in UNet(config).state_dict().items() if k.startswith(_JUMP)}
+    known = {
+        k: state[k.replace(_JUMP, "time_embedding.")].clone() for k in fresh if ".linear1." in k
+    }
+    return Trunk(config, {**fresh, **known, **state})
+
+
+def without_jumps(config: UNetConfig, state: Mapping[str, Tensor]) -> Trunk:
+    """The trunk that knows single timesteps alone, as this one does when it is told of no jump."""
+    kept = {k: v for k, v in state.items() if not k.startswith(_JUMP)}
+    return Trunk(replace(config, jumps=False), kept)
 
 
 def with_channels(config: UNetConfig, state: Mapping[str, Tensor], in_channels: int) -> Trunk:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args
 
 import gradio as gr
 
 from diffusion.attention_maps import attention_figure
 from diffusion.model import DiffusionUNet
-from diffusion.options import SamplingOptions
+from diffusion.options import Samplers, SamplingOptions
 from diffusion.output import SampleFolder
 from diffusion.pictures import grid
 from diffusion.plans import Wanted
-from diffusion.sampling import Images, ImageSampler
+from diffusion.sampling import STEPS, Images, ImageSampler, chosen_way
 from unet.errors import InputError
 from unet.files.images import image_info
 from unet.training.task import Processes
@@ -27,7 +27,6 @@ ANY = "any"
 def tab(page: Page) -> None:
     """Builds the tab."""
     names = page.names(DIFFUSION)
-    samplers = get_args(get_type_hints(SamplingOptions)["sampler"])
     with gr.Row():
         with gr.Column(scale=1, min_width=300):
             model = gr.Dropdown(names, value=names[0] if names else None, label="Model")
@@ -36,8 +35,8 @@ def tab(page: Page) -> None:
             negative = gr.Textbox(label="Lead away from (with guidance)", visible=False)
             condition = gr.File(label="Picture or mask to draw from", visible=False)
             count = gr.Slider(1, MOST, 4, step=1, label="Pictures", elem_id="count")
-            steps = gr.Slider(1, MOST_STEPS, 20, step=1, label="Steps", elem_id="steps")
-            sampler = gr.Dropdown(list(samplers), value=SamplingOptions.sampler, label="Sampler")
+            steps = gr.Slider(1, MOST_STEPS, STEPS, step=1, label="Steps", elem_id="steps")
+            sampler = gr.Dropdown(list(get_args(Samplers)), value=None, label="Sampler")
             guidance = gr.Slider(1, 10, 1, step=0.1, label="Guidance", visible=False)
             seed = gr.Number(0, precision=0, minimum=0, label="Seed", elem_id="seed")
             attention = gr.Checkbox(label="Show where each word goes", visible=False)
@@ -69,10 +68,11 @@ def tab(page: Page) -> None:
     @sentences
     def fit(name: str | None) -> Any:
         if not name:
-            return [gr.skip()] * 6
+            return [gr.skip()] * 8
         known = page.drawer(name)
         text = "text_encoder" in known.info or known.text is not None
         led = bool(text or known.classes or known.condition)
+        usual = chosen_way(SamplingOptions(), known)
         wanted = f"Draw from {known.condition.said()}" if known.condition else ""
         return (
             gr.update(choices=[ANY, *known.classes], value=ANY, visible=bool(known.classes)),
@@ -81,6 +81,8 @@ def tab(page: Page) -> None:
             gr.update(visible=known.condition is not None, label=wanted, value=None),
             gr.update(visible=led, value=1),
             gr.update(visible=text, value=False),
+            gr.update(value=usual.steps),
+            gr.update(value=usual.sampler),
         )
 
     @sentences
@@ -135,7 +137,7 @@ def tab(page: Page) -> None:
         )
 
     hidden: dict[str, Any] = {"api_visibility": "private"}
-    knobs = [kind, prompt, negative, condition, guidance, attention]
+    knobs = [kind, prompt, negative, condition, guidance, attention, steps, sampler]
     model.change(fit, model, knobs, **hidden)
     begun = draw.click(
         run,

@@ -221,7 +221,7 @@ def test_progress_bars_end_at_their_totals(tmp_path: Path, monkeypatch: pytest.M
 
 
 def row(distance: float = 2.0, **changed: Any) -> dict[str, Any]:
-    given = dataclasses.asdict(SamplingOptions(**changed))
+    given = dataclasses.asdict(SamplingOptions(**{"steps": 20, **changed}))
     figures = {"D": distance, "class accuracy": 0.98125, "worst class": "7"}
     figures |= {"accuracy of the worst class": 0.95, "seconds": 1.5}
     return {"settings": given, "evaluations": 20, "samples": 8, **figures, "notes": ["rough"]}

@@ -542,8 +542,11 @@ def test_the_table_counts_the_evaluations(
     calls: list[float] = []
 
     class Counting(GaussianDenoiser):
-        def __call__(self, x: Tensor, t: Tensor | float, **conditioning: Any) -> Denoised:
+        def __call__(
+            self, x: Tensor, t: Tensor | float, to: float | None = None, **conditioning: Any
+        ) -> Denoised:
             calls.append(float(t))
+            assert to == (CLEAN if sampler == "jump" else None)
             assert conditioning == {"classes": 5}
             return super().__call__(x, t)
 

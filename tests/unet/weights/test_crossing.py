@@ -20,9 +20,11 @@ from unet.weights.crossing import (
     Trunk,
     with_channels,
     with_inputs,
+    with_jumps,
     with_pixels,
     with_time,
     without_conditioning,
+    without_jumps,
 )
 
 PLAIN = UNetConfig(channels=8, multipliers=(1, 2), block="res", norm="group", groups=4, patch=2)
@@ -127,6 +129,30 @@ def test_a_trained_embedding_learns_from_zero() -> None:
     blocks = [m for n, m in model.named_modules() if n.endswith(".emb")]
     assert blocks
     assert all(block.weight.grad.abs().sum() > 0 for block in blocks)
+
+
+def test_a_trunk_that_is_told_of_jumps_is_the_same_until_it_learns() -> None:
+    config = replace(PLAIN, time=True)
+    model = trunk(config, 0)
+    told = with_jumps(config, model.state_dict())
+    jumping = loaded(told)
+    x, t, jump = torch.randn(2, 1, 8, 8), torch.tensor([3, 500]), torch.tensor([4.0, 250.5])
+    with torch.no_grad():
+        wanted = model(x, t)
+        for found in (jumping(x, t), jumping(x, t, jump=jump)):
+            assert torch.equal(found, wanted)
+    jumping(x, t, jump=jump).square().mean().backward()
+    assert jumping.jump_embedding.linear2.weight.grad.abs().sum() > 0
+    # However much it has learnt of jumps, without one it is what it was, and so is what follows.
+    learnt = loaded(told)
+    torch.nn.init.normal_(learnt.jump_embedding.linear2.weight)
+    with torch.no_grad():
+        for found in (learnt(x, t), learnt(x, t, jump=torch.zeros(2))):
+            assert differs(found, wanted) < 1e-6
+        assert differs(learnt(x, t, jump=jump), wanted) > 0.01
+        assert differs(loaded(without_jumps(told.config, learnt.state_dict()))(x, t), wanted) < 1e-6
+        plain = without_conditioning(told.config, learnt.state_dict(), t=3)
+        assert differs(loaded(plain)(x[:1]), wanted[:1]) < 1e-5
 
 
 @pytest.mark.parametrize("channels", [1, 3])
