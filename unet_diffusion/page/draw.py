@@ -30,11 +30,15 @@ def tab(page: Page) -> None:
     samplers = get_args(get_type_hints(SamplingOptions)["sampler"])
     with gr.Row():
         with gr.Column(scale=1, min_width=300):
-            model = gr.Dropdown(names, value=names[0] if names else None, label="Model")
+            model = gr.Dropdown(
+                names, value=names[0] if names else None, label="Model", elem_id="draw-model"
+            )
             kind = gr.Dropdown([ANY], value=ANY, label="Class", visible=False, elem_id="class")
             prompt = gr.Textbox(label="Prompt", visible=False, elem_id="prompt")
             negative = gr.Textbox(label="Lead away from (with guidance)", visible=False)
-            condition = gr.File(label="Picture or mask to draw from", visible=False)
+            condition = gr.File(
+                label="Picture or mask to draw from", visible=False, elem_id="condition"
+            )
             count = gr.Slider(1, MOST, 4, step=1, label="Pictures", elem_id="count")
             steps = gr.Slider(1, MOST_STEPS, 20, step=1, label="Steps", elem_id="steps")
             sampler = gr.Dropdown(list(samplers), value=SamplingOptions.sampler, label="Sampler")
@@ -109,13 +113,13 @@ def tab(page: Page) -> None:
         wanted, drawer = asked(page, known, options, int(number), class_name, text, file)
         frames: list[Images] = []
         for i, frame in enumerate(drawer.appearing(len(wanted), wanted)):
-            frames.append(frame)
-            yield grid(frame), f"step {i} of {options.steps}", gr.skip(), gr.skip()
+            frames.append(drawer.shown(frame))  # of masks greys that can be told apart
+            yield grid(frames[-1]), f"step {i} of {options.steps}", gr.skip(), gr.skip()
         folder = SampleFolder(page.results() / "pictures")
         folder.begin(Processes(), drawer.channels)
-        folder.add(frames[-1], 0)
+        folder.add(frame, 0)
         numbers = range(len(wanted))
-        made = [folder.write_grid(numbers), *(folder.file(i) for i in numbers)]
+        made = [folder.write_grid(numbers, drawer.shown), *(folder.file(i) for i in numbers)]
         folder.write_gif(frames)
         figures = []
         if looked and text:
