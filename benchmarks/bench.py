@@ -31,7 +31,7 @@ from unet.errors import InputError, RunError  # noqa: E402
 from unet.files.writing import write_text  # noqa: E402
 from unet.training.cli import run_script  # noqa: E402
 
-PACKAGES = ("torch", "numpy", "diffusers", "monai", "scikit-image")
+PACKAGES = ("torch", "numpy", "diffusers", "monai", "scikit-image", "onnxruntime", "openvino")
 SCRIPTS = ("train_seg", "train_ddpm", "sample_ddpm", "txt2img")
 
 
