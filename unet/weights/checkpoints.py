@@ -23,7 +23,6 @@ from unet.weights.folder import check_fit, load_weights
 from unet.weights.layouts import SMP
 from unet.weights.pickles import check_whole, load_by_name
 from unet.weights.wrappings import has_network, unwrapped
-from unet.words import counted
 
 BLOCKS = 5  # of the decoder that vgg13_bn has at its depth of 5; below them is smp's "center"
 # Of 8-bit images, as these projects show them to their networks: from 0 to 1, or as ImageNet's.
@@ -108,7 +107,7 @@ def _smp(state: Mapping[str, Any]) -> Checkpoint:
         raise InputError(
             "of segmentation_models.pytorch's networks only the Unet with the encoder vgg13_bn and "
             f"{BLOCKS} blocks in its decoder has a counterpart here, and this one has {blocks} "
-            f"blocks and an encoder of {counted(len(found), 'convolution')}"
+            f"and {len(found)} layers of convolution in its encoder"
             f"{''.join(f', {key}' for key in found[:2])}: train it there, or begin without --init"
         )
     widths = [_shape(kept, f"encoder.features.{7 * n}.weight")[0] for n in range(BLOCKS)]

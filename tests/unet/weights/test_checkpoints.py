@@ -142,7 +142,10 @@ def changed(change: str) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ("resnet", "5 blocks and an encoder of 2 convolutions, encoder.conv1.weight, encoder.lay"),
+        (
+            "resnet",
+            "has 5 and 2 layers of convolution in its encoder, encoder.conv1.weight, encoder.lay",
+        ),
         ("plus plus", "and this one has 0 blocks"),
         ("scse", "unknown decoder.blocks.0.attention1"),
         ("cut", "lacks the convolution up4.conv.double_conv.3.weight"),
