@@ -107,7 +107,7 @@ def _smp(state: Mapping[str, Any]) -> Checkpoint:
         raise InputError(
             "of segmentation_models.pytorch's networks only the Unet with the encoder vgg13_bn and "
             f"{BLOCKS} blocks in its decoder has a counterpart here, and this one has {blocks} "
-            f"and {len(found)} layers of convolution in its encoder"
+            f"there and {len(found)} convolutional layers in its encoder"
             f"{''.join(f', {key}' for key in found[:2])}: train it there, or begin without --init"
         )
     widths = [_shape(kept, f"encoder.features.{7 * n}.weight")[0] for n in range(BLOCKS)]

@@ -144,9 +144,9 @@ def changed(change: str) -> dict[str, Tensor]:
     [
         (
             "resnet",
-            "has 5 and 2 layers of convolution in its encoder, encoder.conv1.weight, encoder.lay",
+            "has 5 there and 2 convolutional layers in its encoder, encoder.conv1.weight, encoder.la",
         ),
-        ("plus plus", "and this one has 0 blocks"),
+        ("plus plus", "and this one has 0 there"),
         ("scse", "unknown decoder.blocks.0.attention1"),
         ("cut", "lacks the convolution up4.conv.double_conv.3.weight"),
         ("other", "no network that starts a training here, with its 'backbone.conv1.weight'"),
