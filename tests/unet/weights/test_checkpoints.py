@@ -144,7 +144,7 @@ def changed(change: str) -> dict[str, Tensor]:
     [
         (
             "resnet",
-            "has 5 there and 2 convolutional layers in its encoder, encoder.conv1.weight, encoder.la",
+            "has 5 there and 2 convolutional layers in its encoder, encoder.conv1.weight, en",
         ),
         ("plus plus", "and this one has 0 there"),
         ("scse", "unknown decoder.blocks.0.attention1"),
