@@ -22,7 +22,7 @@ from diffusion.process.denoiser import Clipped, Denoiser
 from diffusion.process.guidance import Guided
 from diffusion.process.noise import SEEDS, NoiseSource
 from diffusion.process.prediction import DenoiserLike
-from diffusion.process.samplers import CHURN, Step, get_sampler
+from diffusion.process.samplers import CHURN, SamplerName, Step, get_sampler
 from diffusion.process.schedule import NoiseSchedule
 from diffusion.stable.autoencoder import Autoencoder
 from diffusion.stable.clip import ClipText
@@ -44,6 +44,13 @@ def load_for_sampling(folder: str | Path, device: str, loras: Sequence[str] = ()
     model = load_model(folder).to(pick_device(device)).float()
     merge_loras(loras, model)
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # stubs
+
+
+def usual_sampler(model: DiffusionUNet) -> SamplerName:
+    """The sampler where none is named: without noise on the way where training coupled noise with
+    images.
+    """
+    return "dpmpp-2m" if "coupling" in model.info else "dpmpp-2m-sde"
 
 
 class ImageSampler:
@@ -69,7 +76,7 @@ class ImageSampler:
     ) -> None:
         coupled = "coupling" in model.info
         if options.sampler is None:
-            options = replace(options, sampler="dpmpp-2m" if coupled else "dpmpp-2m-sde")
+            options = replace(options, sampler=usual_sampler(model))
         assert options.sampler is not None
         self.model, self.options = model.eval(), options
         self.autoencoder = autoencoder or self._read_parts()

@@ -144,10 +144,23 @@ def test_a_picture_comes_out_of_noise(tab, served, tmp_path) -> None:
     for name, value in (("count", 2), ("steps", 3)):
         tab.fill(f"#{name} input[type=number]", str(value))
     tab.fill("#seed input", "5")
+    assert tab.locator("#sampler input").input_value() == "dpmpp-2m-sde"
+    choose(tab, "sampler", "ddim")
     tab.get_by_label("Show where each word goes").check()
     tab.click("#draw")
     first = download(tab, "00001.png", tmp_path)
-    said = ("--prompt", "a red circle", "--count", 2, "--steps", 3, "--seed", 5)
+    said = (
+        "--prompt",
+        "a red circle",
+        "--count",
+        2,
+        "--steps",
+        3,
+        "--seed",
+        5,
+        "--sampler",
+        "ddim",
+    )
     run("sample-ddpm", "--model", served.runs / "shapes/model", *said, "--out", tmp_path / "c")
     assert (read_image(first) == read_image(tmp_path / "c/images/00001.png")).all()
     assert tab.locator("#maps img").count() >= 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import gradio as gr
 
@@ -14,7 +14,8 @@ from diffusion.options import SamplingOptions
 from diffusion.output import SampleFolder
 from diffusion.pictures import grid
 from diffusion.plans import Wanted
-from diffusion.sampling import Images, ImageSampler
+from diffusion.process.samplers import SAMPLERS
+from diffusion.sampling import Images, ImageSampler, usual_sampler
 from unet.errors import InputError
 from unet.files.images import image_info
 from unet.training.task import Processes
@@ -27,7 +28,6 @@ ANY = "any"
 def tab(page: Page) -> None:
     """Builds the tab."""
     names = page.names(DIFFUSION)
-    samplers = get_args(get_type_hints(SamplingOptions)["sampler"])
     with gr.Row():
         with gr.Column(scale=1, min_width=300):
             model = gr.Dropdown(
@@ -41,7 +41,7 @@ def tab(page: Page) -> None:
             )
             count = gr.Slider(1, MOST, 4, step=1, label="Pictures", elem_id="count")
             steps = gr.Slider(1, MOST_STEPS, 20, step=1, label="Steps", elem_id="steps")
-            sampler = gr.Dropdown(list(samplers), value=SamplingOptions.sampler, label="Sampler")
+            sampler = gr.Dropdown(list(SAMPLERS), label="Sampler", elem_id="sampler")
             guidance = gr.Slider(1, 10, 1, step=0.1, label="Guidance", visible=False)
             seed = gr.Number(0, precision=0, minimum=0, label="Seed", elem_id="seed")
             attention = gr.Checkbox(label="Show where each word goes", visible=False)
@@ -73,7 +73,7 @@ def tab(page: Page) -> None:
     @sentences
     def fit(name: str | None) -> Any:
         if not name:
-            return [gr.skip()] * 6
+            return [gr.skip()] * 7
         known = page.drawer(name)
         text = "text_encoder" in known.info or known.text is not None
         led = bool(text or known.classes or known.condition)
@@ -83,6 +83,7 @@ def tab(page: Page) -> None:
             gr.update(visible=text, value=""),
             gr.update(visible=text, value=""),
             gr.update(visible=known.condition is not None, label=wanted, value=None),
+            gr.update(value=usual_sampler(known)),
             gr.update(visible=led, value=1),
             gr.update(visible=text, value=False),
         )
@@ -138,7 +139,7 @@ def tab(page: Page) -> None:
         )
 
     hidden: dict[str, Any] = {"api_visibility": "private"}
-    knobs = [kind, prompt, negative, condition, guidance, attention]
+    knobs = [kind, prompt, negative, condition, sampler, guidance, attention]
     model.change(fit, model, knobs, **hidden)
     begun = draw.click(
         run,
