@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from PIL import Image
 
 from segmentation.data.pairs import find_pairs
-from tests.browser.conftest import SIDE, Served, opened, run, square
+from tests.browser.conftest import PATIENCE, SIDE, Served, opened, run, square
 from unet.files.images import read_image, read_mask, write_image
 
 pytestmark = pytest.mark.browser
@@ -353,7 +353,7 @@ def test_a_run_goes_on_is_stopped_and_ends_with_its_tab(tab, browser, served: Se
         until(lambda: at_work(squares) and log.stat().st_size > before)
         if end == "stop":
             window.click("#stop-run")
-            window.wait_for_selector("#run-said >> text=has stopped")
+            window.wait_for_selector(".toast-body >> text=has stopped", timeout=PATIENCE)
         window.context.close()
         until(lambda: not at_work(squares))
         assert (squares / "state/state.pt").is_file()
