@@ -31,7 +31,7 @@ from unet.errors import InputError, RunError  # noqa: E402
 from unet.files.writing import write_text  # noqa: E402
 from unet.training.cli import run_script  # noqa: E402
 
-PACKAGES = ("torch", "numpy", "diffusers", "monai", "scikit-image")
+PACKAGES = ("torch", "numpy", "diffusers", "monai", "scikit-image", "onnxruntime", "openvino")
 MATRIX = 2048  # side of the matrices whose product is the peak of a processor
 SCRIPTS = ("train_seg", "train_ddpm", "sample_ddpm", "txt2img")
 

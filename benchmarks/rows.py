@@ -1,5 +1,5 @@
 """What is measured: each row is a piece of work, each side does it with another code."""
 
-from benchmarks import diffusion_rows, scaling_rows, segmentation_rows
+from benchmarks import diffusion_rows, engine_rows, scaling_rows, segmentation_rows
 
-ROWS = segmentation_rows.ROWS | diffusion_rows.ROWS | scaling_rows.ROWS
+ROWS = segmentation_rows.ROWS | diffusion_rows.ROWS | engine_rows.ROWS | scaling_rows.ROWS

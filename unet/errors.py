@@ -62,9 +62,11 @@ def with_extras() -> Iterator[None]:
         name = (error.name or "").partition(".")[0]
         if name not in _EXTRAS:
             raise
+        lacks, install = "which is not installed", "pip install"
+        if error.name != name:  # it is there, without a part of it
+            lacks, install = f"in a version with {error.name}", "pip install --upgrade"
         raise InputError(
-            f"it takes the package {name}, which is not installed: "
-            f'pip install "unet-diffusion[{_EXTRAS[name]}]"'
+            f'it takes the package {name}, {lacks}: {install} "unet-diffusion[{_EXTRAS[name]}]"'
         ) from error
 
 

@@ -35,7 +35,7 @@ from unet.weights.convert import detect_layout, from_layout
 from unet.weights.diffusers_config import config_from_diffusers
 from unet.weights.folder import load_strictly
 from unet.weights.layouts import Layout
-from unet.weights.pickles import load_pickle
+from unet.weights.pickles import check_whole, load_by_name
 from unet.weights.wrappings import all_keys, has_network, unwrapped
 
 CONFIGS = {
@@ -242,19 +242,7 @@ def read_weights(file: Path) -> dict[str, Tensor]:
             raise InputError(
                 f"{file} cannot be read as safetensors weights: {said(error)}"
             ) from error
-    if file.suffix not in (".ckpt", ".pt", ".pth", ".bin"):
-        raise InputError(f"{file} is no checkpoint: give a .safetensors or a .ckpt file")
-    try:
-        state = load_pickle(file, "a checkpoint", mapped=True)
-    except InputError as error:
-        raise InputError(f"{error}: give its weights as .safetensors") from error.__cause__
-    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
-        raise InputError(f"{file} holds a {type(state).__name__} instead of weights by name")
-    found = _unet(state, file)
-    for key, value in found.items():  # a view can be larger than the file
-        if isinstance(value, Tensor) and value.nbytes > value.untyped_storage().nbytes():
-            raise InputError(f"{file} holds less of {key} than its shape {tuple(value.shape)} says")
-    return found
+    return _unet(load_by_name(file), file)
 
 
 def _unet(content: Mapping[str, Any], file: Path) -> dict[str, Any]:
@@ -262,7 +250,9 @@ def _unet(content: Mapping[str, Any], file: Path) -> dict[str, Any]:
     check_keys(all_keys(content), file)
     layouts: list[Layout] = [n for n in ("diffusers", "compvis") if has_network(content, n)]
     try:
-        return unwrapped(content, layouts[0]) if len(layouts) == 1 else dict(content)
+        found = unwrapped(content, layouts[0]) if len(layouts) == 1 else dict(content)
+        check_whole(found)
+        return found
     except InputError as error:
         raise InputError(f"{file}: {error}") from error
 

@@ -63,7 +63,8 @@ class Served:
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory) -> Path:
-    """Runs of a segmentation that has hardly begun, and of a model of shapes with captions."""
+    """Runs that have hardly begun: a segmentation, a model of shapes with captions, one that makes
+    images from masks, and one that makes masks from images."""
     folder = tmp_path_factory.mktemp("page")
     for i in range(4):
         for name, array in zip(("image", "label"), square(i), strict=True):
@@ -73,6 +74,13 @@ def runs(tmp_path_factory) -> Path:
     run("train-seg", "--data", folder / "data", *seg, *common, "--out", folder / "runs/squares")
     ddpm = ("--data", "shapes", "--captions", "--size", 16, "--width", 8, "--steps", 2)
     run("train-ddpm", *ddpm, *common, "--out", folder / "runs/shapes")
+    image, label = (folder / "data" / name for name in ("image", "label"))
+    for name, of, given, more in (
+        ("from-masks", image, label, ()),
+        ("to-masks", label, image, ("--target", "mask")),
+    ):
+        said = ("--data", of, "--condition", given, "--size", 16, "--width", 8, "--steps", 2, *more)
+        run("train-ddpm", *said, *common, "--out", folder / "runs" / name)
     return folder / "runs"
 
 
@@ -97,7 +105,7 @@ def opened(*words: object) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def served(runs, tmp_path_factory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("app")
-    models = (runs / "squares/model", runs / "shapes/model")
+    models = [runs / name / "model" for name in ("squares", "shapes", "from-masks", "to-masks")]
     limits = ("--max-upload", 1, "--max-pixels", 300_000)
     with opened("--model", *models, "--folder", folder, "--runs", runs, *limits) as address:
         yield Served(address, folder, runs, models[0])

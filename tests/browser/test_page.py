@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import time
@@ -13,9 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from filelock import FileLock, Timeout
+from PIL import Image
 
 from segmentation.data.pairs import find_pairs
-from tests.browser.conftest import SIDE, Served, opened, run, square
+from tests.browser.conftest import PATIENCE, SIDE, Served, opened, run, square
 from unet.files.images import read_image, read_mask, write_image
 
 pytestmark = pytest.mark.browser
@@ -142,13 +144,113 @@ def test_a_picture_comes_out_of_noise(tab, served, tmp_path) -> None:
     for name, value in (("count", 2), ("steps", 3)):
         tab.fill(f"#{name} input[type=number]", str(value))
     tab.fill("#seed input", "5")
+    assert tab.locator("#sampler input").input_value() == "dpmpp-2m-sde"
+    choose(tab, "sampler", "ddim")
     tab.get_by_label("Show where each word goes").check()
     tab.click("#draw")
     first = download(tab, "00001.png", tmp_path)
-    said = ("--prompt", "a red circle", "--count", 2, "--steps", 3, "--seed", 5)
+    said = (
+        "--prompt",
+        "a red circle",
+        "--count",
+        2,
+        "--steps",
+        3,
+        "--seed",
+        5,
+        "--sampler",
+        "ddim",
+    )
     run("sample-ddpm", "--model", served.runs / "shapes/model", *said, "--out", tmp_path / "c")
     assert (read_image(first) == read_image(tmp_path / "c/images/00001.png")).all()
     assert tab.locator("#maps img").count() >= 2
+
+
+def choose(tab, dropdown: str, name: str) -> None:
+    tab.click(f"#{dropdown} input")
+    tab.get_by_role("option", name=name, exact=True).click()
+
+
+@pytest.mark.parametrize("model", ["from-masks", "to-masks"])
+def test_a_picture_is_made_from_the_one_that_is_given(tab, served, tmp_path, model) -> None:
+    """An image from a mask, and masks from an image: those of the command."""
+    given = square(50)[model == "from-masks"]
+    write_image(tmp_path / "given.png", given)
+    go(tab, "Draw")
+    choose(tab, "draw-model", model)
+    tab.wait_for_selector("#condition")
+    for name, value in (("count", 2), ("steps", 3)):
+        tab.fill(f"#{name} input[type=number]", str(value))
+    tab.fill("#seed input", "6")
+    tab.click("#draw")
+    assert "this model draws from" in sentence(tab)
+    tab.set_input_files("#condition input[type=file]", str(tmp_path / "given.png"))
+    tab.wait_for_selector("#condition >> text=given")
+    tab.click("#draw")
+    second = download(tab, "00001.png", tmp_path)
+    said = ("--condition", tmp_path / "given.png", "--each", 2, "--steps", 3, "--seed", 6)
+    run("sample-ddpm", "--model", served.runs / model / "model", *said, "--out", tmp_path / "c")
+    assert (read_image(second) == read_image(tmp_path / "c/images/given_1.png")).all()
+    shown = tab.get_attribute("#drawn img", "src")
+    assert shown
+    got = read_picture(shown)
+    grid = read_picture(tmp_path / "c/grid.png")
+    assert (got == grid).all()
+
+
+def read_picture(place: str | Path) -> np.ndarray:
+    """A picture of the page by its address, or of a file, as RGB."""
+    if isinstance(place, str):
+        with urllib.request.urlopen(place, timeout=20) as reply:
+            place = io.BytesIO(reply.read())
+    return np.asarray(Image.open(place).convert("RGB"))
+
+
+def test_zoom_enlarges_what_is_clicked(tab, tmp_path) -> None:
+    image = square(23)[0]
+    write_image(tmp_path / "new.png", image)
+    drop(tab, tmp_path / "new.png")
+    tab.wait_for_selector("a[download='all.zip']")
+    slide(tab, "opacity", 0)
+    slide(tab, "zoom", 4)
+    part = SIDE // 4
+    middle = (SIDE - part) // 2
+    until(lambda: shows(tab, image[middle:, middle:][:part, :part]))
+    box = tab.locator("#label-view img").bounding_box()
+    side = min(box["width"], box["height"])  # of the picture, in the middle of its place
+    corner = [box[p] + (box[n] - side) / 2 for p, n in (("x", "width"), ("y", "height"))]
+    tab.mouse.click(*(c + 0.26 * side for c in corner))
+    top = middle - part // 4
+    until(lambda: shows(tab, image[top:, top:][:part, :part]))
+
+
+def shows(tab, wanted: np.ndarray) -> bool:
+    """Whether the picture on the tab Label is this image (H, W), enlarged pixel by pixel."""
+    found = read_picture(tab.get_attribute("#label-view img", "src"))
+    times = len(found) // len(wanted)
+    if found.shape[:2] != (times * wanted.shape[0], times * wanted.shape[1]):
+        return False
+    return bool((found[::times, ::times, 0] == wanted).all())
+
+
+def slide(tab, name: str, value: float) -> None:
+    number = tab.locator(f"#{name} input[type=number]")
+    number.fill(str(value))
+    number.blur()
+
+
+def test_a_threshold_decides_anew(tab, served: Served, tmp_path) -> None:
+    write_image(tmp_path / "images/new.png", square(24)[0])
+    drop(tab, tmp_path / "images/new.png")
+    before = download(tab, "new_mask.png", tmp_path).read_bytes()
+    probability = read_image(download(tab, "new_probability.png", tmp_path)) / 65535
+    middle = round(float(np.median(probability)), 2)
+    said = ("--input", tmp_path / "images", "--threshold", middle, "--labels")
+    run("predict-seg", "--model", served.model, *said, "--out", tmp_path / "command")
+    wanted = (tmp_path / "command/new_mask.png").read_bytes()
+    assert wanted != before
+    slide(tab, "threshold", middle)
+    until(lambda: download(tab, "new_mask.png", tmp_path).read_bytes() == wanted)
 
 
 def test_what_is_no_image_or_too_large_is_a_sentence(tab, tmp_path) -> None:
@@ -245,14 +347,13 @@ def test_a_run_goes_on_is_stopped_and_ends_with_its_tab(tab, browser, served: Se
         window.goto(served.address)
         go(window, "Runs")
         window.wait_for_selector("#run input")
-        window.click("#run input")
-        window.get_by_role("option", name="squares").click()
+        choose(window, "run", "squares")
         window.fill("#more-minutes input", "9" if end == "stop" else "10")
         window.click("#resume")
         until(lambda: at_work(squares) and log.stat().st_size > before)
         if end == "stop":
             window.click("#stop-run")
-            window.wait_for_selector("#run-said >> text=has stopped")
+            window.wait_for_selector(".toast-body >> text=has stopped", timeout=PATIENCE)
         window.context.close()
         until(lambda: not at_work(squares))
         assert (squares / "state/state.pt").is_file()

@@ -159,11 +159,10 @@ class FolderModel(nn.Module, ABC):
             files.append(CARD)
         options = {"commit_message": "Upload the model", **options}
         with _told(repo_id):
-            return str(
-                api.upload_folder(
-                    repo_id=repo_id, folder_path=folder, allow_patterns=files, **options
-                )
+            made = api.upload_folder(
+                repo_id=repo_id, folder_path=folder, allow_patterns=files, **options
             )
+            return str(made.commit_url)
 
     @classmethod
     def from_pretrained(

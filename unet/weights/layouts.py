@@ -12,13 +12,16 @@ from unet.errors import InputError
 
 Layout = Literal["classic", "diffusers", "compvis"]
 
+SMP = "segmentation_models.pytorch"  # whose networks are read alone, by `unet.weights.checkpoints`
+
 COMPVIS_PREFIX = "model.diffusion_model."  # of the U-Net's keys in a full CompVis checkpoint
 
 # A key that a state dict of the layout has once, whatever its config.
-LANDMARKS: dict[Layout, str] = {
+LANDMARKS: dict[str, str] = {
     "classic": "inc.double_conv.0.weight",
     "diffusers": "time_embedding.linear_1.weight",
     "compvis": "input_blocks.0.0.weight",
+    SMP: "segmentation_head.0.weight",
 }
 
 # What a config must have for its modules to have names in a layout.

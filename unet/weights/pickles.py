@@ -6,12 +6,14 @@ import re
 import warnings
 import zipfile
 from collections import OrderedDict
+from collections.abc import Mapping
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from unet.errors import InputError, said
 
@@ -72,6 +74,30 @@ def load_pickle(file: Path, what: str, *, mapped: bool = False) -> Any:
         ) from error
     except Exception as error:  # unpickling raises what a wrong byte leads it to, from any class
         raise InputError(f"{file} cannot be read as {what}: {said(error)}") from error
+
+
+def load_by_name(file: Path) -> dict[str, Any]:
+    """What a .ckpt, .pt, .pth or .bin holds by name; tensors are read when they are used.
+
+    Raises:
+        InputError: as `load_pickle`; another ending, or no dictionary.
+    """
+    if file.suffix not in (".ckpt", ".pt", ".pth", ".bin"):
+        raise InputError(f"{file} is no checkpoint: give a .safetensors or a .ckpt file")
+    try:
+        found = load_pickle(file, "a checkpoint", mapped=True)
+    except InputError as error:
+        raise InputError(f"{error}: give its weights as .safetensors") from error.__cause__
+    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
+        raise InputError(f"{file} holds a {type(found).__name__} instead of weights by name")
+    return found
+
+
+def check_whole(state: Mapping[str, Any]) -> None:
+    """Raises an InputError for a view that is larger than the file."""
+    for key, value in state.items():
+        if isinstance(value, Tensor) and value.nbytes > value.untyped_storage().nbytes():
+            raise InputError(f"it holds less of {key} than its shape {tuple(value.shape)} says")
 
 
 def _check_members(file: Path) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from unet.config import UNetConfig
 from unet.model import UNet
+from unet.weights.checkpoints import read_checkpoint
 from unet.weights.crossing import Trunk, check_channels, with_channels, with_inputs
 from unet.weights.folder import FolderModel, load_strictly, read_config, read_weights
 
@@ -90,12 +91,16 @@ class Start:
 
 
 def read_start(path: str) -> Start:
-    """The model of a folder, of whatever task.
+    """The model of a folder, of whatever task, or of another project's checkpoint.
 
     Raises:
-        InputError: no such folder.
+        InputError: no such folder or file; a checkpoint of another network: see `read_checkpoint`.
     """
     folder = Path(path)
+    if folder.is_file():
+        found = read_checkpoint(folder)
+        where = f"{path} ({found.what})"
+        return Start(where=where, config=found.config, info=found.info, read=lambda: found.state)
     described = read_config(folder)
     config = UNetConfig.from_dict(described["unet"])
     return Start(

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from unet.errors import InputError
-from unet.weights.layouts import COMPVIS_PREFIX, LANDMARKS, Layout
+from unet.weights.layouts import COMPVIS_PREFIX, LANDMARKS
 
 _DEEPEST = 4  # dictionaries in each other
 _COMPILED = "_orig_mod."  # of torch.compile, before any module
@@ -21,8 +21,8 @@ class _Place(NamedTuple):
     prefix: str
 
 
-def unwrapped(content: Mapping[Any, Any], layout: Layout) -> dict[str, Any]:
-    """The state dict of the one network of a layout in what a file holds.
+def unwrapped(content: Mapping[Any, Any], layout: str) -> dict[str, Any]:
+    """The state dict of the one network of a layout, of `LANDMARKS`, in what a file holds.
 
     The network is found by a key that each of its layout has once. What stands before that key is
     before all of the network's (`module.` of DataParallel, `model.` of Lightning, `_orig_mod.` of
@@ -53,7 +53,7 @@ def unwrapped(content: Mapping[Any, Any], layout: Layout) -> dict[str, Any]:
     return {k.removeprefix(prefix): v for k, v in plain.items() if k.startswith(prefix)}
 
 
-def has_network(content: Mapping[Any, Any], layout: Layout) -> bool:
+def has_network(content: Mapping[Any, Any], layout: str) -> bool:
     """Whether there is a network of that layout in what a file holds."""
     return any(True for _ in _places(content, layout))
 
@@ -64,7 +64,7 @@ def all_keys(content: Mapping[Any, Any]) -> Iterator[str]:
         yield from (key for key in held if isinstance(key, str))
 
 
-def _places(content: Mapping[Any, Any], layout: Layout) -> Iterator[_Place]:
+def _places(content: Mapping[Any, Any], layout: str) -> Iterator[_Place]:
     landmark = LANDMARKS[layout]
     for name, held in _dictionaries(content):
         for key, value in held.items():

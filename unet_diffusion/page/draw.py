@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import gradio as gr
 
 from diffusion.attention_maps import attention_figure
 from diffusion.model import DiffusionUNet
-from diffusion.options import Samplers, SamplingOptions
+from diffusion.options import SamplingOptions
 from diffusion.output import SampleFolder
 from diffusion.pictures import grid
 from diffusion.plans import Wanted
+from diffusion.process.samplers import SAMPLERS
 from diffusion.sampling import STEPS, Images, ImageSampler, chosen_way
 from unet.errors import InputError
 from unet.files.images import image_info
@@ -29,14 +30,18 @@ def tab(page: Page) -> None:
     names = page.names(DIFFUSION)
     with gr.Row():
         with gr.Column(scale=1, min_width=300):
-            model = gr.Dropdown(names, value=names[0] if names else None, label="Model")
+            model = gr.Dropdown(
+                names, value=names[0] if names else None, label="Model", elem_id="draw-model"
+            )
             kind = gr.Dropdown([ANY], value=ANY, label="Class", visible=False, elem_id="class")
             prompt = gr.Textbox(label="Prompt", visible=False, elem_id="prompt")
             negative = gr.Textbox(label="Lead away from (with guidance)", visible=False)
-            condition = gr.File(label="Picture or mask to draw from", visible=False)
+            condition = gr.File(
+                label="Picture or mask to draw from", visible=False, elem_id="condition"
+            )
             count = gr.Slider(1, MOST, 4, step=1, label="Pictures", elem_id="count")
             steps = gr.Slider(1, MOST_STEPS, STEPS, step=1, label="Steps", elem_id="steps")
-            sampler = gr.Dropdown(list(get_args(Samplers)), value=None, label="Sampler")
+            sampler = gr.Dropdown(list(SAMPLERS), label="Sampler", elem_id="sampler")
             guidance = gr.Slider(1, 10, 1, step=0.1, label="Guidance", visible=False)
             seed = gr.Number(0, precision=0, minimum=0, label="Seed", elem_id="seed")
             attention = gr.Checkbox(label="Show where each word goes", visible=False)

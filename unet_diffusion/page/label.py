@@ -240,7 +240,9 @@ def tab(page: Page, current: gr.State, model: gr.Dropdown) -> None:
             threshold = gr.Slider(
                 0, 0.99, 0.5, step=0.01, label="Threshold", visible=False, elem_id="threshold"
             )
-            zoom = gr.Slider(1, 16, 1, step=1, label="Zoom (click the picture to move)")
+            zoom = gr.Slider(
+                1, 16, 1, step=1, label="Zoom (click the picture to move)", elem_id="zoom"
+            )
         with gr.Column(scale=2):
             shown = gr.Dropdown([], label="Image", interactive=True, elem_id="label-image")
             view = gr.Image(

@@ -151,7 +151,10 @@ def tab(page: Page) -> None:
                 )
             raise InputError(f"{given} is not at work")
         command.stop()
-        return f"**{given}** has stopped, and its state is saved"
+        gr.Info(
+            f"{given} has stopped, and its state is saved"
+        )  # the line is told anew by the timer
+        return f"**{given}**: {state_of(run)}"
 
     hidden: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
     outputs = [name, said, plot, gallery, seen]

@@ -248,7 +248,8 @@ def test_large_pictures_can_be_decoded_in_tiles(folder) -> None:
 
 def test_what_is_cut_off_a_prompt_is_said(model) -> None:
     long = f"{'a ' * (TOKENS - 2)}cat, dog"
-    assert model.cut_prompts(settings(prompt=long)) == {"prompt": "cat , dog"}
+    cut = model.cut_prompts(settings(prompt=long))
+    assert cut["prompt"].replace(" ,", ",") == "cat, dog"  # the tokenizer's versions differ
     assert model.cut_prompts(settings(negative="a " * (TOKENS - 2))) == {}
     context, _ = model.encode_prompts([long, "a " * (TOKENS - 2)])
     assert_close(context[0], context[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import shutil
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,8 @@ def test_a_full_size_checkpoint_is_told_by_its_shapes() -> None:
 def test_a_lora_of_unet_and_both_text_encoders(folder: Path, tmp_path: Path) -> None:
     """As diffusers writes it, with the alphas in the file's metadata."""
     theirs = theirs_of(folder)
+    if "unet_lora_adapter_metadata" not in inspect.signature(theirs.save_lora_weights).parameters:
+        pytest.skip("this version of diffusers does not write the alphas")
     parts = {
         "unet": (theirs.unet, 4, ["to_q", "proj_in"]),
         "text_encoder": (theirs.text_encoder, 2, ["q_proj", "out_proj"]),

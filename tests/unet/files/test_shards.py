@@ -55,7 +55,7 @@ def test_webdataset_reads_the_same_samples(tmp_path: Path) -> None:
     """It cannot read a sample at any place, so what it reads one after the other is the oracle."""
     webdataset = pytest.importorskip("webdataset", reason="pip install webdataset")
     pattern = str(tmp_path / "set-%03d.tar")
-    with webdataset.ShardWriter(pattern, maxcount=4, verbose=0) as writer:
+    with webdataset.ShardWriter(pattern, maxcount=4) as writer:
         for i, image in enumerate(IMAGES):
             kind = ("PNG", "TIFF", "NPY")[i % 3]
             writer.write(

@@ -144,7 +144,8 @@ def test_every_field_of_diffusers_is_known_with_its_default(name: str) -> None:
             assert parameter.default in _FIXED[field]
         else:
             assert field in _IGNORED
-    assert set(_DEFAULTS[name]) <= set(parameters)
+    later = {"mid_block_type", "time_embedding_dim"}  # than the oldest diffusers that we take
+    assert set(_DEFAULTS[name]) - later <= set(parameters)
 
 
 def test_missing_fields_are_diffusers_defaults() -> None:
