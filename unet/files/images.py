@@ -141,13 +141,20 @@ def read_image(
             where no data are not declared to be NaN; infinite.
     """
     with _read(path, page, reading) as found:
-        over = background is not None and found.info.has_alpha
-        array = found.read(alpha=alpha or over)
-        if over and background is not None:
-            array = laid_over(array, background)
-        if (chosen := reading.chosen(found.info)) is not None:
-            array = np.ascontiguousarray(array[..., chosen])
-        return as_read(array, reading.of(found.info))
+        return read_page(found, reading, alpha=alpha, background=background)
+
+
+def read_page(
+    page: Page, reading: Reading, *, alpha: bool = False, background: Colour | None = None
+) -> Array:
+    """The pixels of a page, as `read_image` gives them."""
+    over = background is not None and page.info.has_alpha
+    array = page.read(alpha=alpha or over)
+    if over and background is not None:
+        array = laid_over(array, background)
+    if (chosen := reading.chosen(page.info)) is not None:
+        array = np.ascontiguousarray(array[..., chosen])
+    return as_read(array, reading.of(page.info))
 
 
 def laid_over(image: Array, background: Colour) -> Array:
@@ -422,6 +429,11 @@ def _open_npy(source: Path | BytesIO, reading: Reading) -> Iterator[GetPage]:
     else:
         # A memory map never unpickles, and refuses a shape that the file is too short for.
         array = np.lib.format.open_memmap(source, mode="r")
+    yield array_pages(array, reading)
+
+
+def array_pages(array: Array, reading: Reading) -> GetPage:
+    """The slices of an array: by the axes that are named, else by `guessed_axes`."""
     axes = guessed_axes(array.shape) if reading.axes is None else reading.axes
     alpha = reading.axes is None and axes[-1] == "C" and array.shape[-1] == 4
     if len(axes) != array.ndim:
@@ -443,4 +455,4 @@ def _open_npy(source: Path | BytesIO, reading: Reading) -> Iterator[GetPage]:
             raise IndexError(index)
         return Page(info, lambda: stored.page(index), mapped=lambda: stored.page(index))
 
-    yield get_page
+    return get_page
