@@ -1,8 +1,8 @@
 """Captions of image files, in the ways that people keep them.
 
 `metadata.jsonl` (a JSON object a line) and `metadata.csv` name files relative to their folder, as
-Hugging Face's imagefolder does; or a `.txt` or `.caption` lies beside each image. A byte-order mark and
-Windows' backslashes are understood.
+Hugging Face's imagefolder does; or a `.txt` or `.caption` lies beside each image. A byte-order
+mark and Windows' backslashes are understood.
 """
 
 from __future__ import annotations

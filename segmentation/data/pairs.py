@@ -186,7 +186,8 @@ def find_pairs(
         of_mask = image_info(match.mask[0])
         if (info.height, info.width, info.pages) != (of_mask.height, of_mask.width, of_mask.pages):
             hint = ""
-            if info.pages != of_mask.pages and "I" in info.axes and info.pages <= 8:
+            unsaid = "I" in info.axes or match.image[0].suffix.lower() == ".npy"
+            if info.pages != of_mask.pages and unsaid and info.pages <= 8:
                 hint = f": are its {info.pages} pages channels? Then give --axes CYX"
             raise InputError(
                 f"{_size(info)} in {str(match.image[0])!r}, but {_size(of_mask)} in "

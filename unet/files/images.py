@@ -237,7 +237,8 @@ def read_mask(
     Args:
         page: 0-based slice of a stack; None for a file that holds one mask.
         colours: look the palette up: as grey values if all of its colours are grey.
-        lossy: also read JPEG and WebP files, whose values have changed a little.
+        lossy: also read JPEG and WebP files, whose values have changed a little, and floats, which
+            stay such.
 
     Returns:
         (H, W) for grey or (H, W, 3) for colours, in an integer dtype.
@@ -266,9 +267,13 @@ def read_mask(
         if info.channels not in (1, 3):
             raise InputError(f"it has {info.channels} channels, where a mask has 1 or a colour 3")
         if array.dtype.kind == "f":
-            if not (np.isfinite(array) & (array == np.round(array)) & (abs(array) < 2**31)).all():
-                raise InputError("a mask must hold whole numbers, one for each class")
-            array = array.astype(np.int64)
+            known = np.isfinite(array) & (abs(array) < 2**31)
+            if not (known & ((array == np.round(array)) | lossy)).all():
+                raise InputError(
+                    "a mask must hold whole numbers, one for each class; of probabilities "
+                    "--threshold-masks makes two classes"
+                )
+            array = array if lossy else array.astype(np.int64)
         return array[:, :, 0] if info.channels == 1 else np.ascontiguousarray(array)
 
 
