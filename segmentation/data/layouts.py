@@ -596,6 +596,8 @@ def _matched(
                 return [
                     _pair(image, of[name]) for image, name in zip(images, image_names, strict=True)
                 ]
+    if len(images) == len(masks) == 1 and stem_of(masks[0]).startswith(stem_of(images[0])):
+        return [_pair(images[0], masks[0])]
     # Each mask by itself: with an ending of its own.
     free = {stem_of(mask): mask for mask in masks}
     alone = []
@@ -648,6 +650,14 @@ def _side_by_side(data: Path) -> Layout:
     """Images and masks in one folder: an ending that all masks share tells them apart."""
     files = [file for file in list_images(data) if not _CELLPOSE.search(file.name.lower())]
     stems = {stem_of(file) for file in files}
+    words = [re.sub(r"[_\-. ]*[0-9]+$", "", stem_of(file).lower()) for file in files]
+    if set(words) <= {*IMAGE_FOLDERS, *MASK_FOLDERS}:  # image1.png, mask1.png
+        kinds = [
+            [f for f, word in zip(files, words, strict=True) if word in names]
+            for names in (IMAGE_FOLDERS, MASK_FOLDERS)
+        ]
+        if kinds[0] and kinds[1]:
+            return Layout(matches=_matched(kinds[0], kinds[1], data, data))
     endings: Counter[str] = Counter()
     for file in files:
         for m in re.finditer(r"[_\-. ]", stem_of(file)):

@@ -48,6 +48,8 @@ class MaskCleaning:
         if not self:
             return mask
         grey = mask if mask.ndim == 2 else mask.mean(axis=2)
+        if mask.ndim == 3:
+            self._check_colours(mask, grey)
         if self.threshold:
             highest = grey.max()
             white = 1 if highest <= 1 else 255 if highest <= 255 else 65535
@@ -55,6 +57,17 @@ class MaskCleaning:
         known = np.array(sorted(set(self.values)))
         place = np.searchsorted((known[1:] + known[:-1]) / 2, grey)
         return known.astype(np.min_scalar_type(int(known.max())))[place]
+
+    def _check_colours(self, mask: Array, grey: Array) -> None:
+        """Refuses colours (H, W, 3) of which most are far from all values: greys of none."""
+        coloured = grey[np.ptp(mask.astype(np.int64), axis=2) > 4 * _APART]
+        values = np.array((0, 255) if self.threshold else self.values)
+        far = abs(coloured[:, None] - values).min(axis=1) > 2 * _APART
+        if far.sum() * 2 > len(coloured):
+            raise InputError(
+                "its classes are colours, whose greys are none of the values: save it as a PNG "
+                "with the true colours, without --mask-values or --threshold-masks"
+            )
 
 
 @dataclass

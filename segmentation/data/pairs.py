@@ -88,7 +88,10 @@ class Pair:
             mask = read_mask(self.mask, self.page, colours=self.colours, lossy=bool(self.cleaning))
         else:
             mask = self.mask
-        mask = self.cleaning(mask)
+        try:
+            mask = self.cleaning(mask)
+        except InputError as error:
+            raise InputError(f"{self.where}: {error}") from error
         return mask if self.window is None else mask[self.window]
 
     def join_objects(self) -> tuple[Array, int, int]:
