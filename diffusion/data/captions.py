@@ -1,13 +1,14 @@
 """Captions of image files, in the ways that people keep them.
 
 `metadata.jsonl` (a JSON object a line) and `metadata.csv` name files relative to their folder, as
-Hugging Face's imagefolder does; or a `.txt` lies beside each image. A byte-order mark and Windows'
-backslashes are understood.
+Hugging Face's imagefolder does; or a `.txt` or `.caption` lies beside each image. A byte-order
+mark and Windows' backslashes are understood.
 """
 
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,12 +20,14 @@ from unet.errors import InputError
 TABLES = ("metadata.jsonl", "metadata.csv")
 _FILE_KEYS = ("file_name", "file", "image", "filename")
 _TEXT_KEYS = ("text", "caption", "prompt")
+_ENDINGS = (".txt", ".caption")  # of caption files
+_LOOKED_AT = 100  # images that say whether there are any
 _TEXT_BYTES = 2**16  # of one caption file
 
 
 def has_text_files(files: Sequence[str]) -> bool:
-    """Whether the first image has a caption file beside it."""
-    return bool(files) and os.path.isfile(_beside(files[0]))
+    """Whether one of the first images has a caption file beside it."""
+    return any(os.path.isfile(_beside(file)) for file in files[:_LOOKED_AT])
 
 
 def read_captions(files: Sequence[str], tables: Sequence[Path], key: str | None) -> list[str]:
@@ -41,11 +44,18 @@ def read_captions(files: Sequence[str], tables: Sequence[Path], key: str | None)
     for table in tables:
         for number, entry in _rows(table):
             name, caption = _entry(entry, key, f"line {number} of '{table}'")
-            known[_placed(table.parent, name)] = caption
+            file = _placed(table.parent, name)
+            if known.setdefault(file, caption) != caption:
+                raise InputError(
+                    f"line {number} of '{table}' gives {name} another caption than an earlier one: "
+                    "an image has one, so copy it for each of its captions, or leave one of them"
+                )
     found: list[str] = []
     for file in files:
         text = known.get(os.path.normpath(file))
         found.append(_text_of(file, tables) if text is None else text)
+    if not any(found):
+        raise InputError(f"all captions are empty, such as that of '{files[0]}'")
     return found
 
 
@@ -56,7 +66,8 @@ def _rows(table: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
         raise InputError(f"'{table}' cannot be read as UTF-8 text") from error
     if table.suffix == ".csv":
         try:
-            yield from enumerate(csv.DictReader(content.splitlines()), start=2)
+            rows = csv.DictReader(io.StringIO(content, newline=""))
+            yield from ((rows.line_num, row) for row in rows)
         except csv.Error as error:
             raise InputError(f"'{table}' cannot be read as CSV: {error}") from error
         return
@@ -80,6 +91,8 @@ def _entry(entry: Mapping[str, Any], key: str | None, where: str) -> tuple[str, 
     name = next((entry[k] for k in _FILE_KEYS if k in entry), None)
     chosen = (key,) if key else _TEXT_KEYS
     text = next((entry[k] for k in chosen if k in entry), None)
+    if isinstance(name, str) and text is not None and not isinstance(text, str):
+        raise InputError(f"{where}: the caption of {name} is no text, but {str(text)[:60]}")
     if not isinstance(name, str) or not isinstance(text, str):
         keys = ", ".join(map(str, entry))
         lacking = _FILE_KEYS[0] if not isinstance(name, str) else " or ".join(chosen)
@@ -120,4 +133,6 @@ def _text_of(file: str, tables: Sequence[Path]) -> str:
 
 
 def _beside(file: str) -> str:
-    return f"{os.path.splitext(file)[0]}.txt"
+    """The caption file of an image; that which it should have, where there is none."""
+    found = [os.path.splitext(file)[0] + ending for ending in _ENDINGS]
+    return next((path for path in found if os.path.isfile(path)), found[0])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -14,17 +14,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffusion.data.captions import TABLES, has_text_files, read_captions
-from diffusion.data.pixels import WHOLE
 from diffusion.data.shapes import HELD_OUT, SIDE, example, example_caption
 from unet.errors import InputError
-from unet.files.images import Colour, image_info, laid_over, natural_key, read_image
-from unet.files.pages import AS_STORED, SUFFIXES, Array, ImageInfo, Reading
+from unet.files.images import Colour, array_pages, image_info, natural_key, read_image, read_page
+from unet.files.pages import AS_STORED, SUFFIXES, Array, ImageInfo, Reading, naming
 from unet.files.shards import find_shards, read_shards
 from unet.files.volumes import is_volume
 from unet.words import counted
 
 DRAWN = 20_000  # pictures of shapes
 _ARRAYS = ("images.npy", "labels.npy")  # of an .npz
+_SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")  # no classes
 ARCHIVE_BYTES = 2**32  # an .npz is unpacked into memory as a whole
 
 
@@ -128,29 +128,21 @@ def _archive(path: Path, how: HowToRead) -> Source:
         raise
     except Exception as error:  # zip, zlib and numpy raise what a wrong byte leads them to
         raise InputError(f"'{path}' cannot be read as an .npz with an array `images`") from error
-    images = images[..., None] if images.ndim == 3 else images
-    turned = images.shape[1:2] in ((1,), (3,), (4,)) and images.shape[3:] > (4,)
-    if images.dtype.name not in WHOLE or images.ndim != 4 or not images.size or turned:
-        raise InputError(
-            f"'{path}' has images {images.dtype} {images.shape}: give {', '.join(WHOLE)} (N, H, W) "
-            "or (N, H, W, C), channels last"
-        )
-    count, height, width, channels = images.shape
-    alpha = channels == 4 and how.background is not None
-    kind = how.reading.of(
-        ImageInfo(
-            height=height,
-            width=width,
-            channels=channels - alpha,
-            dtype=images.dtype.name,
-            has_alpha=alpha,
-        )
-    )
+    if images.ndim == 3 and how.reading.axes is None:
+        images = images[..., None]
+    with naming(path):
+        kind = array_pages(images, how.reading)(0).info
+    count = kind.pages
     names = [f"{path} image {i}" for i in range(count)]
-    read = partial(_read_row, images, how.background if alpha else None, how.reading.chosen(kind))
+    read = partial(_read_row, images, how)
+    if how.background is None and kind.has_alpha:
+        kind = replace(kind, channels=kind.channels + 1, has_alpha=False)
+    kind = how.reading.of(replace(kind, pages=1))
     source = Source(names=names, read=read, kind=kind)
     if labels is None:
         return source
+    if labels.shape == (count, 1):
+        labels = labels[:, 0]
     if labels.shape != (count,) or labels.dtype.kind not in "biuU":
         raise InputError(
             f"'{path}' has labels {labels.dtype} {labels.shape} for {counted(count, 'image')}: "
@@ -162,11 +154,9 @@ def _archive(path: Path, how: HowToRead) -> Source:
         raise InputError(f"'{path}' has labels that cannot be read") from error
 
 
-def _read_row(
-    images: Array, background: Colour | None, chosen: Sequence[int] | None, image: int
-) -> Array:
-    found = images[image] if background is None else laid_over(images[image], background)
-    return found if chosen is None else found[..., chosen]
+def _read_row(images: Array, how: HowToRead, image: int) -> Array:
+    page = array_pages(images, how.reading)(image)
+    return read_page(page, how.reading, alpha=how.background is None, background=how.background)
 
 
 def _classified(source: Source, labels: list[Any]) -> Source:
@@ -192,6 +182,7 @@ def _in_files(path: Path, captions: bool, how: HowToRead) -> Source:
                     stacks[file] = count
     names, pages = files, None
     if stacks:
+        _check_slices(stacks, how)
         counts = [stacks.get(file, 1) for file in files]
         pages = [n for count in counts for n in (range(count) if count > 1 else [None])]
         files, folders = (
@@ -214,6 +205,18 @@ def _in_files(path: Path, captions: bool, how: HowToRead) -> Source:
     if "" in folders or len(set(folders)) < 2:
         return source
     return _classified(source, folders)
+
+
+def _check_slices(stacks: Mapping[str, int], how: HowToRead) -> None:
+    """Refuses files of 3 or 4 pages of which nothing is said: these may be the channels."""
+    if how.reading.axes is not None or len(stacks) < 2:
+        return
+    for file, count in stacks.items():
+        axes = image_info(Path(file)).axes
+        if count in (3, 4) and (axes[0] == "I" or (axes == "ZYX" and file.endswith(".npy"))):
+            raise InputError(
+                f"{file!r} has {count} pages: channels or slices? Give --axes CYX or --axes ZYX"
+            )
 
 
 def _in_shards(shards: Sequence[Path], captions: bool, how: HowToRead) -> Source:
@@ -245,21 +248,30 @@ def _read_page(
 
 def _walk(root: Path) -> tuple[list[str], list[str], list[Path]]:
     """Images in natural order, in a folder and below, without hidden ones; the subfolder of each,
-    "" for none; and every table of captions.
+    "" for none or a part of a split such as train/; and every table of captions.
     """
-    images: list[tuple[Any, str, str]] = []
+    images: list[tuple[Any, str, tuple[str, ...]]] = []
     tables = []
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+    seen: set[str] = set()  # of folders, to which links may lead back
+    for folder, subfolders, names in os.walk(root, followlinks=True):
+        place = os.path.realpath(folder)
+        if place in seen:
+            subfolders.clear()
+            continue
+        seen.add(place)
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith((".", "__")))
         parts = Path(folder).relative_to(root).parts
         inside = [natural_key(part) for part in parts]
-        top, start = parts[0] if parts else "", "" if folder == "." else folder
+        start = "" if folder == "." else folder
         for name in names:
             if name in TABLES:
                 tables.append(Path(folder, name))
             elif name.lower().endswith(SUFFIXES) and not name.startswith("."):
-                images.append(([*inside, natural_key(name)], os.path.join(start, name), top))
+                images.append(([*inside, natural_key(name)], os.path.join(start, name), parts))
     if not images:
         raise InputError(f"'{root}': no image in this folder ({', '.join(SUFFIXES)})")
     images.sort()
-    return [path for _, path, _ in images], [top for _, _, top in images], tables
+    # Not of a class of that name: all images are in such folders, or none is in a split's.
+    split = all(parts and parts[0].lower() in _SPLITS for _, _, parts in images)
+    tops = ["".join(parts[split : split + 1]) for _, _, parts in images]
+    return [path for _, path, _ in images], tops, tables

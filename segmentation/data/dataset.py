@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -383,6 +384,13 @@ class SegmentationData:
             line = f"values from {scaling.low:g} to {scaling.high:g}"
             lines.append(line + _no_data(scaling.nodata))
         lines += self.notes
+        whole = [p for p in self.pairs[: self.synthetic.start] if p.window is None]
+        masks = Counter(pair.source for pair in whole)
+        if several := sum(count > 1 for count in masks.values()):
+            lines.append(
+                f"{counted(several, 'image')} with several masks each, as of annotators: objects "
+                "and classes of an image belong in one mask"
+            )
         if self.left_out:
             lines.append(f"{counted(self.left_out, 'image')} without any label left out")
         one = len({pair.stack for pair in self.pairs}) == 1

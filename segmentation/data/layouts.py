@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -31,15 +32,19 @@ from unet.files.volumes import is_volume, is_volume_file, volume_name
 from unet.files.writing import read_json
 from unet.words import counted
 
-IMAGE_FOLDERS = ("image", "images", "img", "imgs", "imagestr", "jpegimages", "leftimg8bit", "raw")
+IMAGE_FOLDERS = (
+    *("image", "images", "img", "imgs", "imagestr", "jpegimages", "leftimg8bit", "raw", "img_dir"),
+    *("input", "inputs"),
+)
 MASK_FOLDERS = (
     *("label", "labels", "mask", "masks", "labelstr", "annotation", "annotations", "gt", "gtfine"),
     *("groundtruth", "ground_truth", "segmentation", "segmentations", "segmentationclass"),
-    *("target", "targets", "manual", "1st_manual"),
+    *("target", "targets", "manual", "1st_manual", "ann_dir"),
 )
 TRAIN_FOLDERS, VAL_FOLDERS = ("train", "training"), ("val", "valid", "validation")
 _STACKS = ("train-volume.tif", "train-labels.tif")  # of ISBI 2012
 _CELLPOSE = re.compile(r"(_seg\.npy|_cp_output\.\w+|_flows\.\w+|_outlines\.\w+|_superpixels\.\w+)$")
+_CITYSCAPES = ("_gtFine_labelTrainIds", "_gtFine_labelIds")  # the masks among its pictures
 _CLASSES = ("classes.txt", "class_names.txt", "labels.txt")
 _NUMBERED = re.compile(r"[-_ ]?[0-9]+$")  # behind the name of a folder of masks
 _NAMES_BYTES, _CHUNK = 2**16, 2**22
@@ -84,8 +89,12 @@ class Layout:
 
 
 def stem_of(file: Path) -> str:
-    """The name without its ending, also without the .ome of an OME-TIFF; that of a volume."""
-    return volume_name(file) if is_volume(file) else file.stem.removesuffix(".ome")
+    """The name without its ending, also without the .ome of an OME-TIFF; that of a volume.
+
+    Letters with accents are one character each, as not all systems write them.
+    """
+    name = volume_name(file) if is_volume(file) else file.stem.removesuffix(".ome")
+    return unicodedata.normalize("NFC", name)
 
 
 def find_layout(
@@ -118,13 +127,20 @@ def _in_folder(data: Path) -> Layout:
         raise InputError(
             f"{str(data)!r} is one volume: name it and its masks with --images and --masks"
         )
+    if data.is_file():
+        raise InputError(
+            f"{str(data)!r} is a file: give a folder (of an archive what is unpacked), or the "
+            "images and the masks with --images and --masks"
+        )
     if not data.is_dir():
         raise InputError(f"{str(data)!r}: no such folder")
     stacks = data / _STACKS[0], data / _STACKS[1]
     if all(os.path.isfile(stack) for stack in stacks):
         return Layout(matches=[_pair(*stacks)])
     folders = sorted(
-        p for p in data.glob("*") if p.is_dir() and p.name[0] != "." and not is_volume_file(p)
+        p
+        for p in data.glob("*")
+        if p.is_dir() and not p.name.startswith((".", "__")) and not is_volume_file(p)
     )
     if (data / "imagesTr").is_dir() and (data / "labelsTr").is_dir():
         return _nnunet(data)
@@ -134,8 +150,9 @@ def _in_folder(data: Path) -> Layout:
         drawn := _coco_files(data, folders, images, masks) or _labelme_folder(data, images, masks)
     ):
         return _drawn(drawn)
+    masks = [folder for folder in masks if _has_images(folder)] or masks
     if len(images) == len(masks) == 1:
-        return Layout(matches=_listed_parts(data, _across(images[0], masks[0])))
+        return Layout(matches=_across(images[0], masks[0], _listed_parts(data)))
     several = [f for f in folders if _NUMBERED.sub("", f.name.lower()) in MASK_FOLDERS]
     if len(images) == 1 and not masks and len(several) > 1:  # masks-1/ masks-2/
         files = [file for folder in several for file in _tree(folder)]
@@ -159,6 +176,14 @@ def _in_folder(data: Path) -> Layout:
     if len(masks) == 1 and len(files) == 1 and not images:  # a stack beside a folder
         return Layout(matches=_across(files[0], masks[0]))
     files += [p for p in data.glob("*") if is_volume_file(p)]
+    if len(folders) == 1 and not (images or masks or files):  # as archives unpack
+        return _in_folder(folders[0])
+    by_name = sorted(files, key=lambda file: stem_of(file).lower() in MASK_FOLDERS)
+    if len(files) == 2 and [
+        stem_of(file).lower() in names
+        for file, names in zip(by_name, (IMAGE_FOLDERS, MASK_FOLDERS), strict=True)
+    ] == [True, True]:  # images.npy, masks.npy
+        return Layout(matches=[_pair(*by_name)])
     if images or masks or (folders and not files):
         raise InputError(
             f"{str(data)!r}: needs one folder of images ({', '.join(IMAGE_FOLDERS[:4])} ...) and "
@@ -205,8 +230,8 @@ def _with_names_of_parts(matches: Sequence[Match]) -> list[Match]:
     return [replace(m, name=f"{m.part}_{m.name}") if names[m.name] > 1 else m for m in matches]
 
 
-def _listed_parts(data: Path, matches: list[Match]) -> list[Match]:
-    """The parts that Pascal VOC's lists of names give, where they are there."""
+def _listed_parts(data: Path) -> dict[str, str]:
+    """The part of each name in Pascal VOC's lists, where they are there."""
     folder = data / "ImageSets" / "Segmentation"
     listed = {}
     for part in ("val", "train"):
@@ -215,9 +240,7 @@ def _listed_parts(data: Path, matches: list[Match]) -> list[Match]:
         except (OSError, UnicodeDecodeError):
             continue
         listed.update(dict.fromkeys(names, part))
-    if not listed:
-        return matches
-    return [replace(m, part=listed[m.name]) for m in matches if m.name in listed]
+    return listed
 
 
 def _nnunet(data: Path) -> Layout:
@@ -427,9 +450,7 @@ def _labelme(images: Path, jsons: Path) -> list[Match]:
 
 
 def _has_images(folder: Path) -> bool:
-    if any(is_volume_file(file) for file in folder.glob("*")):
-        return True
-    return any(file.suffix.lower() in SUFFIXES for file in folder.rglob("*"))
+    return any(is_volume_file(file) for file in folder.glob("*")) or bool(_below(folder))
 
 
 def _mentions(file: Path, *words: bytes) -> bool:
@@ -450,14 +471,36 @@ def _mentions(file: Path, *words: bytes) -> bool:
     return not missing
 
 
-def _across(images: Path, masks: Path) -> list[Match]:
-    """Files of a folder and of another, with their subfolders; or a stack and a folder of masks."""
+def _across(images: Path, masks: Path, listed: Mapping[str, str] | None = None) -> list[Match]:
+    """Files of a folder and of another, with their subfolders; or a stack and a folder of masks.
+
+    Args:
+        listed: the part of each name, where a list says which are meant.
+    """
     if _is_file(images) != _is_file(masks):
         stack, folder = (images, masks) if _is_file(images) else (masks, images)
         files = tuple(list_images(folder))
         pair = ((stack,), files) if stack is images else (files, (stack,))
         return [Match(name=stem_of(stack), image=pair[0], mask=pair[1], part="stack")]
     found = [_tree(folder) for folder in (images, masks)]
+    if listed:
+        found = [[f for f in files if stem_of(f) in listed] for files in found]
+        if not (found[0] and found[1]):
+            raise InputError(
+                f"{str(images)!r} and {str(masks)!r} have nothing of what ImageSets/Segmentation "
+                f"lists, such as {min(listed)}"
+            )
+        return [
+            replace(match, part=listed[match.name])
+            for match in _matched(found[0], found[1], images, masks)
+        ]
+    deep = [_below(folder) for folder in (images, masks)]
+    if all(len(inside) > len(files) for inside, files in zip(deep, found, strict=True)):
+        found = deep  # both have images beside subfolders of images
+    for ending in _CITYSCAPES:
+        if meant := [file for file in found[1] if stem_of(file).endswith(ending)]:
+            found[1] = meant
+            break
     parts = [{part for part, _ in map(_part_of, files)} & {"train", "val"} for files in found]
     if parts[0] and parts[0] == parts[1]:
         matches = []
@@ -504,11 +547,21 @@ def _tree(folder: Path) -> list[Path]:
     volumes = (is_volume_file(path) for path in folder.glob("*"))
     if inside or not folder.is_dir() or any(volumes):
         return list_images(folder)
-    below = sorted(
-        (p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()),
-        key=lambda p: [natural_key(part) for part in p.parts],
+    return _below(folder) or list_images(folder)
+
+
+def _below(folder: Path) -> list[Path]:
+    """Image files of a folder and of those below it, without hidden ones."""
+    return sorted(
+        (
+            path
+            for path in folder.rglob("*")
+            if path.suffix.lower() in SUFFIXES
+            and path.is_file()
+            and not any(part[0] == "." for part in path.relative_to(folder).parts)
+        ),
+        key=lambda path: [natural_key(part) for part in path.parts],
     )
-    return below or list_images(folder)
 
 
 def _part_of(file: Path) -> tuple[str, Path]:
@@ -525,6 +578,16 @@ def _matched(
     """Images and masks with the same stem, but for an ending or a beginning that all share."""
     name, times = Counter(stem_of(image) for image in images).most_common(1)[0]
     if times > 1:
+        by_folder = [defaultdict(list), defaultdict(list)]  # such as one for each patient
+        for files, root, groups in zip((images, masks), (where, masked), by_folder, strict=True):
+            for file in files:
+                groups[file.parent.relative_to(root)].append(file)
+        if len(by_folder[0]) > 1 and by_folder[0].keys() == by_folder[1].keys():
+            return [
+                replace(match, name="_".join([*place.parts, match.name]))
+                for place, of in by_folder[0].items()
+                for match in _matched(of, by_folder[1][place], where / place, masked / place)
+            ]
         raise InputError(f"{times} images of {str(where)!r} are named {name!r}; rename all but one")
     for image_names in _readings(images):
         for mask_names in _readings(masks):
@@ -533,6 +596,8 @@ def _matched(
                 return [
                     _pair(image, of[name]) for image, name in zip(images, image_names, strict=True)
                 ]
+    if len(images) == len(masks) == 1 and stem_of(masks[0]).startswith(stem_of(images[0])):
+        return [_pair(images[0], masks[0])]
     # Each mask by itself: with an ending of its own.
     free = {stem_of(mask): mask for mask in masks}
     alone = []
@@ -567,7 +632,9 @@ def _readings(files: Sequence[Path]) -> list[list[str]]:
             cut = len(ending) - at
             found.append([stem[:-cut] for stem in stems])
         beginning = _common(stems)
-        for at in sorted({m.end() for m in re.finditer(r"[_\-. ]", beginning)}, reverse=True):
+        cuts = {m.end() for m in re.finditer(r"[_\-. ]", beginning)}
+        cuts |= {len(beginning.rstrip("0123456789"))} - {0}  # image1, mask1
+        for at in sorted(cuts, reverse=True):
             found.append([stem[at:] for stem in stems])
     return [names for names in found if all(names) and len(set(names)) == len(names)]
 
@@ -583,6 +650,14 @@ def _side_by_side(data: Path) -> Layout:
     """Images and masks in one folder: an ending that all masks share tells them apart."""
     files = [file for file in list_images(data) if not _CELLPOSE.search(file.name.lower())]
     stems = {stem_of(file) for file in files}
+    words = [re.sub(r"[_\-. ]*[0-9]+$", "", stem_of(file).lower()) for file in files]
+    if set(words) <= {*IMAGE_FOLDERS, *MASK_FOLDERS}:  # image1.png, mask1.png
+        kinds = [
+            [f for f, word in zip(files, words, strict=True) if word in names]
+            for names in (IMAGE_FOLDERS, MASK_FOLDERS)
+        ]
+        if kinds[0] and kinds[1]:
+            return Layout(matches=_matched(kinds[0], kinds[1], data, data))
     endings: Counter[str] = Counter()
     for file in files:
         for m in re.finditer(r"[_\-. ]", stem_of(file)):

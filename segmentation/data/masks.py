@@ -23,6 +23,7 @@ VOID_WIDTH = 5  # pixels from the rim of such an edge to its middle, at most
 _BODY = 0.05  # share of a class's pixels that have only their like around them; of soft edges none
 _COMMON = 0.01  # share of all pixels
 _HANDFUL = 10  # pixels
+_APART = 16  # greys between two values that the noise of a JPEG does not mix up
 _MANY = 3000  # distinct values, from which on no more masks need to be looked at
 
 
@@ -47,6 +48,8 @@ class MaskCleaning:
         if not self:
             return mask
         grey = mask if mask.ndim == 2 else mask.mean(axis=2)
+        if mask.ndim == 3:
+            self._check_colours(mask, grey)
         if self.threshold:
             highest = grey.max()
             white = 1 if highest <= 1 else 255 if highest <= 255 else 65535
@@ -54,6 +57,17 @@ class MaskCleaning:
         known = np.array(sorted(set(self.values)))
         place = np.searchsorted((known[1:] + known[:-1]) / 2, grey)
         return known.astype(np.min_scalar_type(int(known.max())))[place]
+
+    def _check_colours(self, mask: Array, grey: Array) -> None:
+        """Refuses colours (H, W, 3) of which most are far from all values: greys of none."""
+        coloured = grey[np.ptp(mask.astype(np.int64), axis=2) > 4 * _APART]
+        values = np.array((0, 255) if self.threshold else self.values)
+        far = abs(coloured[:, None] - values).min(axis=1) > 2 * _APART
+        if far.sum() * 2 > len(coloured):
+            raise InputError(
+                "its classes are colours, whose greys are none of the values: save it as a PNG "
+                "with the true colours, without --mask-values or --threshold-masks"
+            )
 
 
 @dataclass
@@ -108,7 +122,8 @@ class Survey:
         if len(thin) >= 3 and soft_edges(self.pixels):
             ends = sorted(self.pixels, key=_key)
             raise InputError(self._soft([ends[0], ends[-1]], ends[1:-1], total))
-        self._check_strays(thin)
+        if len(self.pixels) <= MAX_CLASSES:  # more are no classes, of which a few stray
+            self._check_strays(thin)
 
     def _check_encodings(self) -> None:
         """0 and 1 in some files, 0 and 255 in others: one class or two?"""
@@ -131,14 +146,34 @@ class Survey:
                     "encodings of one class? --threshold-masks unites them"
                 )
 
+        self._check_scales()
+
+    def _check_scales(self) -> None:
+        """1, 2, ... n in some files, and as many even steps, such as 127 and 255, in others."""
+        used = sorted({v for v in self.pixels if isinstance(v, int) and v > 0})
+        low = [v for v in used if v < MAX_CLASSES]
+        high = used[len(low) :]
+        meet = any(kind & set(low) and kind & set(high) for kind in self.kinds)
+        if meet or len(low) < 2 or low != list(range(1, len(high) + 1)):
+            return
+        if all(abs(v - high[-1] * i / len(low)) <= 1 for i, v in enumerate(high, 1)):
+            raise InputError(
+                f"some masks hold {listed(low)}, such as {self.first[low[-1]]}, others "
+                f"{listed(high)}, such as {self.first[high[-1]]}, and no mask both: two encodings "
+                "of the same classes? Save all masks with the values of the first"
+            )
+
     def _soft(self, true: Sequence[Value], thin: Sequence[Value], total: int) -> str:
         edges = sum(self.pixels[v] for v in thin)
         where = self.first[max(thin, key=lambda v: self.pixels[v])]
         shown = some(f"{v} ({self.pixels[v]:,})" for v in sorted(thin, key=_key))
         grey = [v if isinstance(v, int) else round(sum(v) / 3) for v in true]
-        cure = f"--mask-values {' '.join(map(str, grey))} gives each pixel the nearest of these"
-        if len(true) == 2:
-            cure += ", --threshold-masks splits them in the middle"
+        if min(np.diff(sorted(grey))) < _APART:  # colours, of which greys would make one
+            cure = "save them anew as PNG with the true colours, resized to the nearest pixel"
+        else:
+            cure = f"--mask-values {' '.join(map(str, grey))} gives each pixel the nearest of these"
+            if len(true) == 2:
+                cure += ", --threshold-masks splits them in the middle"
         return (
             f"the masks hold {len(self.pixels)} values, of which {len(thin)} have no area of their "
             f"own and {edges / total:.2%} of the pixels, such as in {where}: {shown}; soft edges, "

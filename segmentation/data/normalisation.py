@@ -45,6 +45,7 @@ class Normalisation:
         """
         count, mean, squares = 0, np.zeros(1), np.zeros(1)  # squares: sum of (x - mean)^2
         dtype, low, high = "", np.inf, -np.inf
+        unit = wide = False  # images whose values go to 1, and far beyond
         everywhere = cast("Iterable[None]", repeat(None))
         for image, counts in zip(images, valid or everywhere, strict=False):
             known = ~missing(image, nodata) if counts is None else counts & ~missing(image, nodata)
@@ -57,7 +58,15 @@ class Normalisation:
             mean = mean + delta * n / (count + n)
             squares = squares + v * n + delta**2 * (count * n / (count + n))
             count += n
-            low, high = min(low, float(pixels.min())), max(high, float(pixels.max()))
+            lowest, highest = float(pixels.min()), float(pixels.max())
+            low, high = min(low, lowest), max(high, highest)
+            unit |= 0.5 < highest <= 1
+            wide |= highest > 2
+            if dtype == "float32" and unit and wide and low >= 0:
+                raise InputError(
+                    f"the values of some images go up to 1, those of others up to {high:g}: scale "
+                    "all images alike"
+                )
         if not dtype:
             raise ValueError("statistics of no images")
         if not count:

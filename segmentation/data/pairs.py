@@ -88,7 +88,10 @@ class Pair:
             mask = read_mask(self.mask, self.page, colours=self.colours, lossy=bool(self.cleaning))
         else:
             mask = self.mask
-        mask = self.cleaning(mask)
+        try:
+            mask = self.cleaning(mask)
+        except InputError as error:
+            raise InputError(f"{self.where}: {error}") from error
         return mask if self.window is None else mask[self.window]
 
     def join_objects(self) -> tuple[Array, int, int]:
@@ -186,7 +189,8 @@ def find_pairs(
         of_mask = image_info(match.mask[0])
         if (info.height, info.width, info.pages) != (of_mask.height, of_mask.width, of_mask.pages):
             hint = ""
-            if info.pages != of_mask.pages and "I" in info.axes and info.pages <= 8:
+            unsaid = "I" in info.axes or match.image[0].suffix.lower() == ".npy"
+            if info.pages != of_mask.pages and unsaid and info.pages <= 8:
                 hint = f": are its {info.pages} pages channels? Then give --axes CYX"
             raise InputError(
                 f"{_size(info)} in {str(match.image[0])!r}, but {_size(of_mask)} in "

@@ -141,13 +141,20 @@ def read_image(
             where no data are not declared to be NaN; infinite.
     """
     with _read(path, page, reading) as found:
-        over = background is not None and found.info.has_alpha
-        array = found.read(alpha=alpha or over)
-        if over and background is not None:
-            array = laid_over(array, background)
-        if (chosen := reading.chosen(found.info)) is not None:
-            array = np.ascontiguousarray(array[..., chosen])
-        return as_read(array, reading.of(found.info))
+        return read_page(found, reading, alpha=alpha, background=background)
+
+
+def read_page(
+    page: Page, reading: Reading, *, alpha: bool = False, background: Colour | None = None
+) -> Array:
+    """The pixels of a page, as `read_image` gives them."""
+    over = background is not None and page.info.has_alpha
+    array = page.read(alpha=alpha or over)
+    if over and background is not None:
+        array = laid_over(array, background)
+    if (chosen := reading.chosen(page.info)) is not None:
+        array = np.ascontiguousarray(array[..., chosen])
+    return as_read(array, reading.of(page.info))
 
 
 def laid_over(image: Array, background: Colour) -> Array:
@@ -230,7 +237,8 @@ def read_mask(
     Args:
         page: 0-based slice of a stack; None for a file that holds one mask.
         colours: look the palette up: as grey values if all of its colours are grey.
-        lossy: also read JPEG and WebP files, whose values have changed a little.
+        lossy: also read JPEG and WebP files, whose values have changed a little, and floats, which
+            stay such.
 
     Returns:
         (H, W) for grey or (H, W, 3) for colours, in an integer dtype.
@@ -259,9 +267,13 @@ def read_mask(
         if info.channels not in (1, 3):
             raise InputError(f"it has {info.channels} channels, where a mask has 1 or a colour 3")
         if array.dtype.kind == "f":
-            if not (np.isfinite(array) & (array == np.round(array)) & (abs(array) < 2**31)).all():
-                raise InputError("a mask must hold whole numbers, one for each class")
-            array = array.astype(np.int64)
+            known = np.isfinite(array) & (abs(array) < 2**31)
+            if not (known & ((array == np.round(array)) | lossy)).all():
+                raise InputError(
+                    "a mask must hold whole numbers, one for each class; of probabilities "
+                    "--threshold-masks makes two classes"
+                )
+            array = array if lossy else array.astype(np.int64)
         return array[:, :, 0] if info.channels == 1 else np.ascontiguousarray(array)
 
 
@@ -422,6 +434,11 @@ def _open_npy(source: Path | BytesIO, reading: Reading) -> Iterator[GetPage]:
     else:
         # A memory map never unpickles, and refuses a shape that the file is too short for.
         array = np.lib.format.open_memmap(source, mode="r")
+    yield array_pages(array, reading)
+
+
+def array_pages(array: Array, reading: Reading) -> GetPage:
+    """The slices of an array: by the axes that are named, else by `guessed_axes`."""
     axes = guessed_axes(array.shape) if reading.axes is None else reading.axes
     alpha = reading.axes is None and axes[-1] == "C" and array.shape[-1] == 4
     if len(axes) != array.ndim:
@@ -443,4 +460,4 @@ def _open_npy(source: Path | BytesIO, reading: Reading) -> Iterator[GetPage]:
             raise IndexError(index)
         return Page(info, lambda: stored.page(index), mapped=lambda: stored.page(index))
 
-    yield get_page
+    return get_page

@@ -363,13 +363,12 @@ def test_labels_become_classes(tmp_path: Path, labels: Any, names: tuple[str, ..
     ("arrays", "message"),
     [
         ({"other": COLOUR}, "cannot be read as an .npz with an array `images`"),
-        ({"images": COLOUR.astype(np.float64)}, "has images float64"),
-        ({"images": COLOUR[0, 0]}, r"has images uint8 \(16, 3\): give uint8"),
+        ({"images": COLOUR.astype(np.complex64)}, r"set\.npz.* pixels of type complex64"),
         (
             {"images": rearrange(COLOUR, "b h w c -> b c h w")},
-            r"\(40, 3, 12, 16\): give uint8, uint16, float32 .* channels last",
+            r"set\.npz.* shape \(40, 3, 12, 16\) is not .*; name its axes",
         ),
-        ({"images": COLOUR[:0]}, r"has images uint8 \(0, 12"),
+        ({"images": COLOUR[:0]}, r"set\.npz.* shape \(0, 12, 16, 3\) is not"),
         ({"images": COLOUR, "labels": np.zeros(39, int)}, r"labels int64 \(39,\) for 40 images"),
         ({"images": COLOUR, "labels": np.zeros(40)}, "labels float64"),
         ({"images": np.array([{}, {}], object)}, "cannot be read as an .npz"),
@@ -379,6 +378,40 @@ def test_labels_become_classes(tmp_path: Path, labels: Any, names: tuple[str, ..
 def test_bad_archives_are_named(tmp_path: Path, arrays: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         DiffusionData(archive(tmp_path, **arrays))
+
+
+@pytest.mark.parametrize("axes", [None, "ZCYX"])
+@pytest.mark.parametrize("dtype", ["u1", ">u2", "<i8", "<f8"])
+def test_an_archive_has_pixels_of_any_type_and_order(
+    tmp_path: Path, dtype: str, axes: str | None
+) -> None:
+    images = rearrange(COLOUR, "b h w c -> b c h w") if axes else COLOUR
+    how = HowToRead(reading=Reading(axes=axes))
+    data = DiffusionData(archive(tmp_path, images=images.astype(dtype)), how=how)
+    np.testing.assert_array_equal(data.images(everything(data)), COLOUR)
+
+
+def test_parts_of_a_split_are_no_classes_and_links_are_followed(tmp_path: Path) -> None:
+    for part in ("Train", "val"):
+        for name in ("cat", "train"):
+            save(tmp_path / "data" / part / name, 5)
+    (tmp_path / "data/Train/bird").symlink_to(save(tmp_path / "birds", 5))
+    (tmp_path / "birds/back").symlink_to(tmp_path / "data/Train")
+    data = DiffusionData(tmp_path / "data")
+    assert (data.classes, len(data.source.names)) == (("bird", "cat", "train"), 25)
+
+
+@pytest.mark.parametrize("axes", [None, "CYX", "ZYX"])
+def test_three_pages_of_each_file_are_a_question(tmp_path: Path, axes: str | None) -> None:
+    for i, image in enumerate(COLOUR):
+        np.save(tmp_path / f"{i}.npy", rearrange(image, "h w c -> c h w"))
+    how = HowToRead(reading=Reading(axes=axes))
+    if axes is None:
+        with pytest.raises(InputError, match=r"0\.npy' has 3 pages: channels or slices\? Give"):
+            DiffusionData(tmp_path, how=how)
+    else:
+        found = DiffusionData(tmp_path, how=how)
+        assert (len(found.source.names), found.channels) == ((40, 3) if axes == "CYX" else (120, 1))
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 nothing", b"\x80\x04N."])
@@ -741,6 +774,8 @@ def test_captions_lie_in_text_files_beside_images(tmp_path: Path) -> None:
         (tmp_path / f"{i}.txt").write_bytes(b"\xef\xbb\xbfa blob\r\n number " + str(i).encode())
     data = DiffusionData(tmp_path, captions=True)
     assert data.caption(index_of(data, 2)) == "a blob number 2"
+    (tmp_path / "0.txt").rename(tmp_path / "0.caption")
+    assert DiffusionData(tmp_path, captions=True).caption(index_of(data, 0)) == "a blob number 0"
     (tmp_path / "3.txt").unlink()
     with pytest.raises(InputError, match=r"3\.png' has no caption file: add its caption"):
         DiffusionData(tmp_path, captions=True)
@@ -754,6 +789,7 @@ def test_captions_lie_in_text_files_beside_images(tmp_path: Path) -> None:
             "metadata.csv",
             'image,prompt\nsub\\\\0.png,"a, b"\nsub\\\\1.png,c\n'.replace("\\\\", "\\"),
         ),
+        ("metadata.csv", 'file_name,text\nsub/0.png,"a,\n b"\nsub/1.png,c\n'),
         (
             "metadata.jsonl",
             '{"file_name": "train/sub/0.png", "caption": "a, b"}\n'
@@ -773,7 +809,28 @@ def test_tables_of_captions_are_read_as_they_are_meant(
     save(tmp_path / "sub", 2, "{}.png", COLOUR)
     (tmp_path / table[0]).write_text(table[1], encoding="utf-8")
     data = DiffusionData(tmp_path, captions=True)
-    assert {data.caption(i) for i in range(2)} == {"a, b", "c"}
+    assert {" ".join(data.caption(i).split()) for i in range(2)} == {"a, b", "c"}
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (
+            ["a", "b", "c"],
+            r"line 3 of .*metadata\.jsonl' gives 0\.png another caption than an earl",
+        ),
+        ([["a", "b"], "c"], r"line 1 of .*: the caption of 0\.png is no text, but \['a', 'b'\]"),
+        (["", ""], r"all captions are empty, such as that of .*0\.png"),
+    ],
+)
+def test_captions_that_cannot_be_meant_are_told(
+    tmp_path: Path, texts: list[Any], message: str
+) -> None:
+    save(tmp_path, 2, "{}.png", COLOUR)
+    rows = [{"file_name": f"{i % 2}.png", "text": text} for i, text in enumerate(texts)]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(InputError, match=message):
+        DiffusionData(tmp_path, captions=True)
 
 
 def test_another_key_of_the_captions_is_named(tmp_path: Path) -> None:

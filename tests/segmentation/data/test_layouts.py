@@ -65,6 +65,36 @@ ENDINGS = {  # how masks of a0, a1, ... are named in a folder of their own
 }
 
 
+WHOLE = {  # where the images and masks of a folder lie
+    "files beside folders": ("images/{}.png", "masks/{}.png"),
+    "patients": ("images/p{}/scan.png", "masks/p{}/scan.png"),
+    "patients with endings": ("images/p{}/scan.png", "masks/p{}/scan_mask.png"),
+    "unpacked": ("data set/images/{}.png", "data set/masks/{}.png"),
+    "MMSegmentation": ("img_dir/train/{}.png", "ann_dir/train/{}.png"),
+    "numbers": ("images/image{}.png", "masks/mask{}.png"),
+    "numbers side by side": ("image{}.png", "mask{}.png"),
+    "words side by side": ("img_{}.png", "label_{}.png"),
+    "composed and decomposed": ("images/\u00e4{}.png", "masks/a\u0308{}.png"),
+    "Cityscapes": ("leftImg8bit/a_{}_leftImg8bit.png", "gtFine/a_{}_gtFine_labelIds.png"),
+}
+PASSED_OVER = {  # what lies beside them
+    "files beside folders": ("images/.hidden/0.png", "masks/a/._0.png"),
+    "patients": ("images/.ipynb_checkpoints/0.png", "__MACOSX/0.png"),
+    "unpacked": ("__MACOSX/images/0.png",),
+    "Cityscapes": tuple(f"gtFine/a_{i}_gtFine_{k}.png" for i in range(4) for k in ("color", "x")),
+}
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+def test_whole_folders_as_people_have_them(tmp_path: Path, kind: str) -> None:
+    for i in range(4):
+        beside = "sub/" if kind == "files beside folders" and i > 1 else ""
+        for pattern, arrays in zip(WHOLE[kind], (IMAGES, MASKS), strict=True):
+            save(tmp_path, [pattern.replace("{}.", f"{beside}{{}}.").format(i)], arrays[i : i + 1])
+    save(tmp_path, PASSED_OVER.get(kind, ()), MASKS[[0] * len(PASSED_OVER.get(kind, ()))])
+    check(find_pairs(tmp_path))
+
+
 @pytest.mark.parametrize("kind", ENDINGS)
 def test_an_ending_that_all_masks_share_is_the_ending(tmp_path: Path, kind: str) -> None:
     save(tmp_path / "images", [f"a{i}.png" for i in range(4)], IMAGES)
@@ -116,8 +146,14 @@ def test_the_lists_of_pascal_voc_are_followed(tmp_path: Path) -> None:
     lists.mkdir(parents=True)
     (lists / "train.txt").write_text("0\n2\n")
     (lists / "val.txt").write_text("3\n")
+    save(tmp_path / "JPEGImages", ["unlabelled.jpg"], IMAGES[:1])
+    (tmp_path / "Annotations").mkdir()  # of boxes
     train, val = split_pairs(find_pairs(tmp_path))
     assert ([p.name for p in train], [p.name for p in val]) == (["0", "2"], ["3"])
+    (lists / "train.txt").write_text("5\n")
+    (lists / "val.txt").write_text("")
+    with pytest.raises(InputError, match="nothing of what ImageSets/Segmentation lists, such as 5"):
+        find_pairs(tmp_path)
 
 
 def test_two_folders_that_could_be_the_masks_are_a_question(tmp_path: Path) -> None:

@@ -73,6 +73,44 @@ def test_two_encodings_of_one_class_are_refused_and_united() -> None:
     assert dict(united.pixels) == dict(Survey.of([("", blobs(i)) for i in range(4)]).pixels)
 
 
+@pytest.mark.parametrize("others", [(0, 85, 170), (0, 127, 255), (0, 128, 255)])
+def test_two_scales_of_the_same_classes_are_refused(others: tuple[int, ...]) -> None:
+    masks = [blobs(i, (0, 1, 2) if i % 2 else others) for i in range(4)]
+    with pytest.raises(
+        InputError, match=r"some masks hold 1, 2, such as 1, others .* the same cla"
+    ):
+        data_of(masks)
+    for values in ((0, 1, 2), others):
+        data_of([blobs(i, values) for i in range(4)])
+
+
+def test_probabilities_are_masks_where_a_threshold_is_asked_for(tmp_path: Path) -> None:
+    path, mask = tmp_path / "a.tif", blobs(0)
+    write_image(path, np.where(mask > 0, 0.9, 0.2).astype(np.float32))
+    with pytest.raises(InputError, match=r"whole numbers, .* --threshold-masks makes two classes"):
+        read_mask(path)
+    np.testing.assert_array_equal(MaskCleaning(threshold=True)(read_mask(path, lossy=True)), mask)
+
+
+def test_colours_are_not_taken_for_greys(tmp_path: Path) -> None:
+    mask = np.array(COLOURS, np.uint8)[blobs(0, (0, 1, 2, 3))]
+    for cleaning in (MaskCleaning(values=(0, 255)), MaskCleaning(threshold=True)):
+        with pytest.raises(InputError, match="its classes are colours"):
+            cleaning(mask)
+    black_or_red = np.array(COLOURS[:2], np.uint8)[blobs(0, (0, 1))]
+    np.testing.assert_array_equal(MaskCleaning(values=(0, 87))(black_or_red), blobs(0, (0, 87)))
+    soft = np.asarray(Image.fromarray(mask).resize((60, 60)).resize((64, 64)))
+    with pytest.raises(InputError, match="save them anew as PNG with the true colours"):
+        Survey.of([("0", soft)]).check()
+
+
+def test_floats_of_two_ranges_are_refused() -> None:
+    images = np.stack([np.full((8, 8), v, np.float32) for v in (0.2, 1, 200)])
+    masks = np.stack([np.eye(8, dtype=np.uint8)] * 3)
+    with pytest.raises(InputError, match="some images go up to 1, those of others up to 200"):
+        SegmentationData(pairs_from_arrays(images, masks))
+
+
 def test_a_class_that_never_meets_another_one_is_no_contradiction() -> None:
     masks = [blobs(i, (0, 1 + i % 2)) for i in range(4)]
     assert data_of(masks).table.values == (0, 1, 2)
