@@ -23,7 +23,7 @@ from diffusion.process.denoiser import Clipped, Denoiser
 from diffusion.process.guidance import Guided
 from diffusion.process.noise import SEEDS, NoiseSource
 from diffusion.process.prediction import DenoiserLike
-from diffusion.process.samplers import CHURN, SamplerName, Step, get_sampler
+from diffusion.process.samplers import CHURN, Step, get_sampler
 from diffusion.process.schedule import NoiseSchedule
 from diffusion.stable.autoencoder import Autoencoder
 from diffusion.stable.clip import ClipText

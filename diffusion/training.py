@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from diffusion.data.conditions import Asked
 from diffusion.data.images import DiffusionData, TrainingSamples
 from diffusion.data.pixels import to_bytes
 from diffusion.data.sources import HowToRead
@@ -449,7 +450,8 @@ class DiffusionTask:
             given, jump = model.conditioning(wanted), None
             if self.teacher is not None:
                 if model.text is not None:  # teacher and model may have each an encoder of its own
-                    tokens = model.text.tokenize([str(text or "") for text in wanted])
+                    texts = [str(Asked.of(one).shown or "") for one in wanted]
+                    tokens = model.text.tokenize(texts)
                     given = {"tokens": tokens.to(device)}
                 u = torch.tensor(seeds[part]) * _GOLDEN % 1
                 near, to = jumps(self.schedule, t[part], u)

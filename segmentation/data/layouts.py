@@ -578,7 +578,8 @@ def _matched(
     """Images and masks with the same stem, but for an ending or a beginning that all share."""
     name, times = Counter(stem_of(image) for image in images).most_common(1)[0]
     if times > 1:
-        by_folder = [defaultdict(list), defaultdict(list)]  # such as one for each patient
+        # Such as one for each patient.
+        by_folder: tuple[dict[Path, list[Path]], ...] = (defaultdict(list), defaultdict(list))
         for files, root, groups in zip((images, masks), (where, masked), by_folder, strict=True):
             for file in files:
                 groups[file.parent.relative_to(root)].append(file)
