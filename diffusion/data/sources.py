@@ -16,7 +16,15 @@ from numpy.typing import NDArray
 from diffusion.data.captions import TABLES, has_text_files, read_captions
 from diffusion.data.shapes import HELD_OUT, SIDE, example, example_caption
 from unet.errors import InputError
-from unet.files.images import Colour, array_pages, image_info, natural_key, read_image, read_page
+from unet.files.images import (
+    Colour,
+    array_pages,
+    check_slices,
+    image_info,
+    natural_key,
+    read_image,
+    read_page,
+)
 from unet.files.pages import AS_STORED, SUFFIXES, Array, ImageInfo, Reading, naming
 from unet.files.shards import find_shards, read_shards
 from unet.files.volumes import is_volume
@@ -211,12 +219,9 @@ def _check_slices(stacks: Mapping[str, int], how: HowToRead) -> None:
     """Refuses files of 3 or 4 pages of which nothing is said: these may be the channels."""
     if how.reading.axes is not None or len(stacks) < 2:
         return
-    for file, count in stacks.items():
-        axes = image_info(Path(file)).axes
-        if count in (3, 4) and (axes[0] == "I" or (axes == "ZYX" and file.endswith(".npy"))):
-            raise InputError(
-                f"{file!r} has {count} pages: channels or slices? Give --axes CYX or --axes ZYX"
-            )
+    for file in stacks:
+        with naming(Path(file)):
+            check_slices(Path(file), image_info(Path(file)))
 
 
 def _in_shards(shards: Sequence[Path], captions: bool, how: HowToRead) -> Source:

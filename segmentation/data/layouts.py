@@ -578,12 +578,11 @@ def _matched(
     """Images and masks with the same stem, but for an ending or a beginning that all share."""
     name, times = Counter(stem_of(image) for image in images).most_common(1)[0]
     if times > 1:
-        # Such as one for each patient.
-        by_folder: tuple[dict[Path, list[Path]], ...] = (defaultdict(list), defaultdict(list))
+        by_folder: list[dict[Path, list[Path]]] = [defaultdict(list), defaultdict(list)]
         for files, root, groups in zip((images, masks), (where, masked), by_folder, strict=True):
             for file in files:
                 groups[file.parent.relative_to(root)].append(file)
-        if len(by_folder[0]) > 1 and by_folder[0].keys() == by_folder[1].keys():
+        if len(by_folder[0]) > 1 and by_folder[0].keys() == by_folder[1].keys():  # of patients
             return [
                 replace(match, name="_".join([*place.parts, match.name]))
                 for place, of in by_folder[0].items()

@@ -168,7 +168,7 @@ class Survey:
         where = self.first[max(thin, key=lambda v: self.pixels[v])]
         shown = some(f"{v} ({self.pixels[v]:,})" for v in sorted(thin, key=_key))
         grey = [v if isinstance(v, int) else round(sum(v) / 3) for v in true]
-        if min(np.diff(sorted(grey))) < _APART:  # colours, of which greys would make one
+        if any(isinstance(v, tuple) and max(v) - min(v) > _APART for v in true):
             cure = "save them anew as PNG with the true colours, resized to the nearest pixel"
         else:
             cure = f"--mask-values {' '.join(map(str, grey))} gives each pixel the nearest of these"

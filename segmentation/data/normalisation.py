@@ -61,7 +61,7 @@ class Normalisation:
             lowest, highest = float(pixels.min()), float(pixels.max())
             low, high = min(low, lowest), max(high, highest)
             unit |= 0.5 < highest <= 1
-            wide |= highest > 2
+            wide |= _beyond_unit(pixels)
             if dtype == "float32" and unit and wide and low >= 0:
                 raise InputError(
                     f"the values of some images go up to 1, those of others up to {high:g}: scale "
@@ -97,6 +97,12 @@ class Normalisation:
         mean, std = np.array(self.mean, np.float32), np.array(self.std, np.float32)
         scaled = (image.astype(np.float32) - mean) / std
         unknown = missing(image, self.nodata if nodata is None else nodata)
+        unit = self.low is not None and self.high is not None and 0 <= self.low <= self.high <= 1
+        if unit and self.dtype == "float32" and _beyond_unit(image[~unknown]):
+            raise InputError(
+                f"its values go up to {image[~unknown].max():g}, where those of the training "
+                "images are from 0 to 1: scale it alike"
+            )
         if unknown.any():
             scaled[unknown] = 0
         return np.ascontiguousarray(rearrange(scaled, "h w c -> c h w"))
@@ -137,3 +143,8 @@ class Normalisation:
         except (KeyError, OverflowError, TypeError, ValueError) as error:
             raise InputError(f"the model's normalisation is damaged: {error}") from error
         return cls(mean, std, saved["dtype"], nodata, low, high)
+
+
+def _beyond_unit(pixels: Array) -> bool:
+    """Whether more than a few pixels have values that are meant to go far beyond 1."""
+    return bool((pixels > 2).sum() > 0.01 * pixels.size)

@@ -108,7 +108,19 @@ def image_info(path: Path, reading: Reading = AS_STORED) -> ImageInfo:
             pages += 1
         if pages >= MAX_PAGES:
             raise InputError(f"it has {MAX_PAGES:,} pages or more; save it as several stacks")
-        return reading.of(replace(first, pages=pages))
+        info = replace(first, pages=pages)
+        if reading.rgb and reading.axes is None and first.channels == 1:
+            check_slices(path, info)
+        return reading.of(info)
+
+
+def check_slices(path: Path, info: ImageInfo) -> None:
+    """Refuses 3 or 4 pages of which nothing is said, where they may be the channels of an image."""
+    unsaid = info.axes.startswith("I") or (info.axes == "ZYX" and path.suffix.lower() == ".npy")
+    if info.pages in (3, 4) and unsaid:
+        raise InputError(
+            f"it has {info.pages} pages: channels or slices? Give --axes CYX or --axes ZYX"
+        )
 
 
 def read_image(

@@ -436,7 +436,7 @@ def as_read(array: Array, info: ImageInfo) -> Array:
         if not known.all():
             raise InputError(
                 "it holds NaN, infinite or too large values; replace them, or if NaN stands "
-                "for no data, say so with nodata NaN"
+                "for no data, say so with --nodata nan"
             )
     return array
 

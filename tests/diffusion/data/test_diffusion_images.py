@@ -407,7 +407,7 @@ def test_three_pages_of_each_file_are_a_question(tmp_path: Path, axes: str | Non
         np.save(tmp_path / f"{i}.npy", rearrange(image, "h w c -> c h w"))
     how = HowToRead(reading=Reading(axes=axes))
     if axes is None:
-        with pytest.raises(InputError, match=r"0\.npy' has 3 pages: channels or slices\? Give"):
+        with pytest.raises(InputError, match=r"0\.npy': it has 3 pages: channels or slices\? Give"):
             DiffusionData(tmp_path, how=how)
     else:
         found = DiffusionData(tmp_path, how=how)

@@ -109,6 +109,11 @@ def test_floats_of_two_ranges_are_refused() -> None:
     masks = np.stack([np.eye(8, dtype=np.uint8)] * 3)
     with pytest.raises(InputError, match="some images go up to 1, those of others up to 200"):
         SegmentationData(pairs_from_arrays(images, masks))
+    known = SegmentationData(pairs_from_arrays(images[:2], masks[:2])).normalisation
+    with pytest.raises(InputError, match=r"go up to 200, .* training images are from 0 to 1"):
+        known(images[2][..., None])
+    images[1, 0, 0] = 3  # a hot pixel
+    SegmentationData(pairs_from_arrays(images[:2], masks[:2]))
 
 
 def test_a_class_that_never_meets_another_one_is_no_contradiction() -> None:

@@ -674,3 +674,14 @@ def test_a_mutated_file_is_read_or_refused(kind: str, draws: st.DataObject) -> N
             return
         assert image.shape == (info.height, info.width, info.channels)
         assert image.dtype.name == info.dtype
+
+
+def test_pages_that_may_be_the_channels_of_a_model_are_a_question(tmp_path: Path) -> None:
+    stack = np.zeros((3, 8, 9), np.uint8)
+    np.save(tmp_path / "a.npy", stack)
+    tifffile.imwrite(tmp_path / "a.tif", stack, metadata=None, photometric="minisblack")
+    for path in (tmp_path / "a.npy", tmp_path / "a.tif"):
+        with pytest.raises(InputError, match=r"a\..*: it has 3 pages: channels or slices\?"):
+            image_info(path, Reading(rgb=True))
+        assert image_info(path, Reading(rgb=True, axes="CYX")).channels == 3
+        assert image_info(path, Reading(rgb=True, axes="ZYX")).pages == 3
