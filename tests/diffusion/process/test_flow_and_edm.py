@@ -53,7 +53,7 @@ def test_euler_and_ddim_on_the_straight_path_are_flow_matching_of_diffusers(
     """Its own spacing ends at s = 1 / T before the last step; ours is given the same times."""
     x = noise()
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
-    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / n, n).tolist())
+    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / n, n))
     theirs, now = [], x
     for t in scheduler.timesteps:
         now = scheduler.step(velocity(now, t.double() / 1000), t, now).prev_sample

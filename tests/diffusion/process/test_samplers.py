@@ -116,6 +116,8 @@ def test_ddpm_is_that_of_diffusers(prediction: PredictionName, spacing: Any) -> 
         clip_sample=False,
     )
     scheduler.set_timesteps(STEPS)
+    if scheduler.previous_timestep(scheduler.timesteps[0]) != scheduler.timesteps[1]:
+        pytest.skip("older versions of diffusers do not step from one of these times to the next")
     g = generators()
     ours = our_run(net, x, LINEAR.timesteps(STEPS, spacing), "ddpm", noise=noise)
     assert_same(ours, their_run(scheduler, net, x, generator=lambda: g))
