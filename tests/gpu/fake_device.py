@@ -140,7 +140,7 @@ class Noise(NoiseSource):
 
 def samplers() -> None:
     with fake():
-        model = on_it(DiffusionUNet, replace(SMALLEST, classes=4), 3)
+        model = on_it(DiffusionUNet, replace(SMALLEST, classes=4, jumps=True), 3)
         denoiser: Any = Denoiser(model, SCHEDULE, "v")
         wanted, none = (torch.zeros(n, dtype=torch.long, device="fake") for n in (2, 1))
         for kind in (denoiser, Guided(denoiser, 2.0, {"classes": none})):
