@@ -287,7 +287,9 @@ def _lines(row: Mapping[str, Any]) -> list[str]:
     for name, side in row["sides"].items():
         text = f"  {name}: {side['seconds']:.4g} s"
         if "MiB" in side:
-            text += f", {side['MiB']:.0f} MiB, {side['share of peak']:.0%} of the peak"
+            text += f", {side['MiB']:.0f} MiB"
+        if side.get("share of peak"):  # engines do not say what they compute
+            text += f", {side['share of peak']:.0%} of the peak"
         if row.get("images"):
             text += f", {row['images'] / side['seconds']:.4g} images/s"
         lines.append(text)
