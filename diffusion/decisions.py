@@ -143,6 +143,7 @@ def decide(options: DiffusionOptions, data: Data) -> DiffusionPlan:
     outputs = data.channels * (2 if options.learn_variance else 1)
     if images.condition is not None:
         network = replace(network, in_channels=data.channels + images.condition.channels)
+        info["resized"] = images.resized
     if images.masks is not None and not images.joint:
         info["target"] = images.masks.to_dict()
     info |= beside

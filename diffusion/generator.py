@@ -121,7 +121,9 @@ class ImageGenerator:
             prompts: a text that all images are to show, or one for each, or fewer to be taken in
                 turn.
             pictures: a file that all images are made from, or one for each, or fewer to be taken in
-                turn, for a model that was trained with a condition.
+                turn, for a model that was trained with a condition. Images have the size of their
+                pictures, in overlapping tiles if larger than in training (lowres: as many times
+                larger); that of training, where images were resized to it.
             negative: with `guidance` and `prompts`: a text to lead away from.
             guidance: scale of guidance; 1: none.
             steps: from noise to image; None: 20, or 4 of a model of few steps.
@@ -171,6 +173,8 @@ class ImageGenerator:
             chosen = ImageSampler(self.model, SamplingOptions(**settings), self._autoencoder)
             numbers = range(first, first + count)
             pictured = [chosen.made_from(file) for file in files]
+            if len({picture.shape for picture in pictured}) > 1:
+                raise InputError("the pictures have different sizes: call for those of each size")
             wanted = chosen.wanted(numbers, classes, prompts, pictured)
         for remark in (r for text in dict.fromkeys(prompts) for r in chosen.text.remarks(text)):
             warnings.warn(remark, stacklevel=2)

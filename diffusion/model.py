@@ -85,6 +85,13 @@ class DiffusionUNet(FolderModel):
         return trained_size(self.info)
 
     @property
+    def any_size(self) -> bool:
+        """Whether pictures of any size are made from pictures of that size: it saw them as they
+        are, or parts of them, not resized. Models that do not say it were documented otherwise.
+        """
+        return self.condition is not None and self.info.get("resized") is False
+
+    @property
     def classes(self) -> list[str]:
         """The names of the classes that it was trained on, from its `info`; empty without."""
         names = self.info.get("classes") or []

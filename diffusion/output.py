@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffusion.attention_maps import attention_figure
 from diffusion.data.pixels import ValueRange
-from diffusion.pictures import Images, grid, write_gif
+from diffusion.pictures import Images, fewer_pixels, grid, write_gif
 from unet.errors import InputError
 from unet.files.images import read_image, write_image
 from unet.files.pages import Array
@@ -112,8 +112,14 @@ class SampleFolder:
     def write_grid(
         self, numbers: Sequence[int], shown: Callable[[Images], Images] = lambda images: images
     ) -> Path:
-        """Of the first hundred of these images, as they are shown."""
-        return self._save(grid(shown(self.read(numbers[:IN_GRID]))), "grid.png")
+        """Of the first hundred of these images, as they are shown; large ones are made smaller."""
+        cells = [fewer_pixels(shown(self.read([number]))[0]) for number in numbers[:IN_GRID]]
+        sides = np.max([cell.shape[:2] for cell in cells], axis=0)
+        found = []
+        for cell in cells:  # white beside the smaller ones
+            more = [(0, n - m) for n, m in zip(sides, cell.shape, strict=False)]
+            found.append(np.pad(cell, [*more, (0, 0)], constant_values=255))
+        return self._save(grid(np.stack(found)), "grid.png")
 
     def write_npz(self, numbers: Sequence[int], labels: Sequence[int] | None) -> None:
         """`images` uint8 (N, H, W, C), with masks (N, H, W, C + 1), and `labels` int64 (N,) where

@@ -27,6 +27,12 @@ def enlarged(image: RGB, side: int) -> RGB:
     return image.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
+def fewer_pixels(image: Images) -> RGB:
+    """An image (H, W, C) in colours, by whole pixels smaller where a side is above GRID."""
+    picture = Image.fromarray(composite(image))
+    return np.asarray(picture.reduce(max(1, math.ceil(max(picture.size) / GRID))))
+
+
 def grid(images: Images, columns: int | None = None) -> Image.Image:
     """Images in rows, left to right; a square where `columns` is not given."""
     columns = columns or math.ceil(math.sqrt(len(images)))

@@ -80,13 +80,15 @@ class Plans:
         self.size, self.autoencoder = size, autoencoder
 
     def from_noise(self) -> Plan:
-        """Images out of nothing but noise."""
+        """Images out of nothing but noise.
+
+        Those of pictures smaller than the model's images have that size, and are to be cut.
+        """
 
         def run(places: range, seeds: Sequence[int], wanted: Wanted) -> Iterator[Step]:
-            source = NoiseSource(seeds)
-            return sample(
-                self.denoiser, self.noise(source), self.timesteps, **self._given(source, wanted)
-            )
+            source, size = NoiseSource(seeds), self.canvas(wanted)
+            x, wanted = self.noise(source, size), [padded(w, size) for w in wanted]
+            return sample(self.denoiser, x, self.timesteps, **self._given(source, wanted))
 
         return self._plan(run, self.timesteps)
 
@@ -152,10 +154,14 @@ class Plans:
         )
         return Plan(run, downs, evaluations)
 
-    def noise(self, source: NoiseSource) -> Tensor:
-        size = self.size
-        if self.autoencoder:
-            size = self.autoencoder.size(*size)
+    def canvas(self, wanted: Wanted) -> tuple[int, int]:
+        """Height and width to draw on: those of the pictures, but at least the model's."""
+        height, width = made_size(wanted[0], self.size)
+        return max(height, self.size[0]), max(width, self.size[1])
+
+    def noise(self, source: NoiseSource, size: tuple[int, int] | None = None) -> Tensor:
+        """Noise for images of that height and width; None: of the model's."""
+        size = self.autoencoder.size(*self.size) if self.autoencoder else size or self.size
         x = source.draw((self.model.image_channels, *size)).to(self._device)
         return x.contiguous(memory_format=torch.channels_last)
 
@@ -174,3 +180,19 @@ class Plans:
     @property
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+
+def made_size(wanted: int | str | Tensor | Asked | None, size: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of what is made: those of its picture, or of the model's images."""
+    picture = Asked.of(wanted).picture
+    return size if picture is None else (picture.shape[-2], picture.shape[-1])
+
+
+def padded(wanted: int | str | Tensor | Asked | None, size: tuple[int, int]) -> Asked:
+    """What is wanted, its picture repeated at the lower and right edges up to a size."""
+    asked = Asked.of(wanted)
+    if asked.picture is None:
+        return asked
+    height, width = asked.picture.shape[-2:]
+    more = (0, size[1] - width, 0, size[0] - height)
+    return asked._replace(picture=F.pad(asked.picture[None], more, mode="replicate")[0])

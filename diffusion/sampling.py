@@ -18,13 +18,14 @@ from diffusion.data.pixels import to_bytes
 from diffusion.initial import load_model
 from diffusion.model import DiffusionUNet
 from diffusion.options import SamplingOptions
-from diffusion.plans import Plan, Plans, Wanted
+from diffusion.plans import Plan, Plans, Wanted, made_size
 from diffusion.process.denoiser import Clipped, Denoiser
 from diffusion.process.guidance import Guided
 from diffusion.process.noise import SEEDS, NoiseSource
 from diffusion.process.prediction import DenoiserLike
 from diffusion.process.samplers import CHURN, Step, get_sampler
 from diffusion.process.schedule import NoiseSchedule
+from diffusion.process.tiles import Tiled
 from diffusion.stable.autoencoder import Autoencoder
 from diffusion.stable.clip import ClipText
 from diffusion.stable.lora import merge_loras
@@ -166,6 +167,8 @@ class ImageSampler:
                 rescale=options.guidance_rescale,
                 interval=options.guidance_interval,
             )
+        if model.any_size:
+            denoiser = Tiled(denoiser, model.size, options.batch_size)
         if options.clip == "none" or self.autoencoder:  # latents have no range
             return denoiser
         return Clipped(denoiser, options.clip)
@@ -266,8 +269,11 @@ class ImageSampler:
             return [chosen[i % len(chosen)] for i in numbers]
         return [Asked(chosen[i % len(chosen)], pictures[i % len(pictures)]) for i in numbers]
 
-    def made_from(self, file: Path) -> Tensor:
-        """The picture (K, H, W) in a file that an image can be made from.
+    def made_from(self, file: Path, *, resize: bool = False) -> Tensor:
+        """The picture (K, H, W) in a file that an image of its size can be made from.
+
+        Args:
+            resize: to the size of the training images, as is done anyway where these were resized.
 
         Raises:
             InputError: a model without a condition; a file that is no such picture.
@@ -278,7 +284,12 @@ class ImageSampler:
                 f"'{file}' is given to make an image from, but the model makes images from noise "
                 "alone: train one with train-ddpm --condition"
             )
-        return condition.given(file, (self.height, self.width), self.channels)
+        size = None if self.model.any_size and not resize else (self.height, self.width)
+        return condition.given(file, size, self.channels)
+
+    def sizes(self, wanted: Wanted) -> list[tuple[int, int]]:
+        """Height and width of each image that is made."""
+        return [made_size(w, (self.height, self.width)) for w in wanted]
 
     @property
     def text(self) -> TextEncoder:
@@ -324,16 +335,35 @@ class ImageSampler:
         """
         plan, wanted = plan or self.plans.from_noise(), list(wanted or [None] * count)
         seeds = image_seeds(self.options.seed, count, first)
-        for part in self.parts(count, processes):
+        sizes = self.sizes(wanted)
+        for part in self.parts(sizes, processes):
             chosen = slice(part.start, part.stop)
+            height, width = sizes[part.start]
             for step in plan.run(part, seeds[chosen], wanted[chosen]):
                 if on_step is not None:
                     on_step(step)
-            yield self._decoded(step.x)
+            yield self._decoded(step.x)[:, :height, :width]
 
-    def parts(self, count: int, processes: Processes | None = None) -> Sequence[range]:
-        """The places of the images in each batch that this process makes."""
-        return (processes or Processes()).batches(count, self.options.batch_size)
+    def parts(
+        self, sizes: Sequence[tuple[int, int]], processes: Processes | None = None
+    ) -> Sequence[range]:
+        """The places of the images in each batch that this process makes: of one size, and of no
+        more pixels than a batch of the model's images has.
+
+        Args:
+            sizes: height and width of each image.
+        """
+        size = self.options.batch_size
+        most, found = size * self.height * self.width, []
+        for part in (processes or Processes()).batches(len(sizes), size):
+            start = part.start
+            for i in part:
+                pixels = (i + 1 - start) * sizes[i][0] * sizes[i][1]
+                if i > start and (sizes[i] != sizes[start] or pixels > most):
+                    found.append(range(start, i))
+                    start = i
+            found.append(range(start, part.stop))
+        return found
 
     def __call__(self, count: int, wanted: Wanted | None = None) -> Images:
         """All of the first images of the seed, uint8 (N, H, W, C)."""
@@ -342,11 +372,15 @@ class ImageSampler:
     def appearing(
         self, count: int, wanted: Wanted | None = None, *, first: int = 0
     ) -> Iterator[Images]:
-        """The first images as they appear: the noise, and what it has become after each step."""
-        seeds = image_seeds(self.options.seed, count, first)
-        yield self._decoded(self.plans.noise(NoiseSource(seeds)))
-        for step in self.plans.from_noise().run(range(count), seeds, wanted or [None] * count):
-            yield self._decoded(step.x)
+        """The first images, of one size, as they appear: the noise, and what it has become after
+        each step.
+        """
+        seeds, wanted = image_seeds(self.options.seed, count, first), wanted or [None] * count
+        height, width = self.sizes(wanted)[0]
+        noise = self.plans.noise(NoiseSource(seeds), self.plans.canvas(wanted))
+        yield self._decoded(noise)[:, :height, :width]
+        for step in self.plans.from_noise().run(range(count), seeds, wanted):
+            yield self._decoded(step.x)[:, :height, :width]
 
     def attending(
         self, wanted: Wanted, steps: tuple[int, int] | None = None, *, first: int = 0

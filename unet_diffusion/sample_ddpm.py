@@ -162,6 +162,7 @@ def main(options: SampleOptions) -> None:
     names = None
     if options.condition is not None:
         wanted, names = given_conditions(options, sampler)
+        check_sizes(options, sampler, wanted)
         options = replace(options, count=len(wanted), condition=None, each=1)
     else:
         wanted = chosen_conditions(options, sampler)
@@ -170,7 +171,7 @@ def main(options: SampleOptions) -> None:
     plan = chosen_plan(options, sampler, wanted)
     values = known_ranges(model.info)
     folder.begin(processes, sampler.channels, names, labelled=model.joint, values=values)
-    parts = sampler.parts(options.count, processes)
+    parts = sampler.parts(sampler.sizes(wanted), processes)
     for part, images in zip(parts, made(options, sampler, plan, wanted, processes), strict=True):
         folder.add(images, options.first + part.start)
     processes.wait()
@@ -181,7 +182,7 @@ def main(options: SampleOptions) -> None:
             print(f"model with its LoRA: {options.merged}")
         if model.joint:
             say_next("train-seg", "--data", "real_data", "--synthetic", options.out)
-        elif model.condition is None:  # which eval-ddpm judges
+        elif model.masks is None:  # which eval-ddpm judges
             say_next("eval-ddpm", "--model", options.model, "--data", trained_on(options.model))
 
 
@@ -227,7 +228,7 @@ def given_conditions(options: SampleOptions, sampler: ImageSampler) -> tuple[Wan
     pictures: list[Tensor] = []
     names: list[str] = []
     for file in files:
-        picture = sampler.made_from(file)
+        picture = sampler.made_from(file, resize=bool(options.init or options.inpaint))
         for i in range(options.each):
             pictures.append(picture)
             names.append(f"{file.stem}_{i}" if options.each > 1 else file.stem)
@@ -236,6 +237,21 @@ def given_conditions(options: SampleOptions, sampler: ImageSampler) -> tuple[Wan
         raise InputError(f"two files of {path} are named {twice!r}: rename one")
     numbers = range(len(names))
     return sampler.wanted(numbers, options.class_, options.prompt, pictures), names
+
+
+def check_sizes(options: SampleOptions, sampler: ImageSampler, wanted: Wanted) -> None:
+    """Raises an InputError for what cannot be written of images of these sizes."""
+    sizes, trained = sampler.sizes(wanted), (sampler.height, sampler.width)
+    if options.attention and (other := next((s for s in sizes if s != trained), None)):
+        raise InputError(
+            f"--attention is of images of {trained[0]} x {trained[1]}, as in training, and one "
+            f"would be {other[0]} x {other[1]}: leave it out"
+        )
+    if len(set(sizes)) > 1 and (options.npz or options.gif):
+        raise InputError(
+            f"the images would be of {len(set(sizes))} sizes, such as {sizes[0][0]} x "
+            f"{sizes[0][1]}, and --npz and --gif are of one: leave them out"
+        )
 
 
 def chosen_conditions(options: SampleOptions, sampler: ImageSampler) -> Wanted:
@@ -287,15 +303,21 @@ def made(
     doubled = ", each for twice the images (guidance)" if options.guidance != 1 else ""
     before = f", after {plan.once} for the two" if plan.once else ""
     shared = f", shared by {processes.count} processes" if processes.count > 1 else ""
-    by = sampler.options.sampler
+    by, sizes = sampler.options.sampler, sampler.sizes(wanted)
+    first, last = min(sizes), max(sizes)
+    size = f"{first[0]} x {first[1]}" + (f" to {last[0]} x {last[1]}" if first != last else "")
+    tile = f"{sampler.height} x {sampler.width}"
+    tiled = any(h > sampler.height or w > sampler.width for h, w in sizes)
+    each = "a tile" if tiled else "an image"
+    size += f", in overlapping tiles of {tile}," if tiled else ""
     said = (
-        f"{counted(options.count, 'image')} of {sampler.height} x {sampler.width} by "
-        f"{by}: {counted(plan.evaluations, 'evaluation')} of the network an image"
+        f"{counted(options.count, 'image')} of {size} by {by}: "
+        f"{counted(plan.evaluations, 'evaluation')} of the network {each}"
         f"{doubled}{before}{shared}"
     )
     if processes.main:
         print(said)
-    total = plan.steps * len(sampler.parts(options.count, processes))
+    total = plan.steps * len(sampler.parts(sizes, processes))
     with tqdm(total=total, unit="step", disable=None if processes.main else True) as bar:
         yield from sampler.batches(
             options.count,

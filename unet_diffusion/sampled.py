@@ -56,9 +56,12 @@ class MaskSampler:
     def __call__(self, file: str | Path) -> Samples:
         """Class indices (S, H, W) of `table`, of the size of the image.
 
-        An image of another size than the model's is resized, and its masks back.
+        An image of another size than the model's goes in overlapping tiles; where the model was
+        trained on resized images it is resized, and its masks back.
         """
         file = Path(file)
+        if self.sampler.model.any_size:
+            return self._sampled(file)
         height, width = read_image(file).shape[:2]
         rows, columns = self.sampler.height, self.sampler.width
         if height * columns != width * rows:
@@ -66,11 +69,14 @@ class MaskSampler:
                 f"{str(file)!r} is {height} x {width}, where the model makes masks of {rows} x "
                 f"{columns}: cut it to these proportions"
             )
-        wanted = [self.sampler.made_from(file)] * self.count
-        made = self.sampler(self.count, wanted)[..., 0]
-        indices = np.searchsorted(self.masks.values, made).astype(np.uint8)
+        indices = self._sampled(file)
         down, across = (np.arange(n) * m // n for n, m in ((height, rows), (width, columns)))
         return indices[:, down[:, None], across]
+
+    def _sampled(self, file: Path) -> Samples:
+        wanted = [self.sampler.made_from(file)] * self.count
+        made = self.sampler(self.count, wanted)[..., 0]
+        return np.searchsorted(self.masks.values, made).astype(np.uint8)
 
     def probability(self, samples: Samples) -> Probability:
         """The share of the samples (K, H, W) of each class; of two (1, H, W), the second's."""

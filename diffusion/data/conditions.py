@@ -143,24 +143,29 @@ class Condition:
         except InputError as error:
             raise InputError(f"{str(file)!r}: {error}") from error
 
-    def given(self, file: Path, size: tuple[int, int], image_channels: int) -> Tensor:
+    def given(self, file: Path, size: tuple[int, int] | None, image_channels: int) -> Tensor:
         """The condition (K, H, W) in a file that an image of this size is to be made from.
 
-        Of lowres the file is the small picture (or a whole one, which is made smaller first), of
-        noise the noisy one, of grey a grey one, and of hole one whose hole is transparent.
+        Of lowres the file is the small picture (or, where a size is given, a whole one, which is
+        made smaller first), of noise the noisy one, of grey a grey one, and of hole one whose hole
+        is transparent.
+
+        Args:
+            size: to which the condition is cut and resized; None: its own, of lowres as many times
+                the small picture's.
 
         Raises:
             InputError: a file that cannot be read, or is none of these.
         """
         if self.kind in ("mask", "picture"):
-            return self.as_tensor(resized(self.read(file), size))
+            return self.as_tensor(_resized(self.read(file), size))
         try:
             if self.kind == "hole":
                 pixels = read_image(file, alpha=True)
                 if not image_info(file).has_alpha:
                     raise InputError("nothing in it is transparent, which says where the hole is")
-                cover = resized(as_uint8(pixels[..., -1:], 1), size)
-                image = as_tensor(resized(as_uint8(pixels[..., :-1], image_channels), size))
+                cover = _resized(as_uint8(pixels[..., -1:], 1), size)
+                image = as_tensor(_resized(as_uint8(pixels[..., :-1], image_channels), size))
                 hole = torch.from_numpy(cover[..., 0] < 128).float()[None]
                 return torch.cat([image * (1 - hole), hole])
             channels = 1 if self.kind == "grey" else image_channels
@@ -169,10 +174,16 @@ class Condition:
             said = str(error)
             raise InputError(said if str(file) in said else f"{str(file)!r}: {said}") from error
         if self.kind != "lowres":
-            return as_tensor(resized(pixels, size))
+            return as_tensor(_resized(pixels, size))
+        if size is None:
+            height, width = (round(n * self.amount) for n in pixels.shape[:2])
+            return self._enlarged(pixels, (height, width))
         small = [max(1, round(n / self.amount)) for n in size]
         if pixels.shape[0] > small[0] + 1 or pixels.shape[1] > small[1] + 1:
             return self.make(as_tensor(resized(pixels, size)), np.random.default_rng(0))
+        return self._enlarged(pixels, size)
+
+    def _enlarged(self, pixels: Pixels, size: tuple[int, int]) -> Tensor:
         return F.interpolate(as_tensor(pixels)[None], size, mode="bicubic")[0].clamp(-1, 1)
 
     def as_tensor(self, pixels: Pixels) -> Tensor:
@@ -202,6 +213,10 @@ class Condition:
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise InputError(f"the model's condition is damaged: {error}") from error
         return found
+
+
+def _resized(pixels: Pixels, size: tuple[int, int] | None) -> Pixels:
+    return pixels if size is None else resized(pixels, size)
 
 
 def find_condition(said: str, channels: int) -> Condition:

@@ -258,6 +258,13 @@ class DiffusionData:
             )
         return partners(self.source.files, folder, what)
 
+    @property
+    def resized(self) -> bool:
+        """Whether images are seen smaller or larger than they are."""
+        return not self.crops and any(
+            (info.height, info.width) != self.size for info in self._infos.values()
+        )
+
     def describe(self) -> str:
         """What was found, for people: images, sizes, classes, captions, split."""
         infos = self._infos.values()

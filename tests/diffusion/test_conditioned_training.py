@@ -15,7 +15,7 @@ from diffusion.data.conditions import Asked
 from diffusion.data.shapes import example, example_caption
 from diffusion.decisions import decide
 from diffusion.model import DiffusionUNet
-from diffusion.options import DiffusionOptions
+from diffusion.options import DiffusionOptions, SamplingOptions
 from diffusion.training import NoisedSamples, load_data, make_model
 from segmentation.data.normalisation import Normalisation
 from segmentation.model import SegmentationUNet
@@ -24,6 +24,7 @@ from unet.errors import InputError
 from unet.files.images import read_image, write_image
 from unet.training.cli import run_script
 from unet_diffusion import sample_ddpm, train_ddpm
+from unet_diffusion.sampled import MaskSampler
 from unet_diffusion.starting import segmentation_start
 
 SIDE = 16
@@ -221,3 +222,38 @@ def test_a_segmentation_starts_a_model_with_a_condition_and_the_reverse(folder: 
     with pytest.raises(InputError, match="makes masks with its images, and a segmentation starts"):
         segmentation_start(str(folder / "joint"))
     assert DiffusionUNet.from_pretrained(folder / "joint").joint
+
+
+def test_images_have_the_size_of_their_pictures(folder: Path) -> None:
+    """Larger, smaller and narrower than in training, from the command and from Python, and masks
+    of images; of one training on resized images the size of training.
+    """
+    images = folder / "images"
+    data = ("--data", folder / "masks", "--condition", images / "a", "--size", 8)
+    for i in range(8):
+        write_image(images / f"a/{i}.png", example(0, i, SIDE)[1].picture)
+    out = ("--target", "mask", "--out")
+    assert run(train_ddpm, DiffusionOptions, *data, *TINY, "--crops", *out, folder / "run") == 0
+    assert run(train_ddpm, DiffusionOptions, *data, *TINY, *out, folder / "small") == 0
+    given = {"large": (21, 16), "little": (5, 9), "one": (8, 8)}
+    for name, size in given.items():
+        write_image(folder / f"given/{name}.png", np.full((*size, 3), 99, np.uint8))
+    model = ("--model", folder / "run/model", "--steps", 2, "--each", 2)
+    made = ("--condition", folder / "given", "--out", folder / "made")
+    assert run(sample_ddpm, sample_ddpm.SampleOptions, *model, *made) == 0
+    for name, size in given.items():
+        file = folder / f"given/{name}.png"
+        samples = [read_image(folder / f"made/images/{name}_{i}.png") for i in (0, 1)]
+        assert {sample.shape for sample in samples} == {(*size, 1)}
+        found = MaskSampler(folder / "run/model", 2, SamplingOptions(steps=2))(file)
+        assert found.shape == (2, *size)
+        ours = load(folder / "small/model", device="cpu")(pictures=file, steps=2)
+        assert ours.shape == (1, 8, 8, 1)
+    # An image depends on its number alone, whatever is made beside it.
+    generator = load(folder / "run/model", device="cpu")
+    alone = generator(pictures=folder / "given/little.png", steps=2, first=2)[0]
+    assert np.array_equal(alone, read_image(folder / "made/images/little_0.png"))
+    with pytest.raises(InputError, match="different sizes"):
+        generator(pictures=[folder / f"given/{name}.png" for name in given], steps=2)
+    again = ("--overwrite", "--npz")
+    assert run(sample_ddpm, sample_ddpm.SampleOptions, *model, *made, *again) == 2

@@ -187,7 +187,7 @@ def asked(
                 f"{Path(file).name} is {info.height} x {info.width}, which is more than the "
                 f"{page.most_pixels:,} pixels that the page takes"
             )
-        pictures = [sampler.made_from(Path(file))]
+        pictures = [sampler.made_from(Path(file), resize=True)]
     classes = [] if class_name in (ANY, None) or not model.classes else [class_name]
     prompts = [text] if text else []
     return sampler.wanted(range(count), classes, prompts, pictures), sampler
