@@ -45,7 +45,7 @@ class Tiled:
         """
         height, width = x.shape[-2:]
         if (height, width) == self.size:
-            return self.denoiser(x, t, to, **conditioning)
+            return self.denoiser(x, t, to=to, **conditioning)
         if height < self.size[0] or width < self.size[1]:
             raise InputError(
                 f"an image of {height} x {width} is smaller than a tile of {self.size[0]} x "
@@ -71,7 +71,7 @@ class Tiled:
                 name: torch.cat([v[place] if v.dim() == x.dim() else v for place in part])
                 for name, v in given.items()
             }
-            found = self.denoiser(torch.cat([x[place] for place in part]), times, to, **cut)
+            found = self.denoiser(torch.cat([x[place] for place in part]), times, to=to, **cut)
             known = [y for y in found if y is not None]
             sums = sums or [y.new_zeros(batch, y.shape[1], height, width) for y in known]
             for total, tiles in zip(sums, known, strict=True):
