@@ -125,6 +125,8 @@ def test_a_model_of_masks_makes_masks_of_images(tmp_path, capsys, short_runs):
     write_image(large, read_image(tmp_path / "images/3.png").repeat(2, 0).repeat(2, 1))
     assert sampler(large).shape == (3, 16, 16)
     write_image(large, np.zeros((8, 10), np.uint8))
+    assert sampler(large).shape == (3, 8, 10)
+    sampler.sampler.model.info["resized"] = True  # as if the training images had been
     with pytest.raises(InputError, match="cut it to these proportions"):
         sampler(large)
 
