@@ -50,7 +50,8 @@ if [ "$device" = cpu ]; then
     trainings="--only folder --minutes 0.1 --images 16"
 fi
 for row in $rows; do
-    timeout "${ROW_SECONDS:-60}" "$python" benchmarks/bench.py --device "$device" --rows "$row" \
+    if [ "$SECONDS" -gt "${ROWS_UNTIL:-450}" ]; then break; fi
+    timeout "${ROW_SECONDS:-120}" "$python" benchmarks/bench.py --device "$device" --rows "$row" \
         --rounds "$rounds" --out "$out/$row.json" 2>&1 | tee "$out/$row.txt"
 done
 # shellcheck disable=SC2086

@@ -74,9 +74,9 @@ def small(name: str) -> UNetConfig:
     return replace(config, channels=32, head_channels=heads, groups=min(config.groups, 16))
 
 
-def model_of(name: str) -> nn.Module:
+def model_of(name: str, **changes: Any) -> nn.Module:
     torch.manual_seed(0)
-    config = small(name)
+    config = replace(small(name), **changes)
     kind: Any = DiffusionUNet if config.time else SegmentationUNet
     model: nn.Module = kind(config, 2)
     for weight in (w for w in model.parameters() if not w.any()):  # what starts at zero
@@ -148,7 +148,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_both_trainings_learn(tmp_path: Path, quick: None) -> None:
     found = train_segmentation(segmentation_options(tmp_path / "s", steps=100))
-    assert found["accuracy"] > 0.8
+    assert found["dice"] > 0.65  # all cell: 0.44; the accuracy is at the threshold of V_Rand
     found = train_diffusion(diffusion_options(tmp_path / "d", steps=100))
     assert found["loss"] < 0.25
 
@@ -194,8 +194,8 @@ def test_both_trainings_are_compiled(tmp_path: Path, quick: None) -> None:
 @pytest.mark.parametrize("name", get_args(SamplerName))
 def test_a_sampler_makes_the_images_of_the_cpu(name: SamplerName) -> None:
     """From the same noise, which is drawn on the CPU for each image."""
-    model, schedule = model_of("diffusion").eval(), NoiseSchedule(kind="cosine")
-    images = []
+    model = model_of("diffusion", jumps=name == "jump").eval()
+    schedule, images = NoiseSchedule(kind="cosine"), []
     for device in ("cpu", DEVICE):
         noise = NoiseSource([0, 1])
         x = noise.draw((3, 16, 16)).to(device)
