@@ -182,7 +182,7 @@ def main(options: SampleOptions) -> None:
             print(f"model with its LoRA: {options.merged}")
         if model.joint:
             say_next("train-seg", "--data", "real_data", "--synthetic", options.out)
-        elif model.masks is None:  # which eval-ddpm judges
+        elif model.condition is None:  # which eval-ddpm judges
             say_next("eval-ddpm", "--model", options.model, "--data", trained_on(options.model))
 
 
