@@ -271,8 +271,8 @@ def make_model(plan: SegmentationPlan) -> SegmentationUNet:
             f"and cannot go on: give another --out, with --init {folder} from its weights"
         )
     info = plan.info
-    saved = run.load_state() if goes_on else None
-    if saved and "refine.weight" not in saved.get("model", {}):  # of an earlier version
+    if goes_on and not (known.get("refined") if folder.exists() else _refines(run)):
+        # Of an earlier version, or of a network without patches.
         info = {key: value for key, value in info.items() if key != "refined"}
     torch.manual_seed(plan.fit.seed)
     model = SegmentationUNet(plan.network, plan.outputs, info)
@@ -282,6 +282,11 @@ def make_model(plan: SegmentationPlan) -> SegmentationUNet:
         if is_main_process():
             print(f"started with {found}")
     return model
+
+
+def _refines(run: RunFolder) -> bool:
+    """Whether the network of a saved state refines its logits."""
+    return "refine.weight" in (run.load_state() or {}).get("model", {})
 
 
 class SegmentationTask:
