@@ -1,11 +1,11 @@
-"""What a start by denoising is worth where labels are few: few_labels.py --isbi FOLDER --out DIR.
+"""What unlabelled images are worth where labels are few: few_labels.py --isbi FOLDER --out DIR.
 
 For each amount of labels and each seed, which chooses the slices and the corner, three
-segmentations of the same network on the same labels: from random weights for the whole budget; from
-a diffusion model of the unlabelled slices, which has had its part of the budget as with
---unlabelled; and from that model for the whole budget, as where it is there already. Slices 24 to
-29 are scored by the last weights, so nothing is chosen on them. Each figure is written when it is
-there, and a run that is started again goes on.
+segmentations of the same network on the same labels: from random weights for the whole budget; with
+--unlabelled, the diffusion model of the unlabelled slices and all, within the same budget; and with
+the whole budget behind that model, as where it is there already. Slices 24 to 29 are scored by the
+last weights, so nothing is chosen on them. Each figure is written when it is there, and a run that
+is started again goes on.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import json
 import statistics
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ import numpy as np  # noqa: E402
 from diffusion.options import DiffusionOptions  # noqa: E402
 from diffusion.training import train as train_diffusion  # noqa: E402
 from segmentation.data.pairs import Pair, find_pairs  # noqa: E402
-from segmentation.decisions import PRETRAINING  # noqa: E402
+from segmentation.decisions import PARTS  # noqa: E402
 from segmentation.judging.evaluation import evaluate  # noqa: E402
 from segmentation.judging.labelled import labelled_data  # noqa: E402
 from segmentation.options import SegmentationOptions  # noqa: E402
@@ -36,16 +36,22 @@ from segmentation.training import train as train_segmentation  # noqa: E402
 from unet.errors import InputError  # noqa: E402
 from unet.files.images import list_images, read_image, write_image  # noqa: E402
 from unet.training.cli import run_script  # noqa: E402
-from unet_diffusion.starting import segmentation_start  # noqa: E402
+from unet_diffusion.pretraining import train_with_unlabelled  # noqa: E402
 
 FIRST_HELD_OUT = 24  # slices from here on are scored
 UNLABELLED = 7  # a mask value that no class has
 WAYS = {
     "random": ("#d55e00", "from random weights"),
-    "denoising": ("#0072b2", "from denoising, within the same budget"),
-    "given": ("#009e73", "the same budget, denoising done before"),
+    "unlabelled": ("#0072b2", "with unlabelled slices, all within the same budget"),
+    "given": ("#009e73", "the same budget, the diffusion model done before"),
 }
-FIGURES = ("v_rand", "v_info", "pixel_error", "dice")
+FIGURES = {
+    "v_rand": "V_Rand",
+    "v_rand_turned": "V_Rand, eight symmetries",
+    "v_info": "V_Info",
+    "pixel_error": "pixel error",
+    "dice": "Dice",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +82,9 @@ class Options:
     crop: int = 192
     """Side of the training crops, on both sides."""
 
+    ways: tuple[str, ...] = tuple(WAYS)
+    """Which of random, unlabelled and given to run."""
+
     threads: int = 2
     """Threads of the computation."""
 
@@ -103,7 +112,7 @@ def main(options: Options) -> None:
         for seed in range(options.seeds):
             folder = options.out / f"labels-{amount}-{seed}"
             write_labels(folder, pairs[:FIRST_HELD_OUT], amount, seed)
-            for way in WAYS:
+            for way in options.ways:
                 key = {"labels": amount, "seed": seed, "way": way}
                 if any(key.items() <= row.items() for row in rows):
                     continue
@@ -137,7 +146,7 @@ def pretrained(options: Options) -> Path:
                 network=options.network,
                 batch_size=4,
                 resume=(run / "config.yaml").exists(),
-                **options.budget(PRETRAINING),
+                **options.budget(PARTS["pretraining"]),
             )
         )
     return run / "model"
@@ -167,27 +176,30 @@ def segmented(
     """The figures of a segmentation on the slices that are scored."""
     run = folder / way
     sparse = not folder.name.split("-")[1].endswith("s")
-    share = 1 - PRETRAINING if way == "denoising" else 1.0
-    given = options.budget(share) | ({} if way == "random" else {"init": str(drawn)})
-    train_segmentation(
-        SegmentationOptions(
-            out=run,
-            data=str(folder),
-            ignore_value=UNLABELLED if sparse else None,
-            val=0,
-            network=options.network if way == "random" else None,
-            crop=options.crop,
-            evaluations=0,
-            seed=seed,
-            resume=(run / "config.yaml").exists(),
-            **given,
-        ),
-        segmentation_start(given.get("init")),
+    settings = SegmentationOptions(
+        out=run,
+        data=str(folder),
+        ignore_value=UNLABELLED if sparse else None,
+        val=0,
+        crop=options.crop,
+        evaluations=0,
+        seed=seed,
+        resume=(run / "config.yaml").exists(),
     )
+    if way == "random":
+        train_segmentation(
+            replace(settings, network=options.network, **options.budget(1)),
+        )
+    else:
+        share = 1 if way == "given" else 1 - PARTS["pretraining"]
+        more = {"init": str(drawn), "unlabelled": options.out / "unlabelled"}
+        train_with_unlabelled(replace(settings, **more, **options.budget(share)))
     models, classes, _ = load_models([str(run / "model")])
     data = labelled_data(models, scored, classes)
     found = evaluate(Predictor(models), data, data.val, cells=1)
+    turned = evaluate(Predictor(models, symmetries=True), data, data.val, cells=1)
     figures = found.scores() | found.challenge()
+    figures["v_rand_turned"] = turned.challenge()["v_rand"]
     return {k: round(float(figures[k]), 4) for k in FIGURES}
 
 
@@ -209,8 +221,8 @@ def medians(rows: list[dict[str, Any]]) -> Iterator[tuple[str, str, dict[str, li
 def table(rows: list[dict[str, Any]]) -> str:
     """Medians and, in brackets, the range over the seeds, in Markdown."""
     lines = [
-        "| labels | start | V_Rand | V_Info | pixel error | Dice |",
-        "|---|---|---|---|---|---|",
+        f"| labels | way | {' | '.join(FIGURES.values())} |",
+        "|---|---|" + "---|" * len(FIGURES),
     ]
     for amount, way, figures in medians(rows):
         cells = [

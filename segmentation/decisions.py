@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from unet.training.plan import (
     RunPlan,
     choose_optimizer,
     filled,
+    given_budget,
     plan_fit,
     told,
     told_budget,
@@ -40,7 +41,9 @@ from unet.weights.crossing import plain
 from unet.weights.start import Start, read_start
 from unet.words import counted
 
-PRETRAINING = 2 / 3  # of the budget, for unlabelled images: docs/experiments.md
+Part = Literal["pretraining", "teacher", "student"]
+PARTS: dict[Part, float] = {"pretraining": 1 / 2, "teacher": 1 / 6, "student": 1 / 3}
+"""Of the budget, with --unlabelled; without the first, the others share it: docs/experiments.md."""
 NETWORK = "segmentation"  # where none is named
 BATCH = 4  # crops a step
 CROP = 256  # usual side of a training crop
@@ -144,7 +147,7 @@ def decide(
             "as of the start" if start else f"of {counted(len(data.train), 'image')}",
         ),
         optimizer,
-        after_pretraining(fit) if options.unlabelled else told_budget(options),
+        told_part(options) if options.unlabelled else told_budget(options),
         *_synthetic(options, data),
         *judgement.decisions,
         *smallest,
@@ -237,17 +240,23 @@ def chosen_fit(
     lr, momentum = (0.08, 0.8) if optimizer == "muon" else (2e-3, 0.9)
     fit = plan_fit(options, batch_size=BATCH, optimizer=optimizer, lr=lr, momentum=momentum)
     if options.unlabelled is not None:
-        amount, unit = fit.budget
-        rest = amount - PRETRAINING * amount
-        fit = replace(fit, budget=Budget(max(1, round(rest)) if unit == "steps" else rest, unit))
+        fit = replace(fit, budget=part_of_budget(options, "student"))
     return fit, Decision("optimizer", f"{optimizer} at {fit.lr:g}", why)
 
 
-def after_pretraining(fit: FitPlan) -> Decision:
+def part_of_budget(options: SegmentationOptions, part: Part) -> Budget:
+    """What a part of a training with --unlabelled gets of its budget."""
+    amount, unit = given_budget(options)
+    amount *= PARTS[part] / (1 if options.init is None else 1 - PARTS["pretraining"])
+    return Budget(max(1, round(amount)) if unit == "steps" else amount, unit)
+
+
+def told_part(options: SegmentationOptions) -> Decision:
     """What is left of a budget of which the unlabelled images have had their part."""
-    amount, unit = fit.budget
-    share = f"{1 - PRETRAINING:.0%} of the budget, the rest went to the unlabelled images"
-    return Decision("budget", counted(round(amount, 2), unit.removesuffix("s")), share)
+    amount, unit = part_of_budget(options, "student")
+    share = PARTS["student"] / (1 if options.init is None else 1 - PARTS["pretraining"])
+    why = f"{share:.0%} of the budget, the rest went to the parts before"
+    return Decision("budget", counted(round(amount, 2), unit.removesuffix("s")), why)
 
 
 def chosen_crop(
@@ -439,12 +448,14 @@ def chosen_loss(
 
 
 def _synthetic(options: SegmentationOptions, data: SegmentationData) -> list[Decision]:
-    """The part of synthetic images in the training, if there are any."""
+    """The part of the images beside the real labelled ones in the training, if there are any."""
     if not data.synthetic:
         return []
     share, default = options.synthetic_share, SegmentationOptions.synthetic_share
     why = "the default" if share == default else AS_ASKED
-    return [Decision("synthetic", f"{share:.3g} of the crops, in none of the figures", why)]
+    parts = ["synthetic"] * bool(options.synthetic) + ["own labels"] * bool(options.unlabelled)
+    told = f"{share:.3g} of the crops, in none of the figures"
+    return [Decision(" and ".join(parts), told, why)]
 
 
 def _class_name(data: SegmentationData, k: int) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -66,17 +66,20 @@ FIGURES = (
 PICTURED = 4  # held-out images in the pictures of a run
 
 
-def train(options: SegmentationOptions, start: Start | None = None) -> dict[str, float]:
+def train(
+    options: SegmentationOptions, start: Start | None = None, *, also: Sequence[Pair] = ()
+) -> dict[str, float]:
     """Reads the data, says what was found, trains, and returns the best held-out figures.
 
     Args:
         start: what --init names, where that is no segmentation.
+        also: pairs that are trained on as those of --synthetic.
 
     Raises:
         InputError: a mistake in the options or the data, before anything is trained.
     """
     options = resumed(options)
-    data = load_data(options, start)
+    data = load_data(options, start, also)
     plan = decide(options, data, start)
     model = make_model(plan)
     if is_main_process():
@@ -151,7 +154,9 @@ def _finish(
     return figures
 
 
-def load_data(options: SegmentationOptions, start: Start | None = None) -> SegmentationData:
+def load_data(
+    options: SegmentationOptions, start: Start | None = None, also: Sequence[Pair] = ()
+) -> SegmentationData:
     """The training and held-out images that the options name, scaled as a start wants them."""
     pairs = with_neighbours(find_data(options), options.slices)
     train, val = split_pairs(
@@ -167,7 +172,7 @@ def load_data(options: SegmentationOptions, start: Start | None = None) -> Segme
     return SegmentationData(
         train,
         val,
-        synthetic=find_synthetic(options, info),
+        synthetic=[*find_synthetic(options, info), *also],
         ignore_value=options.ignore_value,
         instances=options.instances,
         names=options.class_names,

@@ -13,9 +13,10 @@ def main(options: SegmentationOptions) -> None:
     from unet_diffusion.starting import segmentation_start
 
     if options.unlabelled is not None:
-        from unet_diffusion.pretraining import learn_unlabelled  # and the diffusion trainer with it
+        # The diffusion trainer comes with it.
+        from unet_diffusion.pretraining import train_with_unlabelled
 
-        train(*learn_unlabelled(options))
+        train_with_unlabelled(options)
     else:
         train(options, segmentation_start(options.init))
     model = options.out / "model"

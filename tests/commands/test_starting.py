@@ -234,23 +234,39 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 
 def test_unlabelled_images_come_first(data: Path, unlabelled: Path, tmp_path: Path, capsys) -> None:
-    """Two thirds of the budget, then one; killed in either part it ends with the same weights."""
+    """Denoising, a teacher, a student; killed in any part they end with the same weights."""
     given = ("--data", data, "--unlabelled", unlabelled, *TINY, "--steps", 6)
     assert run_seg(*given, "--out", tmp_path / "one") == 0
     told = capsys.readouterr().out
-    assert "started with trunk, head.norm of " in told
-    assert "2 steps" in told
+    assert told.count("started with trunk, head.norm of ") == 2
+    assert all(f"{n} step" in told for n in (3, 1, 2))
+    assert "labelled 4 images" in told and "own labels" in told
     assert DiffusionUNet.from_pretrained(tmp_path / "one/pretraining/model").config.time
     assert run_seg(*given, "--out", tmp_path / "one") == 2
     assert "holds a run already" in capsys.readouterr().err
-    for place, part in (("first", "diffusion.training"), ("second", "segmentation.training")):
-        run = tmp_path / place
+    labels = "unet_diffusion.pretraining.write_image"
+    parts = ("diffusion.training._finish", "segmentation.training._finish", labels)
+    for place, part in enumerate(parts):
+        run = tmp_path / f"{place}"
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(f"{part}._finish", killed)
+            patch.setattr(part, killed)
             assert run_seg(*given, "--out", run) == 1
         assert run_seg("--out", run, "--resume") == 0
         ours, theirs = weights(run), weights(tmp_path / "one")
-        assert all(torch.equal(v, theirs[k]) for k, v in ours.items()), place
+        assert all(torch.equal(v, theirs[k]) for k, v in ours.items()), part
+
+
+def test_a_diffusion_model_that_is_there_is_not_learnt_again(
+    data: Path, unlabelled: Path, tmp_path: Path, capsys
+) -> None:
+    drawn = tmp_path / "drawn"
+    given = ("--data", unlabelled, "--network", "shared", *TINY[:4], "--crops", "--size", 32)
+    assert run_ddpm(*given, "--steps", 1, "--out", drawn) == 0
+    given = ("--data", data, "--unlabelled", unlabelled, "--init", drawn / "model", *TINY)
+    assert run_seg(*given, "--steps", 6, "--out", tmp_path / "run") == 0
+    told = capsys.readouterr().out
+    assert all(f"{n} steps" in told for n in (2, 4))
+    assert not (tmp_path / "run/pretraining").exists()
 
 
 def killed(*_: object) -> None:
@@ -261,7 +277,8 @@ def killed(*_: object) -> None:
     ("more", "told"),
     [
         (("--network", "segmentation"), "needs a network that takes a timestep"),
-        (("--init", "a/model"), "give one of them"),
+        (("--init", "a/model"), "a/model"),
+        (("--best-by", "ap"), "ap"),
         (("--crop", 64), "too few for a crop of 64"),
         (("--unlabelled", "COLOUR"), "RGB uint8 in the unlabelled"),
         (("--unlabelled", "nowhere"), "no such folder"),
