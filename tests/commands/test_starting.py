@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+import diffusion.training
+import segmentation.training
+import unet_diffusion.pretraining
 from diffusion.data.pixels import to_unit
 from diffusion.model import DiffusionUNet
 from diffusion.options import DiffusionOptions
@@ -240,20 +244,38 @@ def test_unlabelled_images_come_first(data: Path, unlabelled: Path, tmp_path: Pa
     told = capsys.readouterr().out
     assert told.count("started with trunk, head.norm of ") == 2
     assert all(f"{n} step" in told for n in (3, 1, 2))
-    assert "labelled 4 images" in told and "own labels" in told
+    assert "labelled 4 images" in told
+    assert "own labels" in told
     assert DiffusionUNet.from_pretrained(tmp_path / "one/pretraining/model").config.time
     assert run_seg(*given, "--out", tmp_path / "one") == 2
     assert "holds a run already" in capsys.readouterr().err
-    labels = "unet_diffusion.pretraining.write_image"
-    parts = ("diffusion.training._finish", "segmentation.training._finish", labels)
-    for place, part in enumerate(parts):
+    for place, part in enumerate(("pretraining", "teacher/labels", "")):
         run = tmp_path / f"{place}"
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(part, killed)
+            kill_in(run / part, patch)
             assert run_seg(*given, "--out", run) == 1
         assert run_seg("--out", run, "--resume") == 0
         ours, theirs = weights(run), weights(tmp_path / "one")
         assert all(torch.equal(v, theirs[k]) for k, v in ours.items()), part
+
+
+def kill_in(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    """Ends a run when it has trained in that folder, or is to write there."""
+
+    def dies(real: Callable[..., object], place: Callable[..., Path]) -> Callable[..., object]:
+        def run(*given: object) -> object:
+            if place(*given) == folder:
+                raise RunError("killed")
+            return real(*given)
+
+        return run
+
+    for module in (diffusion.training, segmentation.training):
+        patch.setattr(module, "_finish", dies(module._finish, lambda plan, *_: plan.fit.out))
+    write = unet_diffusion.pretraining.write_image
+    patch.setattr(
+        unet_diffusion.pretraining, "write_image", dies(write, lambda path, *_: path.parent)
+    )
 
 
 def test_a_diffusion_model_that_is_there_is_not_learnt_again(
@@ -267,10 +289,6 @@ def test_a_diffusion_model_that_is_there_is_not_learnt_again(
     told = capsys.readouterr().out
     assert all(f"{n} steps" in told for n in (2, 4))
     assert not (tmp_path / "run/pretraining").exists()
-
-
-def killed(*_: object) -> None:
-    raise RunError("killed")
 
 
 @pytest.mark.parametrize(
