@@ -288,7 +288,7 @@ class ImageSampler:
             )
         size = None if self.model.any_size and not resize else (self.height, self.width)
         ranges = known_ranges(self.model.info)
-        return condition.given(file, size, self.channels, ranges, fine=self.pixels.fine)
+        return condition.given(file, size, self.channels, ranges, self.pixels.fine)
 
     def sizes(self, wanted: Wanted) -> list[tuple[int, int]]:
         """Height and width of each image that is made."""

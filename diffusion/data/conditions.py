@@ -151,7 +151,6 @@ class Condition:
         size: tuple[int, int] | None,
         image_channels: int,
         ranges: Mapping[str, ValueRange] | None = None,
-        *,
         fine: bool = False,
     ) -> Tensor:
         """The condition (K, H, W) in a file that an image of this size is to be made from.

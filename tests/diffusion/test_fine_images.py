@@ -219,7 +219,7 @@ def test_conditions_keep_their_precision(tmp_path: Path, dtype: str) -> None:
     of_itself = DiffusionData(fine, condition="noise:0.1")
     ranges = of_itself.ranges
     recipe = find_condition("noise:0.1", 1)
-    shown = recipe.given(fine / "3.tif", None, 1, ranges, fine=True)
+    shown = recipe.given(fine / "3.tif", None, 1, ranges, True)
     assert torch.equal(shown, of_itself.batch([index_of(of_itself, 3)])[0][0])
 
 
