@@ -277,7 +277,7 @@ def chosen_plan(options: SampleOptions, sampler: ImageSampler, wanted: Wanted) -
                 f"the image is {image.height} x {image.width} and the mask '{options.mask}' "
                 f"{drawn.height} x {drawn.width}: give a mask of the same proportions"
             )
-        mask = picture(options.mask, sampler).mean(dim=1, keepdim=True) > 0
+        mask = white(options.mask, sampler)
         if not mask.any():
             raise InputError(
                 f"the mask '{options.mask}' is white nowhere, so nothing would be made anew: paint "
@@ -333,7 +333,7 @@ def picture(path: Path, sampler: ImageSampler) -> Tensor:
     """An image file as the model takes it, (1, C, H, W) in [-1, 1]: resized and cropped."""
     from diffusion.data.pixels import fitted, known_ranges
     from diffusion.data.sources import HowToRead
-    from unet.files.pages import Reading
+    from unet.files.pages import Reading, naming
 
     info = sampler.model.info
     reading = Reading.from_dict(info.get("reading", {}))
@@ -341,8 +341,23 @@ def picture(path: Path, sampler: ImageSampler) -> Tensor:
     pixels = HowToRead(reading=reading, background=over).image(path)
     values = known_ranges(info).get(pixels.dtype.name)
     size = (sampler.height, sampler.width)
-    found = fitted(pixels, size, sampler.channels, values, fine=sampler.pixels.fine)
+    with naming(path):
+        found = fitted(pixels, size, sampler.channels, values, fine=sampler.pixels.fine)
     return found[None].to(sampler.device)
+
+
+def white(path: Path, sampler: ImageSampler) -> Tensor:
+    """Where a picture is white, (1, 1, H, W), whatever the images are: resized and cropped as they
+    are.
+    """
+    from diffusion.data.pixels import fitted
+    from diffusion.data.sources import HowToRead
+    from unet.files.pages import naming
+
+    pixels = HowToRead().image(path)
+    with naming(path):
+        found = fitted(pixels, (sampler.height, sampler.width), 1)
+    return (found[None] > 0).to(sampler.device)
 
 
 def command(argv: Sequence[str] | None = None) -> int:
