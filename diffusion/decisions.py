@@ -136,6 +136,7 @@ def decide(options: DiffusionOptions, data: Data) -> DiffusionPlan:
         info["few_steps"] = options.few_steps
     if images.ranges:
         info["ranges"] = {kind: [v.low, v.high] for kind, v in images.ranges.items()}
+    info["dtype"] = images.dtype
     info |= {"reading": said} if (said := options.reading.to_dict()) else {}
     if autoencoder := autoencoder_of(data):
         info["autoencoder"] = str(autoencoder.folder)

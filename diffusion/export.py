@@ -112,6 +112,7 @@ def metadata(model: DiffusionUNet, multiple: int | None) -> dict[str, str]:
         "words": json.dumps(model.info["text"]["vocabulary"] if model.text is not None else []),
         "schedule": json.dumps(schedule.to_dict()),
         "alpha_bar": json.dumps([round(x, 9) for x in schedule.alpha_bar.tolist()]),
+        "values": f"{model.pixels.values}, of {model.pixels.dtype}, are -1 to 1",
         "works_on": "latents of an autoencoder" if "autoencoder" in model.info else "pixels",
     }
 

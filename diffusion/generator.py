@@ -59,9 +59,14 @@ class ImageGenerator:
 
     @property
     def channels(self) -> int:
-        """Channels of the images: 1 (grey) or 3 (RGB)."""
+        """Channels of the images, such as 1 (grey) or 3 (RGB)."""
         found = self._autoencoder
         return found.image_channels if found else made_channels(self.model)
+
+    @property
+    def dtype(self) -> str:
+        """The type of the images, that of those it was trained on: uint8, uint16 or float32."""
+        return self.model.pixels.dtype
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -136,8 +141,9 @@ class ImageGenerator:
                 guidance_interval, precision.
 
         Returns:
-            uint8 (N, H, W, C); of a model of masks their values, (N, H, W, 1); of one of images
-            with masks (N, H, W, C + 1), the mask's value last.
+            (N, H, W, C) in the type of the training images, uint8, uint16 or float32 (`dtype`); of
+            a model of masks their values, uint8 (N, H, W, 1); of one of images with masks
+            (N, H, W, C + 1), the mask's value last.
 
         Raises:
             InputError (a ValueError): a setting out of range, an unknown one, or one that the model

@@ -154,10 +154,12 @@ def _pixels(
     found: Any = info.get("normalisation")
     try:
         values = ranges.get(found["dtype"], WHOLE[found["dtype"]])
-        half, middle = (values.high - values.low) / 2, (values.high + values.low) / 2
         mean, std = ([float(v) for v in found[key]] for key in ("mean", "std"))
-        pairs = list(zip(mean, std, strict=True))
-        return [half / s for _, s in pairs], [(middle - m) / s for m, s in pairs]
+        known = list(zip(mean, std, *values.each(len(mean)), strict=True))
+        scale = [(high - low) / 2 / s for _, s, low, high in known]
+        return scale, [((high + low) / 2 - m) / s for m, s, low, high in known]
+    except InputError:
+        raise
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise InputError(f"the model's normalisation is damaged: {found!r:.200}") from error
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from diffusion.data.conditions import Asked, Condition
 from diffusion.data.masks import MaskCoding
+from diffusion.data.pixels import PixelType
 from diffusion.text import TextEncoder, WordEncoder
 from unet.config import UNetConfig
 from unet.errors import InputError
@@ -78,6 +79,13 @@ class DiffusionUNet(FolderModel):
         """Channels of what is made; the network gets those of the condition beside them."""
         condition = self.condition
         return self.config.in_channels - (condition.channels if condition else 0)
+
+    @property
+    def pixels(self) -> PixelType:
+        """The type and the values of the images that it makes, from its `info`."""
+        found, masks = PixelType.of(self.info), self.masks
+        found.values.each(self.image_channels - (masks.channels if masks else 0))
+        return found
 
     @property
     def size(self) -> tuple[int, int]:
@@ -146,9 +154,11 @@ class DiffusionUNet(FolderModel):
 
     def usage(self, where: str) -> Usage:
         facts, model, wanted, tag = {}, shlex.quote(where), "", "unconditional-image-generation"
+        dtype = "uint8"
         schedule = self.info.get("schedule")
         with suppress(InputError):  # which loading it will say
-            facts["Images"] = "{} x {} pixels, uint8".format(*self.size)
+            facts["Images"] = "{} x {} pixels, {}".format(*self.size, self.pixels)
+            dtype = self.pixels.dtype
             if "autoencoder" not in self.info:
                 facts["Images"] += f", {counted(self.image_channels, 'channel')}"
             if classes := self.classes:
@@ -194,7 +204,7 @@ class DiffusionUNet(FolderModel):
             python=(
                 "from diffusion import load\n\n"
                 f"sampler = load({json.dumps(where)})\n"
-                f"images = sampler(16, seed=0{wanted})  # uint8 {made}"
+                f"images = sampler(16, seed=0{wanted})  # {dtype} {made}"
             ),
             commands=(command + (' --prompt "a text"' if "prompts" in wanted else ""),),
             facts=facts,

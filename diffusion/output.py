@@ -1,9 +1,9 @@
-"""Samples as files: a grid, one PNG an image, an .npz, a GIF."""
+"""Samples as files: a grid, one file an image, an .npz, a GIF."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,6 @@ from PIL import Image
 from torch import Tensor
 
 from diffusion.attention_maps import attention_figure
-from diffusion.data.pixels import ValueRange
 from diffusion.pictures import Images, fewer_pixels, grid, write_gif
 from unet.errors import InputError
 from unet.files.images import read_image, write_image
@@ -38,7 +37,6 @@ class SampleFolder:
         self.path, self.suffix = path, "png"
         self.names: Sequence[str] | None = None
         self.labelled = False
-        self.values: tuple[str, ValueRange] | None = None
         if path.is_file() or (path.is_dir() and any(path.iterdir()) and not overwrite):
             raise InputError(f"--out {path} is in use: give --overwrite or another folder")
 
@@ -49,22 +47,21 @@ class SampleFolder:
         names: Sequence[str] | None = None,
         *,
         labelled: bool = False,
-        values: Mapping[str, ValueRange] | None = None,
+        dtype: str = "uint8",
     ) -> None:
         """Makes the folder, and removes what an earlier run wrote to it (nothing else).
 
         All of the processes call it, and go on together.
 
         Args:
-            channels: of the images, which are TIFF files where a PNG cannot hold so many.
+            channels: of the images.
             names: of the files of images 0, 1, ..., instead of their numbers.
             labelled: the last channel is the image's mask.
-            values: with masks, the range of the images of each type that was learnt from: data of
-                one type are made as data of this type.
+            dtype: of the images, which are PNG files where these hold so many channels of 8 bits,
+                else TIFF files.
         """
         self.names, self.labelled = names, labelled
-        self.values = next(iter(values.items())) if labelled and values else None
-        plain = channels - labelled in (1, 3, 4) and not self.values
+        plain = channels - labelled in (1, 3, 4) and dtype == "uint8"
         self.suffix = "png" if plain else "tif"
         processes.wait()  # lest one finds what another has written already
         if processes.main:
@@ -81,24 +78,19 @@ class SampleFolder:
         for name in ("grid.png", "samples.npz", "appearing.gif"):
             (self.path / name).unlink(missing_ok=True)
 
-    def add(self, images: Images, first: int) -> None:
-        """Writes images, uint8 (N, H, W, C), the first of them under this number."""
+    def add(self, images: Array, first: int) -> None:
+        """Writes images (N, H, W, C), the first of them under this number."""
         for number, image in enumerate(images, first):
             file, *label = self.files(number)
-            picture: Array = image[..., :-1] if label else image
-            if self.values:
-                dtype, used = self.values
-                picture = used.from_uint8(picture, dtype)
-            write_image(file, picture)
+            write_image(file, image[..., :-1] if label else image)
             for mask in label:
-                write_image(mask, image[..., -1:])
+                write_image(mask, image[..., -1:].astype(np.uint8))
 
-    def read(self, numbers: Sequence[int]) -> Images:
+    def read(self, numbers: Sequence[int]) -> Array:
         """What was written, by whatever process."""
         found = []
         for number in numbers:
             picture, *label = (read_image(file, alpha=True) for file in self.files(number))
-            picture = self.values[1].to_uint8(picture) if self.values else picture
             found.append(np.concatenate([picture, *label], axis=2))
         return np.stack(found)
 
@@ -110,7 +102,7 @@ class SampleFolder:
         return self.path / "image" / f"{name}.{self.suffix}", self.path / "label" / f"{name}.png"
 
     def write_grid(
-        self, numbers: Sequence[int], shown: Callable[[Images], Images] = lambda images: images
+        self, numbers: Sequence[int], shown: Callable[[Array], Images] = lambda images: images
     ) -> Path:
         """Of the first hundred of these images, as they are shown; large ones are made smaller."""
         cells = [fewer_pixels(shown(self.read([number]))[0]) for number in numbers[:IN_GRID]]
@@ -122,7 +114,7 @@ class SampleFolder:
         return self._save(grid(np.stack(found)), "grid.png")
 
     def write_npz(self, numbers: Sequence[int], labels: Sequence[int] | None) -> None:
-        """`images` uint8 (N, H, W, C), with masks (N, H, W, C + 1), and `labels` int64 (N,) where
+        """`images` (N, H, W, C), with masks (N, H, W, C + 1), and `labels` int64 (N,) where
         there are classes.
         """
         images = self.read(numbers)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from diffusion.attention_maps import recorded_attention
 from diffusion.data.conditions import Asked
-from diffusion.data.pixels import to_bytes
+from diffusion.data.pixels import Pixels, known_ranges
 from diffusion.initial import load_model
 from diffusion.model import DiffusionUNet
 from diffusion.options import SamplingOptions
@@ -32,9 +32,10 @@ from diffusion.stable.lora import merge_loras
 from diffusion.text import TextEncoder
 from unet.device import computing_in, pick_device, trained_precision
 from unet.errors import InputError
+from unet.files.pages import Array
 from unet.training.task import Processes
 
-Images = NDArray[np.uint8]  # (N, H, W, C)
+Images = Array  # (N, H, W, C), of the type of the training images
 STEPS, FEW_STEPS = 20, 4  # where none are given
 
 
@@ -74,7 +75,7 @@ class ImageSampler:
         options = chosen_way(options, model)
         assert options.sampler is not None
         assert options.steps is not None
-        self.model, self.options = model.eval(), options
+        self.model, self.options, self.pixels = model.eval(), options, model.pixels
         self.autoencoder = autoencoder or self._read_parts()
         self.schedule = NoiseSchedule.from_dict(_known(model, "schedule"))
         self.height, self.width = model.size
@@ -204,6 +205,7 @@ class ImageSampler:
             )
         for said, facts in (
             ("channels of its images", [m.image_channels for m in (model, lesser)]),
+            ("type and values of its images", [m.pixels for m in (model, lesser)]),
             ("classes", [m.classes for m in (model, lesser)]),
             ("condition", [m.condition for m in (model, lesser)]),
             ("text encoder", [m.info.get("text_encoder") for m in (model, lesser)]),
@@ -285,7 +287,8 @@ class ImageSampler:
                 "alone: train one with train-ddpm --condition"
             )
         size = None if self.model.any_size and not resize else (self.height, self.width)
-        return condition.given(file, size, self.channels)
+        ranges = known_ranges(self.model.info)
+        return condition.given(file, size, self.channels, ranges, self.pixels.fine)
 
     def sizes(self, wanted: Wanted) -> list[tuple[int, int]]:
         """Height and width of each image that is made."""
@@ -305,12 +308,20 @@ class ImageSampler:
         return self.model.text
 
     def _decoded(self, x: Tensor) -> Images:
-        found = to_bytes(self.autoencoder.decode(x) if self.autoencoder else x)
-        return found if self.model.masks is None else self.model.masks.decode(found)
+        found = self.pixels.levels(self.autoencoder.decode(x) if self.autoencoder else x)
+        masks = self.model.masks
+        return self._images(self.pixels.stored, found if masks is None else masks.decode(found))
 
-    def shown(self, images: Images) -> Images:
-        """Images as they are, and masks with greys that can be told apart, beside their images."""
-        return images if self.model.masks is None else self.model.masks.shown(images)
+    def shown(self, images: Images) -> NDArray[np.uint8]:
+        """Images as bytes, and masks with greys that can be told apart, beside their images."""
+        found, masks = self._images(self.pixels.shown, images), self.model.masks
+        return found if masks is None else masks.shown(found)
+
+    def _images(self, change: Callable[[Pixels], Array], made: Array) -> Array:
+        """What is made, its images changed, and the value of its masks, the last channel, kept."""
+        images, masks = np.split(made, [made.shape[-1] - (self.model.masks is not None)], axis=-1)
+        changed = change(images)
+        return np.concatenate([changed, masks.astype(changed.dtype)], axis=-1)
 
     # ------------------------------------------------------------------------------------------
     # Images
@@ -325,7 +336,8 @@ class ImageSampler:
         on_step: Callable[[Step], object] | None = None,
         processes: Processes | None = None,
     ) -> Iterator[Images]:
-        """Images `first` to `first + count` of the seed, uint8 (B, H, W, C), as they get ready.
+        """Images `first` to `first + count` of the seed, (B, H, W, C) in the type of the training
+        images, as they get ready.
 
         Args:
             wanted: the class or text of each image; none given: any.
@@ -366,7 +378,7 @@ class ImageSampler:
         return found
 
     def __call__(self, count: int, wanted: Wanted | None = None) -> Images:
-        """All of the first images of the seed, uint8 (N, H, W, C)."""
+        """All of the first images of the seed, (N, H, W, C)."""
         return np.concatenate(list(self.batches(count, wanted)))
 
     def appearing(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from diffusion.data.conditions import Asked
 from diffusion.data.images import DiffusionData, TrainingSamples
-from diffusion.data.pixels import to_bytes
+from diffusion.data.pixels import ValueRange, to_bytes
 from diffusion.data.sources import HowToRead
 from diffusion.decisions import DiffusionPlan, clip_folder, decide
 from diffusion.initial import (
@@ -133,20 +133,37 @@ def load_prior(options: DiffusionOptions, data: Data) -> Data | None:
             f"--prior {options.prior} needs captions that CLIP reads, as words of our own would be "
             "chosen anew: give --latents or --text-encoder with a pipeline"
         )
-    prior = load_data(replace(options, data=options.prior, val=1), latents="prior")
+    ranges, dtype = _kept(data)
+    prior = load_data(replace(options, data=options.prior, val=1), latents="prior", ranges=ranges)
     if (prior.size, prior.channels) != (data.size, data.channels):
         raise InputError(
             f"--prior {options.prior} has images of another size or other channels than --data "
             f"{options.data}: give --size and --colour"
         )
+    if (theirs := _kept(prior)[1]) != dtype:
+        raise InputError(
+            f"--prior {options.prior} has images of {theirs}, and --data {options.data} of "
+            f"{dtype}: save all alike"
+        )
     return prior
 
 
-def load_data(options: DiffusionOptions, latents: str = "latents") -> Data:
+def _kept(data: Data) -> tuple[Mapping[str, ValueRange], str]:
+    """The values of images, and the type that they are kept in."""
+    images = data.source if isinstance(data, LatentData) else data
+    return images.ranges, images.dtype
+
+
+def load_data(
+    options: DiffusionOptions,
+    latents: str = "latents",
+    ranges: Mapping[str, ValueRange] | None = None,
+) -> Data:
     """The training and held-out images that the options name, or what they become in latents.
 
     Args:
         latents: the folder in that of the run where these are kept.
+        ranges: see `DiffusionData`.
     """
     autoencoder = None
     if options.latents:
@@ -165,6 +182,8 @@ def load_data(options: DiffusionOptions, latents: str = "latents") -> Data:
         classes=options.classes,
         captions=options.captions,
         how=how_to_read(options),
+        ranges=ranges,
+        fine=autoencoder is None,  # which is of 8 bits
         condition=options.condition,
         masks=options.mask_coding if options.target == "mask" or options.joint else None,
         joint=options.joint,

@@ -133,6 +133,7 @@ def main(options: EvalOptions) -> None:
             caption_key=run.get("caption_key"),
         ),
         ranges=known_ranges(model.info),
+        fine=model.pixels.fine,
         crops=options.crops or run.get("crops", False),
         flips=False,
         val=run.get("val", DiffusionOptions.val),

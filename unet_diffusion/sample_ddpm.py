@@ -36,8 +36,9 @@ class SampleOptions(SamplingOptions):
     """Model folder, such as RUN/model."""
 
     out: Path
-    """Folder to make: grid.png, and images/ with one PNG an image; of a model that was trained with
-    --joint image/ and label/, which train-seg reads."""
+    """Folder to make: grid.png, and images/ with a file an image, PNG or, of more than 8 bits and
+    of other channels than grey or colour, TIFF; of a model that was trained with --joint image/ and
+    label/, which train-seg reads."""
 
     lora: tuple[str, ...] = ()
     """LoRA files, or the model folders of LoRA runs, to change the model by: FILE, or FILE:0.5 for
@@ -142,7 +143,6 @@ class SampleOptions(SamplingOptions):
 
 
 def main(options: SampleOptions) -> None:
-    from diffusion.data.pixels import known_ranges
     from diffusion.output import SampleFolder
     from diffusion.sampling import ImageSampler, load_for_sampling
     from unet.training.task import Processes
@@ -169,8 +169,8 @@ def main(options: SampleOptions) -> None:
     for remark in (r for text in options.prompt for r in sampler.text.remarks(text)):
         print(f"note: {remark}", file=sys.stderr)
     plan = chosen_plan(options, sampler, wanted)
-    values = known_ranges(model.info)
-    folder.begin(processes, sampler.channels, names, labelled=model.joint, values=values)
+    dtype = model.pixels.dtype
+    folder.begin(processes, sampler.channels, names, labelled=model.joint, dtype=dtype)
     parts = sampler.parts(sampler.sizes(wanted), processes)
     for part, images in zip(parts, made(options, sampler, plan, wanted, processes), strict=True):
         folder.add(images, options.first + part.start)
@@ -212,7 +212,7 @@ def write_pictures(
     if options.attention:
         images, maps = sampler.attending(first, options.attention_steps, first=options.first)
         words = [sampler.text.words(str(Asked.of(w).shown)) for w in first]
-        folder.write_attention(images, words, maps, options.first)
+        folder.write_attention(sampler.shown(images), words, maps, options.first)
     print(f"images: {folder.write_grid(numbers, sampler.shown)}")
 
 
@@ -277,7 +277,7 @@ def chosen_plan(options: SampleOptions, sampler: ImageSampler, wanted: Wanted) -
                 f"the image is {image.height} x {image.width} and the mask '{options.mask}' "
                 f"{drawn.height} x {drawn.width}: give a mask of the same proportions"
             )
-        mask = picture(options.mask, sampler).mean(dim=1, keepdim=True) > 0
+        mask = white(options.mask, sampler)
         if not mask.any():
             raise InputError(
                 f"the mask '{options.mask}' is white nowhere, so nothing would be made anew: paint "
@@ -333,7 +333,7 @@ def picture(path: Path, sampler: ImageSampler) -> Tensor:
     """An image file as the model takes it, (1, C, H, W) in [-1, 1]: resized and cropped."""
     from diffusion.data.pixels import fitted, known_ranges
     from diffusion.data.sources import HowToRead
-    from unet.files.pages import Reading
+    from unet.files.pages import Reading, naming
 
     info = sampler.model.info
     reading = Reading.from_dict(info.get("reading", {}))
@@ -341,7 +341,23 @@ def picture(path: Path, sampler: ImageSampler) -> Tensor:
     pixels = HowToRead(reading=reading, background=over).image(path)
     values = known_ranges(info).get(pixels.dtype.name)
     size = (sampler.height, sampler.width)
-    return fitted(pixels, size, sampler.channels, values)[None].to(sampler.device)
+    with naming(path):
+        found = fitted(pixels, size, sampler.channels, values, fine=sampler.pixels.fine)
+    return found[None].to(sampler.device)
+
+
+def white(path: Path, sampler: ImageSampler) -> Tensor:
+    """Where a picture is white, (1, 1, H, W), whatever the images are: resized and cropped as they
+    are.
+    """
+    from diffusion.data.pixels import fitted
+    from diffusion.data.sources import HowToRead
+    from unet.files.pages import naming
+
+    pixels = HowToRead().image(path)
+    with naming(path):
+        found = fitted(pixels, (sampler.height, sampler.width), 1)
+    return (found[None] > 0).to(sampler.device)
 
 
 def command(argv: Sequence[str] | None = None) -> int:

@@ -133,9 +133,10 @@ def _pixels(signal: float, channels: int, ranges: Mapping[str, ValueRange]) -> M
     middle of the values as mean and their half span over the signal as std.
     """
     dtype, values = next(iter(ranges.items()), ("uint8", WHOLE["uint8"]))
-    middle, half = (values.high + values.low) / 2, (values.high - values.low) / 2
-    scale = [middle] * channels, [half / signal] * channels
-    return {"normalisation": {"mean": scale[0], "std": scale[1], "dtype": dtype}}
+    sides = list(zip(*values.each(channels), strict=True))
+    mean = [(high + low) / 2 for low, high in sides]
+    std = [(high - low) / 2 / signal for low, high in sides]
+    return {"normalisation": {"mean": mean, "std": std, "dtype": dtype}}
 
 
 def _empty_text(start: Start) -> Tensor | None:

@@ -24,8 +24,8 @@ from diffusion.data.pixels import (
     Pixels,
     RangeFinder,
     ValueRange,
+    as_levels,
     as_tensor,
-    as_uint8,
     resized,
     to_unit,
 )
@@ -64,6 +64,7 @@ class Condition:
         channels: that the network gets.
         values: of a mask: the value of each channel.
         dtype, low, high: of a picture: what becomes -1 and 1.
+        fine: of a picture: whether it keeps more than 8 bits, as it does but in older models.
     """
 
     kind: str
@@ -73,6 +74,7 @@ class Condition:
     dtype: str = "uint8"
     low: float = 0.0
     high: float = 255.0
+    fine: bool = False
 
     def said(self) -> str:
         """What it is, for people."""
@@ -139,11 +141,18 @@ class Condition:
         pixels = read_image(file, background=(255, 255, 255))
         known_range = ValueRange(self.low, self.high) if pixels.dtype.name == self.dtype else None
         try:
-            return as_uint8(pixels, self.channels, known_range)
+            return as_levels(pixels, self.channels, known_range, fine=self.fine)
         except InputError as error:
             raise InputError(f"{str(file)!r}: {error}") from error
 
-    def given(self, file: Path, size: tuple[int, int] | None, image_channels: int) -> Tensor:
+    def given(
+        self,
+        file: Path,
+        size: tuple[int, int] | None,
+        image_channels: int,
+        ranges: Mapping[str, ValueRange] | None = None,
+        fine: bool = False,
+    ) -> Tensor:
         """The condition (K, H, W) in a file that an image of this size is to be made from.
 
         Of lowres the file is the small picture (or, where a size is given, a whole one, which is
@@ -153,6 +162,8 @@ class Condition:
         Args:
             size: to which the condition is cut and resized; None: its own, of lowres as many times
                 the small picture's.
+            ranges: the values of each type that are -1 and 1 in images; None: all that it has.
+            fine: whether images have more than 8 bits.
 
         Raises:
             InputError: a file that cannot be read, or is none of these.
@@ -164,12 +175,16 @@ class Condition:
                 pixels = read_image(file, alpha=True)
                 if not image_info(file).has_alpha:
                     raise InputError("nothing in it is transparent, which says where the hole is")
-                cover = _resized(as_uint8(pixels[..., -1:], 1), size)
-                image = as_tensor(_resized(as_uint8(pixels[..., :-1], image_channels), size))
+                known = (ranges or {}).get(pixels.dtype.name)
+                cover = _resized(as_levels(pixels[..., -1:], 1), size)
+                seen = as_levels(pixels[..., :-1], image_channels, known, fine=fine)
+                image = as_tensor(_resized(seen, size))
                 hole = torch.from_numpy(cover[..., 0] < 128).float()[None]
                 return torch.cat([image * (1 - hole), hole])
             channels = 1 if self.kind == "grey" else image_channels
-            pixels = as_uint8(read_image(file, background=(255, 255, 255)), channels)
+            read = read_image(file, background=(255, 255, 255))
+            known = (ranges or {}).get(read.dtype.name)
+            pixels = as_levels(read, channels, known, fine=fine)
         except InputError as error:
             said = str(error)
             raise InputError(said if str(file) in said else f"{str(file)!r}: {said}") from error
@@ -207,6 +222,7 @@ class Condition:
                 dtype=str(saved["dtype"]),
                 low=float(saved["low"]),
                 high=float(saved["high"]),
+                fine=bool(saved.get("fine", False)),
             )
             if found.kind not in (*RECIPES, "mask", "picture") or not 0 < found.channels < 1000:
                 raise ValueError(f"{found.kind!r} of {found.channels} channels")
@@ -275,9 +291,14 @@ def _of_folder(folder: Path) -> Condition:
         pixels = read_image(file)
         if pixels.dtype.name == dtype:
             finder.add(pixels, str(file))
-    found = finder.found()
+    low, high = finder.found().each(1)
     return Condition(
-        kind="picture", channels=max(channels), dtype=dtype, low=found.low, high=found.high
+        kind="picture",
+        channels=max(channels),
+        dtype=dtype,
+        low=low[0],
+        high=high[0],
+        fine=dtype != "uint8",
     )
 
 

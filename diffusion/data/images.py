@@ -1,8 +1,9 @@
 """Images to train a diffusion model on: a folder, an .npz, a stack, or `shapes`, read by one class.
 
-Whatever the source, an image is decoded, brought to 8 bits, to grey or RGB, and to one size, and
-kept that way if all of them fit; of larger sets every image is read when it is needed. Networks see
-[-1, 1]: see `diffusion.data.pixels`.
+Whatever the source, an image is decoded, its values are brought to levels from black to white, its
+colours to those of the set, and its sides to one size, and it is kept that way if all of them fit;
+of larger sets every image is read when it is needed. Networks see [-1, 1]: see
+`diffusion.data.pixels`.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ from diffusion.data.pixels import (
     Pixels,
     RangeFinder,
     ValueRange,
+    as_bytes,
+    as_levels,
     as_tensor,
-    as_uint8,
     resized,
 )
 from diffusion.data.sources import HowToRead, open_source
@@ -78,11 +80,14 @@ class DiffusionData:
         joint: a folder of masks with the images' names, whose codes lie behind the channels of the
             image; `masks` says which codes.
         ranges: the values of each type that become black and white; None: those that are used.
+        fine: keep the precision of 16 bits and of floats, where all images have the one or the
+            other; else, and of a set of several types, images are brought to 8 bits.
         seed: of the choice of held-out images, and of the pictures of "shapes".
 
     Attributes:
         size, channels: height and width, and channels, of every image, codes among them.
         codes: how many of the channels, the last ones, are codes of a mask.
+        dtype: uint8, uint16 or float32: the type of the images as they are kept.
         classes: their names, empty where there are none; `labels` (N,) are indices into them.
         train, val: indices, in random order (with crops, in their order in the images).
 
@@ -105,6 +110,7 @@ class DiffusionData:
         classes: bool = False,
         how: HowToRead | None = None,
         ranges: Mapping[str, ValueRange] | None = None,
+        fine: bool = True,
         condition: str | Condition | None = None,
         masks: Coding | None = None,
         joint: str | Path | None = None,
@@ -146,8 +152,10 @@ class DiffusionData:
             self.masks = find_masks(source.files, masks)
         self.codes = 0 if self.masks is None else self.masks.channels
         self.ranges = dict(ranges or {})
-        self.channels = self.codes
+        self.channels, self.dtype = self.codes, "uint8"
         if self.masks is None or self.joint:
+            types = {info.dtype for info in self._infos.values()}
+            self.dtype = types.pop() if fine and len(types) == 1 else "uint8"
             self.channels += channels or max(info.channels for info in self._infos.values())
             self._find_ranges()
         if condition is not None:
@@ -197,7 +205,7 @@ class DiffusionData:
         """The same images as bytes (N, H, W, C), masks as greys, (N, H, W, 1), and both side by
         side, (N, H, 2 W, C).
         """
-        found = np.stack([self.load(i)[1][..., : self.channels] for i in indices])
+        found = np.stack([as_bytes(self.load(i)[1][..., : self.channels]) for i in indices])
         return found if self.masks is None else self.masks.shown(self.masks.decode(found))
 
     def caption(self, index: int) -> str:
@@ -279,13 +287,14 @@ class DiffusionData:
         pictured = self.channels - self.codes
         if pictured:
             lines.append(", ".join(kinds))
-        if pictured and kinds != [used := f"{_colour(pictured)} uint8"]:
+        if pictured and kinds != [used := f"{_colour(pictured)} {self.dtype}"]:
             lines[1] += f", all converted to {used}"
         if self.masks is not None:
             lines.append(f"{'with ' if pictured else ''}{self.masks.said()}")
         for dtype in sorted({info.dtype for info in infos} - {"uint8"}):
             found = self.ranges.get(dtype, WHOLE[dtype])
-            lines.append(f"values of {dtype}: {found} fill the range of the network")
+            kept = f"; images are made as {dtype}" if dtype == self.dtype else ""
+            lines.append(f"values of {dtype}: {found} fill the range of the network{kept}")
         if any(info.has_alpha for info in infos):
             colour = " ".join(map(str, self.how.background or ()))
             lines.append(f"transparent pixels are laid over the colour {colour}")
@@ -305,9 +314,10 @@ class DiffusionData:
         return "\n".join([*lines, f"{counted(len(self.val), unit)} held out"])
 
     def _try(self, image: int) -> Pixels | None:
-        """A whole image, in 8 bits and resized; None: it cannot be read and is left out."""
+        """The levels of a whole image, resized; None: it cannot be read and is left out."""
         if image in self._cache or image in self._bad:
             return self._cache.get(image)
+        beside: list[Pixels] = []
         try:
             pixels = self._read(image)
             if self._alike:
@@ -322,34 +332,34 @@ class DiffusionData:
                         f"'{file}' is {other.shape[0]} x {other.shape[1]}, but its image "
                         f"{pixels.shape[0]} x {pixels.shape[1]}"
                     )
-                pixels = np.concatenate([pixels, other], axis=2)
+                beside = [other]
         except InputError as error:
             self._leave_out(image, error)
             return None
+        parts = [pixels, *beside]
         if not self.crops:
-            pixels = self._resized(pixels)
+            masks = [self.masks is not None and not self.joint, self.joint]
+            parts = [self._resized(*part) for part in zip(parts, masks, strict=False)]
+        pixels = np.concatenate(parts, axis=2) if beside else parts[0]
         if self._keeps:
             self._cache[image] = pixels
         return pixels
 
     def _read(self, image: int) -> Pixels:
-        """An image as bytes (H, W, C), a mask as its codes."""
+        """An image as levels (H, W, C), a mask as its codes."""
         if self.masks is not None and not self.joint:
             return self.masks.read(Path(self.source.files[image]))
         pixels, channels = self.source.read(image), self.channels - self.codes
         try:
-            known = self.ranges.get(pixels.dtype.name)
-            return as_uint8(pixels, channels, known, self._nodata(image))
+            known, fine = self.ranges.get(pixels.dtype.name), self.dtype != "uint8"
+            return as_levels(pixels, channels, known, self._nodata(image), fine=fine)
         except InputError as error:
             raise InputError(f"'{self.source.names[image]}': {error}") from error
 
-    def _resized(self, pixels: Pixels) -> Pixels:
+    def _resized(self, pixels: Pixels, mask: bool) -> Pixels:
         """Pixels of the size of all images; those of masks are of a class then, too."""
         found = resized(pixels, self.size)
-        if self.masks is None or found is pixels:
-            return found
-        image, codes, rest = np.split(found, [self.channels - self.codes, self.channels], axis=2)
-        return np.concatenate([image, self.masks.nearest(codes), rest], axis=2)
+        return self.masks.nearest(found) if self.masks and mask else found
 
     def _leave_out(self, image: int, error: InputError) -> None:
         if not self.skip_bad:
@@ -385,7 +395,9 @@ class DiffusionData:
         return self.how.reading.nodata if info is None else info.nodata
 
     def _find_ranges(self) -> None:
-        """The range of values of each type but uint8, of images spread over the set."""
+        """The range of values of each type but uint8, of images spread over the set; where channels
+        are no colours, which belong together, that of each.
+        """
         of: dict[str, list[int]] = {}
         for image, info in self._infos.items():
             if info.dtype != "uint8" and info.dtype not in self.ranges:
@@ -393,18 +405,23 @@ class DiffusionData:
         if self.source.kind and self.source.kind.dtype in of:
             count = len(self.source.names)
             of[self.source.kind.dtype] = list(range(count))
+        pictured = self.channels - self.codes
+        rgba = pictured == 4 and self.how.background is None
+        apart = pictured if pictured not in (1, 3) and not rgba else 1
         for dtype, images in of.items():
-            finder, left = RangeFinder(dtype), RANGED_PIXELS
+            finders, left = [RangeFinder(dtype) for _ in range(apart)], RANGED_PIXELS
             for image in np.random.default_rng(0).permutation(images).tolist():
                 try:
                     pixels = self.source.read(image)
                 except InputError:
                     continue  # which is raised, or left out, where the image is used
-                finder.add(pixels, self.source.names[image], self._nodata(image))
+                parts = [pixels] if apart == 1 else np.split(pixels, pixels.shape[2], axis=2)
+                for finder, part in zip(finders, parts, strict=False):
+                    finder.add(part, self.source.names[image], self._nodata(image))
                 left -= pixels.size
                 if left < 0:
                     break
-            self.ranges[dtype] = finder.found()
+            self.ranges[dtype] = ValueRange.of_channels([finder.found() for finder in finders])
 
     def _choose_size(self, size: int | None) -> tuple[int, int]:
         side = size or CROP
@@ -423,7 +440,8 @@ class DiffusionData:
         """Of all images as they would be kept, as far as those say that were looked at."""
         sizes = [(i.height, i.width) for i in self._infos.values()] if self.crops else [self.size]
         mean = sum(height * width for height, width in sizes) / len(sizes)
-        return round(mean * len(self.source.names) * self.channels)
+        fine = self.dtype != "uint8" or (self.condition is not None and self.condition.fine)
+        return round(mean * len(self.source.names) * self.channels * (4 if fine else 1))
 
     def _check_pixels(self) -> None:
         """Decodes a small set, so that a bad file is found before training."""

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from diffusion.data.pixels import Pixels
 from unet.errors import InputError
 from unet.files.images import read_mask
+from unet.files.pages import Array
 
 Coding = Literal["bits", "one-hot"]
 MOST_VALUES = 32
@@ -73,7 +74,7 @@ class MaskCoding:
         """Pixels (..., H, W, C) with the nearest code in the place of each."""
         return self.codes[self.indices(pixels)]
 
-    def decode(self, made: Pixels) -> Pixels:
+    def decode(self, made: Pixels) -> Array:
         """The channels (..., H, W, I) before the codes as they are, and then the mask's values.
 
         Args:
@@ -83,9 +84,9 @@ class MaskCoding:
         values = np.array(self.values, np.uint8)[self.indices(codes)]
         return np.concatenate([images, values[..., None]], axis=-1)
 
-    def shown(self, decoded: Pixels) -> Pixels:
-        """What `decode` gives for people: mask values as greys from black to white, (H, W, 1), or
-        to the right of their image (H, 2 W, I).
+    def shown(self, decoded: Array) -> NDArray[np.uint8]:
+        """What `decode` gives of bytes, for people: mask values as greys from black to white,
+        (H, W, 1), or to the right of their image (H, 2 W, I).
         """
         images, masks = np.split(decoded, [decoded.shape[-1] - 1], axis=-1)
         indices = np.searchsorted(self.values, masks)

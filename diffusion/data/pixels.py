@@ -1,9 +1,14 @@
-"""Pixels of any depth, colour and size as those of one data set, and to [-1, 1] and back."""
+"""Pixels of any depth, colour and size as those of one data set, and to [-1, 1] and back.
+
+Whatever the type of an image, its values become levels from 0, black, to 255, white, which are -1
+and 1 to a network. Those of 8-bit images are bytes; those of finer ones are float32, and so keep
+every value of 16 bits, and floats to their own precision.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -17,13 +22,13 @@ from torch import Tensor
 from unet.errors import InputError
 from unet.files.pages import Array, missing
 
-Pixels: TypeAlias = NDArray[np.uint8]  # (H, W, C)
+Pixels: TypeAlias = NDArray[np.uint8 | np.float32]  # (H, W, C), levels from 0 to 255
 
 RARE = 1e-4  # share of the pixels that may lie beyond a range
 
 
 def to_unit(pixels: Tensor) -> Tensor:
-    """uint8 of any shape to float32 in [-1, 1]; `to_uint8` gives the same bytes back."""
+    """Levels of any shape to float32 in [-1, 1]; `to_uint8` gives the same bytes back."""
     return pixels.float() / 127.5 - 1
 
 
@@ -37,25 +42,59 @@ def to_bytes(x: Tensor) -> NDArray[np.uint8]:
     return rearrange(to_uint8(x), "b c h w -> b h w c").cpu().numpy()
 
 
+def as_bytes(levels: Pixels) -> NDArray[np.uint8]:
+    """Levels of any shape as the nearest bytes."""
+    whole = levels if levels.dtype == np.uint8 else np.rint(levels)
+    return whole.astype(np.uint8, copy=False)
+
+
 @dataclass(frozen=True)
 class ValueRange:
-    """The values that become black and white; what lies beyond is clipped."""
+    """The values that become black and white, of all channels or one for each of them; what lies
+    beyond is clipped.
+    """
 
-    low: float
-    high: float
+    low: float | tuple[float, ...]
+    high: float | tuple[float, ...]
 
-    def to_uint8(self, pixels: Array) -> Pixels:
-        """Pixels of any shape and type to the nearest of 256 levels."""
-        scaled = (pixels.astype(np.float64) - self.low) * (255 / (self.high - self.low))
-        return np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
+    @classmethod
+    def of_channels(cls, ranges: Sequence[ValueRange]) -> ValueRange:
+        """One range, or those of as many channels, as one."""
+        if len(ranges) == 1:
+            return ranges[0]
+        sides = [found.each(1) for found in ranges]
+        return cls(tuple(low for (low,), _ in sides), tuple(high for _, (high,) in sides))
 
-    def from_uint8(self, pixels: Pixels, dtype: str) -> Array:
-        """Values of a type out of 256 levels, which `to_uint8` brings to these again."""
-        values = self.low + pixels * ((self.high - self.low) / 255)
+    def each(self, channels: int) -> tuple[list[float], list[float]]:
+        """The lowest and the highest value of so many channels.
+
+        Raises:
+            InputError: it is that of another number of channels.
+        """
+        if np.size(self.low) not in (1, channels):
+            raise InputError(
+                f"black and white are known of {np.size(self.low)} channels, not of {channels}: "
+                "give images of as many channels as all others have (--channels)"
+            )
+        low, high = (np.broadcast_to(side, channels).tolist() for side in (self.low, self.high))
+        return low, high
+
+    def to_levels(self, pixels: Array, *, fine: bool = False) -> Pixels:
+        """Pixels (..., C) of any type to levels; the nearest whole ones if not `fine`."""
+        low, high = map(np.array, self.each(pixels.shape[-1]))
+        scaled = (pixels.astype(np.float64) - low) * (255 / (high - low))
+        levels = np.clip(scaled, 0, 255)
+        return levels.astype(np.float32) if fine else np.rint(levels).astype(np.uint8)
+
+    def from_levels(self, levels: Pixels, dtype: str) -> Array:
+        """Values of a type out of levels (..., C), which `to_levels` brings to these again."""
+        low, high = map(np.array, self.each(levels.shape[-1]))
+        values = low + levels.astype(np.float64) * ((high - low) / 255)
         return (values if dtype == "float32" else np.rint(values)).astype(dtype)
 
     def __str__(self) -> str:
-        return f"{self.low:g} to {self.high:g}"
+        sides = zip(*self.each(np.size(self.low)), strict=True)
+        return ", ".join(f"{low:g} to {high:g}" for low, high in sides)
 
 
 # What a type says by itself; `RangeFinder` says it better.
@@ -70,14 +109,67 @@ def known_ranges(info: Mapping[str, Any]) -> dict[str, ValueRange]:
     """
     found: Any = info.get("ranges", {})
     try:
-        pairs = {str(kind): (float(low), float(high)) for kind, (low, high) in found.items()}
-        if not all(
-            kind in WHOLE and -math.inf < a < b < math.inf for kind, (a, b) in pairs.items()
-        ):
-            raise ValueError("no range")
+        pairs = {str(kind): (_side(low), _side(high)) for kind, (low, high) in found.items()}
+        for kind, (low, high) in pairs.items():
+            sides = np.array([low, high])
+            if kind not in WHOLE or not (np.isfinite(sides).all() and (sides[0] < sides[1]).all()):
+                raise ValueError("no range")
     except (AttributeError, TypeError, ValueError) as error:
         raise InputError(f"the model's ranges of values are damaged: {found!r:.200}") from error
     return {kind: ValueRange(*pair) for kind, pair in pairs.items()}
+
+
+@dataclass(frozen=True)
+class PixelType:
+    """The type of the images that a model was trained on and makes, and their black and white."""
+
+    dtype: str = "uint8"
+    values: ValueRange = WHOLE["uint8"]
+
+    @classmethod
+    def of(cls, info: Mapping[str, Any]) -> PixelType:
+        """That of a model, from its `info`; of models that do not say it uint8.
+
+        Raises:
+            InputError: it is damaged.
+        """
+        ranges = known_ranges(info)
+        # Images with masks had a type of their own from the first.
+        usual = next(iter(ranges), "uint8") if "joint" in info else "uint8"
+        dtype = info.get("dtype", usual)
+        if dtype not in WHOLE:
+            raise InputError(
+                f"the model's config.json must name the type of its images in info.dtype, one of "
+                f"{', '.join(WHOLE)}, not {dtype!r:.200}"
+            )
+        return cls(dtype, ranges.get(dtype, WHOLE[dtype]))
+
+    @property
+    def fine(self) -> bool:
+        """Whether there is more between black and white than 256 levels."""
+        return self.dtype != "uint8"
+
+    def levels(self, x: Tensor) -> Pixels:
+        """Images (B, C, H, W) in [-1, 1] as levels (B, H, W, C); what lies outside is clamped."""
+        if not self.fine:
+            return to_bytes(x)
+        levels = ((x.float() + 1) * 127.5).clamp(0, 255)
+        return rearrange(levels, "b c h w -> b h w c").cpu().numpy()
+
+    def stored(self, levels: Pixels) -> Array:
+        """Levels (..., C) as values of the type."""
+        return self.values.from_levels(levels, self.dtype) if self.fine else levels
+
+    def shown(self, images: Array) -> NDArray[np.uint8]:
+        """Values of the type as bytes, for people and for what judges pictures."""
+        return as_bytes(self.values.to_levels(images)) if self.fine else images
+
+    def __str__(self) -> str:
+        return f"{self.dtype} ({self.values})" if self.fine else self.dtype
+
+
+def _side(saved: Any) -> float | tuple[float, ...]:
+    return tuple(map(float, saved)) if isinstance(saved, list | tuple) else float(saved)
 
 
 class RangeFinder:
@@ -154,26 +246,35 @@ def _bits(top: int) -> ValueRange:
 
 
 def fitted(
-    pixels: Array, size: tuple[int, int], channels: int, values: ValueRange | None = None
+    pixels: Array,
+    size: tuple[int, int],
+    channels: int,
+    values: ValueRange | None = None,
+    *,
+    fine: bool = False,
 ) -> Tensor:
     """One image (H, W, C) of any depth as (channels, *size) in [-1, 1], resized and cropped.
 
     Args:
         values: the range of the training images, where these had the same type; None: the type's.
+        fine: whether these had more than 8 bits.
 
     Raises:
         InputError: float pixels outside [0, 1] where no range is known; other channels.
     """
-    return as_tensor(resized(as_uint8(pixels, channels, values), size))
+    return as_tensor(resized(as_levels(pixels, channels, values, fine=fine), size))
 
 
-def as_uint8(
+def as_levels(
     pixels: Array,
     channels: int,
     values: ValueRange | None = None,
     nodata: float | None = None,
+    *,
+    fine: bool = False,
 ) -> Pixels:
-    """An image (H, W, C) of any depth and colour as uint8 with these channels.
+    """An image (H, W, C) of any depth and colour as levels with these channels, bytes if not
+    `fine`.
 
     Pixels where nothing was measured get the mean of the others.
 
@@ -181,7 +282,8 @@ def as_uint8(
         InputError: float pixels outside [0, 1] where no range is given; channels that are neither
             grey nor RGB and others than these.
     """
-    dtype = pixels.dtype.name
+    dtype, have = pixels.dtype.name, pixels.shape[2]
+    check_channels(have, channels)
     if values is None and dtype == "float32":
         low, high = float(np.nanmin(pixels)), float(np.nanmax(pixels))
         if low < 0 or high > 1:
@@ -193,21 +295,27 @@ def as_uint8(
     if unknown.any():
         mean = pixels[~unknown].mean(axis=0) if not unknown.all() else 0
         pixels = np.where(unknown[..., None], mean, pixels).astype(pixels.dtype)
-    if dtype != "uint8":
-        pixels = (values or WHOLE[dtype]).to_uint8(pixels)
-    have = pixels.shape[2]
+    if fine or dtype != "uint8":
+        pixels = (values or WHOLE[dtype]).to_levels(pixels, fine=fine)
     if have == channels:
         return pixels
     if have == 1 and channels == 3:
         return np.repeat(pixels, 3, axis=2)
     if have == 3 and channels == 1:
+        if fine:
+            return pixels @ np.array([[0.299], [0.587], [0.114]], np.float32)
         return np.asarray(Image.fromarray(pixels).convert("L"))[..., None]
-    if channels == 4 and have in (1, 3):  # colours and alpha: nothing is transparent
-        colours = pixels if have == 3 else np.repeat(pixels, 3, axis=2)
-        return np.dstack([colours, np.full(pixels.shape[:2], 255, np.uint8)])
-    raise InputError(
-        f"its {have} channels are not {channels}: choose as many in all images with --channels"
-    )
+    colours = pixels if have == 3 else np.repeat(pixels, 3, axis=2)
+    opaque = np.full(pixels.shape[:2], 255, pixels.dtype)  # nothing is transparent
+    return np.dstack([colours, opaque])
+
+
+def check_channels(have: int, channels: int) -> None:
+    """Raises an InputError where `as_levels` makes no image of so many channels."""
+    if have != channels and (have, channels) not in ((1, 3), (3, 1), (1, 4), (3, 4)):
+        raise InputError(
+            f"its {have} channels are not {channels}: choose as many in all images with --channels"
+        )
 
 
 def resized(pixels: Pixels, size: tuple[int, int]) -> Pixels:
@@ -225,9 +333,10 @@ def resized(pixels: Pixels, size: tuple[int, int]) -> Pixels:
         found = picture.resize(size[::-1], Image.Resampling.LANCZOS, box, reducing_gap=3.0)
         return np.asarray(found)
 
-    if pixels.shape[2] == 3:
+    if pixels.shape[2] == 3 and pixels.dtype == np.uint8:
         return smaller(pixels)
-    return np.stack([smaller(pixels[..., c]) for c in range(pixels.shape[2])], axis=-1)
+    found = np.stack([smaller(pixels[..., c]) for c in range(pixels.shape[2])], axis=-1)
+    return found.clip(0, 255)  # beyond which Lanczos leads at edges, where it does not round
 
 
 def as_tensor(pixels: Pixels) -> Tensor:

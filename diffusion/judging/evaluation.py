@@ -176,6 +176,11 @@ def check_bits(sampler: ImageSampler) -> None:
             "--bits is for models of pixels, and this one works in latents, which are no bytes to "
             "code: leave it out"
         )
+    if sampler.pixels.fine:
+        raise InputError(
+            f"--bits is for models of 8-bit images, and this one makes {sampler.pixels}, which are "
+            "no bytes to code: leave it out"
+        )
 
 
 def held_out_bits(
@@ -223,12 +228,12 @@ def held_out_bits(
 
 
 def timed_samples(sampler: ImageSampler, wanted: Wanted) -> tuple[Images, float]:
-    """Samples as wanted, and the seconds that they took; under a progress bar."""
+    """Samples as wanted, as bytes, and the seconds that they took; under a progress bar."""
     plan, size = sampler.plans.from_noise(), sampler.options.batch_size
     start = time.perf_counter()
     with tqdm(total=plan.steps * -(-len(wanted) // size), unit="step", disable=None) as bar:
         images = list(sampler.batches(len(wanted), wanted, on_step=lambda step: bar.update()))
-    return np.concatenate(images), time.perf_counter() - start
+    return sampler.shown(np.concatenate(images)), time.perf_counter() - start
 
 
 # ----------------------------------------------------------------------------------------------

@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import diffusion.training
 import segmentation.training
 import unet_diffusion.pretraining
-from diffusion.data.pixels import to_unit
+from diffusion.data.pixels import ValueRange, as_levels, as_tensor, to_unit
+from diffusion.initial import find_start
 from diffusion.model import DiffusionUNet
 from diffusion.options import DiffusionOptions
 from diffusion.process.denoiser import Denoiser
@@ -43,6 +45,7 @@ CONFIG = UNetConfig(
     scale_shift=True,
     middle_attention=True,
 )
+STEM = "trunk.encoder.0.stem.conv"
 GREY = Normalisation((127.5,), (60.0,), "uint8").to_dict()
 SHORT = ("--steps", 1, "--lr", 1e-12, "--ema", 0, "--weight-decay", 0, "--batch-size", 2)
 
@@ -124,6 +127,37 @@ def test_flow_and_edm_start_a_segmentation_at_the_noise_of_the_cosine_schedule(
     with torch.no_grad():
         Denoiser(network, schedule, kind)(schedule.level(t).signal * image, t)
         assert torch.allclose(trunk(shown), seen[0], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "values"),
+    [("uint16", ValueRange((0.0, 90.0), (4095.0, 700.0))), ("float32", ValueRange(-3.0, 7.0))],
+)
+def test_images_of_more_than_8_bits_cross_both_ways(
+    tmp_path: Path, dtype: str, values: ValueRange
+) -> None:
+    """Each network sees what it saw in the other life, whatever the values and channels."""
+    ranges, two = {dtype: values.each(2)}, {"in_channels": 2}
+    diffusion_model(tmp_path / "images", dtype=dtype, ranges=ranges, config=two)
+    start = segmentation_start(str(tmp_path / "images"))
+    assert start is not None
+    low, high = map(np.array, values.each(2))
+    pixels = (low + np.random.default_rng(0).random((24, 32, 2)) * (high - low)).astype(dtype)
+    x = as_tensor(as_levels(pixels, 2, values, fine=True))
+    seen = Normalisation.from_dict(start.info["normalisation"])(pixels)
+    signal = SCHEDULE.level(round(TIMESTEP * 199)).signal
+    assert np.allclose(seen, x * signal, atol=1e-6)
+
+    plain = UNetConfig(**{**vars(CONFIG), **two, "time": False, "scale_shift": False})
+    normalisation = Normalisation((100.0, 30.0), (40.0, 600.0), dtype)
+    teacher = SegmentationUNet(plain, 1, {"normalisation": normalisation.to_dict()})
+    teacher.save_pretrained(tmp_path / "masks")
+    back = find_start(str(tmp_path / "masks"), {dtype: values}).read()
+    found, wanted = (
+        F.conv2d(torch.as_tensor(image)[None], *(state[f"{STEM}.{w}"] for w in ("weight", "bias")))
+        for image, state in ((x, back), (normalisation(pixels), teacher.state_dict()))
+    )
+    assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-4 * float(wanted.std()))
 
 
 def test_a_segmentation_starts_a_diffusion_model(data: Path, tmp_path: Path, capsys) -> None:

@@ -119,7 +119,8 @@ def tab(page: Page) -> None:
             frames.append(frame)
             yield grid(drawer.shown(frame)), f"step {i} of {options.steps}", gr.skip(), gr.skip()
         folder = SampleFolder(page.results() / "pictures")
-        folder.begin(Processes(), drawer.channels, labelled=known.joint)
+        dtype = known.pixels.dtype
+        folder.begin(Processes(), drawer.channels, labelled=known.joint, dtype=dtype)
         folder.add(frames[-1], 0)
         numbers = range(len(wanted))
         made = [folder.write_grid(numbers, drawer.shown)]
@@ -129,6 +130,7 @@ def tab(page: Page) -> None:
         if looked and text:
             shown = wanted[:FIGURES]
             images, heat = drawer.attending(shown)
+            images = drawer.shown(images)
             words = [drawer.text.words(text)] * len(shown)
             figures = [attention_figure(*each) for each in zip(images, words, heat, strict=True)]
         remarks = drawer.text.remarks(text) if text else []
