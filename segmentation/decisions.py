@@ -101,8 +101,8 @@ def decide(
     overlapping: list[Decision] = []
     if data.regions:
         info["regions"] = [[name, list(values)] for name, values in data.regions.values.items()]
-        why = "a sigmoid each; in a label map the later ones, by their first values"
-        overlapping = [Decision("regions", data.regions.lines(), why)]
+        how = "a sigmoid each; in a label map the later ones, by their first values"
+        overlapping = [Decision("regions", data.regions.lines(), how)]
     first = data.pairs[0]
     neighbours: list[Decision] = []
     if data.slices > 1:

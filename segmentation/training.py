@@ -283,7 +283,9 @@ def make_model(plan: SegmentationPlan) -> SegmentationUNet:
     model = SegmentationUNet(plan.network, plan.outputs, info)
     if plan.start and not goes_on:
         same = all(plan.start.info.get(k) == model.info.get(k) for k in ("objects", "regions"))
-        found = take_over(model, plan.start, own=() if same else ("head", "coarse_heads", "refine"))
+        found = take_over(
+            model, plan.start, own=() if same else ("head.conv", "coarse_heads", "refine")
+        )
         if is_main_process():
             print(f"started with {found}")
     return model

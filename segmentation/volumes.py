@@ -10,7 +10,7 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,16 @@ from unet.words import counted
 
 SLAB_BYTES = 2**28  # of the slices that are read, predicted and written together
 TILE = 1024  # side of the chunks, where the volume has none
+# What models say of themselves that decides nothing, or that a plan holds as it is used.
+_TOLD = (
+    "training",
+    "calibration",
+    "cells",
+    "classes",
+    "threshold",
+    "smallest_object",
+    "symmetries",
+)
 
 
 @dataclass(frozen=True)
@@ -75,7 +85,7 @@ class Progress:
             known = False
         if not known:
             raise InputError(f"{self.file} is damaged: remove it, and give --overwrite")
-        other = [key for key in self.plan if begun.get(key) != self.plan[key]]
+        other = [key for key in {**self.plan, **begun} if begun.get(key) != self.plan.get(key)]
         return other[0] if other else ""
 
     def left(self) -> list[int]:
@@ -446,11 +456,20 @@ class _Work:
 
 
 def _fingerprint(predict: Predictor) -> str:
-    """Of the weights and the shapes of the models."""
+    """Of the weights, and of what else of the models decides what they give.
+
+    Of their configs it knows what is not as by default, so that a field that is new in a later
+    version ends no prediction that an earlier one began.
+    """
     found = hashlib.sha256()
     for model in predict.models:
-        found.update(repr(model.config).encode())
-        found.update(json.dumps(model.info, sort_keys=True, default=str).encode())
+        shape = {
+            f.name: value
+            for f in fields(model.config)
+            if (value := getattr(model.config, f.name)) != f.default
+        }
+        info = {key: value for key, value in model.info.items() if key not in _TOLD}
+        found.update(json.dumps([shape, info], sort_keys=True, default=str).encode())
         for name, weight in model.state_dict().items():
             found.update(name.encode())
             found.update(weight.detach().cpu().float().contiguous().numpy().tobytes())

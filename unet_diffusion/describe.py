@@ -27,7 +27,8 @@ LARGEST = 65536  # pixels a side
 @dataclass(frozen=True, kw_only=True)
 class Options:
     model: Positional[str | None] = None
-    """A preset, as --list names them, or a model folder, such as RUN/model."""
+    """A preset, as --list names them, or a model folder, such as RUN/model; or another project's
+    checkpoint, of those that --init takes."""
     size: int | None = None
     """Height and width of the input. Default: what a preset is made for (64 for Stable Diffusion:
     the latent of a 512 x 512 image); of a folder, 512 for segmentation and 64 for diffusion."""
@@ -115,12 +116,17 @@ def build(name: str) -> tuple[FolderModel, dict[str, Any]]:
     from unet_diffusion.starting import KINDS, read_model
 
     lora: dict[str, Any] = {}
+    source = "model folder"
     if preset := PRESETS.get(name):
         kind = KINDS["diffusion" if preset.config.time else "segmentation"]
         with torch.device("meta"):
             model = kind(preset.config, preset.out_channels).eval()
     elif not Path(name).exists():
-        raise InputError(f"'{name}' is neither a preset ({', '.join(PRESETS)}) nor a model folder")
+        raise InputError(
+            f"'{name}' is neither a preset ({', '.join(PRESETS)}) nor a model folder or checkpoint"
+        )
+    elif Path(name).is_file():
+        model, source = _in_checkpoint(Path(name))
     elif is_lora(name):
         model, lora = described_lora(name)
         state = load_file(Path(name, LORA))
@@ -128,15 +134,32 @@ def build(name: str) -> tuple[FolderModel, dict[str, Any]]:
     else:
         model = read_model(Path(name))
     facts: dict[str, Any] = {"name": name, "task": model.task}
-    facts["source"] = preset.source if preset else "model folder"
+    facts["source"] = preset.source if preset else source
     if lora:
         facts |= {"source": "LoRA folder", "lora": lora | sizes}
     facts["parameters"] = sum(p.numel() for p in model.parameters())
     weights = [v for v in model.state_dict().values() if v.is_floating_point()]
     facts["bytes_as_float32"] = sum(4 * v.numel() for v in weights)
-    facts["bytes_as_stored"] = None if preset or lora else sum(v.nbytes for v in weights)
+    in_folder = not preset and Path(name).is_dir()
+    facts["bytes_as_stored"] = sum(v.nbytes for v in weights) if in_folder and not lora else None
     facts["types"] = sorted({str(v.dtype).removeprefix("torch.") for v in weights})
     return model.to("meta").float(), facts
+
+
+def _in_checkpoint(file: Path) -> tuple[FolderModel, str]:
+    """The segmentation in a file of another project, and what it is.
+
+    Raises:
+        InputError: a network without a counterpart here.
+    """
+    from segmentation.model import SegmentationUNet
+    from unet.weights.checkpoints import read_checkpoint
+
+    found = read_checkpoint(file)
+    head = found.state.get("head.conv.weight")
+    model = SegmentationUNet(found.config, 1 if head is None else len(head)).eval()
+    model.load_state_dict(found.state, strict=False)
+    return model, f"checkpoint of {found.what}"
 
 
 def table(facts: dict[str, Any]) -> str:

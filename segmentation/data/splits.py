@@ -79,7 +79,11 @@ def split_pairs(
         k, n = map(int, match.groups()) if match else (0, 0)
         most = count if count > 1 else 10
         if not 1 <= k <= n or not 2 <= n <= most:
-            raise InputError(f"fold {fold!r}: give k/n, such as 1/{min(5, most)}, k <= n <= {most}")
+            what = "volume" if isinstance(sources[0], str) else "image"
+            raise InputError(
+                f"fold {fold!r} of {counted(count, what)}: give k/n, such as 1/{min(5, most)}, "
+                f"k <= n <= {most}"
+            )
         if count == 1:
             _check_alone(pairs)
             return _strips(pairs[0], (k - 1) / n, k / n, ignore_value)

@@ -13,8 +13,10 @@ import torch
 from diffusion.model import DiffusionUNet
 from segmentation.model import SegmentationUNet
 from tests.forks import SCRIPTS, run_forked
+from tests.unet.weights.test_checkpoints import DECODER, WIDTHS, Smp
 from unet.config import UNetConfig
 from unet.presets import PRESETS
+from unet.weights.convert import to_layout
 from unet_diffusion import describe
 
 
@@ -155,6 +157,30 @@ def test_memory_of_stored_weights(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert (facts["bytes_as_float32"], facts["bytes_as_stored"]) == (4 * count, 2 * count)
     assert facts["types"] == ["bfloat16"]
     assert f"{2 * count / 1e6:,.2f} MB (bfloat16)" in run(capsys, str(tmp_path))
+
+
+def test_checkpoints_of_other_projects(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As a folder of the network that they become, and what they start."""
+    config = replace(PRESETS["classic"].config, channels=2)
+    model = SegmentationUNet(config, 1)
+    model.save_pretrained(tmp_path / "ours")
+    classic, smp = tmp_path / "theirs.pth", tmp_path / "smp.pth"
+    torch.save({"model": to_layout(model.state_dict(), config, "classic")}, classic)
+    torch.save(Smp(WIDTHS, DECODER).state_dict(), smp)
+    known = ("steps", "parameters", "multiply_adds", "task")
+    ours, theirs = (
+        json.loads(run(capsys, str(path), "--json", "--size", "32"))
+        for path in (tmp_path / "ours", classic)
+    )
+    assert {key: theirs[key] for key in known} == {key: ours[key] for key in known}
+    for file, name in ((classic, "Pytorch-UNet"), (smp, "smp's Unet with vgg13_bn")):
+        text = run(capsys, str(file), "--size", "32")
+        assert f"segmentation, checkpoint of {name}" in text
+        assert f"unet-train-seg --init {file}" in text
+        assert "can start a diffusion:     no: " in text
+    torch.save({"weight": torch.ones(2)}, tmp_path / "other.pth")
+    assert describe.command([str(tmp_path / "other.pth")]) == 2
+    assert "other.pth holds no network that starts a training here" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from skimage import measure
 
 import diffusion.training
 import segmentation.training
@@ -26,7 +28,7 @@ from segmentation.model import SegmentationUNet
 from segmentation.options import SegmentationOptions
 from unet import UNet, UNetConfig
 from unet.errors import RunError
-from unet.files.images import write_image
+from unet.files.images import read_mask, write_image
 from unet.training.cli import run_script
 from unet.weights.folder import FolderModel
 from unet_diffusion import describe, train_ddpm, train_seg
@@ -269,6 +271,43 @@ def unlabelled(tmp_path: Path) -> Path:
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
     return SegmentationUNet.from_pretrained(run / "model").state_dict()
+
+
+@pytest.fixture
+def sparse(data: Path, tmp_path: Path) -> Path:
+    """Numbered objects, of which the upper rows alone have labels."""
+    shutil.copytree(data / "image", tmp_path / "cells/image")
+    for i in range(4):
+        numbers = measure.label(read_mask(data / f"label/{i}.png"), connectivity=1)
+        numbers[16:] = 9999
+        write_image(tmp_path / f"cells/label/{i}.tif", np.uint16(numbers))
+    return tmp_path / "cells"
+
+
+OBJECTS = ("--instances", "--ignore-value", 9999, "--crop", 32, "--batch-size", 2)
+
+
+def test_objects_of_a_few_rows_start_from_a_diffusion_model(sparse, tmp_path, capsys) -> None:
+    diffusion_model(tmp_path / "model")
+    given = ("--data", sparse, "--init", tmp_path / "model", "--out", tmp_path / "run", *OBJECTS)
+    assert run_seg(*given, "--steps", 1) == 0
+    told = capsys.readouterr().out
+    assert "started with trunk, head.norm of " in told
+    assert "-> ignored     60.00%" in told
+    model = SegmentationUNet.from_pretrained(tmp_path / "run/model")
+    assert model.depth
+    assert "ap" in model.info["training"]["figures"]
+
+
+@pytest.mark.slow  # three trainings; their parts are tested each by itself
+def test_a_teacher_of_objects_is_what_init_gives(sparse, unlabelled, tmp_path) -> None:
+    given = ("--data", sparse, "--evaluations", 1, *OBJECTS)
+    first = ("--width", 8, "--unlabelled", unlabelled, "--steps", 6, "--out", tmp_path / "one")
+    assert run_seg(*given, *first) == 0
+    start = tmp_path / "one/pretraining/model"
+    assert run_seg(*given, "--init", start, "--steps", 1, "--out", tmp_path / "two") == 0
+    ours, theirs = weights(tmp_path / "one/teacher"), weights(tmp_path / "two")
+    assert all(torch.equal(v, theirs[k]) for k, v in ours.items())
 
 
 def test_unlabelled_images_come_first(data: Path, unlabelled: Path, tmp_path: Path, capsys) -> None:

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from segmentation.data.classes import ClassTable
 from segmentation.data.pairs import find_pairs
 from segmentation.data.phantom import phantom_stack
 from segmentation.data.slices import with_neighbours
 from segmentation.data.splits import split_pairs
 from segmentation.judging.surface import surface_scores
+from segmentation.model import SegmentationUNet
 from segmentation.segmenter import load
 from segmentation.volumes import find_volumes
+from tests.commands.test_seg_commands import run_crossval
+from tests.forks import SCRIPTS, run_forked
 from tests.segmentation.test_seg_training import SMALL, run_predict, run_train
+from unet import UNetConfig
 from unet.files.images import list_images, write_image
+from unet.training.run import read_log
 from unet_diffusion import eval_seg
 
 IMAGES, MASKS = (a.reshape(4, 3, 40, 48) for a in phantom_stack(12, (40, 48), seed=1))
@@ -128,3 +135,85 @@ def test_from_cases_to_masks_and_scores(nnunet, tmp_path, capsys):
     assert case["name"] == "case_3_0000"
     for kind, both in zip(("membrane", "cell"), expected, strict=True):
         assert (case[f"hd95 {kind}"], case[f"nsd {kind}"]) == pytest.approx(both, rel=1e-6)
+
+
+def test_a_cross_validation_of_cases_with_slices_and_regions(nnunet, tmp_path, capsys, short_runs):
+    """Each case is scored by the model that saw none of its slices, as eval-seg scores it."""
+    nibabel = pytest.importorskip("nibabel")
+    for i, mask in enumerate(MASKS):  # with a third class, a corner
+        mask = np.uint8(mask > 0)
+        mask[:, :9, :9] = 2
+        nibabel.save(nibabel.Nifti1Image(mask.T, np.eye(4)), nnunet / f"labelsTr/case_{i}.nii.gz")
+    said = {"channel_names": {"0": "EM"}, "labels": {"membrane": 0, "cell": 1, "corner": 2}}
+    (nnunet / "dataset.json").write_text(json.dumps(said))
+    out = tmp_path / "cv"
+    more = ("--slices", 3, "--regions", "all=1,2", "corner=2", "--folds", 2)
+    assert run_crossval("--data", nnunet, "--out", out, *more, *SMALL) == 0
+    printed = capsys.readouterr().out
+    assert "training: 6 images of 2 volumes" in printed
+    assert "in 4 stacks of 3 slices" in printed
+    facts = json.loads((out / "crossval.json").read_text())
+    folds = {image["name"]: image["fold"] for image in facts["per_image"]}
+    assert folds == {f"case_{i}_{k}": f"{1 + i // 2}/2" for i in range(4) for k in range(3)}
+    for k, fold in enumerate(facts["folds"], 1):
+        argv = ["--model", str(out / f"fold-{k}/model"), "--out", str(tmp_path / f"s{k}")]
+        assert eval_seg.command(argv) == 0
+        scores = json.loads((tmp_path / f"s{k}/scores.json").read_text())
+        assert scores["classes"] == fold["classes"]
+        assert [kind["class"] for kind in fold["classes"]] == ["all", "corner"]
+        assert scores["scores"] == pytest.approx(fold["scores"])
+    capsys.readouterr()
+    more = ("--folds", 5, "--out", tmp_path / "other")
+    assert run_crossval("--data", nnunet, *more, *SMALL) == 2
+    assert "fold '1/5' of 4 volumes" in capsys.readouterr().err
+
+
+@pytest.mark.slow  # two runs, by three processes; tests of `BatchKeys` show the sharing itself
+def test_two_processes_train_on_cases_as_one(nnunet, tmp_path):
+    # Normalised in each sample by itself, so that two halves of a batch are a whole one.
+    network = ("--network", "shared", "--width", 8, "--crop", 16, "--batch-size", 4)
+    flags = ("--data", nnunet, "--slices", 3, "--precision", "fp32", "--device", "cpu", *network)
+    flags = (*flags, "--steps", 3, "--log-every", 1, "--evaluations", 1)
+    losses = []
+    for processes in (1, 2):
+        run = tmp_path / f"run-{processes}"
+        argv = (*flags, "--out", run)
+        done = run_forked(SCRIPTS / "train_seg.py", *argv, processes=processes, short=True)
+        assert done.returncode == 0, done.stderr
+        losses.append([e["loss"] for e in read_log(run / "metrics.jsonl") if "loss" in e])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_two_processes_predict_each_case_once(nnunet, tmp_path, capsys):
+    """Cases of three kinds and one that cannot be read, which is left for another run."""
+    zarr = pytest.importorskip("zarr", reason="pip install 'unet-diffusion[zarr]'")
+    h5py = pytest.importorskip("h5py", reason="pip install 'unet-diffusion[hdf5]'")
+    info = {
+        "classes": ClassTable(values=(0, 255), shares=(0.2, 0.8)).to_dict(),
+        "normalisation": {"mean": [128.0], "std": [40.0], "dtype": "uint8"},
+        "threshold": 0.5,
+    }
+    SegmentationUNet(UNetConfig(channels=2, multipliers=(1, 2)), 1, info).save_pretrained(
+        tmp_path / "model"
+    )
+    cases, out = tmp_path / "cases", tmp_path / "out"
+    cases.mkdir()
+    zarr.create_array(str(cases / "a.zarr"), data=IMAGES[0], chunks=(1, 40, 48))
+    with h5py.File(cases / "b.h5", "w") as file:
+        file["x"] = IMAGES[1]
+    shutil.copy(nnunet / "imagesTr/case_2_0000.nii.gz", cases / "c.nii.gz")
+    (cases / "d.h5").write_bytes(b"nothing")
+    given = ("--model", tmp_path / "model", "--input", cases, "--device", "cpu", "--out", out)
+    done = run_forked(SCRIPTS / "predict_seg.py", *given, processes=2)
+    assert done.returncode == 1
+    assert "d.h5" in done.stderr
+    assert done.stdout.count("3 of 3 slabs predicted") == 3
+    with h5py.File(cases / "d.h5", "w") as file:
+        file["x"] = IMAGES[3]
+    assert run_predict(*given) == 0
+    assert capsys.readouterr().out.count("slabs predicted") == 1
+    model = load(tmp_path / "model", device="cpu")
+    for name, images in zip("abcd", IMAGES, strict=True):
+        found = zarr.open_array(str(out / f"{name}_mask.zarr"), path="0", mode="r")
+        assert (found[...] == model(images)).all()
+    assert not list(out.glob("*_progress"))

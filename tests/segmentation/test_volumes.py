@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+from dataclasses import make_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -241,8 +242,9 @@ def test_an_interrupted_prediction_goes_on(folder, tmp_path, monkeypatch, capsys
         stop_after(patch, 2)
         with pytest.raises(KeyboardInterrupt):
             predict_volume(predictor(folder), source, out)
-    with pytest.raises(InputError, match="begun with another threshold"):
-        predict_volume(predictor(folder, threshold=0.6), source, out)
+    for key, given in (("threshold", {"threshold": 0.6}), ("uncertainty", {"uncertainty": True})):
+        with pytest.raises(InputError, match=f"begun with another {key}"):
+            predict_volume(predictor(folder, **given), source, out)
     SegmentationUNet(UNetConfig(channels=2, multipliers=(1, 2), patch=2), 1, INFO).save_pretrained(
         tmp_path / "other"
     )
@@ -258,6 +260,44 @@ def test_an_interrupted_prediction_goes_on(folder, tmp_path, monkeypatch, capsys
     with pytest.raises(InputError, match="exists already"):
         predict_volume(predictor(folder), source, out)
     assert predict_volume(predictor(folder), source, out, overwrite=True) == []
+
+
+def test_what_an_earlier_prediction_had_and_this_one_has_not_is_another_plan(tmp_path):
+    file = tmp_path / "x_progress"
+    volumes.Progress(file, {"model": "a", "uncertainty": ["entropy"]}, 3).begin()
+    assert volumes.Progress(file, {"model": "a", "uncertainty": ["entropy"]}, 3).differs() == ""
+    assert volumes.Progress(file, {"model": "a"}, 3).differs() == "uncertainty"
+
+
+def test_only_what_decides_the_result_makes_it_another_model(folder):
+    """A field that a later version adds to the config, as by default, ends nothing begun before."""
+
+    def fingerprint(change: Any = lambda model: None) -> str:
+        models, _, _ = load_models([folder], "cpu")
+        change(models[0])
+        return volumes._fingerprint(Predictor(models))
+
+    def with_config(**values: Any) -> Any:
+        later = make_dataclass(
+            "Later", [("novel", int, 0)], bases=(UNetConfig,), frozen=True, kw_only=True
+        )
+        return lambda m: setattr(m, "config", later(**{**vars(m.config), **values}))
+
+    def with_info(**values: Any) -> Any:
+        return lambda model: model.info.update(values)
+
+    whole = fingerprint()
+    told = ({"threshold": 0.7}, {"training": {"figures": {}}}, {"calibration": {}}, {"cells": 1})
+    for same in (with_config(), *(with_info(**each) for each in told)):
+        assert fingerprint(same) == whole
+    normalisation = {**INFO["normalisation"], "std": [41.0]}
+    for other in (
+        with_config(novel=1),
+        with_info(normalisation=normalisation),
+        with_info(temperature=2.0),
+        lambda model: model.head.conv.bias.data.add_(1e-3),
+    ):
+        assert fingerprint(other) != whole
 
 
 @pytest.mark.slow

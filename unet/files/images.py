@@ -75,6 +75,11 @@ def list_images(folder: Path) -> list[Path]:
     except OSError as error:
         raise InputError(f"{str(folder)!r}: cannot be read ({error.strerror})") from error
     if not files:
+        if series := [path.name for path in shown if is_volume(path)]:
+            raise InputError(
+                f"{str(folder)!r}: {min(series)} in it is a DICOM series: name one such folder by "
+                "itself, or make a NIfTI file of each (dcm2niix -z y -f %f -o OUT FOLDER)"
+            )
         raise InputError(f"{str(folder)!r}: no image in this folder ({', '.join(SUFFIXES)})")
     return sorted(files, key=lambda path: natural_key(path.name))
 

@@ -34,7 +34,7 @@ class Checkpoint(NamedTuple):
     """A segmentation in a file.
 
     Attributes:
-        what: it is, and how its images are scaled, for people.
+        what: the network that it is, and how its images are scaled, for people.
         config: of its trunk.
         info: its normalisation, as the models of this project keep it.
         state: of a `SegmentationUNet`; of smp without the head, whose convolution is 3x3.
@@ -90,7 +90,7 @@ def _classic(state: Mapping[str, Any]) -> Checkpoint:
     if len(ours["head.conv.bias"]) == 2:
         for name in ("head.conv.weight", "head.conv.bias"):
             ours[name] = ours[name][1:] - ours[name][:1]
-    return Checkpoint("images from 0 to 1", config, _scaled(config, *UNIT), ours)
+    return Checkpoint("Pytorch-UNet, images from 0 to 1", config, _scaled(config, *UNIT), ours)
 
 
 def _smp(state: Mapping[str, Any]) -> Checkpoint:
@@ -138,7 +138,8 @@ def _smp(state: Mapping[str, Any]) -> Checkpoint:
         state[name] = state[name].roll(widths[level], dims=1)
     ours = _renamed(state, {theirs: mine for mine, theirs in table.items()})
     scaled = IMAGENET if config.in_channels == 3 else UNIT
-    said = "images scaled as ImageNet's" if scaled is IMAGENET else "images from 0 to 1"
+    scale = "scaled as ImageNet's" if scaled is IMAGENET else "from 0 to 1"
+    said = f"smp's Unet with vgg13_bn, without its head, images {scale}"
     trunk = {f"trunk.{name}": value for name, value in ours.items()}
     return Checkpoint(said, config, _scaled(config, *scaled), trunk)
 

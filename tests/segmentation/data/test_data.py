@@ -254,7 +254,7 @@ def test_names_go_before_positions() -> None:
         (5, {"val": -0.1}, "validation share -0.1"),
         (5, {"val": 1.0}, "validation share 1.0"),
         (5, {"val": float("nan")}, "validation share nan"),
-        (5, {"fold": "0/5"}, "fold '0/5': give k/n"),
+        (5, {"fold": "0/5"}, "fold '0/5' of 5 images: give k/n"),
         (5, {"fold": "6/5"}, "fold '6/5'"),
         (5, {"fold": "1/6"}, "k <= n <= 5"),
         (5, {"fold": "1/1"}, "fold '1/1'"),

@@ -13,7 +13,7 @@ import pytest
 
 from unet import InputError
 from unet.files import rasters
-from unet.files.images import Blocks, image_info, read_image, read_mask
+from unet.files.images import Blocks, image_info, list_images, read_image, read_mask
 from unet.files.pages import Reading
 from unet.files.rasters import open_raster
 from unet.files.volumes import is_volume, volume_name
@@ -368,6 +368,13 @@ def test_a_dicom_series_is_in_the_order_of_its_places(tmp_path):
     units = 2 + np.arange(5)[:, None, None] % 2
     hounsfield = (ARRAY[0, 0].astype(np.float32) - 100) * units - 1024
     check_pages(tmp_path / "ct", hounsfield[..., None].astype(np.float32))
+
+
+def test_a_folder_of_dicom_series_says_how_to_convert_them(tmp_path):
+    for patient in "ab":
+        save_dicom(tmp_path / f"{patient}/1.dcm", ARRAY[0, 0, 0], 1)
+    with pytest.raises(InputError, match=r"a in it is a DICOM series: .*dcm2niix"):
+        list_images(tmp_path)
 
 
 def test_colours_of_dicom_are_channels(tmp_path):
