@@ -40,6 +40,7 @@ from unet.files.pages import Array, missing
 from unet.words import counted
 
 CACHE_BYTES = 2**30
+USUAL_CLASSES = 8  # more values in masks may be numbers of objects
 JUDGED = 20  # masks that decide whether they number objects, or have void edges
 
 
@@ -206,14 +207,19 @@ class SegmentationData:
         first = self.pairs[0].mask
         wide = self.pairs[0].read_mask().dtype != np.uint8  # as few masks of classes are
         as_cellpose = isinstance(first, Path) and first.stem.lower().endswith("_masks") and wide
-        numbered = as_cellpose or (len(survey.pixels) > MAX_CLASSES and not self._drawings())
-        if numbered and are_instances(
+        perhaps = as_cellpose or (len(survey.pixels) > USUAL_CLASSES and not self._drawings())
+        if perhaps and are_instances(
             (pair.read_mask() for pair in self.pairs[:JUDGED]), expected=as_cellpose
         ):
-            self.instances = True
-            self._take_declared(survey)
-            self.notes.append("the masks number objects, which are learnt to be told apart")
-            return self._instance_table()
+            if as_cellpose or len(survey.pixels) > MAX_CLASSES:
+                self.instances = True
+                self._take_declared(survey)
+                self.notes.append("the masks number objects, which are learnt to be told apart")
+                return self._instance_table()
+            self.notes.append(
+                f"each of the {len(survey.pixels)} classes is in one piece in nearly every mask: "
+                "if the masks number objects, give --instances"
+            )
         self._take_declared(survey)
         if self._drawings():
             self._tell_of_drawings("classes")

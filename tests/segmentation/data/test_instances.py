@@ -259,6 +259,13 @@ def test_a_data_set_of_instances() -> None:
     assert data.table.names == OBJECT_NAMES
     assert data.table.ignore_value == IGNORE
     assert ClassTable.from_dict(json.loads(json.dumps(data.table.to_dict()))) == data.table
+
+
+def test_what_may_be_few_objects_is_told() -> None:
+    cells = np.stack([touching_cells(seed, 14 + seed, 64, 6) for seed in range(3)])
+    found = SegmentationData(pairs_from_arrays(np.zeros((3, 64, 64), np.uint8), cells), [])
+    assert not found.instances
+    assert "if the masks number objects, give --instances" in found.describe()
     lines = data.describe().splitlines()
     assert [line.split()[3] for line in lines[1:4]] == [*OBJECT_NAMES, "ignored"]
     kept = {"normalisation": data.normalisation, "ignore_value": 999}
