@@ -259,13 +259,6 @@ def test_a_data_set_of_instances() -> None:
     assert data.table.names == OBJECT_NAMES
     assert data.table.ignore_value == IGNORE
     assert ClassTable.from_dict(json.loads(json.dumps(data.table.to_dict()))) == data.table
-
-
-def test_what_may_be_few_objects_is_told() -> None:
-    cells = np.stack([touching_cells(seed, 14 + seed, 64, 6) for seed in range(3)])
-    found = SegmentationData(pairs_from_arrays(np.zeros((3, 64, 64), np.uint8), cells), [])
-    assert not found.instances
-    assert "if the masks number objects, give --instances" in found.describe()
     lines = data.describe().splitlines()
     assert [line.split()[3] for line in lines[1:4]] == [*OBJECT_NAMES, "ignored"]
     kept = {"normalisation": data.normalisation, "ignore_value": 999}
@@ -274,6 +267,13 @@ def test_what_may_be_few_objects_is_told() -> None:
     bordered = replace(data.table, values=(0, 1, 2), shares=(0.5, 0.3, 0.2), names=INSTANCE_NAMES)
     before = SegmentationData([], pairs, table=bordered, **kept)
     np.testing.assert_array_equal(before.load(2)[1], instance_classes(cells[2], 999))
+
+
+def test_what_may_be_few_objects_is_told() -> None:
+    cells = np.stack([touching_cells(seed, 14 + seed, 64, 6) for seed in range(3)])
+    found = SegmentationData(pairs_from_arrays(np.zeros((3, 64, 64), np.uint8), cells), [])
+    assert not found.instances
+    assert "if the masks number objects, give --instances" in found.describe()
 
 
 def test_a_class_may_be_absent_if_it_has_a_name() -> None:
