@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from diffusion.data.pixels import (
     ValueRange,
     as_tensor,
     as_uint8,
+    check_channels,
     resized,
     to_unit,
 )
@@ -38,20 +39,39 @@ MAX_VALUES = 32  # of a mask
 _LOOKED_AT = 50  # files that say what a folder holds
 
 
+@dataclass(frozen=True)
+class Unread:
+    """A picture that is read each time its pixels are asked for, so that a million take no memory.
+
+    Attributes:
+        shape: (K, H, W) of what `read` gives.
+    """
+
+    shape: tuple[int, int, int]
+    read: Callable[[], Tensor]
+
+
+Picture: TypeAlias = Tensor | Unread
+
+
 class Asked(NamedTuple):
     """The class or text of an image, and the picture (K, H, W) it is made from; None: any, and no
     picture.
     """
 
     shown: int | str | None = None
-    picture: Tensor | None = None
+    picture: Picture | None = None
 
     @classmethod
-    def of(cls, wanted: int | str | Tensor | Asked | None) -> Asked:
+    def of(cls, wanted: int | str | Picture | Asked | None) -> Asked:
         """What is asked for where only the one or the other may be given."""
         if isinstance(wanted, Asked):
             return wanted
-        return cls(picture=wanted) if isinstance(wanted, Tensor) else cls(shown=wanted)
+        return cls(picture=wanted) if isinstance(wanted, Picture) else cls(shown=wanted)
+
+    def read(self) -> Tensor | None:
+        """The picture (K, H, W), in memory."""
+        return self.picture.read() if isinstance(self.picture, Unread) else self.picture
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,6 +202,33 @@ class Condition:
         if pixels.shape[0] > small[0] + 1 or pixels.shape[1] > small[1] + 1:
             return self.make(as_tensor(resized(pixels, size)), np.random.default_rng(0))
         return self._enlarged(pixels, size)
+
+    def unread(self, file: Path, size: tuple[int, int] | None, image_channels: int) -> Unread:
+        """What `given` will read of a file, once its header was looked at.
+
+        Raises:
+            InputError: a file that is no image, or whose header says that it is no such condition.
+        """
+        info = image_info(file)
+        try:
+            if info.pages > 1:
+                raise InputError(f"it is a stack of {info.pages} pages: give a file for each")
+            if self.kind == "mask":
+                if info.channels != 1 and info.palette is None:
+                    raise InputError("it holds colours, where the conditions are numbers")
+            else:
+                image_based = self.kind in ("lowres", "noise", "hole")
+                check_channels(info.channels, image_channels if image_based else self.channels)
+            if self.kind == "hole" and not info.has_alpha:
+                raise InputError("nothing in it is transparent, which says where the hole is")
+        except InputError as error:
+            raise InputError(f"{str(file)!r}: {error}") from error
+        if size is None:
+            factor = self.amount if self.kind == "lowres" else 1
+            shape = round(info.height * factor), round(info.width * factor)
+        return Unread(
+            (self.channels, *(size or shape)), lambda: self.given(file, size, image_channels)
+        )
 
     def _enlarged(self, pixels: Pixels, size: tuple[int, int]) -> Tensor:
         return F.interpolate(as_tensor(pixels)[None], size, mode="bicubic")[0].clamp(-1, 1)

@@ -181,7 +181,7 @@ def as_uint8(
         InputError: float pixels outside [0, 1] where no range is given; channels that are neither
             grey nor RGB and others than these.
     """
-    dtype = pixels.dtype.name
+    dtype, have = pixels.dtype.name, pixels.shape[2]
     if values is None and dtype == "float32":
         low, high = float(np.nanmin(pixels)), float(np.nanmax(pixels))
         if low < 0 or high > 1:
@@ -195,19 +195,23 @@ def as_uint8(
         pixels = np.where(unknown[..., None], mean, pixels).astype(pixels.dtype)
     if dtype != "uint8":
         pixels = (values or WHOLE[dtype]).to_uint8(pixels)
-    have = pixels.shape[2]
+    check_channels(have, channels)
     if have == channels:
         return pixels
     if have == 1 and channels == 3:
         return np.repeat(pixels, 3, axis=2)
     if have == 3 and channels == 1:
         return np.asarray(Image.fromarray(pixels).convert("L"))[..., None]
-    if channels == 4 and have in (1, 3):  # colours and alpha: nothing is transparent
-        colours = pixels if have == 3 else np.repeat(pixels, 3, axis=2)
-        return np.dstack([colours, np.full(pixels.shape[:2], 255, np.uint8)])
-    raise InputError(
-        f"its {have} channels are not {channels}: choose as many in all images with --channels"
-    )
+    colours = pixels if have == 3 else np.repeat(pixels, 3, axis=2)
+    return np.dstack([colours, np.full(pixels.shape[:2], 255, np.uint8)])  # nothing is transparent
+
+
+def check_channels(have: int, channels: int) -> None:
+    """Raises an InputError where `as_uint8` makes no image of so many channels."""
+    if have != channels and (have, channels) not in ((1, 3), (3, 1), (1, 4), (3, 4)):
+        raise InputError(
+            f"its {have} channels are not {channels}: choose as many in all images with --channels"
+        )
 
 
 def resized(pixels: Pixels, size: tuple[int, int]) -> Pixels:
