@@ -183,7 +183,7 @@ def main(options: SampleOptions) -> None:
             print(f"model with its LoRA: {options.merged}")
         if model.joint:
             say_next("train-seg", "--data", "real_data", "--synthetic", options.out)
-        elif model.condition is None:  # which eval-ddpm judges
+        elif not (model.masks and model.condition):  # eval-ddpm judges all others
             say_next("eval-ddpm", "--model", options.model, "--data", trained_on(options.model))
 
 
@@ -219,7 +219,7 @@ def write_pictures(
 
 def given_conditions(options: SampleOptions, sampler: ImageSampler) -> tuple[Wanted, list[str]]:
     """The pictures of --condition, each as often as it is asked for, with the class or prompt of
-    each in turn, and the names of the files. The headers of all are read, and pixels batch by batch.
+    each in turn, and the names of the files; of which headers are read now, pixels when due.
     """
     from unet.files.images import list_images
 

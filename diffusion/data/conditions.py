@@ -113,6 +113,30 @@ class Condition:
         """Whether it is made from the image itself."""
         return self.kind in RECIPES
 
+    @property
+    def image_name(self) -> str:
+        """What `as_image` gives, for people."""
+        words = {
+            "lowres": "bicubic enlargement",
+            "grey": "the greys",
+            "noise": "the noisy image",
+            "hole": "the image with a hole",
+        }
+        return words.get(self.kind, "the picture itself")
+
+    def as_image(self, picture: Tensor, channels: int) -> Tensor | None:
+        """The condition (K, H, W) as an image (C, H, W) in [-1, 1], which a model has to beat.
+
+        None: it is a mask, or a picture of other channels.
+        """
+        if self.kind == "mask":
+            return None
+        if self.kind == "hole":
+            picture = picture[:-1]
+        if len(picture) == 1:
+            picture = picture.expand(channels, -1, -1)
+        return picture.clamp(-1, 1) if len(picture) == channels else None
+
     def make(self, image: Tensor, rng: np.random.Generator) -> Tensor:
         """The condition (K, H, W) of an image (C, H, W) in [-1, 1], by the recipe."""
         if self.kind == "grey":
