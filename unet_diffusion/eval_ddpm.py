@@ -291,14 +291,14 @@ def judged_pairs(
     """
     from diffusion.data.conditions import Asked
     from diffusion.judging.evaluation import timed_samples
-    from diffusion.judging.restoration import restoration
+    from diffusion.judging.restoration import candidates, restoration
     from unet_diffusion.faithfulness import faithfulness
 
     images, seconds = timed_samples(sampler, [*pairs.wanted] * options.each)
     samples = images.reshape(options.each, -1, *images.shape[1:])
     figures = judge(samples[0], [Asked.of(wanted).shown for wanted in pairs.wanted])
     distance = judge.distance if judge.extractor else None
-    figures["restoration"] = restoration(samples, pairs, distance)
+    figures["restoration"] = restoration(candidates(samples, pairs), pairs.truth, distance)
     if reader is not None:
         masks = reader.asked(judge.data, pairs.chosen)
         figures["faithfulness"] = faithfulness(reader, samples[0], pairs.truth, masks)

@@ -7,7 +7,8 @@ looks real and lies further off: no method is best at both (Blau and Michaeli 20
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -114,29 +115,38 @@ def _reading(data: DiffusionData, index: int) -> Callable[[], Tensor]:
     return read
 
 
-def restoration(
-    samples: Images, pairs: Pairs, distance: Callable[[Images], float] | None = None
-) -> dict[str, dict[str, float]]:
-    """PSNR and SSIM, means over the images, of what takes no model, of one sample of each picture,
-    and of the mean over several.
+def candidates(samples: Images, pairs: Pairs) -> dict[str, Images]:
+    """What is judged, by name: what takes no model, one sample of each picture, and the mean.
 
     Args:
         samples: uint8 (S, N, H, W, C), S of each of the N pictures.
-        distance: of a set of images to real ones, given of each row and of the true images.
     """
     rows = {} if pairs.floor is None else {pairs.floor_name: pairs.floor}
     rows["one sample"] = samples[0]
     if len(samples) > 1:
         mean = samples.mean(axis=0, dtype=np.float32)
         rows[f"mean of {len(samples)} samples"] = np.rint(mean).astype(np.uint8)
-    if distance is not None:
-        rows["the true images"] = pairs.truth
+    return rows
+
+
+def restoration(
+    rows: Mapping[str, Images], truth: Images, distance: Callable[[Images], float] | None = None
+) -> dict[str, dict[str, float]]:
+    """PSNR and SSIM of images (N, H, W, C) by name, means over the images.
+
+    Args:
+        distance: of a set of images to real ones, which is also given for the true images.
+    """
     found = {}
     for name, images in rows.items():
-        found[name] = {
-            "PSNR": float(psnr(images, pairs.truth).mean()),
-            "SSIM": float(ssim(images, pairs.truth).mean()),
-        }
+        quality = psnr(images, truth).mean(), ssim(images, truth).mean()
+        found[name] = {"PSNR": float(quality[0]), "SSIM": float(quality[1])}
         if distance is not None:
             found[name]["Fréchet distance"] = distance(images)
+    if distance is not None:
+        found["the true images"] = {
+            "PSNR": math.inf,
+            "SSIM": 1.0,
+            "Fréchet distance": distance(truth),
+        }
     return found

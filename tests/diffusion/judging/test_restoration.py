@@ -13,7 +13,7 @@ import pytest
 from diffusion.data.conditions import find_condition
 from diffusion.data.images import DiffusionData
 from diffusion.judging.evaluation import table
-from diffusion.judging.restoration import Pairs, psnr, restoration, ssim
+from diffusion.judging.restoration import Pairs, candidates, psnr, restoration, ssim
 from unet.files.images import write_image
 
 RNG = np.random.default_rng(0)
@@ -40,7 +40,7 @@ def data_of(folder: Path, said: str, images: np.ndarray, **more: Any) -> Diffusi
 def test_the_floor_of_noise_is_its_standard_deviation(tmp_path: Path, amount: float) -> None:
     data = data_of(tmp_path, f"noise:{amount}", np.full((20, 32, 32), 128, np.uint8))
     pairs = Pairs.of(data, data.val, 12, SAMPLER)
-    found = restoration(pairs.truth[None], pairs)
+    found = restoration(candidates(pairs.truth[None], pairs), pairs.truth)
     assert found["the noisy image"]["PSNR"] == pytest.approx(-20 * math.log10(amount), abs=0.2)
     assert found["one sample"] == {"PSNR": math.inf, "SSIM": pytest.approx(1)}
     assert "inf" in "".join(table("restoration", found))
@@ -65,7 +65,7 @@ def test_bicubic_enlargement_is_the_floor_and_the_mean_is_judged_as_a_picture(
     data = data_of(tmp_path, "lowres:4", flat, val=4)
     pairs = Pairs.of(data, data.val, 4, SAMPLER)
     off = np.stack([pairs.truth + np.uint8(9), pairs.truth - np.uint8(9)])
-    found = restoration(off, pairs, lambda images: float(len(images)))
+    found = restoration(candidates(off, pairs), pairs.truth, lambda images: float(len(images)))
     rows = ["bicubic enlargement", "one sample", "mean of 2 samples", "the true images"]
     assert list(found) == rows
     assert found[rows[0]]["PSNR"] > 45
@@ -88,6 +88,8 @@ def test_what_is_no_image_has_no_floor(tmp_path: Path) -> None:
         pairs = Pairs.of(data, data.val, 2, SAMPLER)
         if floor is None:
             assert pairs.floor is None
-            assert list(restoration(pairs.truth[None], pairs)) == ["one sample"]
+            assert list(restoration(candidates(pairs.truth[None], pairs), pairs.truth)) == [
+                "one sample"
+            ]
         else:
             assert np.array_equal(pairs.floor, pairs.truth)
