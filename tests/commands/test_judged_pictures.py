@@ -12,6 +12,7 @@ import torch
 
 from diffusion.data.conditions import find_condition
 from diffusion.data.images import DiffusionData
+from diffusion.judging.classifier import ClassifierUNet, classifier_config
 from diffusion.model import DiffusionUNet
 from diffusion.options import DiffusionOptions
 from diffusion.process.schedule import NoiseSchedule
@@ -67,6 +68,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def classifier(path: Path) -> Path:
+    """A network whose features are compared."""
+    info = {"classes": ["a", "b"], "size": [SIDE, SIDE]}
+    network = ClassifierUNet(classifier_config((SIDE, SIDE), 1, 2), 2, info)
+    network.save_pretrained(path / "classifier")
+    return path / "classifier"
+
+
 def reader(path: Path, values: list[int], cells: int | None = 0) -> Path:
     table = {"values": values, "shares": [1 / len(values)] * len(values)}
     normalisation = {"mean": [128.0], "std": [60.0], "dtype": "uint8"}
@@ -88,17 +97,22 @@ def reader(path: Path, values: list[int], cells: int | None = 0) -> Path:
 
 def test_small_images_are_judged_by_the_images_held_out(folder: Path, capsys: Any) -> None:
     model = ("--model", folder / "lowres/model", "--out", folder / "found.json")
-    assert judge(*model, "--data", folder / "own/image", "--count", 6, "--each", 3) == 0
+    features = ("--classifier", classifier(folder), "--each", 3)
+    assert judge(*model, "--data", folder / "own/image", "--count", 6, *features) == 0
     said = capsys.readouterr().out
     row = json.loads((folder / "found.json").read_text())["rows"][0]
     assert list(row["restoration"]) == [
         "bicubic enlargement",
         "one sample",
         "mean of 3 samples",
+        "the true images",
     ]
+    assert row["restoration"].pop("the true images")["PSNR"] is None  # infinite, which JSON lacks
+    assert "inf" in said
     for figures in row["restoration"].values():
-        assert f"{figures['PSNR']:.4f}" in said
-        assert f"{figures['SSIM']:.4f}" in said
+        assert all(f"{figure:.4f}" in said for figure in figures.values())
+    distances = [value for name, value in row.items() if name.startswith("Fréchet")]
+    assert distances == [row["restoration"]["one sample"]["Fréchet distance"]]
     psnrs = [figures["PSNR"] for figures in row["restoration"].values()]
     assert psnrs[2] > psnrs[1]
     assert row["samples"] == 6  # of which the four that are held out make one or two each
