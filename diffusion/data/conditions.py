@@ -240,6 +240,8 @@ class Condition:
             if self.kind == "mask":
                 if info.channels != 1 and info.palette is None:
                     raise InputError("it holds colours, where the conditions are numbers")
+                if info.lossy:
+                    raise InputError("JPEG and WebP change the values of masks: save it as PNG")
             else:
                 image_based = self.kind in ("lowres", "noise", "hole")
                 check_channels(info.channels, image_channels if image_based else self.channels)

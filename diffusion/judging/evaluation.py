@@ -37,8 +37,8 @@ from unet.errors import InputError
 from unet.words import counted
 
 MOST_REAL = 10_000  # images that features are taken of
-TABLES = ("restoration", "faithfulness")  # of a row, by what their figures are of
 PART = 500  # of them at a time, or fewer, of MOST_BYTES in all
+TABLES = ("restoration", "faithfulness")  # of a row, by what their figures are of
 
 
 class Judge:
