@@ -128,7 +128,10 @@ def main(options: Options) -> None:
     print("\n".join([str(facts), *table(f"{options.data}, {options.condition}", figures)]))
     shown = {**rows, "true image": pairs.truth}
     picture = pictured(
-        {name: [composite(image) for image in of[:SHOWN]] for name, of in shown.items()},
+        {
+            name.removesuffix(" enlargement"): [composite(image) for image in of[:SHOWN]]
+            for name, of in shown.items()
+        },
         [""] * min(SHOWN, len(pairs.chosen)),
     )
     picture.save(options.out / "restoration.png")
