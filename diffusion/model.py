@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from diffusion.data.conditions import Asked, Condition
+from diffusion.data.conditions import Asked, Condition, Picture
 from diffusion.data.masks import MaskCoding
 from diffusion.data.pixels import PixelType
 from diffusion.text import TextEncoder, WordEncoder
@@ -135,7 +135,7 @@ class DiffusionUNet(FolderModel):
         features = self.trunk(x, t, context, mask=mask, classes=classes, vector=vector, jump=jump)
         return unpatch(self.head(features), self.config.patch, x.shape[-2:])
 
-    def conditioning(self, wanted: Sequence[int | str | Tensor | Asked | None]) -> dict[str, Any]:
+    def conditioning(self, wanted: Sequence[int | str | Picture | Asked | None]) -> dict[str, Any]:
         """What `forward` is given for images of these classes or texts, or from these pictures
         (K, H, W); None: of any, from none.
         """
@@ -143,7 +143,7 @@ class DiffusionUNet(FolderModel):
         given: dict[str, Any] = {}
         if (condition := self.condition) is not None:
             empty = torch.zeros(condition.channels, *self.size)
-            rows = [empty if a.picture is None else a.picture for a in asked]
+            rows = [empty if (read := a.read()) is None else read for a in asked]
             given["picture"] = torch.stack([row.to(device) for row in rows])
         if self.text is not None:
             given |= self.text.encode([str(a.shown or "") for a in asked])._asdict()

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffusion.data.conditions import Asked
+from diffusion.data.conditions import Asked, Picture
 from diffusion.model import DiffusionUNet
 from diffusion.process.editing import (
     ITERATIONS,
@@ -35,7 +35,7 @@ from diffusion.process.schedule import CLEAN
 from diffusion.stable.autoencoder import Autoencoder
 
 # The class of each image, its text, or the picture (K, H, W) it is made from, or two; None: any.
-Wanted = Sequence[int | str | Tensor | Asked | None]
+Wanted = Sequence[int | str | Picture | Asked | None]
 # Of a batch: its places in the run, its seeds and what is wanted.
 Run = Callable[[range, Sequence[int], Wanted], Iterator[Step]]
 
@@ -122,7 +122,7 @@ class Plans:
         return self._plan(run, repaint_timesteps(self.timesteps, JUMP, REPEATS))
 
     def between(
-        self, first: Tensor, last: Tensor, count: int, wanted: int | str | Tensor | Asked | None
+        self, first: Tensor, last: Tensor, count: int, wanted: int | str | Picture | Asked | None
     ) -> Plan:
         """`count` images between two (1, C, H, W), both among them (DDIM, appendix D.5).
 
@@ -182,17 +182,16 @@ class Plans:
         return next(self.model.parameters()).device
 
 
-def made_size(wanted: int | str | Tensor | Asked | None, size: tuple[int, int]) -> tuple[int, int]:
+def made_size(wanted: int | str | Picture | Asked | None, size: tuple[int, int]) -> tuple[int, int]:
     """Height and width of what is made: those of its picture, or of the model's images."""
     picture = Asked.of(wanted).picture
     return size if picture is None else (picture.shape[-2], picture.shape[-1])
 
 
-def padded(wanted: int | str | Tensor | Asked | None, size: tuple[int, int]) -> Asked:
+def padded(wanted: int | str | Picture | Asked | None, size: tuple[int, int]) -> Asked:
     """What is wanted, its picture repeated at the lower and right edges up to a size."""
     asked = Asked.of(wanted)
-    if asked.picture is None:
+    if (picture := asked.read()) is None:
         return asked
-    height, width = asked.picture.shape[-2:]
-    more = (0, size[1] - width, 0, size[0] - height)
-    return asked._replace(picture=F.pad(asked.picture[None], more, mode="replicate")[0])
+    more = (0, size[1] - picture.shape[-1], 0, size[0] - picture.shape[-2])
+    return asked._replace(picture=F.pad(picture[None], more, mode="replicate")[0])

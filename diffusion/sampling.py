@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diffusion.attention_maps import recorded_attention
-from diffusion.data.conditions import Asked
+from diffusion.data.conditions import Asked, Picture, Unread
 from diffusion.data.pixels import Pixels, known_ranges
 from diffusion.initial import load_model
 from diffusion.model import DiffusionUNet
@@ -236,7 +236,7 @@ class ImageSampler:
         numbers: Sequence[int],
         classes: Sequence[int | str | None] = (),
         prompts: Sequence[str] = (),
-        pictures: Sequence[Tensor] = (),
+        pictures: Sequence[Picture] = (),
     ) -> Wanted:
         """The class or text of each of these images of a run, and what it is made from, in turn;
         None: any.
@@ -246,7 +246,7 @@ class ImageSampler:
             classes: their names or indices.
             prompts: texts that images are to show. With neither, and without pictures, images are
                 of every class in turn, where the model knows classes.
-            pictures: (K, H, W) each, as `made_from` reads them.
+            pictures: (K, H, W) each, as `made_from` gives them.
 
         Raises:
             InputError: a class or texts that the model does not know; both of them; a text that is
@@ -271,14 +271,16 @@ class ImageSampler:
             return [chosen[i % len(chosen)] for i in numbers]
         return [Asked(chosen[i % len(chosen)], pictures[i % len(pictures)]) for i in numbers]
 
-    def made_from(self, file: Path, *, resize: bool = False) -> Tensor:
-        """The picture (K, H, W) in a file that an image of its size can be made from.
+    def made_from(self, file: Path, *, resize: bool = False) -> Unread:
+        """The picture (K, H, W) in a file that an image of its size can be made from; its pixels
+        are read when that image is made.
 
         Args:
             resize: to the size of the training images, as is done anyway where these were resized.
 
         Raises:
-            InputError: a model without a condition; a file that is no such picture.
+            InputError: a model without a condition; a file whose header says that it is no such
+                picture; when it is read, one whose pixels are none.
         """
         condition = self.model.condition
         if condition is None:
@@ -288,7 +290,7 @@ class ImageSampler:
             )
         size = None if self.model.any_size and not resize else (self.height, self.width)
         ranges = known_ranges(self.model.info)
-        return condition.given(file, size, self.channels, ranges, self.pixels.fine)
+        return condition.unread(file, size, self.channels, ranges, self.pixels.fine)
 
     def sizes(self, wanted: Wanted) -> list[tuple[int, int]]:
         """Height and width of each image that is made."""

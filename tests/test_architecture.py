@@ -23,7 +23,8 @@ MAY_IMPORT = {
 DOORS = {"main.py", "__main__.py"}  # of unet_diffusion, whose commands know nothing of each other
 # What they share, or what composes both lives and is called from Python as well.
 SHARED = {
-    f"unet_diffusion.{name}" for name in ("interactive", "pretraining", "sampled", "starting")
+    f"unet_diffusion.{name}"
+    for name in ("faithfulness", "interactive", "pretraining", "sampled", "starting")
 }
 # Rooms with one door each: that of the command unet_diffusion/app.py, and that of napari itself.
 PAGE, PLUGIN = "unet_diffusion/page", "unet_diffusion/napari"

@@ -6,12 +6,21 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from benchmarks import bench
 from benchmarks.growth import draw, exponents
+from benchmarks.restoration import Regression, applied
+from diffusion.data.images import DiffusionData
+from diffusion.data.shapes import example
+from diffusion.judging.restoration import Pairs
+from diffusion.model import DiffusionUNet
+from unet import UNetConfig
 from unet.errors import RunError
+from unet.files.images import write_image
 from unet.training.cli import run_script
+from unet.training.task import Processes
 
 
 def run_bench(*arguments: object) -> int:
@@ -75,3 +84,19 @@ def test_growth_is_told_by_its_powers(tmp_path) -> None:
     draw([row, row], tmp_path / "b.png")
     with Image.open(tmp_path / "b.png") as picture:
         assert picture.width > picture.height > 200  # side by side
+
+
+def test_a_regression_starts_as_what_takes_no_model(tmp_path: Path) -> None:
+    for i in range(6):
+        write_image(tmp_path / f"{i}.png", example(0, i, 16)[1].picture)
+    data = DiffusionData(tmp_path, condition="lowres:4", val=2)
+    pairs = Pairs.of(data, data.val, 2, SimpleNamespace(classes=[]))  # type: ignore[arg-type]
+    config = UNetConfig(in_channels=3, channels=8, multipliers=(1, 2), block="res", zero_init=True)
+    regression = Regression(DiffusionUNet(config, 3), data.condition, data)
+    assert np.array_equal(applied(regression, pairs), pairs.floor)
+    images, _ = data.batch(data.val)
+    pictures = torch.stack([asked.read() for asked in data.conditions(data.val)])
+    expected = torch.nn.functional.mse_loss(pictures, images)
+    assert regression.evaluate(regression.model, Processes())["loss"] == pytest.approx(
+        expected.item()
+    )

@@ -8,26 +8,48 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from diffusion.options import CHURNING, DiffusionOptions, Samplers, SamplingOptions
 from unet.errors import InputError
 from unet.training.cli import run_script, say_next
 from unet.training.config_file import load_config
 
+if TYPE_CHECKING:
+    from diffusion.data.images import DiffusionData
+    from diffusion.judging.evaluation import Judge
+    from diffusion.judging.restoration import Pairs
+    from diffusion.model import DiffusionUNet
+    from diffusion.sampling import ImageSampler
+    from unet_diffusion.faithfulness import MaskReader
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvalOptions(SamplingOptions):
-    """Distances to real images, classes, memorisation, bits per dimension."""
+    """Distances to real images, classes, memorisation, bits per dimension; of a model that makes
+    images from pictures also how near these come to the true ones."""
 
     model: str
     """Model folder, such as RUN/model."""
 
     data: str
-    """The real images, as for train-ddpm."""
+    """The real images, as for train-ddpm. A model that makes images from pictures is judged by
+    those that it was not trained on: by all of them, if they are not those of its run."""
+
+    condition: Path | None = None
+    """The folder of masks or pictures that go with --data, for a model that was trained with such a
+    one; none given: the run's, where --data is the run's. Small, grey, noisy images and holes are
+    made from the images themselves."""
+
+    each: int = 1
+    """Samples of each picture: the mean over them is judged as well."""
+
+    segmenter: str | None = None
+    """Model folder of train-seg, trained on real images, for a model that makes images from masks:
+    how well it reads the masks in what was made, and in the real images of these masks."""
 
     count: int = 2000
-    """Samples to judge."""
+    """Samples to judge; of pictures, which are taken in turn, times --each."""
 
     size: int | None = None
     """As for train-ddpm; none given: the model's."""
@@ -54,6 +76,8 @@ class EvalOptions(SamplingOptions):
         self.ways()  # has the checks of the ways themselves
         if self.count < 4:
             raise InputError(f"--count {self.count} must be at least 4")
+        if self.each < 1:
+            raise InputError(f"--each {self.each} must be at least 1")
         if self.bits < 0:
             raise InputError(f"--bits {self.bits} must be 0 or more")
         if self.out:
@@ -88,9 +112,6 @@ class EvalOptions(SamplingOptions):
 
 
 def main(options: EvalOptions) -> None:
-    from diffusion.data.images import DiffusionData
-    from diffusion.data.pixels import known_ranges
-    from diffusion.data.sources import HowToRead
     from diffusion.judging.captions import judge_captions, scenes_to_ask
     from diffusion.judging.evaluation import (
         Judge,
@@ -102,67 +123,55 @@ def main(options: EvalOptions) -> None:
         wanted_like,
     )
     from diffusion.judging.features import open_extractor
+    from diffusion.judging.restoration import Pairs
     from diffusion.sampling import ImageSampler, load_for_sampling
-    from unet.files.pages import Reading
+    from unet_diffusion.faithfulness import MaskReader
 
     model = load_for_sampling(options.model, options.device)
-    if model.condition is not None:
-        raise InputError(
-            f"{options.model} makes images from pictures, which eval-ddpm does not judge: compare "
-            "what sample-ddpm --condition makes with the true images"
-        )
-    if model.joint:
-        raise InputError(
-            f"{options.model} makes images with masks, which eval-ddpm does not judge: train a "
-            "segmentation on what sample-ddpm makes"
-        )
+    check_model(options, model)
     samplers = [ImageSampler(model, way) for way in options.ways()]
     if options.bits:
         check_bits(samplers[0])
+    reader = None
+    if options.segmenter and model.condition:
+        reader = MaskReader(options.segmenter, model.condition, options.device)
     extractor = open_extractor(options.classifier, options.inception, options.device)
     file = Path(options.model).resolve().parent / "config.yaml"  # of the run: the same are held out
     run = load_config(DiffusionOptions, file) if file.exists() else {}
-    first = samplers[0]
-    data = DiffusionData(
-        options.data,
-        size=options.size or (first.height if first.height == first.width else None),
-        channels=first.channels,
-        how=HowToRead(
-            reading=Reading.from_dict(model.info.get("reading", {})),
-            background=None if run.get("colour") == "rgba" else DiffusionOptions.background,
-            caption_key=run.get("caption_key"),
-        ),
-        ranges=known_ranges(model.info),
-        fine=model.pixels.fine,
-        crops=options.crops or run.get("crops", False),
-        flips=False,
-        val=run.get("val", DiffusionOptions.val),
-        skip_bad=run.get("skip_bad", False),
-        classes=bool(first.classes),
-        captions=model.text is not None,
-    )
-    if data.size != (first.height, first.width):
-        raise InputError(
-            f"the images are {data.size[0]} x {data.size[1]}, but the model makes {first.height} x "
-            f"{first.width}: bring them to its size"
-        )
-    judge = Judge(data, extractor, first.classes)
-    if (trained_on := run.get("data", options.data)) != options.data:
+    first, trained_on = samplers[0], run.get("data", options.data)
+    own = bool(run) and Path(trained_on).resolve() == Path(options.data).resolve()
+    data = read_images(options, run, first, options.data, own)
+    names, pairs, trained = first.classes, None, None
+    if model.condition is not None:
+        unseen = data.val if own else [*data.val, *data.train]
+        pairs = Pairs.of(data, unseen, options.count, first)
+        trained = data if own else images_of_run(options, run, first)
+    copies = pairs is None or trained is not None
+    judge = Judge(data, extractor, names, trained=None if own else trained, copies=copies)
+    if pairs is None and trained_on != options.data:
         judge.notes.append(f"copies are looked for in {options.data}, not in {trained_on}")
+    if not copies:
+        judge.notes.append("copies are not looked for: what the model was trained on is not here")
+    if pairs is not None and len({*pairs.chosen}) < options.count:
+        judge.notes.append(f"the samples are made from {len({*pairs.chosen}):,} pictures, in turn")
     found: dict[str, Any] = {"model": options.model, "data": options.data, "rows": []}
     asked = (
         scenes_to_ask(options.count, options.seed)
-        if model.text and options.data == "shapes"
+        if model.text and options.data == "shapes" and pairs is None
         else None
     )
     for sampler in samplers:
-        wanted = asked.captions if asked else wanted_like(data, sampler, options.count)
-        images, seconds = timed_samples(sampler, wanted)
+        if pairs is not None:
+            figures, seconds = judged_pairs(options, sampler, judge, pairs, reader)
+        else:
+            wanted = asked.captions if asked else wanted_like(data, sampler, options.count)
+            images, seconds = timed_samples(sampler, wanted)
+            figures = judge(images, wanted)
+            figures |= judge_captions(sampler, images, asked) if asked else {}
         row = {
             "settings": dataclasses.asdict(sampler.options),
             "evaluations": sampler.plans.from_noise().evaluations,
-            **judge(images, wanted),
-            **(judge_captions(sampler, images, asked) if asked else {}),
+            **figures,
             "seconds": seconds,
         }
         found["rows"].append(row)
@@ -177,7 +186,124 @@ def main(options: EvalOptions) -> None:
         save(options, found)
     if options.out:
         print(f"figures: {options.out}")
-    say_next("sample-ddpm", "--model", options.model, "--out", "samples")
+    given = () if pairs is None else ("--condition", "pictures")
+    say_next("sample-ddpm", "--model", options.model, *given, "--out", "samples")
+
+
+def check_model(options: EvalOptions, model: DiffusionUNet) -> None:
+    """Raises an InputError for a model that is not judged here, or not by these options."""
+    condition = model.condition
+    if model.joint:
+        raise InputError(
+            f"{options.model} makes images with masks, which eval-ddpm does not judge: train a "
+            "segmentation on what sample-ddpm makes"
+        )
+    if condition is not None and model.masks:
+        raise InputError(
+            f"{options.model} makes masks from images, which eval-ddpm does not judge: look at "
+            "what predict-seg --samples makes of labelled images"
+        )
+    if condition is None and (options.condition or options.each > 1 or options.segmenter):
+        raise InputError(
+            f"--condition, --each and --segmenter are for models that make images from pictures, "
+            f"and {options.model} makes them from noise alone: leave them out"
+        )
+    if condition is not None and condition.from_image and options.condition:
+        raise InputError(
+            f"--condition {options.condition}: {options.model} makes images from "
+            f"{condition.said()}, which is made from those of --data: leave it out"
+        )
+
+
+def read_images(
+    options: EvalOptions, run: dict[str, Any], sampler: ImageSampler, where: str, own: bool
+) -> DiffusionData:
+    """Images as the run read them, with the pictures that they are made from.
+
+    Args:
+        own: whether they are the run's, so that its pictures go with them.
+    """
+    from diffusion.data.images import DiffusionData
+    from diffusion.data.pixels import known_ranges
+    from diffusion.data.sources import HowToRead
+    from unet.files.pages import Reading
+
+    model = sampler.model
+    pictures = options.condition or (run.get("condition") if own else None)
+    if model.condition is not None and not model.condition.from_image and pictures is None:
+        raise InputError(
+            f"{options.model} makes images from {model.condition.said()}: give the folder of those "
+            f"that go with {where} as --condition"
+        )
+    height, width = sampler.height, sampler.width
+    data = DiffusionData(
+        where,
+        size=options.size or (height if height == width else None),
+        channels=sampler.channels,
+        how=HowToRead(
+            reading=Reading.from_dict(model.info.get("reading", {})),
+            background=None if run.get("colour") == "rgba" else DiffusionOptions.background,
+            caption_key=run.get("caption_key"),
+        ),
+        ranges=known_ranges(model.info),
+        fine=model.pixels.fine,
+        condition=model.condition,
+        pictures=pictures,
+        crops=options.crops or run.get("crops", False),
+        flips=False,
+        val=run.get("val", DiffusionOptions.val),
+        skip_bad=run.get("skip_bad", False),
+        classes=bool(sampler.classes),
+        captions=model.text is not None,
+    )
+    if data.size != (height, width):
+        raise InputError(
+            f"the images are {data.size[0]} x {data.size[1]}, but the model makes {height} x "
+            f"{width}: bring them to its size"
+        )
+    return data
+
+
+def images_of_run(
+    options: EvalOptions, run: dict[str, Any], sampler: ImageSampler
+) -> DiffusionData | None:
+    """What a model was trained on; None: it is not there any more."""
+    if "data" not in run:
+        return None
+    try:
+        return read_images(
+            dataclasses.replace(options, condition=None), run, sampler, run["data"], own=True
+        )
+    except InputError:
+        return None
+
+
+def judged_pairs(
+    options: EvalOptions,
+    sampler: ImageSampler,
+    judge: Judge,
+    pairs: Pairs,
+    reader: MaskReader | None,
+) -> tuple[dict[str, Any], float]:
+    """Figures of images made from pictures, and the seconds that they took to make.
+
+    All pictures are gone through once for each of their samples: the first ones are those of a run
+    without --each, and the samples that realism and faithfulness are judged by.
+    """
+    from diffusion.data.conditions import Asked
+    from diffusion.judging.evaluation import timed_samples
+    from diffusion.judging.restoration import candidates, restoration
+    from unet_diffusion.faithfulness import faithfulness
+
+    images, seconds = timed_samples(sampler, [*pairs.wanted] * options.each)
+    samples = images.reshape(options.each, -1, *images.shape[1:])
+    figures = judge(samples[0], [Asked.of(wanted).shown for wanted in pairs.wanted])
+    distance = judge.distance if judge.extractor else None
+    figures["restoration"] = restoration(candidates(samples, pairs), pairs.truth, distance)
+    if reader is not None:
+        masks = reader.asked(judge.data, pairs.chosen)
+        figures["faithfulness"] = faithfulness(reader, samples[0], pairs.truth, masks)
+    return figures, seconds
 
 
 def save(options: EvalOptions, found: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ SHOWN = 16  # images in the GIF and of whose attention there are pictures, at mo
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from diffusion.data.conditions import Picture
     from diffusion.output import SampleFolder
     from diffusion.plans import Plan, Wanted
     from diffusion.sampling import Images, ImageSampler
@@ -182,7 +183,7 @@ def main(options: SampleOptions) -> None:
             print(f"model with its LoRA: {options.merged}")
         if model.joint:
             say_next("train-seg", "--data", "real_data", "--synthetic", options.out)
-        elif model.condition is None:  # which eval-ddpm judges
+        elif not (model.masks and model.condition):  # eval-ddpm judges all others
             say_next("eval-ddpm", "--model", options.model, "--data", trained_on(options.model))
 
 
@@ -218,14 +219,14 @@ def write_pictures(
 
 def given_conditions(options: SampleOptions, sampler: ImageSampler) -> tuple[Wanted, list[str]]:
     """The pictures of --condition, each as often as it is asked for, with the class or prompt of
-    each in turn, and the names of the files.
+    each in turn, and the names of the files; of which headers are read now, pixels when due.
     """
     from unet.files.images import list_images
 
     path = options.condition
     assert path is not None
     files = list_images(path) if path.is_dir() else [path]
-    pictures: list[Tensor] = []
+    pictures: list[Picture] = []
     names: list[str] = []
     for file in files:
         picture = sampler.made_from(file, resize=bool(options.init or options.inpaint))

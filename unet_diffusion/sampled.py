@@ -74,7 +74,7 @@ class MaskSampler:
         return indices[:, down[:, None], across]
 
     def _sampled(self, file: Path) -> Samples:
-        wanted = [self.sampler.made_from(file)] * self.count
+        wanted = [self.sampler.made_from(file).read()] * self.count
         made = self.sampler(self.count, wanted)[..., 0]
         return np.searchsorted(self.masks.values, made).astype(np.uint8)
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from diffusion.data.pixels import (
     ValueRange,
     as_levels,
     as_tensor,
+    check_channels,
     resized,
     to_unit,
 )
@@ -38,20 +39,39 @@ MAX_VALUES = 32  # of a mask
 _LOOKED_AT = 50  # files that say what a folder holds
 
 
+@dataclass(frozen=True)
+class Unread:
+    """A picture that is read each time its pixels are asked for, so that a million take no memory.
+
+    Attributes:
+        shape: (K, H, W) of what `read` gives.
+    """
+
+    shape: tuple[int, int, int]
+    read: Callable[[], Tensor]
+
+
+Picture: TypeAlias = Tensor | Unread
+
+
 class Asked(NamedTuple):
     """The class or text of an image, and the picture (K, H, W) it is made from; None: any, and no
     picture.
     """
 
     shown: int | str | None = None
-    picture: Tensor | None = None
+    picture: Picture | None = None
 
     @classmethod
-    def of(cls, wanted: int | str | Tensor | Asked | None) -> Asked:
+    def of(cls, wanted: int | str | Picture | Asked | None) -> Asked:
         """What is asked for where only the one or the other may be given."""
         if isinstance(wanted, Asked):
             return wanted
-        return cls(picture=wanted) if isinstance(wanted, Tensor) else cls(shown=wanted)
+        return cls(picture=wanted) if isinstance(wanted, Picture) else cls(shown=wanted)
+
+    def read(self) -> Tensor | None:
+        """The picture (K, H, W), in memory."""
+        return self.picture.read() if isinstance(self.picture, Unread) else self.picture
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +114,30 @@ class Condition:
     def from_image(self) -> bool:
         """Whether it is made from the image itself."""
         return self.kind in RECIPES
+
+    @property
+    def image_name(self) -> str:
+        """What `as_image` gives, for people."""
+        words = {
+            "lowres": "bicubic enlargement",
+            "grey": "the greys",
+            "noise": "the noisy image",
+            "hole": "the image with a hole",
+        }
+        return words.get(self.kind, "the picture itself")
+
+    def as_image(self, picture: Tensor, channels: int) -> Tensor | None:
+        """The condition (K, H, W) as an image (C, H, W) in [-1, 1], which a model has to beat.
+
+        None: it is a mask, or a picture of other channels.
+        """
+        if self.kind == "mask":
+            return None
+        if self.kind == "hole":
+            picture = picture[:-1]
+        if len(picture) == 1:
+            picture = picture.expand(channels, -1, -1)
+        return picture.clamp(-1, 1) if len(picture) == channels else None
 
     def make(self, image: Tensor, rng: np.random.Generator) -> Tensor:
         """The condition (K, H, W) of an image (C, H, W) in [-1, 1], by the recipe."""
@@ -197,6 +241,43 @@ class Condition:
         if pixels.shape[0] > small[0] + 1 or pixels.shape[1] > small[1] + 1:
             return self.make(as_tensor(resized(pixels, size)), np.random.default_rng(0))
         return self._enlarged(pixels, size)
+
+    def unread(
+        self,
+        file: Path,
+        size: tuple[int, int] | None,
+        image_channels: int,
+        ranges: Mapping[str, ValueRange] | None = None,
+        fine: bool = False,
+    ) -> Unread:
+        """What `given` will read of a file, once its header was looked at.
+
+        Raises:
+            InputError: a file that is no image, or whose header says that it is no such condition.
+        """
+        info = image_info(file)
+        try:
+            if info.pages > 1:
+                raise InputError(f"it is a stack of {info.pages} pages: give a file for each")
+            if self.kind == "mask":
+                if info.channels != 1 and info.palette is None:
+                    raise InputError("it holds colours, where the conditions are numbers")
+                if info.lossy:
+                    raise InputError("JPEG and WebP change the values of masks: save it as PNG")
+            else:
+                image_based = self.kind in ("lowres", "noise", "hole")
+                check_channels(info.channels, image_channels if image_based else self.channels)
+            if self.kind == "hole" and not info.has_alpha:
+                raise InputError("nothing in it is transparent, which says where the hole is")
+        except InputError as error:
+            raise InputError(f"{str(file)!r}: {error}") from error
+        if size is None:
+            factor = self.amount if self.kind == "lowres" else 1
+            shape = round(info.height * factor), round(info.width * factor)
+        return Unread(
+            (self.channels, *(size or shape)),
+            lambda: self.given(file, size, image_channels, ranges, fine),
+        )
 
     def _enlarged(self, pixels: Pixels, size: tuple[int, int]) -> Tensor:
         return F.interpolate(as_tensor(pixels)[None], size, mode="bicubic")[0].clamp(-1, 1)

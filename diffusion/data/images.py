@@ -76,6 +76,7 @@ class DiffusionData:
             themselves, over white (with 4 channels: alpha is one of them).
         condition: what each picture is made from: a recipe or a folder, see
             `diffusion.data.conditions`; or that of a model.
+        pictures: the folder of a model's condition, where it is of one.
         masks: the files are masks, of which each class becomes a code: see `diffusion.data.masks`.
         joint: a folder of masks with the images' names, whose codes lie behind the channels of the
             image; `masks` says which codes.
@@ -112,6 +113,7 @@ class DiffusionData:
         ranges: Mapping[str, ValueRange] | None = None,
         fine: bool = True,
         condition: str | Condition | None = None,
+        pictures: str | Path | None = None,
         masks: Coding | None = None,
         joint: str | Path | None = None,
         seed: int = 0,
@@ -159,7 +161,7 @@ class DiffusionData:
             self.channels += channels or max(info.channels for info in self._infos.values())
             self._find_ranges()
         if condition is not None:
-            self._find_condition(condition)
+            self._find_condition(condition, pictures)
         self._alike = size is None and not crops
         self.size = self._choose_size(size)
         self._keeps = self._bytes() <= CACHE_BYTES
@@ -249,13 +251,14 @@ class DiffusionData:
             return image, self.condition.make(image, rng)
         return image, self.condition.as_tensor(pixels[..., self.channels :])
 
-    def _find_condition(self, said: str | Condition) -> None:
+    def _find_condition(self, said: str | Condition, folder: str | Path | None) -> None:
         if isinstance(said, Condition):
             self.condition = said
-            return
-        self.condition = find_condition(said, self.channels)
+        else:
+            self.condition, folder = find_condition(said, self.channels), said
         if not self.condition.from_image:
-            self._partners = self._named_as_images("--condition", Path(said), "condition")
+            assert folder is not None
+            self._partners = self._named_as_images("--condition", Path(folder), "condition")
 
     def _named_as_images(self, flag: str, folder: Path, what: str) -> list[str]:
         """The file of a folder that goes with each image."""

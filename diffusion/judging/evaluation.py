@@ -7,7 +7,7 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,7 @@ from unet.words import counted
 
 MOST_REAL = 10_000  # images that features are taken of
 PART = 500  # of them at a time, or fewer, of MOST_BYTES in all
+TABLES = ("restoration", "faithfulness")  # of a row, by what their figures are of
 
 
 class Judge:
@@ -47,6 +48,8 @@ class Judge:
         data: real images.
         extractor: None: only memorisation is judged.
         names: of the classes that will be asked for.
+        trained: what the model was trained on, where copies are to be looked for; None: `data`.
+        copies: whether they are looked for.
 
     Attributes:
         notes: what is to be known about all figures.
@@ -56,7 +59,13 @@ class Judge:
     """
 
     def __init__(
-        self, data: DiffusionData, extractor: FeatureExtractor | None, names: Sequence[str] = ()
+        self,
+        data: DiffusionData,
+        extractor: FeatureExtractor | None,
+        names: Sequence[str] = (),
+        *,
+        trained: DiffusionData | None = None,
+        copies: bool = True,
     ) -> None:
         self.data, self.extractor, self.names = data, extractor, names
         if isinstance(extractor, ClassifierFeatures) and set(names) - set(extractor.classes):
@@ -74,21 +83,32 @@ class Judge:
             bar = tqdm(parts, "features of the real images", disable=None)
             self.features = np.concatenate([extractor(data.images(part)) for part in bar])
             self.moments = moments(self.features)
-        most = max(1, min(MOST_COMPARED, fit // 2))  # with their mirror images
-        chosen = spread(data.train, most)
-        self.training = with_mirror_images(data.images(chosen))
-        self.held_out = data.images(spread(data.val, most))
-        self.notes = []
-        if len(chosen) < len(data.train):
-            what = f"{len(chosen):,} of the {counted(len(data.train), 'training image')}"
-            self.notes.append(f"copies are looked for among {what}")
-        if data.crops:
-            self.notes.append("copies are looked for among crops at fixed places, not at all")
+        self.notes: list[str] = []
+        self.copies = copies
+        if copies:
+            self._keep_seen(trained or data, data.val if trained is None else everything, fit)
         if names and (other := set(names) ^ set(data.classes)):
             self.notes.append(
                 f"of the samples and the real images one only has class {min(other)!r}, and "
                 "distances measure this, too"
             )
+
+    def _keep_seen(self, trained: DiffusionData, unseen: Sequence[int], fit: int) -> None:
+        """Images that were trained on, and some of the data that were not."""
+        most = max(1, min(MOST_COMPARED, fit // 2))  # with their mirror images
+        chosen = spread(trained.train, most)
+        self.training = with_mirror_images(trained.images(chosen))
+        self.held_out = self.data.images(spread(unseen, most))
+        if len(chosen) < len(trained.train):
+            what = f"{len(chosen):,} of the {counted(len(trained.train), 'training image')}"
+            self.notes.append(f"copies are looked for among {what}")
+        if trained.crops:
+            self.notes.append("copies are looked for among crops at fixed places, not at all")
+
+    def distance(self, images: Images) -> float:
+        """The Fréchet distance of images uint8 (N, H, W, C) to the real ones."""
+        assert self.extractor is not None
+        return frechet_distance(self.moments, moments(self.extractor(images)))
 
     def __call__(self, samples: Images, wanted: Wanted) -> dict[str, Any]:
         """Figures of samples uint8 (N, H, W, C), of which these classes or texts were asked for."""
@@ -109,6 +129,8 @@ class Judge:
             notes += sample_warnings(equal, features.shape[1])
         if isinstance(self.extractor, ClassifierFeatures) and self.names:
             found |= self._accuracy(self.extractor, samples, np.array(wanted))
+        if not self.copies:
+            return {**found, "notes": notes}
         try:
             near = memorisation(samples, self.held_out, self.training)
         except InputError as error:
@@ -248,13 +270,26 @@ def lines(row: dict[str, Any]) -> list[str]:
     named |= {k: v for k, v in given.items() if k not in named and v != usual[k]}
     found = [", ".join(f"{k.replace('_', ' ')} {v}" for k, v in named.items())]
     found[0] += "; " + ", ".join(f"{k} {row[k]}" for k in ("samples", "real") if k in row)
-    hidden = ("settings", "evaluations", "samples", "real", "notes")
+    hidden = ("settings", "evaluations", "samples", "real", "notes", *TABLES)
     accuracies = ("class accuracy", "worst class", "accuracy of the worst class")
     found += [f"  {k}: {v:.4f}" for k, v in row.items() if k not in (*hidden, *accuracies)]
     if accuracies[0] in row:
         share, worst, least = (row[k] for k in accuracies)
         found.append(f"  class accuracy: {percent(share)}, worst class: {worst} {percent(least)}")
+    for title in TABLES:
+        found += table(title, row[title]) if title in row else []
     return [*found, *(f"  note: {note}" for note in row["notes"])]
+
+
+def table(title: str, rows: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Figures by what they are of, a line each, under a title."""
+    columns = list(next(iter(rows.values())))
+    width = max(map(len, [title, *rows]))
+    lines = [f"  {title:{width}}" + "".join(f"{column:>18}" for column in columns)]
+    for name, figures in rows.items():
+        shown = ["-" if math.isnan(figures[c]) else f"{figures[c]:.4f}" for c in columns]
+        lines.append(f"  {name:{width}}" + "".join(f"{figure:>18}" for figure in shown))
+    return lines
 
 
 def comparison(rows: Sequence[dict[str, Any]], distance: str | None) -> list[str]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from diffusion import load
-from diffusion.data.conditions import Asked
+from diffusion.data.conditions import Asked, Condition
 from diffusion.data.shapes import example, example_caption
 from diffusion.decisions import decide
 from diffusion.model import DiffusionUNet
@@ -257,3 +257,33 @@ def test_images_have_the_size_of_their_pictures(folder: Path) -> None:
         generator(pictures=[folder / f"given/{name}.png" for name in given], steps=2)
     again = ("--overwrite", "--npz")
     assert run(sample_ddpm, sample_ddpm.SampleOptions, *model, *made, *again) == 2
+
+
+def test_pictures_are_read_batch_by_batch(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Headers before anything is made, so that a bad one stops it all; pixels when they are due."""
+    data = ("--data", folder / "images", "--condition", folder / "masks")
+    assert run(train_ddpm, DiffusionOptions, *data, *TINY, "--out", folder / "run") == 0
+    events: list[str] = []
+    given, evaluated = Condition.given, DiffusionUNet.forward
+
+    def reading(self: Condition, file: Path, *args: Any) -> torch.Tensor:
+        events.append(file.stem)
+        return given(self, file, *args)
+
+    def evaluating(self: DiffusionUNet, *args: Any, **more: Any) -> torch.Tensor:
+        events.append("network")
+        return evaluated(self, *args, **more)
+
+    monkeypatch.setattr(Condition, "given", reading)
+    monkeypatch.setattr(DiffusionUNet, "forward", evaluating)
+    made = ("--condition", folder / "masks", "--steps", 1, "--batch-size", 4, "--out")
+    sample = (sample_ddpm, sample_ddpm.SampleOptions, "--model", folder / "run/model", *made)
+    assert run(*sample, folder / "made") == 0
+    assert events == ["0", "1", "2", "3", "network", "4", "5", "6", "7", "network"]
+    write_image(folder / "masks/7.png", np.zeros((SIDE, SIDE, 3), np.uint8))
+    events.clear()
+    assert run(*sample, folder / "other") == 2
+    assert "7.png': it holds colours, where the conditions are numbers" in capsys.readouterr().err
+    assert events == []

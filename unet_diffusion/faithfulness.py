@@ -1,0 +1,82 @@
+"""Whether images made from masks show these masks: a segmentation of real images reads them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from einops import rearrange
+from numpy.typing import NDArray
+
+from diffusion.data.conditions import Condition
+from diffusion.data.images import DiffusionData
+from diffusion.sampling import Images
+from segmentation.judging.evaluation import Evaluation
+from segmentation.segmenter import load
+from unet.errors import InputError
+
+PART = 64  # images that are read at a time
+_NAMES = {"dice": "Dice", "v_rand": "V_Rand"}
+
+
+class MaskReader:
+    """A trained segmentation, which reads the masks of the images of a condition.
+
+    Args:
+        folder: its model folder.
+        condition: the masks that images are made from.
+
+    Raises:
+        InputError: no such model, or one of other masks; in calls, images of another kind.
+    """
+
+    def __init__(self, folder: str | Path, condition: Condition, device: str = "auto") -> None:
+        if condition.kind != "mask":
+            raise InputError(
+                f"--segmenter {folder} reads masks, and images are made from {condition.said()}: "
+                "leave it out"
+            )
+        self.segmenter, self.values = load(folder, device=device), np.array(condition.values)
+        classes = self.segmenter.classes
+        plain = not (self.segmenter.instances or self.segmenter.of_regions)
+        if not plain or self.segmenter.slices > 1 or not {*condition.values} <= {*classes}:
+            knows = ", ".join(map(str, classes))
+            kind = "the classes" if plain else "objects or regions of the classes"
+            pages = "" if self.segmenter.slices == 1 else ", in several slices together"
+            raise InputError(
+                f"--segmenter {folder} knows {kind} {knows}{pages}, and images are made from "
+                f"{condition.said()}: give a segmentation of such masks"
+            )
+
+    def asked(self, data: DiffusionData, indices: list[int]) -> NDArray[np.int64]:
+        """The masks (N, H, W) that these images of the data are made from."""
+        pictures = (asked.read() for i in indices for asked in data.conditions([i]))
+        return np.stack([self.values[p.argmax(dim=0)] for p in pictures if p is not None])
+
+    def __call__(self, images: Images, masks: NDArray[np.int64]) -> dict[str, float]:
+        """The mean Dice of the classes between the masks (N, H, W) and those that are read in the
+        images (N, H, W, C); of membranes V_Rand, too.
+        """
+        segmenter, table = self.segmenter, self.segmenter.table
+        if images.shape[-1] == 1:  # grey, which a segmentation of RGB reads as such
+            images = np.repeat(images, 3, axis=-1) if segmenter.channels == 3 else images[..., 0]
+        cells = segmenter.predict.models[0].info.get("cells") if len(table.values) == 2 else None
+        found = Evaluation(table, segmenter.threshold, thresholds=(), cells=cells)
+        for start in range(0, len(images), PART):
+            probability = segmenter.probability(images[start : start + PART])
+            form = "n h w -> n 1 h w" if probability.ndim == 3 else "n h w k -> n k h w"
+            for i, p in enumerate(rearrange(probability, form), start):
+                found.add(i, str(i), p, table.encode(masks[i]))
+        scores = found.scores()
+        return {name: scores[key] for key, name in _NAMES.items() if key in scores}
+
+
+def faithfulness(
+    read: MaskReader, made: Images, real: Images, masks: NDArray[np.int64]
+) -> dict[str, dict[str, float]]:
+    """How well masks (N, H, W) are read in the images (N, H, W, C) that were made from them; in the
+    real ones, which is the ceiling; and the one as a share of the other.
+    """
+    ours, ceiling = read(made, masks), read(real, masks)
+    share = {k: ours[k] / ceiling[k] if ceiling[k] else np.nan for k in ours}
+    return {"the samples": ours, "the real images": ceiling, "their ratio": share}
