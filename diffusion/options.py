@@ -232,6 +232,17 @@ class DiffusionOptions(ReadingOptions, FitOptions):
                 "--trained lora takes the network of --init as it is, on each device whole: leave "
                 "out --network, --width and --shard"
             )
+        needing = {
+            "--trained lora": self.trained == "lora",
+            "--latents": self.latents,
+            "--text-encoder": self.text_encoder,
+        }
+        for flag in (flag for flag, given in needing.items() if given and self.push_to_hub):
+            raise InputError(
+                f"--push-to-hub uploads models that are whole by themselves, and one of {flag} "
+                "needs the files of another: leave it out, and upload a folder of the run with "
+                "`hf upload`"
+            )
         if self.few_steps is not None:
             if not 0 < self.few_steps < math.inf:
                 raise InputError(f"--few-steps {self.few_steps} must be a number above 0")

@@ -49,8 +49,9 @@ from unet.training.batches import Key, sample_rng
 from unet.training.config_file import keep_config
 from unet.training.fit import fit
 from unet.training.resuming import resumed
-from unet.training.run import RunFolder, is_main_process, run_folder
+from unet.training.run import RunFolder, is_main_process, run_folder, upload
 from unet.training.task import Batch, Processes, Task
+from unet.weights.card import SAMPLES
 
 _GOLDEN = (math.sqrt(5) - 1) / 2  # its multiples are spread evenly, and far from their neighbours
 SHOWN_LEVELS = 8  # of the pictures
@@ -111,9 +112,16 @@ def _finish(plan: DiffusionPlan, data: Data, model: DiffusionUNet) -> None:
     best = load_model(run / "model").to(pick_device(plan.fit.device))
     if plan.clip:
         best.text = model.text  # as saved models do not hold it
-    print(f"report: {write_report(run, best, data, plan.fit.seed, plan.fit.together())}")
+    whole = plan.options.trained != "lora"
+    # What is made from pictures would show these, which may be nobody else's.
+    picture = run / "model" / SAMPLES if whole and best.condition is None else None
+    report = write_report(run, best, data, plan.fit.seed, plan.fit.together(), picture)
+    print(f"report: {report}")
+    if whole:
+        best.save_info(run / "model")  # whose card shows the samples
+    upload(DiffusionUNet, plan.fit)
     folder, autoencoder = clip_folder(plan.options), autoencoder_of(data)
-    if plan.options.trained == "lora":  # which is small, and a pipeline is not
+    if not whole:  # which is small, and a pipeline is not
         print(f"for --lora, and for load_lora_weights of diffusers: {run / 'model' / LORA}")
     elif folder and autoencoder and not obstacle(best, autoencoder):
         write_pipeline(run / "pipeline", best, autoencoder, folder)

@@ -46,7 +46,7 @@ from unet.files.pages import AS_STORED, ImageInfo, Reading
 from unet.files.pictures import panel
 from unet.training.fit import fit
 from unet.training.resuming import resumed
-from unet.training.run import RunFolder, is_main_process, run_folder
+from unet.training.run import RunFolder, is_main_process, run_folder, upload
 from unet.training.task import Batch, Processes, Task
 from unet.weights.folder import read_config
 from unet.weights.start import Start, take_over
@@ -151,6 +151,7 @@ def _finish(
         which = "held-out" if data.val else "training"
         print(f"note: in the {which} images not one pixel was predicted to be {' or '.join(never)}")
     print(f"report: {write_report(plan.fit.out, found, data)}")
+    upload(SegmentationUNet, plan.fit)
     return figures
 
 

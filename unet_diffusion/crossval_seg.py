@@ -50,6 +50,11 @@ class CrossvalOptions(SegmentationOptions):
                 "--unlabelled has no place here: train a diffusion model of the images once, and "
                 "start every fold from it with --init"
             )
+        if self.push_to_hub is not None:
+            raise InputError(
+                "--push-to-hub has no place here, where every fold has a model: train one on all "
+                "of it with train-seg"
+            )
         for name in ("fold", "val_names", "val"):
             if getattr(self, name) != getattr(SegmentationOptions, name):
                 flag = name.replace("_", "-")

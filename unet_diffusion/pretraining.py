@@ -31,6 +31,7 @@ from unet.files.pages import Reading
 from unet.training.config_file import save_config
 from unet.training.run import RunFolder, is_main_process
 from unet.training.task import Processes
+from unet.weights.folder import make_repository
 from unet.words import counted
 from unet_diffusion.starting import segmentation_start
 
@@ -55,6 +56,8 @@ def train_with_unlabelled(options: SegmentationOptions) -> dict[str, float]:
     main = is_main_process()
     folder = RunFolder(options.out)
     with folder.locked(resume=options.resume) if main else nullcontext():
+        if main and options.push_to_hub is not None:  # which the last part does
+            make_repository(options.push_to_hub)
         if main and not (options.out / "config.yaml").exists():
             save_config(replace(options, resume=False), options.out / "config.yaml")
         init = options.init or str(options.out / "pretraining/model")
@@ -107,6 +110,7 @@ def teacher_part(options: SegmentationOptions, init: str) -> SegmentationOptions
         options,
         out=run,
         unlabelled=None,
+        push_to_hub=None,
         init=init,
         resume=(run / "config.yaml").exists(),
         **_budget(options, "teacher"),

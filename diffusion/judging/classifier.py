@@ -24,7 +24,7 @@ from unet.training.batches import Key, sample_rng
 from unet.training.fit import fit
 from unet.training.options import FitOptions
 from unet.training.plan import plan_fit
-from unet.training.run import is_main_process, run_folder
+from unet.training.run import is_main_process, run_folder, upload
 from unet.training.task import Batch, Processes, Task
 from unet.weights.card import Usage
 from unet.weights.folder import FolderModel
@@ -166,6 +166,8 @@ def train(
             ),
             plan,
         )
+        if is_main_process():
+            upload(ClassifierUNet, plan)
     if is_main_process() and figures:
         accuracy, model_folder = figures["accuracy"], plan.out / "model"
         held_out = counted(len(data.val), "held-out image")

@@ -36,11 +36,19 @@ APPEARING, FRAMES = 4, 40  # samples in the strip and the GIF, and steps
 TRAINING, HELD_OUT = "#0072b2", "#d55e00"
 
 
-def write_report(run: Path, model: DiffusionUNet, data: Data, seed: int, together: int) -> Path:
+def write_report(
+    run: Path,
+    model: DiffusionUNet,
+    data: Data,
+    seed: int,
+    together: int,
+    picture: Path | None = None,
+) -> Path:
     """Writes report.png, errors.json and samples/appearing.{png,gif} into a run folder.
 
     Args:
         together: images that go through the network at a time, at most.
+        picture: where its samples go as a picture of their own.
 
     Returns:
         The path of the report.
@@ -51,6 +59,9 @@ def write_report(run: Path, model: DiffusionUNet, data: Data, seed: int, togethe
     sampler = few_steps(model, seed, together, autoencoder=autoencoder)
     wanted = shown_conditions(data, SHOWN)
     samples = sampler.shown(sampler(SHOWN, wanted))
+    if picture:
+        with replacing(picture) as temporary:
+            grid(samples).save(temporary, format="png")
     every = few_steps(model, seed, together, FRAMES, autoencoder)
     chosen = [i * SHOWN // APPEARING for i in range(APPEARING)]
     frames = [every.shown(f) for f in every.appearing(APPEARING, [wanted[i] for i in chosen])]

@@ -383,6 +383,11 @@ class SegmentationData:
         lines = [f"{counted(len(infos), 'image')} of {size}, {kind(infos[0])}", *self.table.lines()]
         if greys := sum(pair.reading.rgb for pair in self.pairs):
             lines.append(f"{counted(greys, 'grey image')} among them, as RGB")
+        if turned := {str(pair.mask) for pair in self.pairs if any(pair.turned)}:
+            lines.append(
+                f"{counted(len(turned), 'mask')} turned to lie as the image does, by the places in "
+                "the body that both files say"
+            )
         if alphas := sum(info.has_alpha for info in infos):
             lines.append(f"alpha channel dropped in {counted(alphas, 'image')}")
         scaling = self.normalisation

@@ -19,6 +19,7 @@ from segmentation.data.polygons import Drawing
 from unet.errors import InputError
 from unet.files.images import image_info, read_image, read_mask
 from unet.files.pages import AS_STORED, Array, ImageInfo, Reading
+from unet.files.volumes import turned
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -31,6 +32,7 @@ class Pair:
         info: of the image.
         page: 0-based slice of the stacks.
         stack: the stack or volume that it is a slice of.
+        turned: whether slices, rows and columns of the mask's volume run the other way.
         around: the slices that are the image's channels in turn, of which it is the middle one.
         window: rows and columns of a part of the image.
         part: "train" or "val" where the folder says it.
@@ -50,6 +52,7 @@ class Pair:
     info: ImageInfo
     page: int | None = None
     stack: str = ""
+    turned: tuple[bool, bool, bool] = (False, False, False)
     around: tuple[Pair, ...] = ()
     window: tuple[slice, slice] | None = None
     part: str = ""
@@ -85,7 +88,10 @@ class Pair:
         elif isinstance(self.mask, Drawing):
             mask = self.draw_objects()[0]
         elif isinstance(self.mask, Path):
-            mask = read_mask(self.mask, self.page, colours=self.colours, lossy=bool(self.cleaning))
+            page, lossy = self._mask_page, bool(self.cleaning)
+            mask = read_mask(self.mask, page, colours=self.colours, lossy=lossy)
+            if any(self.turned):
+                mask = np.flip(mask, tuple(axis for axis in (0, 1) if self.turned[1 + axis])).copy()
         else:
             mask = self.mask
         try:
@@ -124,7 +130,13 @@ class Pair:
             return f"{self.name} in {str(self.mask.file)!r}"
         mask = self.mask[0].parent if isinstance(self.mask, tuple) else self.mask
         place = repr(str(mask)) if isinstance(mask, Path) else self.name
-        return place if self.page is None else f"{place} page {self.page}"
+        return place if self.page is None else f"{place} page {self._mask_page}"
+
+    @property
+    def _mask_page(self) -> int | None:
+        if self.page is None or not self.turned[0]:
+            return self.page
+        return self.info.pages - 1 - self.page
 
     def meets(self, other: Pair) -> bool:
         """Whether this part of an image has a pixel in common with another one of it."""
@@ -207,6 +219,7 @@ def find_pairs(
             image=match.image[0] if len(match.image) == 1 else files,
             mask=match.mask[0] if not _of_objects(layout.instances, match) else match.mask,
             info=info,
+            turned=turned(match.image[0], match.mask[0]) if len(match.mask) == 1 else (False,) * 3,
             part=match.part,
             reading=reading,
             cleaning=cleaning,

@@ -84,6 +84,11 @@ def test_a_run_holds_the_model_and_the_pictures(trained: Path) -> None:
         *("forward.png", "samples-000004.png", "noise-000004.png"),
         *("appearing.png", "appearing.gif"),
     }
+    files = {path.name for path in (trained / "run/model").iterdir()}
+    assert files == {"config.json", "model.safetensors", "README.md", "samples.png"}
+    assert "\n![Samples](samples.png)\n" in (trained / "run/model/README.md").read_text()
+    with Image.open(trained / "run/model/samples.png") as picture:
+        assert min(picture.size) > 2 * 12
     with Image.open(trained / "run/samples/appearing.gif") as film:
         assert film.n_frames == report.FRAMES + 1
     model = DiffusionUNet.from_pretrained(trained / "run/model")

@@ -78,6 +78,7 @@ def test_a_picture_goes_with_classes_and_with_texts(folder: Path, beside: str) -
     card = (folder / "run/model/README.md").read_text()
     assert 'pictures="image.png"' in card
     assert "--condition pictures" in card
+    assert not (folder / "run/model/samples.png").exists()  # which would show the pictures
     words = ["b", "a"] if beside == "classes" else [example_caption(0, i) for i in (1, 2)]
     kind = "classes" if beside == "classes" else "prompts"
     given: dict[str, Any] = {kind: words[0]}

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pydicom
+from numpy.typing import NDArray
 
 from unet.errors import InputError, said
 from unet.files.pages import Array, Volume
@@ -106,6 +107,7 @@ def _opened(folder: Path, _changed: int) -> Volume:
         chunks=(1, rows, columns, *colours),
         scale=(step or 1.0, *spacing, *(1.0 for _ in colours)),
         units=("millimeter",) * 3 + ("",) * len(colours),
+        places=_places([heads[s.file] for s in slices], spacing),
     )
 
 
@@ -125,6 +127,24 @@ def _slice(file: Path, head: Any) -> _Slice:
         place = float(head.get("InstanceNumber", 0) or 0)
     slope, intercept = (head.get(name) for name in ("RescaleSlope", "RescaleIntercept"))
     return _Slice(file, place, 1.0 if slope is None else float(slope), float(intercept or 0))
+
+
+def _places(heads: Sequence[Any], spacing: Sequence[float]) -> NDArray[np.float64] | None:
+    """See `Volume.places`; the patient's axes of DICOM run to the left, the back and the top.
+
+    Args:
+        heads: of the slices, in their order.
+        spacing: between rows, and between columns.
+    """
+    if not all(map(_placed, heads)):
+        return None
+    right, down = np.reshape(np.array(heads[0].ImageOrientationPatient, float), (2, 3))
+    first, last = (np.array(heads[i].ImagePositionPatient, float) for i in (0, -1))
+    step = (last - first) / (len(heads) - 1) if len(heads) > 1 else np.cross(right, down)
+    found = np.eye(4)
+    found[:3] = np.stack([step, down * spacing[0], right * spacing[1], first], axis=1)
+    found[:2] *= -1
+    return found
 
 
 def _placed(head: Any) -> bool:

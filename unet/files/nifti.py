@@ -62,6 +62,8 @@ def open_nifti(path: Path) -> Iterator[Volume]:
         raise InputError(f"it has {count} axes {image.shape}, where X, Y, Z and T can be read")
     space, time = image.header.get_xyzt_units()
     units = ("" if time is None else _UNITS.get(time, ""), *(_UNITS.get(space or "", ""),) * 3)
+    header, known = image.header, space in (None, "unknown", "mm") and count == 3
+    placed = known and (int(header["sform_code"]) or int(header["qform_code"]))
     scale = tuple(abs(float(zoom)) or 1.0 for zoom in image.header.get_zooms()[::-1])
     yield Volume(
         array=_Turned(image.dataobj),
@@ -69,6 +71,7 @@ def open_nifti(path: Path) -> Iterator[Volume]:
         chunks=(1,) * (count - 2) + image.shape[1::-1],
         scale=scale,
         units=units[-count:],
+        places=np.asarray(image.affine, np.float64)[:, [2, 1, 0, 3]] if placed else None,
     )
 
 

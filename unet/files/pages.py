@@ -312,6 +312,8 @@ class Volume:
         names: of the channels.
         scale, translation: of each axis: the size of a pixel and the place of the first one.
         units: of these; "" where none is said.
+        places: (4, 4), takes (slice, row, column, 1) to mm towards the right, the front and the top
+            of the body, where a medical file says it.
         zarr_format: of the Zarr store it is in, and of what is written beside it.
     """
 
@@ -323,6 +325,7 @@ class Volume:
     scale: tuple[float, ...] | None = None
     translation: tuple[float, ...] | None = None
     units: tuple[str, ...] | None = None
+    places: NDArray[np.float64] | None = None
     zarr_format: int = 3
 
     def stored(self, reading: Reading = AS_STORED) -> Stored:

@@ -6,17 +6,23 @@ packages that read them are extras; a missing one is named with the command that
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from unet.errors import InputError, with_extras
 from unet.files.pages import Volume
 
 _HDF5 = re.compile(r"(?P<file>.*\.(?:h5|hdf5|hdf))(?::/*(?P<inside>.*))?", re.IGNORECASE)
 _NIFTI = re.compile(r".*\.nii(\.gz)?", re.IGNORECASE)
+_ALIKE = 0.9  # cosine of an angle that scanners are tilted by, 26 degrees, and no turn
+_AS_THEY_LIE = (False, False, False)
 _ADDRESS = re.compile(r"[a-z][a-z0-9+]+:/", re.IGNORECASE)
 
 
@@ -79,6 +85,60 @@ def open_volume(path: Path) -> Iterator[Volume]:
         reader = _reader(_kind(path))
     with reader(path) as volume:
         yield volume
+
+
+def turned(image: Path, mask: Path) -> tuple[bool, bool, bool]:
+    """Which of slices, rows and columns run the other way in a mask than in its image, of one size.
+
+    That is what both files say of their places in the body, as DICOM and NIfTI do. Where one of
+    them does not say it, or both run alike, nothing is turned.
+
+    Raises:
+        InputError: they run otherwise, and no turn of these axes brings the voxels together.
+    """
+    asked = []
+    for path in (image, mask):
+        if not is_volume(path):
+            return _AS_THEY_LIE
+        with open_volume(path) as volume:
+            if volume.places is None or not _invertible(volume.places):
+                return _AS_THEY_LIE
+            asked.append((volume.places, volume.array.shape[:3]))
+    (theirs, shape), (own, _) = asked
+    cosines = _directions(own).T @ _directions(theirs)
+    along = cosines.diagonal()
+    found = tuple(bool(cosine < 0) for cosine in along)
+    if min(along) > _ALIKE:
+        return _AS_THEY_LIE
+    last = np.array(shape) - 1
+    corners = np.array(list(itertools.product(*([0, n] for n in last)))).T
+    wanted = np.where(np.array(found)[:, None], last[:, None] - corners, corners)
+    at = (np.linalg.inv(own) @ theirs @ np.vstack([corners, np.ones(8)]))[:3]
+    if np.abs(at - wanted).max() < 0.5:
+        return found[0], found[1], found[2]
+    raise InputError(
+        f"slices, rows and columns run to {_towards(theirs)} in {str(image)!r}, but to "
+        f"{_towards(own)} in {str(mask)!r}, by what the files say of places in the body: resample "
+        "the mask onto the image or, where its voxels do lie as the image's, save it with the "
+        "affine of the image, or with sform_code and qform_code 0, which say nothing"
+    )
+
+
+def _invertible(places: NDArray[np.float64]) -> bool:
+    return bool(np.isfinite(places).all() and abs(np.linalg.det(_directions(places))) > 0.1)
+
+
+def _directions(places: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The directions of slices, rows and columns, a column each; NaN where one is of no length."""
+    with np.errstate(invalid="ignore"):
+        return places[:3, :3] / np.linalg.norm(places[:3, :3], axis=0)
+
+
+def _towards(places: NDArray[np.float64]) -> str:
+    """Where slices, rows and columns run to, such as S, P, L: to the top, the back and the left."""
+    columns = _directions(places).T
+    axes = np.abs(columns).argmax(axis=1)
+    return ", ".join("LPIRAS"[a + 3 * (c[a] > 0)] for a, c in zip(axes, columns, strict=True))
 
 
 def _reader(kind: str) -> Callable[[Path], AbstractContextManager[Volume]]:

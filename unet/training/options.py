@@ -148,6 +148,10 @@ class FitOptions:
     """Programs that follow the run as well: tensorboard (events in OUT/tensorboard), wandb, mlflow.
     They are set up by their own environment variables, such as WANDB_MODE=offline."""
 
+    push_to_hub: str | None = None
+    """OWNER/NAME of a repository on the Hugging Face Hub, to which OUT/model goes when the run is
+    over, with its card. It is made before training, for everybody to see, where there is none."""
+
     def __post_init__(self) -> None:
         for name in BUDGETS:
             value = getattr(self, name)

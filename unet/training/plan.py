@@ -70,6 +70,7 @@ class FitPlan:
     save_every: int
     log_every: int
     trackers: tuple[TrackerName, ...]
+    push_to_hub: str | None = None
 
     def together(self, processes: int = 1) -> int:
         """Samples that go through the network together in a step: they fit into memory with all

@@ -25,11 +25,11 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from unet.errors import DiskError, InputError
+from unet.errors import DiskError, InputError, RunError
 from unet.files.writing import replacing, write_text
 from unet.training.ema import Profile
 from unet.training.plan import FitPlan
-from unet.weights.folder import save_weights
+from unet.weights.folder import FolderModel, make_repository, save_weights
 from unet.weights.pickles import load_pickle
 
 _PARTS = ("config.yaml", "metrics.jsonl", "samples", "model", "state", "snapshots")
@@ -148,12 +148,38 @@ def is_main_process() -> bool:
 
 @contextmanager
 def run_folder(plan: FitPlan) -> Iterator[None]:
-    """Locks the run folder of a command line, in the main process."""
+    """Locks the run folder of a command line, in the main process.
+
+    Raises:
+        InputError: see `RunFolder.locked`; the Hub does not take the model of --push-to-hub.
+    """
     if not is_main_process():
         yield
         return
     with RunFolder(plan.out).locked(resume=plan.resume):
+        if plan.push_to_hub is not None:
+            make_repository(plan.push_to_hub)
         yield
+
+
+def upload(kind: type[FolderModel], plan: FitPlan) -> None:
+    """Uploads the model in RUN/model, which is of this class, where --push-to-hub asks for it.
+
+    Raises:
+        RunError: the Hub does not take it now.
+    """
+    if plan.push_to_hub is None:
+        return
+    folder = RunFolder(plan.out).model
+    try:
+        model = kind.from_pretrained(folder)
+        where = model.save_pretrained(folder, repo_id=plan.push_to_hub, push_to_hub=True)
+    except InputError as error:
+        raise RunError(
+            f"the run is over and its model is in {folder}, but {error}; the same command with "
+            "--resume uploads it later"
+        ) from error
+    print(f"uploaded: {where}")
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

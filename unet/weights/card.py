@@ -15,6 +15,7 @@ import yaml
 from unet.files.writing import write_text
 
 CARD = "README.md"
+SAMPLES = "samples.png"  # a picture beside the card, which the card shows where it is
 _MOST_BYTES = 2**20  # of a card that is read to see who wrote it
 _LONGEST = 300  # characters of a fact
 _MOST = 50  # lines and figures of a training
@@ -45,13 +46,16 @@ class Usage:
     """What using it needs, such as the classes, by name."""
 
 
-def model_card(usage: Usage, network: str, training: object = None) -> str:
+def model_card(
+    usage: Usage, network: str, training: object = None, *, pictured: bool = False
+) -> str:
     """The text of a card.
 
     Args:
         network: the size of the network, for people.
         training: what `info["training"]` holds of the run: {"data": [lines], "run": [lines],
             "figures": {name: number}}; parts that are missing or something else are left out.
+        pictured: whether samples.png lies beside the card.
     """
     front = yaml.safe_dump(
         {
@@ -66,11 +70,12 @@ def model_card(usage: Usage, network: str, training: object = None) -> str:
     )
     top = f"---\n{front}# license: yours to choose, such as cc-by-4.0\n---\n"
     commands = "\n".join(usage.commands)
+    picture = f"\n![Samples]({SAMPLES})\n" if pictured else ""
     text = f"""
 # {usage.title}
 
 {usage.summary}
-
+{picture}
 ## Use
 
 In Python, with the package `unet-diffusion`:

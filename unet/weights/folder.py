@@ -7,7 +7,7 @@ import re
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -32,7 +32,7 @@ from unet.config import MOST_CHANNELS, UNetConfig
 from unet.errors import DiskError, InputError, said
 from unet.files.writing import JSON_BYTES, read_json, replacing, write_text
 from unet.model import UNet
-from unet.weights.card import CARD, Usage, is_ours, model_card, write_card
+from unet.weights.card import CARD, SAMPLES, Usage, is_ours, model_card, write_card
 
 _REPO = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"  # owner/name on the Hub
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -73,12 +73,18 @@ class FolderModel(nn.Module, ABC):
             where: what to load it from, a folder or a repository on the Hub.
         """
 
-    def card(self, where: str = HERE) -> str:
-        """The text of its card, README.md."""
+    def card(self, where: str = HERE, *, pictured: bool = False) -> str:
+        """The text of its card, README.md.
+
+        Args:
+            where: see `usage`.
+            pictured: whether samples.png lies beside it.
+        """
         weights = sum(p.numel() for p in self.parameters())
         levels = ", ".join(map(str, self.config.encoder_channels))
         network = f"{weights:,} weights, levels of {levels} channels"
-        return model_card(self.usage(where), network, self.info.get("training"))
+        training = self.info.get("training")
+        return model_card(self.usage(where), network, training, pictured=pictured)
 
     def save_pretrained(
         self,
@@ -91,8 +97,9 @@ class FolderModel(nn.Module, ABC):
         """Writes the folder; each file is replaced whole, but a card that was edited by hand stays.
 
         Args:
-            repo_id, push_to_hub, hub: upload it as well; see `push_to_hub`. The repository's name
-                is the folder's where none is given.
+            repo_id, push_to_hub, hub: upload it as well, with samples.png where that lies in the
+                folder; see `push_to_hub`. The repository's name is the folder's where none is
+                given.
 
         Returns:
             The address of the upload.
@@ -117,7 +124,7 @@ class FolderModel(nn.Module, ABC):
             "info": self.info,
         }
         write_text(folder / CONFIG, json.dumps(described, indent=2) + "\n")
-        write_card(folder, self.card())
+        write_card(folder, self.card(pictured=(folder / SAMPLES).is_file()))
 
     def push_to_hub(self, repo_id: str, **hub: Any) -> str:
         """Uploads the model to a repository on the Hugging Face Hub, which is made if need be.
@@ -152,10 +159,11 @@ class FolderModel(nn.Module, ABC):
         with _told(repo_id):
             # With its owner, where none was given.
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-            kept = _has_edited_card(repo_id, token, options.get("revision"))
-        files = [CONFIG, WEIGHTS]
+            kept = _has_edited_card(api, repo_id, options.get("revision"))
+        pictured = (folder / SAMPLES).is_file()
+        files = [CONFIG, WEIGHTS, *([SAMPLES] if pictured else [])]
         if not (kept and is_ours(folder / CARD)):
-            write_card(folder, self.card(repo_id))
+            write_card(folder, self.card(repo_id, pictured=pictured))
             files.append(CARD)
         options = {"commit_message": "Upload the model", **options}
         with _told(repo_id):
@@ -190,6 +198,21 @@ class FolderModel(nn.Module, ABC):
             model = cls(config, described["out_channels"], described["info"])
         load_strictly(model, read_weights(folder), str(folder / WEIGHTS))
         return model.eval()
+
+
+def make_repository(repo_id: str) -> None:
+    """Makes a repository on the Hub, or finds it, and sees to it that the user may write there.
+
+    Raises:
+        InputError: see `FolderModel.push_to_hub`.
+    """
+    api = HfApi(token=None)
+    with _told(repo_id):
+        repo_id = api.create_repo(repo_id, exist_ok=True).repo_id
+        with suppress(
+            TypeError
+        ):  # an older huggingface_hub cannot ask: it is the upload that tells
+            api.auth_check(repo_id, write=True)
 
 
 def read_config(folder: Path, weights: str = WEIGHTS) -> dict[str, Any]:
@@ -301,10 +324,10 @@ def _download(repo_id: str, **options: Any) -> Path:
     return Path(files[0]).parent
 
 
-def _has_edited_card(repo_id: str, token: str | bool | None, revision: str | None) -> bool:
+def _has_edited_card(api: HfApi, repo_id: str, revision: str | None) -> bool:
     """Whether an upload would replace a card that somebody wrote by hand."""
     try:
-        return not is_ours(Path(hf_hub_download(repo_id, CARD, token=token, revision=revision)))
+        return not is_ours(Path(api.hf_hub_download(repo_id, CARD, revision=revision)))
     except EntryNotFoundError:
         return False
 
@@ -322,7 +345,7 @@ def _told(repo_id: str) -> Iterator[None]:
             reason = f"it cannot be reached ({reason})"
         status = getattr(getattr(error, "response", None), "status_code", None)
         if status == 401:
-            reason = "it knows no valid token of yours; log in with `hf auth login` or give token="
+            reason = "it knows no valid token of yours; log in with `hf auth login` or set HF_TOKEN"
         elif status == 403:
             reason = "your token has no right to write there; take one that has, or another owner"
         raise InputError(f"the Hub does not take the model for {repo_id}: {reason}") from error

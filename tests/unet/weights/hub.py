@@ -114,6 +114,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         parts = unquote(urlsplit(self.path).path).split("/")
+        if parts[5:] == ["auth-check", "write"]:
+            token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+            if token not in (TOKEN, READ_ONLY):
+                return self._answer({"error": "Invalid username or password."}, 401)
+            return self._answer({}, 200 if token == TOKEN and parts[3] == OWNER else 403)
         if parts[1] == "api":  # of the repository as a whole
             repo = "/".join(parts[3:5])
             if repo not in self.hub.files:
