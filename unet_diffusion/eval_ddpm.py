@@ -129,7 +129,9 @@ def main(options: EvalOptions) -> None:
 
     model = load_for_sampling(options.model, options.device)
     check_model(options, model)
-    samplers = [ImageSampler(model, way) for way in options.ways()]
+    usual, *others = options.ways()
+    samplers = [ImageSampler(model, usual)]
+    samplers += [samplers[0].with_options(way) for way in others]
     if options.bits:
         check_bits(samplers[0])
     reader = None
