@@ -14,7 +14,7 @@ import numpy as np
 from diffusion.export import exportable
 from diffusion.model import DiffusionUNet
 from diffusion.options import SamplingOptions
-from diffusion.sampling import Images, ImageSampler, load_for_sampling, made_channels
+from diffusion.sampling import Images, ImageSampler, load_for_sampling
 from unet.errors import InputError, as_keywords
 from unet.weights.formats import Format
 
@@ -50,7 +50,7 @@ class ImageGenerator:
     def __init__(self, model: DiffusionUNet) -> None:
         self.model = model
         # Which says early what is wrong with the model, and reads the parts that it works with.
-        self._autoencoder = ImageSampler(model, SamplingOptions(steps=1)).autoencoder
+        self._sampler = ImageSampler(model, SamplingOptions(steps=1))
 
     @property
     def size(self) -> tuple[int, int]:
@@ -60,8 +60,7 @@ class ImageGenerator:
     @property
     def channels(self) -> int:
         """Channels of the images, such as 1 (grey) or 3 (RGB)."""
-        found = self._autoencoder
-        return found.image_channels if found else made_channels(self.model)
+        return self._sampler.channels
 
     @property
     def dtype(self) -> str:
@@ -137,8 +136,8 @@ class ImageGenerator:
                 dpmpp-2m-sde.
             batch_size: images at a time.
             settings: the other fields of `SamplingOptions`: spacing, shift, eta, churn,
-                churn_interval, churn_noise, variance, clip, guide, guidance_rescale,
-                guidance_interval, precision.
+                churn_interval, churn_noise, variance, clip, guide (which is read at the first of
+                the calls that name it), guidance_rescale, guidance_interval, precision.
 
         Returns:
             (N, H, W, C) in the type of the training images, uint8, uint16 or float32 (`dtype`); of
@@ -176,7 +175,7 @@ class ImageGenerator:
             )
         first = _whole("first", first, 0)
         with as_keywords(*SETTINGS, "prompt"):
-            chosen = ImageSampler(self.model, SamplingOptions(**settings), self._autoencoder)
+            chosen = self._sampler = self._sampler.with_options(SamplingOptions(**settings))
             numbers = range(first, first + count)
             pictured = [chosen.made_from(file) for file in files]
             if len({picture.shape for picture in pictured}) > 1:

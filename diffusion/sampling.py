@@ -59,6 +59,7 @@ class ImageSampler:
             evaluation mode; its weights are left where they are, as it may be in training.
         autoencoder: of a model that works in latents; None: it is read from where training read it,
             and so is CLIP, where the model has its text from it.
+        guide: the lesser model that `options.guide` names; None: it is read from there.
 
     Raises:
         InputError: settings that do not fit the model, such as more steps than noise levels; an
@@ -70,6 +71,7 @@ class ImageSampler:
         model: DiffusionUNet,
         options: SamplingOptions,
         autoencoder: Autoencoder | None = None,
+        guide: DiffusionUNet | None = None,
     ) -> None:
         coupled = "coupling" in model.info
         options = chosen_way(options, model)
@@ -77,6 +79,9 @@ class ImageSampler:
         assert options.steps is not None
         self.model, self.options, self.pixels = model.eval(), options, model.pixels
         self.autoencoder = autoencoder or self._read_parts()
+        self.guide = guide
+        if guide is None and options.guide is not None:
+            self.guide = load_for_sampling(options.guide, str(self.device)).eval()
         self.schedule = NoiseSchedule.from_dict(_known(model, "schedule"))
         self.height, self.width = model.size
         self.classes = model.classes
@@ -119,11 +124,18 @@ class ImageSampler:
                 "fixed-small or fixed-large"
             )
 
+    def with_options(self, options: SamplingOptions) -> ImageSampler:
+        """The same model in another way; neither its parts nor the same guide are read again."""
+        guide = self.guide if options.guide == self.options.guide else None
+        return ImageSampler(self.model, options, self.autoencoder, guide)
+
     @property
     def channels(self) -> int:
         """Channels of what is made; of images with masks, the mask's value is the last."""
-        found = self.autoencoder
-        return found.image_channels if found else made_channels(self.model)
+        if self.autoencoder:
+            return self.autoencoder.image_channels
+        masks = self.model.masks
+        return self.model.image_channels - (masks.channels - 1 if masks else 0)
 
     @property
     def device(self) -> torch.device:
@@ -188,11 +200,10 @@ class ImageSampler:
 
     def _away(self) -> Mapping[str, Tensor] | DenoiserLike:
         """What guidance leads away from: a lesser model, or no class, text or picture."""
-        model, guide = self.model, self.options.guide
-        if guide is None:
+        model, lesser, guide = self.model, self.guide, self.options.guide
+        if lesser is None:
             with torch.no_grad():
                 return model.conditioning([self.options.negative or None])
-        lesser = load_for_sampling(guide, str(self.device)).eval()
         if "text" in {**model.info, **lesser.info}:
             raise InputError(
                 f"--guide {guide}: each of two models of captions reads them by an encoder of its "
@@ -431,12 +442,6 @@ def chosen_way(options: SamplingOptions, model: DiffusionUNet) -> SamplingOption
         most = NoiseSchedule.from_dict(_known(model, "schedule")).steps
         steps = min(FEW_STEPS if sampler == "jump" else STEPS, most)
     return replace(options, sampler=sampler, steps=steps)
-
-
-def made_channels(model: DiffusionUNet) -> int:
-    """Channels of what a model makes, without an autoencoder: a mask has one."""
-    masks = model.masks
-    return model.image_channels - (masks.channels - 1 if masks else 0)
 
 
 def image_seeds(seed: int, count: int, first: int = 0) -> list[int]:

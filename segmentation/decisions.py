@@ -244,17 +244,22 @@ def chosen_fit(
     return fit, Decision("optimizer", f"{optimizer} at {fit.lr:g}", why)
 
 
+def share_of_budget(options: SegmentationOptions, part: Part) -> float:
+    """The share of its budget that a part of a training with --unlabelled gets."""
+    return PARTS[part] / (1 if options.init is None else 1 - PARTS["pretraining"])
+
+
 def part_of_budget(options: SegmentationOptions, part: Part) -> Budget:
     """What a part of a training with --unlabelled gets of its budget."""
     amount, unit = given_budget(options)
-    amount *= PARTS[part] / (1 if options.init is None else 1 - PARTS["pretraining"])
+    amount *= share_of_budget(options, part)
     return Budget(max(1, round(amount)) if unit == "steps" else amount, unit)
 
 
 def told_part(options: SegmentationOptions) -> Decision:
     """What is left of a budget of which the unlabelled images have had their part."""
     amount, unit = part_of_budget(options, "student")
-    share = PARTS["student"] / (1 if options.init is None else 1 - PARTS["pretraining"])
+    share = share_of_budget(options, "student")
     why = f"{share:.0%} of the budget, the rest went to the parts before"
     return Decision("budget", counted(round(amount, 2), unit.removesuffix("s")), why)
 

@@ -138,7 +138,7 @@ class SegmentationOptions(LabelOptions, FitOptions):
     sample-ddpm; they are never held out or scored, and no statistic is of them."""
 
     synthetic_share: float = 0.5
-    """With --synthetic: share of the training crops that is cut out of these."""
+    """With --synthetic or --unlabelled: share of the training crops that is cut out of these."""
 
     loss: Literal["ce", "dice", "dice-ce", "focal", "tversky", "lovasz"] = "ce"
     """Loss: ce is the binary cross-entropy where there are two classes."""
@@ -216,9 +216,11 @@ class SegmentationOptions(LabelOptions, FitOptions):
             raise InputError(
                 f"--synthetic-share {self.synthetic_share} must be above 0 and below 1"
             )
-        if self.synthetic is None and self.synthetic_share != type(self).synthetic_share:
+        beside = self.synthetic or self.unlabelled
+        if beside is None and self.synthetic_share != type(self).synthetic_share:
             raise InputError(
-                f"--synthetic-share {self.synthetic_share} is a share of nothing: give --synthetic"
+                f"--synthetic-share {self.synthetic_share} is a share of nothing: give --synthetic "
+                "or --unlabelled"
             )
         if self.regions and (self.instances or self.balance or self.class_weights):
             raise InputError(

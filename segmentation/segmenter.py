@@ -282,7 +282,7 @@ class Segmenter:
         """The mask (H, W) with the values of the training masks, or (H, W, 3) where these were
         colours, in the smallest integer type; of a batch (N, H, W[, 3]).
         """
-        return self._each(image, lambda source: self.table.decode(self._decided(source)))
+        return self._each(image, lambda source: self.table.decode(self.decided_in_bands(source)))
 
     def probability(self, image: Image) -> NDArray[np.float32]:
         """Probabilities from 0 to 1.
@@ -466,7 +466,7 @@ class Segmenter:
             return without_small(numbered(decided, depth), self.min_size)
         return np.asarray(ndimage.label(decided == 1)[0], np.int32)
 
-    def _decided(self, source: Source) -> NDArray[np.uint8]:
+    def decided_in_bands(self, source: Source) -> NDArray[np.uint8]:
         """`decided` of an image whose probabilities are never in memory as a whole."""
         bands = [
             classes(band, self.threshold, self.of_regions) for _, band in self.predict.bands(source)

@@ -13,7 +13,7 @@ from segmentation.options import RECIPES, SegmentationOptions
 from unet.errors import InputError
 from unet.files.writing import write_text
 from unet.training.cli import run_script, say_next
-from unet.training.config_file import load_config, save_config
+from unet.training.config_file import equal, load_config, save_config
 
 MAY_CHANGE = ("out", "resume", "device", "workers")  # when a cross-validation goes on
 COLUMNS = (
@@ -111,7 +111,7 @@ def begin(options: CrossvalOptions) -> None:
     if "folds" not in saved:
         raise InputError(f"--out {options.out} holds no cross-validation: start without --resume")
     for name, value in saved.items():
-        if name not in MAY_CHANGE and getattr(options, name) != value:
+        if name not in MAY_CHANGE and not equal(getattr(options, name), value):
             was = "not given" if value is None else value
             raise InputError(
                 f"--{name.replace('_', '-')} was {was} for the folds that are done: leave it out"

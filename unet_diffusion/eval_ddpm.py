@@ -129,12 +129,14 @@ def main(options: EvalOptions) -> None:
 
     model = load_for_sampling(options.model, options.device)
     check_model(options, model)
-    samplers = [ImageSampler(model, way) for way in options.ways()]
+    usual, *others = options.ways()
+    samplers = [ImageSampler(model, usual)]
+    samplers += [samplers[0].with_options(way) for way in others]
     if options.bits:
         check_bits(samplers[0])
     reader = None
     if options.segmenter and model.condition:
-        reader = MaskReader(options.segmenter, model.condition, options.device)
+        reader = MaskReader(options.segmenter, samplers[0], options.device)
     extractor = open_extractor(options.classifier, options.inception, options.device)
     file = Path(options.model).resolve().parent / "config.yaml"  # of the run: the same are held out
     run = load_config(DiffusionOptions, file) if file.exists() else {}
@@ -236,6 +238,9 @@ def read_images(
             f"that go with {where} as --condition"
         )
     height, width = sampler.height, sampler.width
+    val = run.get("val", DiffusionOptions.val)
+    if val >= 1 and not own:  # as many may be more than there are
+        val = DiffusionOptions.val
     data = DiffusionData(
         where,
         size=options.size or (height if height == width else None),
@@ -251,7 +256,7 @@ def read_images(
         pictures=pictures,
         crops=options.crops or run.get("crops", False),
         flips=False,
-        val=run.get("val", DiffusionOptions.val),
+        val=val,
         skip_bad=run.get("skip_bad", False),
         classes=bool(sampler.classes),
         captions=model.text is not None,

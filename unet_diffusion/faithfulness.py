@@ -8,29 +8,31 @@ import numpy as np
 from einops import rearrange
 from numpy.typing import NDArray
 
-from diffusion.data.conditions import Condition
 from diffusion.data.images import DiffusionData
-from diffusion.sampling import Images
+from diffusion.sampling import Images, ImageSampler
 from segmentation.judging.evaluation import Evaluation
 from segmentation.segmenter import load
 from unet.errors import InputError
+from unet.words import channels_said
 
 PART = 64  # images that are read at a time
 _NAMES = {"dice": "Dice", "v_rand": "V_Rand"}
 
 
 class MaskReader:
-    """A trained segmentation, which reads the masks of the images of a condition.
+    """A trained segmentation, which reads the masks that the images of a sampler are made from.
 
     Args:
         folder: its model folder.
-        condition: the masks that images are made from.
+        sampler: of a model with a condition.
 
     Raises:
-        InputError: no such model, or one of other masks; in calls, images of another kind.
+        InputError: no such model, or one of other masks or of images of another kind.
     """
 
-    def __init__(self, folder: str | Path, condition: Condition, device: str = "auto") -> None:
+    def __init__(self, folder: str | Path, sampler: ImageSampler, device: str = "auto") -> None:
+        condition, self.pixels = sampler.model.condition, sampler.pixels
+        assert condition is not None
         if condition.kind != "mask":
             raise InputError(
                 f"--segmenter {folder} reads masks, and images are made from {condition.said()}: "
@@ -39,13 +41,26 @@ class MaskReader:
         self.segmenter, self.values = load(folder, device=device), np.array(condition.values)
         classes = self.segmenter.classes
         plain = not (self.segmenter.instances or self.segmenter.of_regions)
-        if not plain or self.segmenter.slices > 1 or not {*condition.values} <= {*classes}:
+        known = {*classes, self.segmenter.table.ignore_value}
+        if not plain or self.segmenter.slices > 1 or not {*condition.values} <= known:
             knows = ", ".join(map(str, classes))
             kind = "the classes" if plain else "objects or regions of the classes"
             pages = "" if self.segmenter.slices == 1 else ", in several slices together"
             raise InputError(
                 f"--segmenter {folder} knows {kind} {knows}{pages}, and images are made from "
                 f"{condition.said()}: give a segmentation of such masks"
+            )
+        ours, theirs = (
+            (sampler.channels, self.pixels.dtype),
+            (self.segmenter.channels, self.segmenter.dtype),
+        )
+        if ours != theirs and (*ours, *theirs) != (1, "uint8", 3, "uint8"):
+            made, read = (
+                f"{channels_said(channels)} {dtype}" for channels, dtype in (ours, theirs)
+            )
+            raise InputError(
+                f"--segmenter {folder} reads images that are {read}, and those that are made are "
+                f"{made}: give a segmentation of such images"
             )
 
     def asked(self, data: DiffusionData, indices: list[int]) -> NDArray[np.int64]:
@@ -55,11 +70,12 @@ class MaskReader:
 
     def __call__(self, images: Images, masks: NDArray[np.int64]) -> dict[str, float]:
         """The mean Dice of the classes between the masks (N, H, W) and those that are read in the
-        images (N, H, W, C); of membranes V_Rand, too.
+        images, uint8 (N, H, W, C); of membranes V_Rand, too.
         """
         segmenter, table = self.segmenter, self.segmenter.table
-        if images.shape[-1] == 1:  # grey, which a segmentation of RGB reads as such
-            images = np.repeat(images, 3, axis=-1) if segmenter.channels == 3 else images[..., 0]
+        images = self.pixels.stored(images)
+        if images.shape[-1] < segmenter.channels:  # grey, which a segmentation of RGB reads as such
+            images = np.repeat(images, segmenter.channels, axis=-1)
         cells = segmenter.predict.models[0].info.get("cells") if len(table.values) == 2 else None
         found = Evaluation(table, segmenter.threshold, thresholds=(), cells=cells)
         for start in range(0, len(images), PART):

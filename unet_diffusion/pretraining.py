@@ -12,22 +12,24 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from diffusion.options import DiffusionOptions
 from diffusion.training import train as learn_to_draw
+from segmentation.data.classes import Value
 from segmentation.data.pairs import Pair, kind
-from segmentation.decisions import BATCH, Part, decide, part_of_budget
+from segmentation.decisions import BATCH, Part, decide, part_of_budget, share_of_budget
 from segmentation.options import SegmentationOptions
-from segmentation.segmenter import load
+from segmentation.segmenter import RasterSource, load
 from segmentation.training import load_data
 from segmentation.training import train as learn_to_label
 from unet import PRESETS
 from unet.errors import InputError
 from unet.files.images import image_info, list_images, read_image, read_mask, write_image
-from unet.files.pages import Reading
+from unet.files.pages import ImageInfo, Reading, missing
 from unet.training.config_file import save_config
 from unet.training.run import RunFolder, is_main_process
 from unet.training.task import Processes
@@ -51,8 +53,7 @@ def train_with_unlabelled(options: SegmentationOptions) -> dict[str, float]:
         InputError: images that do not go with the labelled ones, before anything is trained.
     """
     assert options.unlabelled is not None
-    files = list_images(options.unlabelled)
-    crop = check(options, options.unlabelled, files)
+    unlabelled = check(options, list_images(options.unlabelled))
     main = is_main_process()
     folder = RunFolder(options.out)
     with folder.locked(resume=options.resume) if main else nullcontext():
@@ -62,21 +63,21 @@ def train_with_unlabelled(options: SegmentationOptions) -> dict[str, float]:
             save_config(replace(options, resume=False), options.out / "config.yaml")
         init = options.init or str(options.out / "pretraining/model")
         if options.init is None and not (options.out / "pretraining/report.png").exists():
-            _say("Without labels: a diffusion model of the images")
-            learn_to_draw(first_part(options, options.out / "pretraining", crop))
+            _say(options, "pretraining", "without labels a diffusion model of the images")
+            learn_to_draw(first_part(options, options.out / "pretraining", unlabelled.crop))
         start = segmentation_start(init)
         teacher = options.out / "teacher"
         if not (teacher / "report.png").exists():
-            _say("With labels: a segmentation that starts from it, to label the other images")
+            _say(options, "teacher", "with labels a segmentation, which will label the others")
             learn_to_label(teacher_part(options, init), start)
-        pairs = own_labels(options, teacher, files)
-    _say("With both: a segmentation that starts from it again, and learns from its labels, too")
+        pairs = own_labels(options, teacher, unlabelled)
+    _say(options, "student", "a segmentation that learns from these labels as well")
     return learn_to_label(replace(options, resume=True), start, also=pairs)
 
 
-def _say(part: str) -> None:
+def _say(options: SegmentationOptions, part: Part, what: str) -> None:
     if is_main_process():
-        print(part, flush=True)
+        print(f"for {share_of_budget(options, part):.0%} of the budget: {what}", flush=True)
 
 
 def first_part(options: SegmentationOptions, run: Path, crop: int) -> DiffusionOptions:
@@ -107,9 +108,8 @@ def teacher_part(options: SegmentationOptions, init: str) -> SegmentationOptions
     """The first segmentation: the options of the second one, without the unlabelled images."""
     run = options.out / "teacher"
     return replace(
-        options,
+        _without_unlabelled(options),
         out=run,
-        unlabelled=None,
         push_to_hub=None,
         init=init,
         resume=(run / "config.yaml").exists(),
@@ -123,73 +123,140 @@ def _budget(options: SegmentationOptions, part: Part) -> dict[str, Any]:
     return budget | {"max_minutes" if unit == "minutes" else unit: amount}
 
 
-def own_labels(options: SegmentationOptions, teacher: Path, files: Sequence[Path]) -> list[Pair]:
-    """The unlabelled images, or as many of them as are enough, with masks by the teacher.
+class Slice(NamedTuple):
+    """An unlabelled image: one of a file, or a page of it."""
 
-    The masks are kept in RUN/teacher/labels and are not made twice. Every process makes a part of
-    them.
+    file: Path
+    page: int | None
+    info: ImageInfo  # of the file
+
+    @property
+    def name(self) -> str:
+        return self.file.name if self.page is None else f"{self.file.name} page {self.page}"
+
+
+class Unlabelled(NamedTuple):
+    """What the parts of a training have to know of the unlabelled images.
+
+    Attributes:
+        chosen: those that get labels of our own.
+        crop: side of the crops of the diffusion model.
+        ignored: the value of pixels without a label in the masks of the labelled images.
     """
-    reading, folder = options.reading, teacher / "labels"
+
+    chosen: list[Slice]
+    crop: int
+    ignored: Value | None
+
+
+def to_label(files: Sequence[Path], reading: Reading) -> list[Slice]:
+    """The images that get labels of our own: all, or evenly as many as have ENOUGH pixels."""
     infos = ((file, reading.of(image_info(file, reading))) for file in files)
-    slices = [(f, page if i.pages > 1 else None, i) for f, i in infos for page in range(i.pages)]
-    count = max(1, ENOUGH // max(1, sum(i.height * i.width for *_, i in slices) // len(slices)))
-    chosen = np.linspace(0, len(slices) - 1, min(count, len(slices))).round().astype(int)
-    masked = [(*slices[i], folder / f"{i}.tif") for i in chosen]
+    slices = [
+        Slice(file, page if info.pages > 1 else None, info)
+        for file, info in infos
+        for page in range(info.pages)
+    ]
+    pixels = sum(s.info.height * s.info.width for s in slices) // len(slices)
+    count = min(max(1, ENOUGH // max(1, pixels)), len(slices))
+    places = np.linspace(0, len(slices) - 1, count).round().astype(int)
+    return [slices[i] for i in places]
+
+
+def own_labels(options: SegmentationOptions, teacher: Path, unlabelled: Unlabelled) -> list[Pair]:
+    """The images with masks by the teacher, which are kept in RUN/teacher/labels and not made
+    twice. Every process makes a part of them.
+    """
+    reading, folder, chosen = options.reading, teacher / "labels", unlabelled.chosen
+    masks = [folder / f"{image.name}.tif" for image in chosen]
     processes = Processes.started(options.device)
-    missing = [slice_ for slice_ in masked if not slice_[-1].exists()]
-    if missing:
-        begun = time.monotonic()
+    processes.wait()  # the main process saves the threshold with the teacher last of all
+    begun, made = time.monotonic(), [mask for mask in masks if not mask.exists()]
+    if made:
         segmenter = load(teacher / "model", device=options.device, tta=True)
-        for file, page, _, mask in processes.share(missing):
-            image = read_image(file, page, reading)
+        for image, mask in processes.share([*zip(chosen, masks, strict=True)]):
+            if mask.exists():
+                continue
+            stored = read_image(image.file, image.page, reading)
+            source = RasterSource(stored, image.info.nodata)
             if segmenter.instances:
-                write_image(mask, segmenter.labels(image).astype(np.uint16))
+                probability, depth = segmenter.predict.found(source)
+                numbers = segmenter.numbered(segmenter.decided(probability, source), depth)
+                write_image(mask, without_number(numbers, unlabelled.ignored))
             else:
-                write_image(mask, segmenter(image))
+                write_image(mask, segmenter.table.decode(segmenter.decided_in_bands(source)))
         processes.wait()
-        minutes = (time.monotonic() - begun) / 60
-        _say(f"labelled {counted(len(missing), 'image')} in {minutes:.1f} minutes: {folder}")
+        if processes.main:
+            minutes = (time.monotonic() - begun) / 60
+            print(f"labelled {counted(len(made), 'image')} in {minutes:.1f} minutes: {folder}")
     return [
         Pair(
-            name=f"unlabelled {mask.stem}",
-            image=file,
-            page=page,
+            name=f"unlabelled {image.name}",
+            image=image.file,
+            page=image.page,
             mask=read_mask(mask),
-            info=info,
+            info=image.info,
             reading=reading,
         )
-        for file, page, info, mask in masked
+        for image, mask in zip(chosen, masks, strict=True)
     ]
 
 
-def check(options: SegmentationOptions, unlabelled: Path, files: list[Path]) -> int:
-    """The side of the crops, of images that go with the labelled ones.
+def without_number(numbers: NDArray[np.int32], ignored: Value | None) -> NDArray[np.uint16]:
+    """Numbered objects (H, W), none of which has the value of pixels without a label."""
+    greys = {ignored} if isinstance(ignored, int) else {*(ignored or ())}
+    if len(greys) == 1 and 0 not in greys:
+        numbers = numbers + (numbers >= greys.pop())
+    return numbers.astype(np.uint16)
+
+
+def _without_unlabelled(options: SegmentationOptions) -> SegmentationOptions:
+    """The options of a segmentation that learns from the labelled images alone."""
+    share = options.synthetic_share if options.synthetic else SegmentationOptions.synthetic_share
+    return replace(options, unlabelled=None, synthetic_share=share)
+
+
+def check(options: SegmentationOptions, files: Sequence[Path]) -> Unlabelled:
+    """What there is in these files, which go with the labelled images.
 
     Raises:
-        InputError: other channels or another depth; too small for a crop; a network without a
-            timestep.
+        InputError: images that cannot be read, of other channels or another depth, too small for a
+            crop, or of which nothing was measured; a network without a timestep.
     """
     start = segmentation_start(options.init)
-    alone = replace(options, unlabelled=None)
+    alone, reading = _without_unlabelled(options), options.reading
     if start is None:
         alone = replace(alone, network=_drawing_network(options))
     data = load_data(alone, start)
-    crop = min(decide(alone, data, start).crop)
+    plan = decide(alone, data, start)
     wanted = data.pairs[0].info
     for file in files:
-        info = options.reading.of(image_info(file, options.reading))
+        info = reading.of(image_info(file, reading))
+        size = info.height, info.width
         if (info.channels, info.dtype) != (wanted.channels, wanted.dtype):
             raise InputError(
                 f"{kind(info)} in the unlabelled {str(file)!r}, but {kind(wanted)} in the labelled "
                 f"image {data.pairs[0].name}: save all images alike"
             )
-        if min(info.height, info.width) < crop:
+        if options.crop == 0 and size != (wanted.height, wanted.width):
             raise InputError(
-                f"the unlabelled {str(file)!r} has {info.height} x {info.width} pixels, too few "
-                f"for a crop of {crop}: leave it out, or give a smaller --crop"
+                f"--crop 0 takes whole images, of {wanted.height} x {wanted.width} pixels, and the "
+                f"unlabelled {str(file)!r} has {size[0]} x {size[1]}: give the side of a crop"
             )
-    _tell_held_out([data.pairs[i] for i in data.val], files, options.reading)
-    return crop
+        if options.crop != 0 and min(size) < min(plan.target):
+            raise InputError(
+                f"the unlabelled {str(file)!r} has {size[0]} x {size[1]} pixels, too few for a "
+                f"crop of {min(plan.target)}: leave it out, or give a smaller --crop"
+            )
+    chosen = to_label(files, reading)
+    for image in chosen:
+        nodata = image.info.nodata if image.info.nodata is not None else data.normalisation.nodata
+        if missing(read_image(image.file, image.page, reading), nodata).all():
+            raise InputError(
+                f"nothing was measured in {image.name} of the unlabelled images: leave it out"
+            )
+    _tell_held_out([data.pairs[i] for i in data.val], files, reading)
+    return Unlabelled(chosen, min(plan.crop), data.ignore_value)
 
 
 def _drawing_network(options: SegmentationOptions) -> str:
@@ -199,12 +266,12 @@ def _drawing_network(options: SegmentationOptions) -> str:
         InputError: it takes no timestep.
     """
     name = options.network or NETWORK
-    config = PRESETS[name].config if name in PRESETS else None
-    if config is None or config.block != "res" or config.context_channels is not None:
-        fits = [n for n, p in PRESETS.items() if p.config.block == "res"]
+    configs = {n: p.config for n, p in PRESETS.items()}
+    fits = [n for n, c in configs.items() if c.block == "res" and c.context_channels is None]
+    if name not in fits:
         raise InputError(
-            f"--unlabelled needs a network that takes a timestep, and --network {name} does not: "
-            f"choose one of {', '.join(fits)}"
+            "--unlabelled needs a network that takes a timestep and no text, and --network "
+            f"{name} is none: choose one of {', '.join(fits)}"
         )
     return name
 

@@ -412,7 +412,8 @@ class SegmentationData:
                 of = "" if one else f" of {counted(len(stacks), 'volume')}"
                 lines.append(f"{part}: {counted(len(indices), 'image')}{of}{shown}")
         if self.synthetic:
-            lines.append(f"training beside them: {counted(len(self.synthetic), 'synthetic image')}")
+            count = counted(len(self.synthetic), "image")
+            lines.append(f"training beside them: {count}, synthetic or with labels of our own")
         if self.train and not self.val:
             lines.append("validation: nothing is held out, so no figure tells of other images")
         return "\n".join(lines)

@@ -14,10 +14,11 @@ from diffusion.data.conditions import find_condition
 from diffusion.data.images import DiffusionData
 from diffusion.judging.classifier import ClassifierUNet, classifier_config
 from diffusion.model import DiffusionUNet
-from diffusion.options import DiffusionOptions
+from diffusion.options import DiffusionOptions, SamplingOptions
 from diffusion.process.schedule import NoiseSchedule
+from diffusion.sampling import ImageSampler, load_for_sampling
 from segmentation.model import SegmentationUNet
-from unet import UNetConfig
+from unet import InputError, UNetConfig
 from unet.files.images import write_image
 from unet.training.cli import run_script
 from unet.training.config_file import keep_config
@@ -76,14 +77,15 @@ def classifier(path: Path) -> Path:
     return path / "classifier"
 
 
-def reader(path: Path, values: list[int], cells: int | None = 0) -> Path:
+def reader(path: Path, values: list[int], dtype: str = "uint8", ignored: int | None = None) -> Path:
     table = {"values": values, "shares": [1 / len(values)] * len(values)}
-    normalisation = {"mean": [128.0], "std": [60.0], "dtype": "uint8"}
+    top = 255 if dtype == "uint8" else 4095
+    normalisation = {"mean": [0.5 * top], "std": [0.24 * top], "dtype": dtype}
     info = {
-        "classes": {**table, "ignore_value": None, "ignored_share": 0, "names": ()},
+        "classes": {**table, "ignore_value": ignored, "ignored_share": 0, "names": ()},
         "normalisation": normalisation,
         "threshold": 0.5,
-        "cells": cells,
+        "cells": 0,
     }
     torch.manual_seed(1)
     outputs = 1 if len(values) == 2 else len(values)
@@ -91,8 +93,9 @@ def reader(path: Path, values: list[int], cells: int | None = 0) -> Path:
         UNetConfig(in_channels=1, channels=4, multipliers=(1, 2)), outputs, info
     )
     torch.nn.init.normal_(model.head.conv.weight, std=3)
-    model.save_pretrained(path / f"reader-{len(values)}")
-    return path / f"reader-{len(values)}"
+    name = f"reader-{len(values)}" + ("" if dtype == "uint8" else f"-{dtype}")
+    model.save_pretrained(path / name)
+    return path / name
 
 
 def test_small_images_are_judged_by_the_images_held_out(folder: Path, capsys: Any) -> None:
@@ -126,10 +129,11 @@ def test_small_images_are_judged_by_the_images_held_out(folder: Path, capsys: An
     assert alone["one sample"]["PSNR"] == pytest.approx(psnrs[1], abs=1e-3)
     capsys.readouterr()
     # Other images are all held out, and copies are looked for in what was trained on.
+    config = folder / "lowres/config.yaml"
+    config.write_text(config.read_text().replace("val: 4", "val: 8"))  # more than the six others
     assert judge(*model, "--data", folder / "other/image", "--count", 6) == 0
     assert "in turn" not in (said := capsys.readouterr().out)
     assert "likely copies" in said
-    config = folder / "lowres/config.yaml"
     config.rename(config.with_suffix(".away"))
     assert judge(*model, "--data", folder / "other/image", "--count", 6) == 0
     config.with_suffix(".away").rename(config)
@@ -157,7 +161,8 @@ def test_real_images_are_as_faithful_as_the_ceiling(folder: Path, values: list[i
     condition = find_condition(str(folder / "own/mask"), 1)
     images, masks = folder / "other/image", folder / "other/mask"
     data = DiffusionData(images, condition=condition, pictures=masks, val=2)
-    read = MaskReader(reader(folder, values), condition, "cpu")
+    sampler = ImageSampler(load_for_sampling(folder / "mask/model", "cpu"), SamplingOptions())
+    read = MaskReader(reader(folder, values), sampler, "cpu")
     chosen = [*data.val, *data.train]
     real, asked = data.images(chosen), read.asked(data, chosen)
     assert np.array_equal(asked == 7, real[..., 0] > 99)
@@ -166,6 +171,23 @@ def test_real_images_are_as_faithful_as_the_ceiling(folder: Path, values: list[i
     assert ("V_Rand" in found["their ratio"]) == (len(values) == 2)
     perfect = read.segmenter(real[..., 0])
     assert read(real, perfect.astype(np.int64))["Dice"] == 1
+
+
+def test_fine_images_are_read_in_their_values(folder: Path) -> None:
+    """Of 16 bits and a range of their own as of bytes; a value that is ignored does not count."""
+    model = load_for_sampling(folder / "mask/model", "cpu")
+    coarse = MaskReader(reader(folder, [0, 7]), ImageSampler(model, SamplingOptions()), "cpu")
+    model.info |= {"dtype": "uint16", "ranges": {"uint16": [0, 4095]}}
+    sampler = ImageSampler(model, SamplingOptions())
+    fine = MaskReader(reader(folder, [0, 7], "uint16"), sampler, "cpu")
+    images = RNG.integers(0, 256, (3, SIDE, SIDE, 1), np.uint8)
+    masks = np.where(images[..., 0] > 99, 7, 0)
+    assert fine(images, masks)["Dice"] == pytest.approx(coarse(images, masks)["Dice"], abs=0.01)
+    with pytest.raises(InputError, match=r"grey \(1 channel\) uint8, and .* uint16: give a segm"):
+        MaskReader(reader(folder, [0, 7]), sampler, "cpu")
+    ignoring = MaskReader(reader(folder, [0, 5], "uint16", ignored=7), sampler, "cpu")
+    assert "Dice" in ignoring(images, masks)
+    reader(folder, [0, 7])
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ from unet.files.images import read_mask, write_image
 from unet.training.cli import run_script
 from unet.weights.folder import FolderModel
 from unet_diffusion import describe, train_ddpm, train_seg
+from unet_diffusion.pretraining import without_number
 from unet_diffusion.starting import TIMESTEP, segmentation_start
 
 pytestmark = pytest.mark.usefixtures("short_runs")
@@ -299,6 +300,33 @@ def test_objects_of_a_few_rows_start_from_a_diffusion_model(sparse, tmp_path, ca
     assert "ap" in model.info["training"]["figures"]
 
 
+def test_what_was_not_measured_has_no_label_of_our_own(tmp_path: Path, capsys) -> None:
+    """With --nodata nan, of which a run that goes on knows that it is what it was."""
+    rng = np.random.default_rng(0)
+    for place in ("cells/image", "more"):
+        for i in range(4):
+            image = rng.normal(100, 20, (40, 48)).astype(np.float32)
+            image[:9] = np.nan
+            write_image(tmp_path / place / f"{i}.tif", image)
+            write_image(tmp_path / f"cells/label/{i}.png", np.uint8(np.nan_to_num(image) > 105))
+    more = ("--unlabelled", tmp_path / "more", "--nodata", "nan")
+    given = ("--data", tmp_path / "cells", *more, *TINY, "--steps", 6, "--out", tmp_path / "run")
+    write_image(tmp_path / "more/4.tif", np.full((40, 48), np.nan, np.float32))
+    assert run_seg(*given) == 2
+    assert "nothing was measured in 4.tif of the unlabelled images" in capsys.readouterr().err
+    (tmp_path / "more/4.tif").unlink()
+    assert run_seg(*given) == 0
+    assert "4 images, synthetic or with labels of our own" in capsys.readouterr().out
+
+
+def test_no_object_of_our_own_has_the_number_that_is_ignored() -> None:
+    numbers = np.arange(5, dtype=np.int32)[None]
+    assert without_number(numbers, 3).tolist() == [[0, 1, 2, 4, 5]]
+    assert without_number(numbers, (3, 3, 3)).tolist() == [[0, 1, 2, 4, 5]]
+    for none in (None, 0, 9, (1, 2, 3)):
+        assert without_number(numbers, none).tolist() == numbers.tolist()
+
+
 @pytest.mark.slow  # three trainings; their parts are tested each by itself
 def test_a_teacher_of_objects_is_what_init_gives(sparse, unlabelled, tmp_path) -> None:
     given = ("--data", sparse, "--evaluations", 1, *OBJECTS)
@@ -358,9 +386,11 @@ def test_a_diffusion_model_that_is_there_is_not_learnt_again(
     given = ("--data", unlabelled, "--network", "shared", *TINY[:4], "--crops", "--size", 32)
     assert run_ddpm(*given, "--steps", 1, "--out", drawn) == 0
     given = ("--data", data, "--unlabelled", unlabelled, "--init", drawn / "model", *TINY)
+    given = (*given, "--synthetic-share", 0.25)
     assert run_seg(*given, "--steps", 6, "--out", tmp_path / "run") == 0
     told = capsys.readouterr().out
     assert all(f"{n} steps" in told for n in (2, 4))
+    assert "0.25 of the crops" in told
     assert not (tmp_path / "run/pretraining").exists()
 
 
@@ -368,6 +398,9 @@ def test_a_diffusion_model_that_is_there_is_not_learnt_again(
     ("more", "told"),
     [
         (("--network", "segmentation"), "needs a network that takes a timestep"),
+        (("--network", "sd-v1"), "choose one of shared, diffusion, ddpm-cifar10, ddpm-256\n"),
+        (("--unlabelled", "LARGE", "--crop", 0), "whole images, of 40 x 48 pixels"),
+        (("--unlabelled", "CUT", "--init", "MODEL"), "image file is truncated"),
         (("--init", "a/model"), "a/model"),
         (("--best-by", "ap"), "ap"),
         (("--crop", 64), "too few for a crop of 64"),
@@ -379,7 +412,12 @@ def test_unlabelled_images_that_do_not_go_with_the_labelled_ones_are_refused(
     more: tuple[object, ...], told: str, data: Path, unlabelled: Path, tmp_path: Path, capsys
 ) -> None:
     write_image(tmp_path / "colour/0.png", np.zeros((64, 64, 3), np.uint8))
-    more = tuple(tmp_path / "colour" if m == "COLOUR" else m for m in more)
+    write_image(tmp_path / "large/0.png", np.zeros((64, 64), np.uint8))
+    whole = (unlabelled / "0.png").read_bytes()
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut/0.png").write_bytes(whole[: len(whole) // 2])
+    diffusion_model(tmp_path / "model")
+    more = tuple(tmp_path / str(m).lower() if str(m).isupper() else m for m in more)
     given = ("--data", data, "--unlabelled", unlabelled, *TINY, "--steps", 2)
     assert run_seg(*given, *more, "--out", tmp_path / "run") == 2
     assert told in capsys.readouterr().err

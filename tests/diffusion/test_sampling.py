@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from diffusion.data.pixels import to_bytes
+from diffusion.generator import ImageGenerator
 from diffusion.model import DiffusionUNet
 from diffusion.options import SamplingOptions
 from diffusion.process.schedule import NoiseSchedule
-from diffusion.sampling import ImageSampler, image_seeds
+from diffusion.sampling import ImageSampler, image_seeds, load_for_sampling
 from unet import PRESETS, InputError
 from unet.config import UNetConfig
 
@@ -191,6 +192,27 @@ def test_what_a_model_does_not_know_is_said() -> None:
 def test_mistaken_options_are_refused(options: dict[str, Any], told: str) -> None:
     with pytest.raises(InputError, match=told):
         SamplingOptions(**options)
+
+
+def test_a_guide_is_read_once_for_all_calls_that_name_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network, read = model(("a", "b")), []
+    names = [str(tmp_path / name) for name in ("lesser", "other")]
+    for name in names:
+        network.save_pretrained(name)
+
+    def counting(folder: str, device: str) -> DiffusionUNet:
+        read.append(folder)
+        return load_for_sampling(folder, device)
+
+    monkeypatch.setattr("diffusion.sampling.load_for_sampling", counting)
+    generator = ImageGenerator(network)
+    for guide in (names[0], names[0], names[1]):
+        generator(1, steps=2, guidance=2.0, guide=guide)
+    assert read == names
+    generator(1, steps=2)
+    assert read == names
 
 
 def test_a_smaller_model_guides_and_one_of_other_data_is_refused(tmp_path: Path) -> None:

@@ -237,7 +237,7 @@ def test_a_stopped_and_resumed_training_is_that_of_one_sitting(folder, tmp_path,
     for part in ("model", "ema"):
         assert all(torch.equal(v, states[1][part][k]) for k, v in states[0][part].items())
     told = capsys.readouterr().out
-    assert "training beside them: 2 synthetic images" in told
+    assert "training beside them: 2 images" in told
     assert "0.75 of the crops, in none of the figures" in told
 
 

@@ -200,6 +200,11 @@ def field_types(cls: type) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
 
 
+def equal(value: Any, other: Any) -> bool:
+    """Whether two values of an option are the same, as NaN (--nodata nan) is to itself."""
+    return bool(value == other or (value != value and other != other))
+
+
 def nearest(name: str, valid: list[str]) -> str:
     """The end of a sentence about the unknown option `name`: which of `valid` was meant."""
     match = difflib.get_close_matches(name, valid, n=1)

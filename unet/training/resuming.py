@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from unet.errors import InputError
-from unet.training.config_file import field_types, load_config
+from unet.training.config_file import equal, field_types, load_config
 from unet.training.options import BUDGETS, FitOptions
 from unet.training.run import is_main_process
 
@@ -17,7 +17,7 @@ Options = TypeVar("Options", bound=FitOptions)
 _FIXED = ("batch_size", "optimizer", "ema", "snapshots", "seed")
 _MAY_CHANGE = {field.name for field in dataclasses.fields(FitOptions)}.difference(_FIXED)
 _PATHS = (
-    *("data", "images", "masks", "synthetic", "init"),
+    *("data", "val_data", "images", "masks", "synthetic", "unlabelled", "init"),
     *("condition", "joint", "latents", "text_encoder", "prior"),
 )
 
@@ -42,7 +42,7 @@ def resumed(options: Options) -> Options:
     budget = [name for name in BUDGETS if getattr(options, name) is not None]
     open_ = [n for n in names if getattr(options, n) is None and not (budget and n in BUDGETS)]
     options = dataclasses.replace(options, **{name: before[name] for name in open_})
-    changed = [name for name in names if getattr(options, name) != before[name]]
+    changed = [name for name in names if not equal(getattr(options, name), before[name])]
     if refused := [name for name in changed if name not in _MAY_CHANGE]:
         _refuse(options, before, refused)
     if changed and is_main_process():
