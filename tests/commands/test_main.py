@@ -21,7 +21,7 @@ from unet.training.config_file import field_types
 from unet_diffusion.main import COMMANDS, NAMES, every_command, main, module
 
 ROOT = Path(__file__).parents[2]
-SHARED = {"faithfulness", "interactive", "pretraining", "sampled", "starting"}  # what commands share
+SHARED = {"faithfulness", "interactive", "pretraining", "sampled", "starting"}  # by commands
 ENTRY_POINTS = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["scripts"]
 
 
