@@ -209,9 +209,8 @@ def make_repository(repo_id: str) -> None:
     api = HfApi(token=None)
     with _told(repo_id):
         repo_id = api.create_repo(repo_id, exist_ok=True).repo_id
-        with suppress(
-            TypeError
-        ):  # an older huggingface_hub cannot ask: it is the upload that tells
+        # An older huggingface_hub cannot ask: it is the upload that tells.
+        with suppress(TypeError):
             api.auth_check(repo_id, write=True)
 
 
