@@ -220,7 +220,7 @@ def find_normalisation(
         image = read(i)
         counts = encode(pair, image) != IGNORE
         moments.append(Moments.of(image, counts & ~missing(image, nodata)))
-        if nodata is None and counts.any() and not counts.all():
+        if nodata is None and None not in found and counts.any() and not counts.all():
             found.add(_value_of_rest(shown(pair, image), counts))
     value = found.pop() if len(found) == 1 else None
     if value is None:
