@@ -2,46 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from segmentation.data.classes import (
-    IGNORE,
-    MAX_CLASSES,
-    ClassTable,
-    Value,
-    code_values,
-    some,
-    value_codes,
-)
-from segmentation.data.instances import (
-    INSTANCE_NAMES,
-    OBJECT_NAMES,
-    UNKNOWN,
-    instance_classes,
-    object_classes,
-    object_numbers,
-)
-from segmentation.data.layouts import class_values
-from segmentation.data.masks import VOID, Survey, are_instances, is_void
-from segmentation.data.normalisation import Normalisation
+from segmentation.data.classes import IGNORE, ClassTable, Value, some
+from segmentation.data.instances import UNKNOWN, object_numbers
+from segmentation.data.labels import find_labels
+from segmentation.data.normalisation import Normalisation, find_normalisation
 from segmentation.data.pairs import Pair, kind
-from segmentation.data.polygons import Drawing
-from segmentation.data.regions import Regions
-from segmentation.data.slices import middle
 from unet.errors import InputError
-from unet.files.pages import Array, missing
+from unet.files.pages import Array
 from unet.words import counted
 
 CACHE_BYTES = 2**30
-USUAL_CLASSES = 8  # more values in masks may be numbers of objects
-JUDGED = 20  # masks that decide whether they number objects, or have void edges
 
 
 class SegmentationData:
@@ -84,75 +61,54 @@ class SegmentationData:
         left_out: int = 0,
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
-        self.pairs = [*train, *val]
-        self.train, self.val = range(len(train)), range(len(train), len(self.pairs))
-        self.channels, self.dtype = self.pairs[0].info.channels, self.pairs[0].info.dtype
-        self.slices = max(1, len(self.pairs[0].around))
-        self.notes: list[str] = []
-        self.bordered = table is not None and table.names == INSTANCE_NAMES
-        self.instances = instances or self.bordered
-        self.instances |= table is None and any(pair.instances for pair in self.pairs)
+        pairs = [*train, *val]
+        self.train, self.val = range(len(train)), range(len(train), len(pairs))
+        self.synthetic = range(len(pairs), len(pairs) + len(synthetic))
+        self.channels, self.dtype = pairs[0].info.channels, pairs[0].info.dtype
+        self.slices = max(1, len(pairs[0].around))
         self.left_out = left_out
-        self.pairs = self._drawn_alike(table)
-        if table is not None and isinstance(table.values[0], tuple):
-            self.pairs = [replace(p, colours=p.palette is not None) for p in self.pairs]
-        declared = {pair.nodata for pair in self.pairs} - {None}
-        if isinstance(ignore_value, tuple) and self._palette() is not None:
-            ignore_value = self._index_of(ignore_value)
-        # What no pixel has is no matter, and 0 is declared by programs that mean the background.
-        self._declared = declared.pop() if ignore_value is None and len(declared) == 1 else None
-        if table is not None and self._drawings() and self._declared == VOID:
-            # crowds, which the model need not know
-            ignore_value, table = VOID, table.ignoring(VOID)
-        self.ignore_value = ignore_value
-        self.table = table or self._find_table(names)
-        self.regions: Regions | None = None
-        if values := regions or self.pairs[0].regions:
-            if self.instances:
-                raise InputError("regions are of classes, and the masks number objects")
-            self.regions = Regions(values, self.table)
-        self.normalisation = normalisation or self._find_normalisation()
+        images = _Decoded([*pairs, *synthetic], cache_bytes)
+        pairs, self._labels = find_labels(
+            pairs,
+            images.read,
+            ignore_value=ignore_value,
+            table=table,
+            instances=instances,
+            names=names,
+            regions=regions,
+        )
+        self.table, self.regions = self._labels.table, self._labels.regions
+        self.instances, self.ignore_value = self._labels.instances, self._labels.ignore_value
+        self.notes = list(self._labels.notes)
+        if normalisation is None:
+            encode = None if self.ignore_value is None else self._labels.encode
+            normalisation, told = find_normalisation(pairs[: len(train)], images.read, encode)
+            self.notes += told
+        self.normalisation = normalisation
+        self.pairs = pairs + [
+            replace(pair, colours=pairs[0].colours, instances=self.instances) for pair in synthetic
+        ]
         self._cache: dict[int, tuple[NDArray[np.float32], NDArray[np.uint8]]] = {}
         self._objects: dict[int, NDArray[np.int32]] = {}
         self._free = cache_bytes
-        real = len(self.pairs)
-        self.pairs += [
-            replace(pair, colours=self.pairs[0].colours, instances=self.instances)
-            for pair in synthetic
-        ]
-        self.synthetic = range(real, len(self.pairs))
-        for index in range(len(self.pairs)):
-            mask = self.load(index)[1]
+        for index, pair in enumerate(self.pairs):
+            mask = self._prepared(index, images.take(index))[1]
             if index in self.synthetic and (mask == IGNORE).all():
                 raise InputError(
-                    f"{self.pairs[index].where}: no pixel of this synthetic mask has a label: "
-                    "leave it out"
+                    f"{pair.where}: no pixel of this synthetic mask has a label: leave it out"
                 )
-
-    def _drawings(self) -> list[Drawing]:
-        return [pair.mask for pair in self.pairs if isinstance(pair.mask, Drawing)]
-
-    def _drawn_alike(self, table: ClassTable | None) -> list[Pair]:
-        """The pairs, with masks that are drawn as numbers or else with the same classes."""
-        classes = class_values(self._drawings())
-        values = [v for v in table.values if isinstance(v, int)] if table is not None else []
-        if table is not None and (table.names or len(classes) == len(values) == 2):
-            classes = dict(zip(values, table.names or classes.values(), strict=False))
-        return [
-            replace(pair, instances=self.instances, classes=classes)
-            if isinstance(pair.mask, Drawing)
-            else pair
-            for pair in self.pairs
-        ]
 
     def load(self, index: int) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
         """Normalised image (C, H, W) and class indices (H, W), both read-only."""
         if index in self._cache:
             return self._cache[index]
+        return self._prepared(index, self.pairs[index].read_image())
+
+    def _prepared(self, index: int, stored: Array) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+        """What `load` gives, of the image as it is stored; kept where there is room."""
         pair = self.pairs[index]
-        stored = pair.read_image()
         image = self.normalisation(stored, pair.info.nodata)
-        mask = self._encoded(pair, stored)
+        mask = self._labels.encode(pair, stored, self.normalisation.nodata)
         image.flags.writeable = mask.flags.writeable = False
         if image.nbytes + mask.nbytes <= self._free:
             self._free -= image.nbytes + mask.nbytes
@@ -174,202 +130,6 @@ class SegmentationData:
             self._free -= numbers.nbytes
             self._objects[index] = numbers
         return numbers
-
-    def _encoded(self, pair: Pair, image: Array) -> NDArray[np.uint8]:
-        """Class indices (H, W), ignored where the image holds no data."""
-        mask = self._read_mask(pair)
-        nodata = pair.info.nodata if pair.info.nodata is not None else self._nodata
-        unknown = missing(middle(image, self.slices), nodata)
-        if not unknown.any():
-            return self.table.encode(mask, pair.where)
-        mask = np.where(
-            unknown if mask.ndim == 2 else unknown[..., None], self.table.values[0], mask
-        )
-        return np.where(unknown, np.uint8(IGNORE), self.table.encode(mask, pair.where))
-
-    @property
-    def _nodata(self) -> float | None:
-        known = getattr(self, "normalisation", None)
-        return None if known is None else known.nodata
-
-    def _read_mask(self, pair: Pair) -> Array:
-        mask = pair.read_mask()
-        if not self.instances:
-            return mask
-        return (instance_classes if self.bordered else object_classes)(mask, self.ignore_value)
-
-    def _find_table(self, names: Sequence[str]) -> ClassTable:
-        """The classes of the masks; see `segmentation.data.masks`."""
-        if self.instances:
-            self._take_declared(None)
-            return self._instance_table()
-        survey = Survey.of((pair.where, self._measured_mask(pair)) for pair in self.pairs)
-        first = self.pairs[0].mask
-        wide = self.pairs[0].read_mask().dtype != np.uint8  # as few masks of classes are
-        as_cellpose = isinstance(first, Path) and first.stem.lower().endswith("_masks") and wide
-        perhaps = as_cellpose or (len(survey.pixels) > USUAL_CLASSES and not self._drawings())
-        if perhaps and are_instances(
-            (pair.read_mask() for pair in self.pairs[:JUDGED]), expected=as_cellpose
-        ):
-            if as_cellpose or len(survey.pixels) > MAX_CLASSES:
-                self.instances = True
-                self._take_declared(survey)
-                self.notes.append("the masks number objects, which are learnt to be told apart")
-                return self._instance_table()
-            self.notes.append(
-                f"each of the {len(survey.pixels)} classes is in one piece in nearly every mask: "
-                "if the masks number objects, give --instances"
-            )
-        self._take_declared(survey)
-        if self._drawings():
-            self._tell_of_drawings("classes")
-        else:
-            survey.check()
-        if (
-            self.ignore_value is None
-            and not self._drawings()
-            and is_void(survey, (pair.read_mask() for pair in self.pairs[:JUDGED]))
-        ):
-            self.ignore_value = VOID
-            self.notes.append(
-                f"mask value {VOID} marks the edges of objects, as in Pascal VOC, and is ignored"
-            )
-        if self.ignore_value is None:
-            self.ignore_value = self._unmeasured(survey)
-        return ClassTable.counted(
-            survey.pixels, self.ignore_value, self._known(survey, names), self._palette()
-        )
-
-    def _take_declared(self, survey: Survey | None) -> None:
-        """Ignores the value that the masks' files declare, if pixels have it."""
-        value = self._declared
-        if value and (survey is None or value in survey.pixels):
-            self.ignore_value = value
-            self.notes.append(f"mask value {value} has no label, as its files declare")
-
-    def _measured_mask(self, pair: Pair) -> Array:
-        """The mask's values (N, 1[, 3]) where the image holds data; all of it mostly."""
-        mask = pair.read_mask()
-        if pair.info.nodata is None:
-            return mask
-        known = ~missing(pair.read_shown(), pair.info.nodata)
-        return mask if known.all() else mask[known][:, None]
-
-    def _unmeasured(self, survey: Survey) -> Value | None:
-        """The mask value of the pixels where nothing was measured, if no others have it."""
-        found: set[Value] = set()
-        for pair in self.pairs:
-            if pair.info.nodata is not None:
-                mask = pair.read_mask()
-                codes = value_codes(mask[missing(pair.read_shown(), pair.info.nodata)][:, None])
-                found |= set(code_values(np.unique(codes), mask.ndim == 3)) - set(survey.pixels)
-        if len(found) != 1:
-            return None
-        value = found.pop()
-        self.notes.append(f"mask value {value} is only where nothing was measured, and is ignored")
-        # It counts as an ignored value though no measured pixel has it.
-        survey.pixels[value] += 0
-        return value
-
-    def _instance_table(self) -> ClassTable:
-        """Background and cell; tells of objects that overlap or have holes."""
-        overlaps = holes = 0
-        self._tell_of_drawings("objects")
-        for pair in self.pairs:
-            if isinstance(pair.mask, tuple):
-                _, pixels, with_hole = pair.join_objects()
-                overlaps, holes = overlaps + pixels, holes + with_hole
-        if overlaps or holes:
-            self.notes.append(
-                f"{overlaps:,} pixels belong to two objects (the later file has them), {holes:,} "
-                "objects have holes"
-            )
-        ignored = None if self.ignore_value is None else IGNORE
-        return ClassTable.of((self._read_mask(p) for p in self.pairs), ignored, OBJECT_NAMES)
-
-    def _tell_of_drawings(self, what: str) -> None:
-        drawn = [pair.draw_objects() for pair in self.pairs if isinstance(pair.mask, Drawing)]
-        overlaps, empty = sum(d[1] for d in drawn), sum(d[2] for d in drawn)
-        if overlaps:
-            self.notes.append(
-                f"{counted(overlaps, 'pixel')} claimed by two {what}: the later one in the file "
-                "has them"
-            )
-        if empty:
-            self.notes.append(f"{counted(empty, 'object')} without a pixel of the image")
-
-    def _known(self, survey: Survey, names: Sequence[str]) -> Mapping[Value, str]:
-        """The names of the values: those that are given, or that a file of the folder says."""
-        said: Mapping[int, str] = dict(enumerate(names)) or self.pairs[0].classes
-        values = sorted(v for v in survey.pixels if isinstance(v, int) and v != self.ignore_value)
-        if not said or not values or any(isinstance(v, tuple) for v in survey.pixels):
-            if said:
-                self.notes.append("names of classes are left out, as the masks are colours")
-            return {}
-        if set(values) <= set(said):
-            return dict(said.items())
-        if len(said) == len(values):  # such as two names for 0 and 255
-            return dict(zip(values, said.values(), strict=True))
-        raise InputError(
-            f"{len(said)} classes have names ({some(said.values())}), but the masks hold "
-            f"{some(values)}: give a name for each value, in their order"
-        )
-
-    def _index_of(self, colour: tuple[int, ...]) -> int:
-        """The index of a palette's colour that the masks use."""
-        table = np.frombuffer(self._palette() or b"", np.uint8).reshape(-1, 3)
-        same = np.flatnonzero((table == colour).all(axis=1)).tolist()
-        used = [i for i in same if any((p.read_mask() == i).any() for p in self.pairs)]
-        if len(used) != 1:
-            raise InputError(
-                f"ignore value {colour}: the palette of the masks has this colour for the indices "
-                f"{some(used or same) or 'none'}: give the index itself"
-            )
-        return int(used[0])
-
-    def _palette(self) -> bytes | None:
-        """The palette of the masks, where their values are its indices."""
-        first = self.pairs[0]
-        return None if any(p.colours or p.palette is None for p in self.pairs) else first.palette
-
-    def _find_normalisation(self) -> Normalisation:
-        """Statistics of the pixels of the training images that count."""
-        train = [self.pairs[i] for i in self.train]
-        declared = {p.info.nodata for p in train if p.info.nodata is not None}
-        if any(math.isnan(value) for value in declared):
-            declared = {value for value in declared if not math.isnan(value)} | {math.nan}
-        if len(declared) > 1:
-            raise InputError(
-                f"the images declare {some(sorted(declared))} to be no data: give the value that "
-                "all of them have with --nodata"
-            )
-        nodata = declared.pop() if declared else self._sentinel(train)
-        images = (pair.read_image() for pair in train)
-        counted = None if self.ignore_value is None else self._counted(train)
-        return Normalisation.of(images, counted, nodata)
-
-    def _counted(self, pairs: Sequence[Pair]) -> Iterator[NDArray[np.bool_]]:
-        for pair in pairs:
-            yield self._encoded(pair, pair.read_image()) != IGNORE
-
-    def _sentinel(self, pairs: Sequence[Pair]) -> float | None:
-        """A value that nobody declared: all pixels that are ignored have it, and no other one."""
-        if self.ignore_value is None:
-            return None
-        found: set[float] = set()
-        for pair, counts in zip(pairs, self._counted(pairs), strict=True):
-            image = pair.read_shown()
-            if counts.all() or not counts.any():
-                continue
-            ignored, known = image[~counts], image[counts]
-            if ignored.min() != ignored.max() or known.min() <= ignored[0, 0] <= known.max():
-                return None
-            found.add(float(ignored[0, 0]))
-        if len(found) != 1:
-            return None
-        value = found.pop()
-        self.notes.append(f"image value {value:g} is taken for no data: all its pixels are ignored")
-        return value
 
     def describe(self, *, names: bool = True) -> str:
         """What was found, for people: images, sizes, channels, bit depth, classes, split.
@@ -417,6 +177,34 @@ class SegmentationData:
         if self.train and not self.val:
             lines.append("validation: nothing is held out, so no figure tells of other images")
         return "\n".join(lines)
+
+
+class _Decoded:
+    """Images as they are stored, kept until they are taken, where the cache has room for them.
+
+    So those that stay in memory are decoded once, though several things are found out from them.
+    """
+
+    def __init__(self, pairs: Sequence[Pair], cache_bytes: int) -> None:
+        self._pairs, self._free = pairs, cache_bytes
+        self._kept: dict[int, Array] = {}
+
+    def read(self, index: int) -> Array:
+        """(H, W, C), kept for the next one who asks."""
+        if index in self._kept:
+            return self._kept[index]
+        pair = self._pairs[index]
+        image = pair.read_image()
+        height, width, channels = image.shape
+        cached = height * width * (4 * channels + 1)  # float32, and the mask
+        if cached <= self._free:
+            self._free -= cached
+            self._kept[index] = image if pair.window is None else image.copy()  # not the whole
+        return image
+
+    def take(self, index: int) -> Array:
+        """(H, W, C), for the last time."""
+        return self._kept.pop(index) if index in self._kept else self._pairs[index].read_image()
 
 
 def _no_data(value: float | None) -> str:

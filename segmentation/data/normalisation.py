@@ -2,20 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import repeat
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from einops import rearrange
 from numpy.typing import NDArray
 
-from segmentation.data.classes import DTYPES
+from segmentation.data.classes import DTYPES, IGNORE, some
+from segmentation.data.pairs import Pair
+from segmentation.data.slices import shown
 from unet.errors import InputError
 from unet.files.images import white
 from unet.files.pages import Array, missing
 from unet.words import counted
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moments:
+    """Statistics of the pixels of one image that count: (C,) float64, and over all channels."""
+
+    dtype: str  # of the image
+    count: int
+    mean: NDArray[np.float64]
+    variance: NDArray[np.float64]
+    low: float = np.inf
+    high: float = -np.inf
+    beyond_unit: bool = False  # whether more than a few values are meant to go far beyond 1
+
+    @classmethod
+    def of(cls, image: Array, known: NDArray[np.bool_]) -> Moments:
+        """Those of an image (H, W, C), of the pixels where `known` (H, W)."""
+        pixels = image[known] if not known.all() else image.reshape(-1, image.shape[2])
+        if not len(pixels):
+            return cls(dtype=image.dtype.name, count=0, mean=np.zeros(1), variance=np.zeros(1))
+        return cls(
+            dtype=image.dtype.name,
+            count=len(pixels),
+            mean=pixels.mean(0, dtype=np.float64),
+            variance=pixels.var(0, dtype=np.float64),
+            low=float(pixels.min()),
+            high=float(pixels.max()),
+            beyond_unit=_beyond_unit(pixels),
+        )
 
 
 @dataclass(frozen=True)
@@ -43,25 +75,32 @@ class Normalisation:
                 something was measured.
             nodata: value of pixels where nothing was measured.
         """
+        everywhere = repeat(np.ones((), bool))
+        both = zip(images, everywhere if valid is None else valid, strict=False)
+        each = (Moments.of(image, counts & ~missing(image, nodata)) for image, counts in both)
+        return cls.joined(each, nodata)
+
+    @classmethod
+    def joined(cls, images: Iterable[Moments], nodata: float | None = None) -> Normalisation:
+        """Statistics of images of which each was measured by itself.
+
+        Raises:
+            InputError: values that go up to 1 in some images and far beyond in others; no pixel.
+        """
         count, mean, squares = 0, np.zeros(1), np.zeros(1)  # squares: sum of (x - mean)^2
         dtype, low, high = "", np.inf, -np.inf
         unit = wide = False  # images whose values go to 1, and far beyond
-        everywhere = cast("Iterable[None]", repeat(None))
-        for image, counts in zip(images, valid or everywhere, strict=False):
-            known = ~missing(image, nodata) if counts is None else counts & ~missing(image, nodata)
-            dtype = image.dtype.name
-            pixels = image[known] if not known.all() else image.reshape(-1, image.shape[2])
-            if not (n := len(pixels)):
+        for image in images:
+            dtype = image.dtype
+            if not (n := image.count):
                 continue
-            m = pixels.mean(0, dtype=np.float64)
-            v, delta = pixels.var(0, dtype=np.float64), m - mean
+            delta = image.mean - mean
             mean = mean + delta * n / (count + n)
-            squares = squares + v * n + delta**2 * (count * n / (count + n))
+            squares = squares + image.variance * n + delta**2 * (count * n / (count + n))
             count += n
-            lowest, highest = float(pixels.min()), float(pixels.max())
-            low, high = min(low, lowest), max(high, highest)
-            unit |= 0.5 < highest <= 1
-            wide |= _beyond_unit(pixels)
+            low, high = min(low, image.low), max(high, image.high)
+            unit |= 0.5 < image.high <= 1
+            wide |= image.beyond_unit
             if dtype == "float32" and unit and wide and low >= 0:
                 raise InputError(
                     f"the values of some images go up to 1, those of others up to {high:g}: scale "
@@ -143,6 +182,64 @@ class Normalisation:
         except (KeyError, OverflowError, TypeError, ValueError) as error:
             raise InputError(f"the model's normalisation is damaged: {error}") from error
         return cls(mean, std, saved["dtype"], nodata, low, high)
+
+
+def find_normalisation(
+    pairs: Sequence[Pair],
+    read: Callable[[int], Array],
+    encode: Callable[[Pair, Array], NDArray[np.uint8]] | None = None,
+) -> tuple[Normalisation, list[str]]:
+    """Statistics of the images of pairs, and what is told of pixels where nothing was measured.
+
+    Their value is what the images' files declare, or else one that all pixels have that the masks
+    ignore, and no other ones. Each image is read once, and once more if pixels that count may have
+    the value that was found.
+
+    Args:
+        read: gives the image of the i-th pair.
+        encode: gives the classes (H, W) of a pair with this image, as `Labels.encode` in
+            `segmentation.data.labels`; not given: no mask ignores a pixel.
+
+    Raises:
+        InputError: declared values that differ; as `Normalisation.joined`.
+    """
+    values = {pair.info.nodata for pair in pairs if pair.info.nodata is not None}
+    if any(math.isnan(value) for value in values):
+        values = {value for value in values if not math.isnan(value)} | {math.nan}
+    if len(values) > 1:
+        raise InputError(
+            f"the images declare {some(sorted(values))} to be no data: give the value that all of "
+            "them have with --nodata"
+        )
+    nodata = values.pop() if values else None
+    if encode is None:
+        return Normalisation.of(map(read, range(len(pairs))), nodata=nodata), []
+    moments: list[Moments] = []
+    found: set[float | None] = set()
+    for i, pair in enumerate(pairs):
+        image = read(i)
+        counts = encode(pair, image) != IGNORE
+        moments.append(Moments.of(image, counts & ~missing(image, nodata)))
+        if nodata is None and None not in found and counts.any() and not counts.all():
+            found.add(_value_of_rest(shown(pair, image), counts))
+    value = found.pop() if len(found) == 1 else None
+    if value is None:
+        return Normalisation.joined(moments, nodata), []
+    for i, pair in enumerate(pairs):
+        if moments[i].low <= value <= moments[i].high:
+            image = read(i)
+            known = (encode(pair, image) != IGNORE) & ~missing(image, value)
+            moments[i] = Moments.of(image, known)
+    told = f"image value {value:g} is taken for no data: all its pixels are ignored"
+    return Normalisation.joined(moments, value), [told]
+
+
+def _value_of_rest(image: Array, counts: NDArray[np.bool_]) -> float | None:
+    """The value of all pixels (H, W, C) that do not count, if those that do are all beyond it."""
+    rest, known = image[~counts], image[counts]
+    if rest.min() != rest.max() or known.min() <= rest[0, 0] <= known.max():
+        return None
+    return float(rest[0, 0])
 
 
 def _beyond_unit(pixels: Array) -> bool:

@@ -75,6 +75,11 @@ def middle(image: Array, slices: int) -> Array:
     return image[..., slices // 2 * channels :][..., :channels]
 
 
+def shown(pair: Pair, image: Array) -> Array:
+    """The slice that is meant, (H, W, C), of what the pair's `read_image` gave."""
+    return middle(image, max(1, len(pair.around)))
+
+
 def known_slices(info: Mapping[str, Any]) -> int:
     """How many slices a model takes together, by its config.json.
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from segmentation.data.normalisation import Normalisation
 from segmentation.data.pairs import Pair, find_pairs, pairs_from_arrays
 from segmentation.data.splits import split_pairs
 from unet.errors import InputError
-from unet.files.images import write_image
+from unet.files.images import read_image, write_image
+from unet.files.pages import Reading
 
 Array = NDArray[Any]
 RNG = np.random.default_rng(0)
@@ -569,6 +571,47 @@ def test_the_cache_keeps_to_its_size(tmp_path: Path) -> None:
     for i, (image, mask) in enumerate(expected):
         np.testing.assert_array_equal(data.load(i)[0], image)
         np.testing.assert_array_equal(data.load(i)[1], mask)
+
+
+@pytest.mark.parametrize(
+    ("holes", "reads"),
+    [("none", (2, 2, 1)), ("ignored", (2, 2, 1)), ("declared", (3, 3, 2)), ("found", (2, 3, 1))],
+)
+def test_an_image_that_stays_in_memory_is_decoded_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, holes: str, reads: tuple[int, ...]
+) -> None:
+    """Others are decoded to measure them if they train, to scale them, for the values of masks
+    where a value is declared to be no data, and anew where pixels that count have a found one."""
+    images, masks = RNG.integers(1, 200, (3, 6, 8), np.uint8), (IMAGES[:3] > 100) * np.uint8(1)
+    if holes != "none":
+        masks[[0, 2], :2] = 9
+    if holes in ("declared", "found"):
+        images[[0, 2], :2] = 255
+        images[1, 3, 3] = 255
+    for i in range(3):
+        write_image(tmp_path / f"images/{i}.png", images[i])
+        write_image(tmp_path / f"masks/{i}.png", masks[i])
+    pairs = find_pairs(tmp_path, reading=Reading(nodata=255 if holes == "declared" else None))
+    said = {"ignore_value": 9 if holes in ("ignored", "found") else None}
+    decoded: Counter[str] = Counter()
+
+    def read(path: Path, *args: Any) -> Array:
+        decoded[path.stem] += 1
+        return read_image(path, *args)
+
+    monkeypatch.setattr("segmentation.data.pairs.read_image", read)
+    kept = SegmentationData(pairs[:2], pairs[2:], **said)
+    assert decoded == {"0": 1, "1": 1, "2": 1}
+    decoded.clear()
+    streamed = SegmentationData(pairs[:2], pairs[2:], cache_bytes=0, **said)
+    assert tuple(decoded[str(i)] for i in range(3)) == reads
+    assert kept.describe() == streamed.describe()
+    counts = np.ones((2, 6, 8), bool)
+    if holes != "none":
+        counts = (masks[:2] != 9) & ((images[:2] != 255) | (holes == "ignored"))
+    nodata = 255 if holes in ("declared", "found") else None
+    expected = Normalisation.of(images[:2, ..., None], counts, nodata)
+    assert kept.normalisation == streamed.normalisation == expected
 
 
 def test_the_summary_says_what_was_found(tmp_path: Path) -> None:
