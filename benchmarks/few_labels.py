@@ -144,6 +144,7 @@ def pretrained(options: Options) -> Path:
                 crops=True,
                 size=options.crop,
                 network=options.network,
+                noise="cosine",  # as --unlabelled does
                 batch_size=4,
                 resume=(run / "config.yaml").exists(),
                 **options.budget(PARTS["pretraining"]),

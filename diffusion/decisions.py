@@ -310,14 +310,13 @@ def chosen_noise(
         if options.zero_snr:
             schedule = replace(schedule, zero_snr=True)
     else:
-        own: Any = options.prediction if options.prediction in _OWN_NOISE else "cosine"
         schedule = NoiseSchedule(
-            kind=options.noise or own,
+            kind=options.noise or _own_noise(options),
             steps=1000 if options.timesteps is None else options.timesteps,
             zero_snr=options.zero_snr,
         )
-    own_prediction: Any = options.noise if options.noise in _OWN_NOISE else PREDICTION
-    prediction = options.prediction or (theirs[1] if theirs else own_prediction)
+    own: Any = schedule.kind if schedule.kind in _OWN_NOISE else PREDICTION
+    prediction = options.prediction or (theirs[1] if theirs else own)
     get_prediction(prediction, schedule)
     theirs_why = f"as of {options.init}" if theirs else "the default"
     told_noise = f"{schedule.kind}, {schedule.steps} levels"
@@ -329,6 +328,17 @@ def chosen_noise(
             Decision("predicted", prediction, AS_ASKED if options.prediction else theirs_why),
         ],
     )
+
+
+def _own_noise(options: DiffusionOptions) -> Any:
+    """The kind of noise where neither it nor a start says one: flow for images alone and of
+    classes, where it was measured to come nearer to the data (docs/experiments.md).
+    """
+    if options.prediction in _OWN_NOISE:
+        return options.prediction
+    of_betas = options.prediction or options.zero_snr or options.learn_variance
+    more = options.captions or options.condition or options.joint or options.latents
+    return "cosine" if of_betas or more else "flow"
 
 
 def chosen_levels(

@@ -136,8 +136,9 @@ class DiffusionOptions(ReadingOptions, FitOptions):
     """
 
     noise: Literal["cosine", "linear", "scaled-linear", "sigmoid", "flow", "edm"] | None = None
-    """Noise schedule; none given: that of a pipeline in --init, else the one of --prediction flow
-    or edm, else cosine."""
+    """Noise schedule; none given: that of the model in --init, else the one of --prediction flow or
+    edm, else flow, the straight path of flow matching; but cosine with another --prediction,
+    --zero-snr, --learn-variance, --captions, --condition, --joint or --latents."""
 
     timesteps: int | None = None
     """Noise levels T; none given: those of a pipeline's schedule, else 1000."""
@@ -147,7 +148,7 @@ class DiffusionOptions(ReadingOptions, FitOptions):
 
     prediction: Literal["v", "eps", "x0", "flow", "edm"] | None = None
     """What the network predicts: the noise, the image, v, a mixture of both, the velocity of flow
-    matching, or what EDM's preconditioning leaves; none given: what a pipeline in --init does, else
+    matching, or what EDM's preconditioning leaves; none given: what the model in --init does, else
     the one of --noise flow or edm, else v."""
 
     learn_variance: bool = False
@@ -161,12 +162,12 @@ class DiffusionOptions(ReadingOptions, FitOptions):
 
     levels: Literal["uniform", "log-normal"] | None = None
     """How noise levels are drawn: all timesteps alike, or log(sigma) normal, sigma being noise per
-    signal; none given: log-normal with --noise flow, where it is logit-normal, and with
+    signal; none given: log-normal with flow noise, where it is logit-normal, and with
     --prediction edm, else uniform."""
 
     log_sigma: tuple[float, float] | None = None
     """With log-normal levels: mean and standard deviation of log(sigma); none given: 0 1 with
-    --noise flow, else -1.2 1.2."""
+    flow noise, else -1.2 1.2."""
 
     coupling: Literal["independent", "ot"] = "independent"
     """ot: within the images that go through the network together, or those of one class among them,

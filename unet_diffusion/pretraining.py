@@ -92,6 +92,7 @@ def first_part(options: SegmentationOptions, run: Path, crop: int) -> DiffusionO
         size=crop,
         network=options.network or NETWORK,
         width=options.width,
+        noise="cosine",  # what is labelled has next to no noise, which flow seldom trains on
         batch_size=options.batch_size or BATCH,
         accumulate=options.accumulate,
         device=options.device,

@@ -61,6 +61,27 @@ def network(data: DiffusionData, **values: Any) -> DiffusionUNet:
 # -- noise levels
 
 
+@pytest.mark.parametrize(
+    ("given", "kind", "prediction", "drawn"),
+    [
+        ({}, "flow", "flow", (0.0, 1.0)),
+        ({"levels": "uniform"}, "flow", "flow", None),
+        ({"noise": "cosine"}, "cosine", "v", None),
+        ({"prediction": "v"}, "cosine", "v", None),
+        ({"prediction": "edm"}, "edm", "edm", (-1.2, 1.2)),
+        ({"zero_snr": True}, "cosine", "v", None),
+        ({"learn_variance": True}, "cosine", "v", None),
+        ({"captions": True}, "cosine", "v", None),
+    ],
+)
+def test_images_alone_are_learnt_by_flow_matching(
+    archive: Path, given: dict[str, Any], kind: str, prediction: str, drawn: object
+) -> None:
+    data = DiffusionData("shapes", captions=True) if "captions" in given else DiffusionData(archive)
+    plan = decide(options(archive, **given), data)
+    assert (plan.schedule.kind, plan.prediction, plan.levels.log_sigma) == (kind, prediction, drawn)
+
+
 def timesteps(
     batch: int, turn: int, steps: int, *, seed: int = 0, shift: float = 1.0
 ) -> torch.Tensor:
