@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from diffusion.model import DiffusionUNet
 from diffusion.networks import automatic_config
 from diffusion.options import DiffusionOptions
 from diffusion.process.levels import TrainingLevels
-from diffusion.process.loss import Weighting
 from diffusion.process.prediction import PredictionName, get_prediction
 from diffusion.process.schedule import NoiseSchedule
 from diffusion.stable.clip import ClipText
@@ -57,21 +56,13 @@ class DiffusionPlan(RunPlan):
     Attributes:
         options: the command line with each choice filled in, which repeats the run.
         levels: the noise levels that are trained on.
-        coupled: noise goes to images near it.
-        few_steps: the guidance of the teacher whose ways are learnt in jumps; None: noise is
-            predicted.
-        label_dropout: share of the images that are shown without their class or caption.
         clip: what reads the captions; None: no captions, or a text encoder that is trained along.
     """
 
     options: DiffusionOptions
     schedule: NoiseSchedule
     prediction: PredictionName
-    weighting: Weighting
     levels: TrainingLevels
-    coupled: bool
-    few_steps: float | None
-    label_dropout: float
     clip: ClipText | None
 
 
@@ -82,92 +73,46 @@ def decide(options: DiffusionOptions, data: Data) -> DiffusionPlan:
         InputError: options that do not fit each other or the data; a pipeline that cannot be read.
     """
     images = data.source if isinstance(data, LatentData) else data
-    start, beside = None, dict[str, Any]()
-    if images.condition is not None:
-        beside["condition"] = images.condition.to_dict()
-    if images.joint and images.masks is not None:
-        beside["joint"] = images.masks.to_dict()
-    if options.init:
-        start = find_start(options.init, images.ranges)
-        pictured = data.channels - (images.codes if images.joint else 0)
-        if options.trained != "lora":  # which belongs to these very weights
-            start = fitting(start, pictured, beside)
-        elif not alike(start.info, beside):
-            raise InputError(
-                f"--init {options.init} was trained with another --condition or --joint, or with "
-                "none: --trained lora needs the same"
-            )
-        elif image_channels(start) != pictured:
-            raise InputError(
-                f"--init {options.init} takes {counted(image_channels(start), 'channel')}, but "
-                f"the images have {pictured}: --trained lora needs the same (--colour)"
-            )
-        if start.config.vector_channels:
-            raise InputError(
-                f"--init {options.init} is of Stable Diffusion XL, which txt2img runs but which "
-                "cannot be trained here: give a model of version 1 or 2, or one of your own"
-            )
+    info = data_info(options, data)
+    start = chosen_start(options, data, info)
     schedule, prediction, noise = chosen_noise(options, start)
     if start and options.few_steps is not None:
         check_teacher(options, start, schedule, prediction)
-        if not start.config.jumps:
-            start = start.changed(replace(start.config, jumps=True), with_jumps, "told of jumps")
-    elif start and start.config.jumps and options.trained != "lora":
-        alone = replace(start.config, jumps=False)
-        start = start.changed(alone, without_jumps, "without its jumps")
+    if start:
+        start = fit_jumps(options, start)
     clip = read_clip(options)
     network, why = chosen_config(options, data, clip, start)
     width = network.channels if options.network == "auto" and not options.init else options.width
     if options.classes:
         network = replace(network, classes=len(data.classes) + 1)  # the last one stands for none
-    info: dict[str, Any] = {
-        "schedule": schedule.to_dict(),
-        "prediction": prediction,
-        "size": list(data.image_size if isinstance(data, LatentData) else data.size),
-        "classes": list(data.classes) if options.classes else [],
-    }
-    theirs = start.info.get("classes", []) if start else []
-    if (as_it_is := _as_it_is(options)) and theirs != info["classes"]:
-        raise InputError(
-            f"--init {options.init} was trained on the classes {theirs}, but this is of "
-            f"{info['classes']}: {as_it_is} needs the same"
-        )
-    if options.few_steps is not None:
-        info["few_steps"] = options.few_steps
-    if images.ranges:
-        info["ranges"] = {kind: [v.low, v.high] for kind, v in images.ranges.items()}
-    info["dtype"] = images.dtype
-    info |= {"reading": said} if (said := options.reading.to_dict()) else {}
-    if autoencoder := autoencoder_of(data):
-        info["autoencoder"] = str(autoencoder.folder)
-    text = chosen_text(options, data, network, clip, info, start)
+    if start:
+        check_classes(options, start, data)
+    text, told_text = chosen_text(options, data, network, clip, start)
     outputs = data.channels * (2 if options.learn_variance else 1)
     if images.condition is not None:
         network = replace(network, in_channels=data.channels + images.condition.channels)
-        info["resized"] = images.resized
-    if images.masks is not None and not images.joint:
-        info["target"] = images.masks.to_dict()
-    info |= beside
+    info |= {"schedule": schedule.to_dict(), "prediction": prediction, **text}
+    if options.few_steps is not None:
+        info["few_steps"] = options.few_steps
+    if options.coupling == "ot":
+        info["coupling"] = "ot"
     with torch.device("meta"):
         model = DiffusionUNet(network, outputs, info)
     fit, optimizer = chosen_fit(options, start)
     mirrored = [Decision("mirrored", "left to right" if images.flips else "no", images.flips_why)]
-    if autoencoder:
+    if isinstance(data, LatentData):
         mirrored = []  # latents never are
     batch = AS_ASKED if options.batch_size else f"the default of {fit.optimizer}"
     shift = (3.0 if options.captions else 1.0) if options.shift is None else options.shift
     log_sigma, told_levels = chosen_levels(options, schedule, prediction)
-    if coupled := options.coupling == "ot":
-        info["coupling"] = "ot"
     decisions = (
         Decision("network", millions(model.parameters()), why),
         *chosen_part(options, model),
-        *text,
+        *told_text,
         *mirrored,
         *noise,
         *told_levels,
-        *([Decision("coupling", "noise goes to images near it", AS_ASKED)] if coupled else []),
-        *told_jumps(options),
+        *told_extras(options),
         Decision("batch", counted(fit.batch_size, "image"), batch),
         optimizer,
         told_budget(options),
@@ -185,14 +130,86 @@ def decide(options: DiffusionOptions, data: Data) -> DiffusionPlan:
         info=info,
         schedule=schedule,
         prediction=prediction,
-        weighting=options.weighting,
         levels=TrainingLevels(schedule, shift, log_sigma),
-        coupled=coupled,
-        few_steps=options.few_steps,
-        label_dropout=options.label_dropout,
         clip=clip,
         start=start,
     )
+
+
+def data_info(options: DiffusionOptions, data: Data) -> dict[str, Any]:
+    """What a model's `info` says of its images, and of what is given or made beside them."""
+    images = data.source if isinstance(data, LatentData) else data
+    info: dict[str, Any] = {
+        "size": list(images.size),
+        "classes": list(data.classes) if options.classes else [],
+        "dtype": images.dtype,
+    }
+    if images.ranges:
+        info["ranges"] = {kind: [v.low, v.high] for kind, v in images.ranges.items()}
+    if reading := options.reading.to_dict():
+        info["reading"] = reading
+    if autoencoder := autoencoder_of(data):
+        info["autoencoder"] = str(autoencoder.folder)
+    if images.condition is not None:
+        info |= {"condition": images.condition.to_dict(), "resized": images.resized}
+    if images.masks is not None:
+        info["joint" if images.joint else "target"] = images.masks.to_dict()
+    return info
+
+
+def chosen_start(options: DiffusionOptions, data: Data, info: Mapping[str, Any]) -> Start | None:
+    """The model of --init, its first weights fitted to the images and what lies beside them.
+
+    Args:
+        info: of the new model, as `data_info` gives it.
+
+    Raises:
+        InputError: no such model, one that cannot be trained here, or, for a LoRA, of other inputs.
+    """
+    if not options.init:
+        return None
+    images = data.source if isinstance(data, LatentData) else data
+    start = find_start(options.init, images.ranges)
+    pictured = data.channels - (images.codes if images.joint else 0)
+    if options.trained != "lora":  # which belongs to these very weights
+        start = fitting(start, pictured, info)
+    elif not alike(start.info, info):
+        raise InputError(
+            f"--init {options.init} was trained with another --condition or --joint, or with "
+            "none: --trained lora needs the same"
+        )
+    elif image_channels(start) != pictured:
+        raise InputError(
+            f"--init {options.init} takes {counted(image_channels(start), 'channel')}, but "
+            f"the images have {pictured}: --trained lora needs the same (--colour)"
+        )
+    if start.config.vector_channels:
+        raise InputError(
+            f"--init {options.init} is of Stable Diffusion XL, which txt2img runs but which "
+            "cannot be trained here: give a model of version 1 or 2, or one of your own"
+        )
+    return start
+
+
+def fit_jumps(options: DiffusionOptions, start: Start) -> Start:
+    """The start with an input for the length of jumps, if --few-steps trains it, else without."""
+    jumps = options.few_steps is not None
+    if start.config.jumps == jumps or options.trained == "lora":
+        return start
+    config = replace(start.config, jumps=jumps)
+    if jumps:
+        return start.changed(config, with_jumps, "told of jumps")
+    return start.changed(config, without_jumps, "without its jumps")
+
+
+def check_classes(options: DiffusionOptions, start: Start, data: Data) -> None:
+    """Raises an InputError where a model that is taken as it is knows other classes."""
+    theirs, ours = start.info.get("classes", []), list(data.classes) if options.classes else []
+    if (as_it_is := _as_it_is(options)) and theirs != ours:
+        raise InputError(
+            f"--init {options.init} was trained on the classes {theirs}, but this is of "
+            f"{ours}: {as_it_is} needs the same"
+        )
 
 
 def _as_it_is(options: DiffusionOptions) -> str:
@@ -232,12 +249,15 @@ def check_teacher(
         )
 
 
-def told_jumps(options: DiffusionOptions) -> list[Decision]:
-    """What the network learns beside noise levels."""
-    if options.few_steps is None:
-        return []
-    guided = "" if options.few_steps == 1 else f", guided by {options.few_steps:g}"
-    return [Decision("few steps", f"the ways of {options.init}{guided}", AS_ASKED)]
+def told_extras(options: DiffusionOptions) -> list[Decision]:
+    """What is asked for beyond the usual training: coupled noise, and jumps."""
+    told = []
+    if options.coupling == "ot":
+        told.append(Decision("coupling", "noise goes to images near it", AS_ASKED))
+    if options.few_steps is not None:
+        guided = "" if options.few_steps == 1 else f", guided by {options.few_steps:g}"
+        told.append(Decision("few steps", f"the ways of {options.init}{guided}", AS_ASKED))
+    return told
 
 
 def chosen_part(options: DiffusionOptions, model: DiffusionUNet) -> list[Decision]:
@@ -400,24 +420,22 @@ def chosen_text(
     data: Data,
     network: UNetConfig,
     clip: ClipText | None,
-    info: dict[str, Any],
     start: Start | None,
-) -> list[Decision]:
-    """What reads the captions, entered into a model's `info`."""
+) -> tuple[dict[str, Any], list[Decision]]:
+    """The entry of `info` about what reads the captions, and what is told of it."""
     if clip:
         folder = str(Path(str(clip_folder(options))).resolve())
-        info["text_encoder"] = folder
-        return [Decision("text", f"CLIP, {clip.channels} channels", f"of {folder}")]
+        told_clip = Decision("text", f"CLIP, {clip.channels} channels", f"of {folder}")
+        return {"text_encoder": folder}, [told_clip]
     if network.context_channels is None:
-        return []
+        return {}, []
     if _as_it_is(options) and start and "text" in start.info:
-        info["text"] = start.info["text"]
-        return [Decision("text", "its encoder and its words", f"as of {options.init}")]
+        taken = Decision("text", "its encoder and its words", f"as of {options.init}")
+        return {"text": start.info["text"]}, [taken]
     captions = (data.caption(i) for i in (*data.train, *data.val))
     words = WordEncoder.from_captions(captions, width=network.context_channels)
-    info["text"] = words.to_dict()
     found = f"{counted(len(words.vocabulary), 'word')}, {words.longest - 1} in the longest caption"
-    return [Decision("text", found, "its encoder is trained along")]
+    return {"text": words.to_dict()}, [Decision("text", found, "its encoder is trained along")]
 
 
 def chosen_config(

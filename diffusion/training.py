@@ -27,7 +27,7 @@ from diffusion.initial import (
     start_lora,
     take_over,
 )
-from diffusion.judging.report import SHOWN, few_steps, shown_conditions, spread, write_report
+from diffusion.judging.report import SHOWN, preview_sampler, shown_conditions, spread, write_report
 from diffusion.model import DiffusionUNet
 from diffusion.options import CHANNELS, DiffusionOptions
 from diffusion.pictures import grid, table
@@ -263,11 +263,12 @@ class Alternating:
 
 
 class NoisedSamples:
-    """Training images, each with its noise and the place of its timestep in its part of them all,
-    and with --few-steps the number that its jump follows from.
+    """Training images, each with its noise and the numbers that its timestep and jump follow from.
 
-    All of it is drawn from the sample's own generator, so that a resumed run and one with other
-    numbers of processes see the same.
+    `samples[epoch, index]` has those of `TrainingSamples`, with class or caption left out at times;
+    "noise" (C, H, W); "place" (), uniform in [0, 1), see `stratified`; with --few-steps "jump" (),
+    likewise, see `jumps`; of captions "tokens" (L,) instead. All of it is drawn from the sample's
+    own generator, so that a resumed run and one of other numbers of processes see the same.
     """
 
     def __init__(
@@ -277,8 +278,8 @@ class NoisedSamples:
         self.samples: TrainingSamples | Alternating = data.samples(self.seed)
         if prior is not None:
             self.samples = Alternating(self.samples, prior.samples(self.seed))
-        self.null, self.dropout = (model.config.classes or 0) - 1, plan.label_dropout
-        self.jumping = plan.few_steps is not None
+        self.null, self.dropout = (model.config.classes or 0) - 1, plan.options.label_dropout
+        self.jumping = plan.options.few_steps is not None
         self.tokenizer = model.text and model.text.tokenizer
 
     def __len__(self) -> int:
@@ -291,24 +292,29 @@ class NoisedSamples:
         sample["noise"] = torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
         sample["place"] = torch.tensor(rng.random(dtype=np.float32))
         label, caption = sample.pop("label", None), sample.pop("caption", "")
-        place, share = rng.random(), self.dropout
-        without = from_none = place < share
-        if "picture" in sample and (self.null >= 0 or self.tokenizer is not None):
-            # Half as often the one or the other, as InstructPix2Pix (arXiv 2211.09800) leaves out
-            # each alone, so that either can be asked for without the other.
-            without = place < 1.5 * share
-            from_none = place < share or 1.5 * share <= place < 2 * share
+        unlabelled, unpictured = self._left_out(rng.random(), "picture" in sample)
         if self.jumping:
             sample["jump"] = torch.tensor(rng.random(dtype=np.float32))
-        if from_none and "picture" in sample:
+        if unpictured and "picture" in sample:
             sample["picture"] = torch.zeros_like(sample["picture"])
         if self.null >= 0:
-            sample["label"] = torch.tensor(self.null) if without else label
+            sample["label"] = torch.tensor(self.null) if unlabelled else label
         if self.tokenizer is not None:
-            tokens = self.tokenizer.tokenize(["" if without else caption])[0]
+            tokens = self.tokenizer.tokenize(["" if unlabelled else caption])[0]
             missing = self.tokenizer.longest - len(tokens)
             sample["tokens"] = F.pad(tokens, (0, missing), value=PADDING)
         return sample
+
+    def _left_out(self, u: float, pictured: bool) -> tuple[bool, bool]:
+        """Whether class or caption, and whether the picture is left out, for u uniform in [0, 1).
+
+        Where there are both, each alone is left out half as often as both together, as in
+        InstructPix2Pix (arXiv 2211.09800), so that either can be asked for without the other.
+        """
+        share = self.dropout
+        if not pictured or (self.null < 0 and self.tokenizer is None):
+            return u < share, u < share
+        return u < 1.5 * share, u < share or 1.5 * share <= u < 2 * share
 
     def name(self, index: int) -> str:
         return self.samples.name(index)
@@ -334,11 +340,15 @@ def stratified(position: Tensor, place: Tensor, batch: int, *, seed: int = 0) ->
 
 @dataclass(frozen=True)
 class Timesteps:
-    """What a whole batch gets: its timesteps, those that jumps lead to, and no more tokens than its
-    longest text has.
+    """What is drawn for a batch as a whole: its timesteps "t", and the ends of its jumps.
 
-    Args: those of `stratified`; `coupled`: noise goes to images near it, of those that go through
-    the network together; `padded`: padding after a text does not count.
+    Tokens are cut to those of its longest text.
+
+    Args:
+        batch, seed: those of `stratified`.
+        levels: see `TrainingLevels`.
+        coupled: noise is paired with the images that go through the network together.
+        padded: padding after a text does not count, and can be cut off.
     """
 
     batch: int
@@ -350,7 +360,8 @@ class Timesteps:
     @classmethod
     def of(cls, plan: DiffusionPlan) -> Timesteps:
         padded = plan.clip is None  # with CLIP, padding counts
-        return cls(plan.fit.batch_size, plan.levels, plan.fit.seed, plan.coupled, padded)
+        coupled = plan.options.coupling == "ot"
+        return cls(plan.fit.batch_size, plan.levels, plan.fit.seed, coupled, padded)
 
     def __call__(self, batch: Batch) -> Batch:
         t = self.levels(stratified(batch["position"], batch["place"], self.batch, seed=self.seed))
@@ -375,12 +386,12 @@ class Teacher:
 
     def __init__(self, plan: DiffusionPlan) -> None:
         assert plan.options.init
-        assert plan.few_steps is not None
+        assert plan.options.few_steps is not None
         self.model = load_model(plan.options.init).requires_grad_(False)
         if plan.clip:
             self.model.text = plan.clip
         self.schedule, self.prediction = plan.schedule, plan.prediction
-        self.scale = plan.few_steps
+        self.scale = plan.options.few_steps
 
     def __call__(
         self, x: Tensor, t: Tensor | float, to: float | None = None, **conditioning: Any
@@ -407,7 +418,7 @@ class DiffusionTask:
         self.pictured = data.channels  # before the codes of a mask
         if isinstance(data, DiffusionData) and data.joint:
             self.pictured -= data.codes
-        self.teacher = None if plan.few_steps is None else Teacher(plan)
+        self.teacher = None if plan.options.few_steps is None else Teacher(plan)
 
     def _loss(
         self,
@@ -426,7 +437,7 @@ class DiffusionTask:
         )
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        given: dict[str, Any] = {"weighting": self.plan.weighting}
+        given: dict[str, Any] = {"weighting": self.plan.options.weighting}
         if "label" in batch:
             given["classes"] = batch["label"]
         if "tokens" in batch:
@@ -508,7 +519,7 @@ class DiffusionTask:
 
     def _samples(self, model: DiffusionUNet) -> Any:
         size = self.plan.fit.together()
-        sampler = few_steps(model, self.plan.fit.seed, size, autoencoder=self.autoencoder)
+        sampler = preview_sampler(model, self.plan.fit.seed, size, autoencoder=self.autoencoder)
         return sampler.shown(sampler(SHOWN, shown_conditions(self.data, SHOWN)))
 
     def _shown(self, x: Tensor) -> Any:

@@ -56,13 +56,13 @@ def write_report(
     errors = level_errors(model, data, together)
     write_text(run / "errors.json", json.dumps(errors, indent=2) + "\n")
     autoencoder = autoencoder_of(data)
-    sampler = few_steps(model, seed, together, autoencoder=autoencoder)
+    sampler = preview_sampler(model, seed, together, autoencoder=autoencoder)
     wanted = shown_conditions(data, SHOWN)
     samples = sampler.shown(sampler(SHOWN, wanted))
     if picture:
         with replacing(picture) as temporary:
             grid(samples).save(temporary, format="png")
-    every = few_steps(model, seed, together, FRAMES, autoencoder)
+    every = preview_sampler(model, seed, together, FRAMES, autoencoder)
     chosen = [i * SHOWN // APPEARING for i in range(APPEARING)]
     frames = [every.shown(f) for f in every.appearing(APPEARING, [wanted[i] for i in chosen])]
     with replacing(run / "samples" / "appearing.png") as temporary:
@@ -74,18 +74,20 @@ def write_report(
     return path
 
 
-def few_steps(
+def preview_sampler(
     model: DiffusionUNet,
     seed: int,
     together: int,
     steps: int | None = None,
     autoencoder: Autoencoder | None = None,
 ) -> ImageSampler:
-    """The sampler of the pictures: `steps` of them, or as many as the model has noise levels.
+    """The sampler of the pictures that a run shows.
 
-    None: the model's default.
+    Its precision is "fp32" as the autocast of the training decides what the network computes in.
 
-    Where it is called, in a training, autocast says what the network computes in.
+    Args:
+        steps: at most as many as the model has noise levels are taken; None: the model's default.
+        autoencoder: of a model that works in latents.
     """
     most = NoiseSchedule.from_dict(model.info["schedule"]).steps
     options = SamplingOptions(

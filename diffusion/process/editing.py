@@ -1,4 +1,4 @@
-"""Editing with the one sampling loop: from an image, around a mask, between two images, and back.
+"""Editing with the one sampling loop: from an image, around a mask, and back to the noise.
 
 Images are (B, C, H, W), in [-1, 1]. The functions that make images return runs, as `sample` does.
 """
@@ -7,19 +7,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffusion.process.noise import NoiseSource
 from diffusion.process.prediction import DenoiserLike
-from diffusion.process.samplers import SamplerName, Step, finish, sample
+from diffusion.process.samplers import SamplerName, Step, sample
 from diffusion.process.schedule import CLEAN
 from unet.errors import InputError
 from unet.words import counted
-
-Encoding = Literal["ddim", "noise"]
 
 ITERATIONS = 3  # of DDIM's inversion at each step
 
@@ -178,51 +176,6 @@ def _invert(
             noisier = to.signal * x0 + to.noise * eps
         x = noisier
         yield Step(index, t, x, x0)
-
-
-def interpolate(
-    denoiser: DenoiserLike,
-    first: Tensor,
-    last: Tensor,
-    count: int,
-    timesteps: Sequence[float],
-    *,
-    encoding: Encoding = "ddim",
-    noise: NoiseSource | None = None,
-    conditioning: Mapping[str, Any] | None = None,
-    **options: Any,
-) -> Iterator[Step]:
-    """Images between two images: both encoded at the first timestep, mixed there, and decoded.
-
-    Args:
-        first, last: (1, C, H, W).
-        count: images to make, both ends among them.
-        timesteps: the fewer noise levels they span, the more the images resemble a cross-fade.
-        encoding: "ddim" inverts both images and mixes on the sphere (DDIM, appendix D.5). "noise"
-            adds the same noise to both, and mixes on the line (DDPM, sec. 4.3).
-        noise: of one seed; needed by "noise" only.
-        options: of `sample`, with a sampler that draws no noise.
-
-    Returns:
-        A run of a batch of `count` images.
-    """
-    if encoding not in get_args(Encoding):
-        raise InputError(f"encoding {encoding!r} is unknown; choose one of {get_args(Encoding)}")
-    if count < 2:
-        raise InputError(f"an interpolation has 2 images or more, not {count}")
-    share = torch.linspace(0, 1, count).to(first).view(-1, 1, 1, 1)
-    if encoding == "ddim":
-        both = (
-            invert(denoiser, end, timesteps, conditioning=conditioning) for end in (first, last)
-        )
-        first, last = (finish(run) for run in both)
-        x = slerp(first, last, share)
-    else:
-        if noise is None:
-            raise InputError("encoding 'noise' needs a source of noise, NoiseSource([seed])")
-        shared = noise.like(first)
-        x = denoiser.schedule.q_sample(torch.lerp(first, last, share), timesteps[0], shared)
-    return sample(denoiser, x, timesteps, conditioning=conditioning, **options)
 
 
 def slerp(first: Tensor, last: Tensor, share: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Guidance: a denoiser that goes further away from where a lesser one leads."""
+"""Guidance: a denoiser's prediction, extrapolated away from that of a lesser one."""
 
 from __future__ import annotations
 
@@ -68,13 +68,15 @@ class Guided:
         self.rescale, self.interval = rescale, interval
         self.schedule, self.prediction = denoiser.schedule, denoiser.prediction
 
-    def __call__(self, x: Tensor, t: Any, to: float | None = None, **conditioning: Any) -> Denoised:
-        known = not isinstance(t, Tensor)  # on the host, which waits for no GPU
-        if self.scale == 1 or (known and not self._inside(self.schedule.level(t).sigma)):
+    def __call__(
+        self, x: Tensor, t: Tensor | float, to: float | None = None, **conditioning: Any
+    ) -> Denoised:
+        scale = self._scale(t)
+        if self.scale == 1 or (not isinstance(scale, Tensor) and scale == 1):
             return self.denoiser(x, t, to=to, **conditioning)
-        wanted, unwanted = self._both(x, t, to, conditioning)
-        x0, eps, mix = wanted
-        scale = self.scale if known else self._scales(t).to(x0).view(-1, 1, 1, 1)
+        (x0, eps, mix), unwanted = self._both(x, t, to, conditioning)
+        if isinstance(scale, Tensor):
+            scale = scale.to(x0).view(-1, 1, 1, 1)
         guided_x0 = unwanted.x0 + scale * (x0 - unwanted.x0)
         guided_eps = unwanted.eps + scale * (eps - unwanted.eps)
         if self.rescale:
@@ -89,9 +91,9 @@ class Guided:
         return Denoised(guided_x0, guided_eps, mix)
 
     def _both(
-        self, x: Tensor, t: Any, to: float | None, conditioning: dict[str, Any]
+        self, x: Tensor, t: Tensor | float, to: float | None, conditioning: dict[str, Any]
     ) -> tuple[Denoised, Denoised]:
-        """What is wanted, and what to lead away from."""
+        """The conditional prediction, and the one to lead away from."""
         if not isinstance(self.away, Mapping):
             unwanted = self.away(x, t, to=to, **conditioning)
             return self.denoiser(x, t, to=to, **conditioning), unwanted
@@ -102,15 +104,14 @@ class Guided:
         first = None if mix is None else mix[:batch]
         return Denoised(x0[:batch], eps[:batch], first), Denoised(x0[batch:], eps[batch:], None)
 
-    def _scales(self, t: Tensor) -> Tensor:
-        """The scale at each timestep: 1 outside the interval."""
-        signal, noise = self.schedule.levels(t)
-        return torch.where(self._inside(noise / signal), self.scale, 1.0)
-
-    def _inside(self, sigma: Any) -> Any:
-        """Whether a sigma, or each of a tensor of them, is in the interval."""
+    def _scale(self, t: Tensor | float) -> Tensor | float:
+        """The scale at one timestep, or at each of (B,): 1 outside the interval."""
         lowest, highest = self.interval
-        return (lowest < sigma) & (sigma <= highest)
+        if not isinstance(t, Tensor):  # known on the host, which waits for no GPU
+            return self.scale if lowest < self.schedule.level(t).sigma <= highest else 1.0
+        signal, noise = self.schedule.levels(t)
+        sigma = noise / signal
+        return torch.where((lowest < sigma) & (sigma <= highest), self.scale, 1.0)
 
 
 def _std(y: Tensor) -> Tensor:
@@ -133,10 +134,9 @@ def doubled(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, An
             "guidance needs both"
         )
     if "context" in first:
-        length = max(first["context"].shape[1], second["context"].shape[1])
         lengths = {y["context"].shape[1] for y in (first, second)}
         if len(lengths) > 1 or "mask" in {*first, *second}:
-            first, second = _padded(first, length), _padded(second, length)
+            first, second = (_padded(y, max(lengths)) for y in (first, second))
     return {name: torch.cat([first[name], second[name]]) for name in first}
 
 

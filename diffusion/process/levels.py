@@ -1,4 +1,4 @@
-"""Which noise levels are trained on, where jumps lead, and which noise goes with which image."""
+"""What is drawn for a training step: timesteps, ends of jumps, and which image gets which noise."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from diffusion.process.schedule import CLEAN, NoiseSchedule
 
-_AT_ONCE, _NOWHERE = 0.25, 0.5  # shares of jumps to the image, and of those that lead nowhere
-FIRST = 1 / 8  # the part of a jump that the teacher leads
+_TO_IMAGE, _NO_JUMP = 0.25, 0.5  # shares of the jumps to the image, and of those of length 0
+TEACHER_SHARE = 1 / 8  # of a jump's way; the rest is the network's own jump from there
 
 
 @dataclass(frozen=True)
@@ -47,21 +47,26 @@ class TrainingLevels:
 def jumps(schedule: NoiseSchedule, t: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """Jumps down from timesteps t (B,): a timestep a little on the way, and the one at the end.
 
-    Half of them stay where they are, so that the network goes on to know every single level; half
-    of the others lead to the image, and the rest anywhere in between, by the angle whose sine and
-    cosine are the rates of noise and signal.
+    Half of the jumps have length 0, so that the network goes on learning single noise levels. A
+    quarter leads to the image, and a quarter to levels in between, uniform in the angle whose sine
+    and cosine are the rates of noise and signal.
 
     Args:
-        u: (B,) uniform in [0, 1): which jump it is.
+        u: (B,) uniform in [0, 1), which chooses the kind of jump and its end.
+
+    Returns:
+        float32 (B,) each. Both are t where the jump has length 0.
     """
     level = schedule.levels(t)
     start = torch.atan2(level.noise, level.signal)
-    share = ((u.double() - _NOWHERE - _AT_ONCE) / (1 - _NOWHERE - _AT_ONCE)).clamp(min=0)
-    end = torch.where(u < _NOWHERE, start, share * start)
-    near, to = (_timesteps(schedule, angle) for angle in (start + FIRST * (end - start), end))
+    share = ((u.double() - _NO_JUMP - _TO_IMAGE) / (1 - _NO_JUMP - _TO_IMAGE)).clamp(min=0)
+    end = torch.where(u < _NO_JUMP, start, share * start)
+    near, to = (
+        _timesteps(schedule, angle) for angle in (start + TEACHER_SHARE * (end - start), end)
+    )
     lowest = math.atan(schedule.level(0).sigma)
     to = torch.where(end < lowest, float(CLEAN), to)
-    return torch.where(u < _NOWHERE, t, near).float(), torch.where(u < _NOWHERE, t, to).float()
+    return torch.where(u < _NO_JUMP, t, near).float(), torch.where(u < _NO_JUMP, t, to).float()
 
 
 def _timesteps(schedule: NoiseSchedule, angle: Tensor) -> Tensor:
@@ -70,15 +75,17 @@ def _timesteps(schedule: NoiseSchedule, angle: Tensor) -> Tensor:
 
 
 def coupled(noise: Tensor, images: Tensor, labels: Tensor | None = None) -> Tensor:
-    """The noise (B, C, H, W) in the order in which it is nearest to the images, of that shape.
+    """Pairs noise with images by minibatch optimal transport (arXiv 2302.00482, sec. 3.2.3).
 
-    Minibatch optimal transport (arXiv 2302.00482, sec. 3.2.3): of all ways to give each image one
-    of the noises, that of the least sum of squared distances. The images stay where they are, and
-    with them all that is known of them.
+    Of all one-to-one pairings it takes the one of the least sum of squared distances.
 
     Args:
-        labels: (B,) classes. Noise is exchanged among images of one class only: sampling draws it
-            whatever the class, so what a class is trained on has to be as normal as all of it.
+        noise, images: (B, C, H, W), on the CPU.
+        labels: (B,) classes. Noise is exchanged within a class only: sampling draws it whatever the
+            class, so the noise that each class is trained on must stay standard normal.
+
+    Returns:
+        The noise (B, C, H, W), reordered so that noise i belongs to image i.
     """
     groups = torch.zeros(len(images)) if labels is None else labels
     order = np.arange(len(images))

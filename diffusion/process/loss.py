@@ -11,7 +11,7 @@ from einops import reduce
 from torch import Tensor
 
 from diffusion.process.denoiser import Denoiser
-from diffusion.process.levels import FIRST
+from diffusion.process.levels import TEACHER_SHARE
 from diffusion.process.likelihood import clipped, decoder_bits, model_variance, transition_bits
 from diffusion.process.prediction import (
     DenoiserLike,
@@ -24,7 +24,6 @@ from diffusion.process.schedule import CLEAN, NoiseSchedule, Posterior
 from unet.errors import InputError
 
 Weighting = Literal["plain", "min-snr"]
-
 
 _BOUND_WEIGHT = 0.001  # lambda in Improved DDPM, eq. 16
 _STEADY = 0.1  # c in MeanFlow, eq. 22, whose p is 1
@@ -115,9 +114,9 @@ def jump_loss(
         model(*rule.inputs(x, t, signal, sigma), jump=t - to, **conditioning), x
     )
     error = reduce((output - target) ** 2, "b ... -> b", "mean")
-    # Of a jump it is FIRST times what eq. 11 compares; each image's error is weighted as in eq. 22.
-    error = error / torch.where(jumps.flatten(), FIRST, 1.0) ** 2
-    return error / (error.detach() + _STEADY)
+    # A jump's target differs from the output by TEACHER_SHARE times what it does in eq. 11.
+    error = error / torch.where(jumps.flatten(), TEACHER_SHARE, 1.0) ** 2
+    return error / (error.detach() + _STEADY)  # eq. 22
 
 
 @functools.lru_cache(maxsize=8)

@@ -1,4 +1,4 @@
-"""What the network is shown and what it predicts, and the way from there to image and noise.
+"""What the network is given and what it predicts, and the way from there to image and noise.
 
 A network that sees x_t = signal x_0 + sigma eps may predict eps, x_0 or v = signal eps - sigma x_0.
 Each gives both others; they differ in how much errors at different noise levels count. Flow
@@ -58,10 +58,13 @@ def _unchanged(value: Tensor, signal: Tensor, sigma: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Prediction:
-    """The formulas of one kind of prediction; `signal` and `sigma` are the rates at t."""
+    """The formulas of one kind of prediction; `signal` and `sigma` are the rates at t.
+
+    Images are (B, C, H, W), and rates (B, 1, 1, 1) or (1, 1, 1, 1), if nothing else is said.
+    """
 
     target: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-    """(x0, eps, signal, sigma) to what the network shall put out."""
+    """(x0, eps, signal, sigma) to the output that the network is trained for."""
 
     to_x0_eps: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
     """(output, x_t, signal, sigma) to (x0, eps)."""
@@ -69,16 +72,31 @@ class Prediction:
     min_snr_divisor: Callable[[Tensor], Tensor]
     """SNR to the factor between the squared error of x0 and that of the output."""
 
-    seen: Callable[[Tensor, Tensor, Tensor], Tensor] = _unchanged
-    """(x_t, signal, sigma) to what the network is shown."""
+    scaled_input: Callable[[Tensor, Tensor, Tensor], Tensor] = _unchanged
+    """(x_t, signal, sigma) to the network's input image: c_in x in EDM."""
 
-    told: Callable[[Tensor, Tensor, Tensor], Tensor] = _unchanged
-    """(t, signal, sigma), all (B,), to what it is told of the noise level."""
+    noise_input: Callable[[Tensor, Tensor, Tensor], Tensor] = _unchanged
+    """(t, signal, sigma), all (B,), to the network's timestep argument: c_noise in EDM."""
 
     def inputs(self, x: Tensor, t: Tensor, signal: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """What the network is given for x (B, C, H, W) at timesteps t (B,)."""
+        """The network's arguments (B, C, H, W) and (B,) for x (B, C, H, W) at timesteps t (B,)."""
         rates = (rate.flatten().expand(len(t)) for rate in (signal, sigma))
-        return self.seen(x, signal, sigma), self.told(t, *rates)
+        return self.scaled_input(x, signal, sigma), self.noise_input(t, *rates)
+
+
+def _deviation(signal: Tensor, sigma: Tensor) -> Tensor:
+    """The standard deviation of x, where that of the images is SIGMA_DATA."""
+    return torch.hypot(SIGMA_DATA * signal, sigma)
+
+
+def _edm_x0_eps(output: Tensor, x: Tensor, signal: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """x0 = c_skip x + c_out F, and the eps with which it makes up x."""
+    deviation = _deviation(signal, sigma)
+    unit = x / deviation**2  # E[x0 | x] and E[eps | x] of Gaussian images are multiples of it
+    return (
+        signal * SIGMA_DATA**2 * unit + SIGMA_DATA * sigma / deviation * output,
+        sigma * unit - SIGMA_DATA * signal / deviation * output,
+    )
 
 
 PREDICTIONS: dict[PredictionName, Prediction] = {
@@ -109,7 +127,7 @@ PREDICTIONS: dict[PredictionName, Prediction] = {
             (x + signal * output) / (signal + sigma),
         ),
         min_snr_divisor=lambda snr: (1 + snr.sqrt()) ** 2,
-        seen=lambda x, signal, sigma: x / (signal + sigma),
+        scaled_input=lambda x, signal, sigma: x / (signal + sigma),
     ),
     # EDM (arXiv 2206.00364), eq. 7 and table 1, whose sigma is sigma / signal here, and whose image
     # in noise is x / signal; multiplied out, as no signal may be left.
@@ -117,27 +135,12 @@ PREDICTIONS: dict[PredictionName, Prediction] = {
         target=lambda x0, eps, signal, sigma: (
             (sigma * x0 - signal * SIGMA_DATA**2 * eps) / (SIGMA_DATA * _deviation(signal, sigma))
         ),
-        to_x0_eps=lambda output, x, signal, sigma: _edm_x0_eps(output, x, signal, sigma),
+        to_x0_eps=_edm_x0_eps,
         min_snr_divisor=lambda snr: snr + SIGMA_DATA**-2,
-        seen=lambda x, signal, sigma: x / _deviation(signal, sigma),  # c_in
-        told=lambda t, signal, sigma: (sigma / signal).log() / 4,  # c_noise
+        scaled_input=lambda x, signal, sigma: x / _deviation(signal, sigma),  # c_in
+        noise_input=lambda t, signal, sigma: (sigma / signal).log() / 4,  # c_noise
     ),
 }
-
-
-def _deviation(signal: Tensor, sigma: Tensor) -> Tensor:
-    """The standard deviation of x, where that of the images is SIGMA_DATA."""
-    return torch.hypot(SIGMA_DATA * signal, sigma)
-
-
-def _edm_x0_eps(output: Tensor, x: Tensor, signal: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """c_skip x + c_out F, and the noise that goes with it."""
-    deviation = _deviation(signal, sigma)
-    mean = x / deviation**2  # which x0 and eps have signal SIGMA_DATA^2 and sigma of
-    return (
-        signal * SIGMA_DATA**2 * mean + SIGMA_DATA * sigma / deviation * output,
-        sigma * mean - SIGMA_DATA * signal / deviation * output,
-    )
 
 
 def get_prediction(name: PredictionName, schedule: NoiseSchedule) -> Prediction:
@@ -176,11 +179,3 @@ def split_output(output: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
         )
     prediction, mix = output.split(channels, dim=1)
     return prediction, (mix + 1) / 2
-
-
-# ----------------------------------------------------------------------------------------------
-# Training
-
-
-# ----------------------------------------------------------------------------------------------
-# The variational bound

@@ -1,7 +1,7 @@
 """The reverse process: one pure step for each sampler, and one loop over them that yields.
 
-A step takes x from one noise level to a less noisy one. What it may look at is a `Moment`; that it
-sees noise levels and no timesteps makes it right for any subsequence of them.
+A step takes x from one noise level to a less noisy one, and sees a `Moment` alone. Since that holds
+noise levels and no timesteps, a step is right for any subsequence of them.
 """
 
 from __future__ import annotations
@@ -32,16 +32,19 @@ SamplerName = Literal[
 
 @dataclass(frozen=True)
 class Moment:
-    """A run between two noise levels."""
+    """What a sampler's step may look at."""
 
     x: Tensor
     """(B, C, H, W), at level `at`."""
 
     now: Denoised
-    """What the denoiser makes of x."""
+    """The denoiser's output for x."""
 
     at: Level
+    """The level of x."""
+
     to: Level
+    """The less noisy level that the step leads to."""
 
     before: tuple[Level, Tensor] | None
     """Level and predicted x0 of the step before, unless this is the first."""

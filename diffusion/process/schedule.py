@@ -101,7 +101,7 @@ class NoiseSchedule:
     0.002 to 80 in equal strides (arXiv 2206.00364, eq. 5).
 
     x has variance 1 for data of variance 1 in all of them: on the straight path, and in EDM's
-    units, it is scaled, which `Prediction.seen` undoes for the network."""
+    units, it is scaled, which `Prediction.scaled_input` undoes for the network."""
 
     steps: int = 1000
     """Timesteps T."""

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion.stable.parts import TEXT_STEMS, build_text_model, check_part, check_tokenizer
-from diffusion.stable.weight_files import variant_of
+from diffusion.stable.folder import read_text_model
 from diffusion.text import TextContext
 from unet.errors import InputError
 
@@ -59,12 +58,6 @@ class ClipText:
         Raises:
             InputError: a part is missing or unreadable, or transformers is not installed.
         """
-        try:
-            from transformers import CLIPTextModel, CLIPTokenizer
-        except ImportError as error:
-            raise InputError(
-                "CLIP text models need transformers: pip install 'unet-diffusion[sd]'"
-            ) from error
         parts = Path(folder, "tokenizer"), Path(folder, "text_encoder")
         for part in parts:
             if not os.path.isdir(part):  # False for an impossible name, too
@@ -72,22 +65,7 @@ class ClipText:
         whole = {"tokenizer.json"}, {"vocab.json", "merges.txt"}  # otherwise it would be empty
         if not any(names <= {file.name for file in parts[0].iterdir()} for names in whole):
             raise InputError(f"'{parts[0]}' lacks vocab.json and merges.txt: copy it whole")
-        check_tokenizer(parts[0])
-        check_part(parts[1], build_text_model)
-        try:
-            tokenizer = CLIPTokenizer.from_pretrained(parts[0], local_files_only=True)
-            loaded: Any = CLIPTextModel.from_pretrained(
-                parts[1],
-                local_files_only=True,
-                variant=variant_of(parts[1], *TEXT_STEMS),
-                output_loading_info=True,
-            )
-        except Exception as error:  # whatever a damaged file leads its many readers to
-            reason = " ".join(str(error).split())
-            raise InputError(f"the text model in '{folder}' cannot be read: {reason}") from error
-        model, found = loaded
-        if missing := sorted(found["missing_keys"]):  # which would be random
-            raise InputError(f"the weights in '{parts[1]}' lack {missing[0]}: copy them whole")
+        model, tokenizer = read_text_model(Path(folder))
         if len(tokenizer) > model.config.vocab_size:
             raise InputError(
                 f"'{parts[0]}' has {len(tokenizer)} tokens, but the model beside it knows "

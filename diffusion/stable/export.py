@@ -16,14 +16,14 @@ from diffusion.process.schedule import NoiseSchedule
 from diffusion.stable.autoencoder import Autoencoder
 from diffusion.stable.folder import STEM, read_unet_config
 from diffusion.stable.pipeline import StableDiffusion
-from diffusion.stable.schedule import PipelineSchedule
+from diffusion.stable.schedule import KINDS, PREDICTIONS, PipelineSchedule
 from unet.errors import InputError
 from unet.files.writing import write_text
 from unet.weights.convert import to_layout
 from unet.weights.diffusers_config import config_to_diffusers
 
-_KINDS = {"linear": "linear", "scaled-linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
-_PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
+_KINDS = {ours: theirs for theirs, ours in KINDS.items()}
+_PREDICTIONS = {ours: theirs for theirs, ours in PREDICTIONS.items()}
 _INDEX = {
     "_class_name": "StableDiffusionPipeline",
     "feature_extractor": [None, None],

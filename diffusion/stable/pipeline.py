@@ -18,6 +18,7 @@ from diffusion.data.pixels import to_bytes
 from diffusion.model import DiffusionUNet
 from diffusion.pictures import Images
 from diffusion.process.denoiser import Denoiser
+from diffusion.process.editing import sdedit_timesteps
 from diffusion.process.guidance import Guided
 from diffusion.process.noise import NoiseSource
 from diffusion.process.prediction import DenoiserLike
@@ -38,7 +39,6 @@ from diffusion.stable.schedule import PipelineSchedule
 from unet.errors import InputError, RunError
 from unet.files.writing import read_json
 from unet.layers import sinusoids
-from unet.words import counted
 
 STRENGTH = 0.8  # of image to image, where none is asked for
 _LATENT_SIZE = 64  # of a U-Net whose config names none
@@ -230,14 +230,7 @@ class StableDiffusion:
         """The timesteps of a run, from noise or from an image, and the level where it ends."""
         times, end = self.schedule.timesteps(settings.sampler, settings.steps)
         if image:
-            strength = strength_of(settings, mask=mask)
-            count = int(strength * len(times))
-            if count == 0:
-                raise InputError(
-                    f"strength {strength} of {counted(len(times), 'step')} is not a single one: "
-                    "choose a larger strength or more steps"
-                )
-            times = times[len(times) - count :]
+            times = list(sdedit_timesteps(times, strength_of(settings, mask=mask)))
         if times[-1] == end:  # a step that would change nothing
             times = times[:-1]
         if not times:
@@ -311,7 +304,7 @@ class StableDiffusion:
         """What the U-Net is given for the prompt and for the negative prompt, in rows of one."""
         prompts = [settings.prompt, settings.negative]
         if self.second is None:
-            context = self.encode_prompts(prompts)[0]
+            context = self.text.encode(prompts).context
             return {"context": context[:1]}, {"context": context[1:]}
         (first, _), (second, pooled) = (t.encode_below(prompts) for t in (self.text, self.second))
         assert pooled is not None
@@ -334,16 +327,10 @@ class StableDiffusion:
             {"context": context[1:], "vector": vector[1:]},
         )
 
-    def encode_prompts(self, prompts: Sequence[str]) -> tuple[Tensor, list[str]]:
-        """(B, L, C) of texts by the first text model, and of each what was cut off since it takes
-        no more."""
-        return self.text.encode(prompts).context, [self.text.cut(text) for text in prompts]
-
     def cut_prompts(self, settings: PictureSettings) -> dict[str, str]:
         """What of "prompt" and "negative" is cut off, since the text model takes no more."""
-        cut = {"prompt": self.text.cut(settings.prompt)}
-        cut["negative"] = self.text.cut(settings.negative)
-        return {name: text for name, text in cut.items() if text}
+        texts = {"prompt": settings.prompt, "negative": settings.negative}
+        return {name: cut for name, text in texts.items() if (cut := self.text.cut(text))}
 
     @torch.no_grad()
     def encode(self, images: Tensor, source: NoiseSource) -> Tensor:

@@ -13,12 +13,12 @@ from diffusion.process.schedule import CLEAN, Kind, NoiseSchedule, Spacing
 from diffusion.stable.recipe import TextSampler
 from unet.errors import InputError
 
-_KINDS: dict[Any, Kind] = {
+KINDS: dict[Any, Kind] = {  # beta_schedule
     "linear": "linear",
     "scaled_linear": "scaled-linear",
     "squaredcos_cap_v2": "cosine",
 }
-_PREDICTIONS: dict[Any, PredictionName] = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
+PREDICTIONS: dict[Any, PredictionName] = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 _SPACINGS: dict[Any, Spacing | None] = {
     None: None,
     "leading": "leading",
@@ -101,13 +101,13 @@ class PipelineSchedule:
         start, end = _SCHEDULERS[values["_class_name"]]
         scale = steps / 1000  # our betas are those of T = 1000, diffusers' those of its own T
         schedule = NoiseSchedule(
-            kind=_choice(values, "beta_schedule", "linear", _KINDS),
+            kind=_choice(values, "beta_schedule", "linear", KINDS),
             steps=int(steps),
             beta_start=scale * _number(values, "beta_start", start),
             beta_end=scale * _number(values, "beta_end", end),
             zero_snr=_flag(values, "rescale_betas_zero_snr", False),
         )
-        prediction = _choice(values, "prediction_type", "epsilon", _PREDICTIONS)
+        prediction = _choice(values, "prediction_type", "epsilon", PREDICTIONS)
         get_prediction(prediction, schedule)  # which refuses eps without a last signal
         return cls(
             noise=schedule,

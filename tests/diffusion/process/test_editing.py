@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from diffusion.process.denoiser import Denoiser
-from diffusion.process.editing import inpaint, interpolate, invert, repaint_timesteps, sdedit, slerp
+from diffusion.process.editing import inpaint, invert, repaint_timesteps, sdedit, slerp
 from diffusion.process.noise import NoiseSource
 from diffusion.process.prediction import Denoised, PredictionName
 from diffusion.process.samplers import count_evaluations, finish, sample
@@ -228,40 +228,6 @@ def test_what_cannot_be_inverted_is_refused() -> None:
 # Interpolation
 
 
-def test_interpolation_by_inversion_begins_and_ends_with_the_images() -> None:
-    denoiser, timesteps = GaussianDenoiser(COSINE), COSINE.timesteps(50, "leading")
-    first, last = image(1, 1), image(2, 1)
-    x = finish(interpolate(denoiser, first, last, 5, timesteps))
-    assert x.shape == (5, 3, 6, 6)
-    assert_close(x[:1], first, atol=0.02, rtol=0)
-    assert_close(x[-1:], last, atol=0.02, rtol=0)
-    distances = [(a - b).norm().item() for a, b in pairwise(x)]
-    assert max(distances) < 1.3 * min(distances)
-    other_way = finish(interpolate(denoiser, last, first, 5, timesteps))
-    assert_close(other_way.flip(0), x, atol=1e-4, rtol=1e-4)
-
-
-def test_interpolation_with_shared_noise_mixes_the_noised_images() -> None:
-    """DDPM, sec. 4.3: q_sample of both with one noise, mixed on the line, and decoded."""
-    denoiser, timesteps = wavy_denoiser(COSINE, "v"), COSINE.timesteps(20)[8:]
-    first, last = image(1, 1), image(2, 1)
-    run = interpolate(
-        denoiser,
-        first,
-        last,
-        3,
-        timesteps,
-        encoding="noise",
-        noise=NoiseSource([4]),
-        sampler="dpmpp-2m",
-    )
-    z = NoiseSource([4]).draw((3, 6, 6))
-    ends = [COSINE.q_sample(x0, timesteps[0], z) for x0 in (first, last)]
-    x = torch.cat([ends[0], (ends[0] + ends[1]) / 2, ends[1]])
-    wanted = finish(sample(denoiser, x, timesteps, "dpmpp-2m"))
-    assert_close(finish(run), wanted, atol=1e-5, rtol=1e-5)
-
-
 def test_slerp_keeps_the_length_and_the_pace() -> None:
     g = torch.Generator().manual_seed(0)
     first, last = torch.randn(2, 1, 3, 8, 8, generator=g, dtype=torch.float64)
@@ -274,15 +240,3 @@ def test_slerp_keeps_the_length_and_the_pace() -> None:
     steps = torch.stack([(a - b).norm() for a, b in pairwise(x)])
     assert_close(steps, steps[0].expand(6))
     assert_close(slerp(first, first, share), first.expand(7, -1, -1, -1))
-
-
-def test_wrong_interpolations_are_refused() -> None:
-    first, last, denoiser = image(1, 1), image(2, 1), wavy_denoiser(S, "eps")
-    cases: list[tuple[int, dict[str, Any], str]] = [
-        (1, {}, "2 images or more, not 1"),
-        (3, {"encoding": "vae"}, "'vae' is unknown"),
-        (3, {"encoding": "noise"}, "needs a source of noise"),
-    ]
-    for count, options, says in cases:
-        with pytest.raises(InputError, match=says):
-            interpolate(denoiser, first, last, count, S.timesteps(5), **options)

@@ -127,7 +127,7 @@ def test_a_network_of_v_on_cosine_is_one_of_another_kind_and_back(
             if other_name == "edm":
                 t = torch.from_numpy(other.timesteps_at(4 * t.numpy()))
             rates = other.rates(t, x)
-            x = x / rule.seen(torch.ones(1), *rates)
+            x = x / rule.scaled_input(torch.ones(1), *rates)
             sigma = (rates[1] / rates[0]).flatten()
             before = torch.from_numpy(schedule.timesteps_at(sigma.log().numpy()))
             x0, eps, _ = Denoiser(network, schedule, name)(x, before)
@@ -191,7 +191,7 @@ def test_with_images_of_variance_1_edm_is_v(monkeypatch: Any) -> None:
     monkeypatch.setattr("diffusion.process.prediction.SIGMA_DATA", 1.0)
     x, output = noise(), noise(seed=1)
     rates = COSINE.rates(400, x)
-    assert_close(PREDICTIONS["edm"].seen(x, *rates), x)
+    assert_close(PREDICTIONS["edm"].scaled_input(x, *rates), x)
     pairs = zip(
         PREDICTIONS["edm"].to_x0_eps(-output, x, *rates),
         PREDICTIONS["v"].to_x0_eps(output, x, *rates),

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from diffusion.process.denoiser import Denoiser
-from diffusion.process.levels import FIRST, jumps
+from diffusion.process.levels import TEACHER_SHARE, jumps
 from diffusion.process.loss import jump_loss
 from diffusion.process.noise import NoiseSource
 from diffusion.process.prediction import Denoised, PredictionName, get_prediction
@@ -47,7 +47,7 @@ class ExactJumps:
         rule = get_prediction(self.prediction, self.schedule)
         t = told if self.prediction != "edm" else self._timestep(told)
         signal, sigma = self.schedule.rates(t, seen)
-        x = seen / rule.seen(torch.ones_like(seen), signal, sigma)
+        x = seen / rule.scaled_input(torch.ones_like(seen), signal, sigma)
         at = torch.zeros_like(t) if jump is None else jump.to(x)
         to = t - at
         end_signal, end_sigma = self.schedule.rates(to, seen)
@@ -103,7 +103,7 @@ def test_the_target_is_the_mean_velocity_of_meanflow() -> None:
     slope = (u(z + h * v, s + h, r) - u(z - h * v, s - h, r)) / (2 * h)
     assert_close(u(z, s, r), v - (s - r) * slope, rtol=1e-4, atol=1e-4)
     # And the first of the way with the rest of it is the whole, as of any displacement.
-    first = (s - r) * FIRST
+    first = (s - r) * TEACHER_SHARE
     on = z - first * u(z, s, s - first)
     whole = first * u(z, s, s - first) + (s - first - r) * u(on, s - first, r)
     assert_close((s - r) * u(z, s, r), whole)
@@ -126,7 +126,7 @@ def test_half_of_the_jumps_stay_and_half_of_the_others_lead_to_the_image(
     angle = [torch.atan2(*reversed(schedule.levels(q.double()))) for q in (t, near, to)]
     inside = further & (to >= 0) & (near > 0)
     part = ((angle[0] - angle[1]) / (angle[0] - angle[2]))[inside]
-    assert_close(part, torch.full_like(part, FIRST), rtol=0.02, atol=0.02)
+    assert_close(part, torch.full_like(part, TEACHER_SHARE), rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("n", [1, 2, 4])

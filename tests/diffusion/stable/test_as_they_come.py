@@ -162,6 +162,7 @@ def test_variants_and_shards_of_a_pipeline_are_read(
         (read.text.model, wanted.text.model),
         (read_text, wanted.text.model),
     )
+    assert all(p.dtype == torch.float32 for p in read_text.parameters())
     for found, model in pairs:
         rounded = {k: v.to(dtype).float() for k, v in model.state_dict().items()}
         assert_close({k: v.float() for k, v in found.state_dict().items()}, rounded, rtol=0, atol=0)

@@ -251,7 +251,7 @@ def test_what_is_cut_off_a_prompt_is_said(model) -> None:
     cut = model.cut_prompts(settings(prompt=long))
     assert cut["prompt"].replace(" ,", ",") == "cat, dog"  # the tokenizer's versions differ
     assert model.cut_prompts(settings(negative="a " * (TOKENS - 2))) == {}
-    context, _ = model.encode_prompts([long, "a " * (TOKENS - 2)])
+    context = model.text.encode([long, "a " * (TOKENS - 2)]).context
     assert_close(context[0], context[1])
 
 
