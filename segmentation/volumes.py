@@ -131,7 +131,8 @@ class _Told:
         """Says how far it is."""
         done, now = self._done(), time.monotonic()
         self.bar.update(done - self.bar.n)
-        if self.quiet or not self.bar.disable or now - self.told < TOLD_EVERY or done == self.first:
+        soon = now - self.told < TOLD_EVERY or done in (self.first, self.progress.count)
+        if self.quiet or not self.bar.disable or soon:
             return
         self.told = now
         left = (self.progress.count - done) * (now - self.begun) / (done - self.first)
