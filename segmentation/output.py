@@ -204,8 +204,7 @@ class FilePredictor:
             )
             for top, found in segmenter.predict.bands(source, entropies=bool(self.unsure)):
                 band, mapped = self.parted(found)
-                rows = RasterSource(source.pixels[top : top + band.shape[1]], source.nodata)
-                decided = segmenter.decided(band, rows)
+                decided = segmenter.decided(band, source, slice(top, top + band.shape[1]))
                 masks.write(top, table.decode(decided))
                 probabilities.write(top, as_16_bit(band))
                 for writer, values in zip(unsure, mapped, strict=True):

@@ -29,7 +29,7 @@ from segmentation.uncertainty import disagreement_map, entropy_map
 from unet.device import pick_device
 from unet.errors import InputError, as_keywords
 from unet.files.images import Blocks, image_info
-from unet.files.pages import Array, ImageInfo, Reading, missing
+from unet.files.pages import ALL, Array, ImageInfo, Reading, missing
 from unet.files.rasters import open_raster
 from unet.files.volumes import is_volume
 from unet.weights.formats import Format
@@ -179,9 +179,10 @@ class RasterSource:
         normalisation = Normalisation.from_dict(model.info["normalisation"])
         return torch.from_numpy(normalisation(np.asarray(self.pixels[rows, columns]), self.nodata))
 
-    def missing(self, nodata: float | None) -> NDArray[np.bool_]:
-        """Where (H, W) nothing was measured; `nodata` is what the training images declared."""
-        return missing(np.asarray(self.shown), nodata if self.nodata is None else self.nodata)
+    def missing(self, nodata: float | None, rows: slice = ALL) -> NDArray[np.bool_]:
+        """Where (rows, W) nothing was measured; `nodata` is what the training images declared."""
+        seen = np.asarray(self.shown[rows])
+        return missing(seen, nodata if self.nodata is None else self.nodata)
 
     @property
     def shown(self) -> Array | Blocks:
@@ -431,23 +432,24 @@ class Segmenter:
         """Whether it is clear which parts `labels` numbers."""
         return self.instances or len(self.classes) == 2
 
-    def decided(self, probability: Probability, source: Source) -> NDArray[np.uint8]:
-        """Class indices (H, W) of what `predict` gives for an image.
+    def decided(
+        self, probability: Probability, source: Source, rows: slice = ALL
+    ) -> NDArray[np.uint8]:
+        """Class indices (rows, W) of what `predict` gives for an image, or for rows of it.
 
         Where the image holds no data they are IGNORE, if the training masks had such a value.
         """
-        return self._cleaned(classes(probability, self.threshold, self.of_regions), source)
+        return self._cleaned(classes(probability, self.threshold, self.of_regions), source, rows)
 
-    def _cleaned(self, found: NDArray[np.uint8], source: Source) -> NDArray[np.uint8]:
+    def _cleaned(
+        self, found: NDArray[np.uint8], source: Source, rows: slice = ALL
+    ) -> NDArray[np.uint8]:
         """Of instances it is whole ones that are too small, once they are numbered."""
-        return self._marked(
-            found if self.instances else without_specks(found, self.min_size), source
-        )
-
-    def _marked(self, found: NDArray[np.uint8], source: Source) -> NDArray[np.uint8]:
+        if not self.instances:
+            found = without_specks(found, self.min_size)
         if self.table.ignore_value is None or not isinstance(source, RasterSource):
             return found
-        return np.where(source.missing(self._nodata), np.uint8(IGNORE), found)
+        return np.where(source.missing(self._nodata, rows), np.uint8(IGNORE), found)
 
     @property
     def _nodata(self) -> float | None:

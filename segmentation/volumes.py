@@ -8,7 +8,8 @@ import itertools
 import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -31,6 +32,7 @@ from unet.words import counted
 
 SLAB_BYTES = 2**28  # of the slices that are read, predicted and written together
 TILE = 1024  # side of the chunks, where the volume has none
+TOLD_EVERY = 60  # seconds between lines that say how far it is, where no terminal shows a bar
 # What models say of themselves that decides nothing, or that a plan holds as it is used.
 _TOLD = (
     "training",
@@ -98,6 +100,45 @@ class Progress:
         with self.file.open("rb+") as file:
             file.seek(len(self.head.encode()) + slab)
             file.write(b"1")
+
+
+class _Told:
+    """What a person sees of a prediction, of all its processes together: a bar in a terminal, else
+    a line from time to time."""
+
+    def __init__(self, progress: Progress, *, quiet: bool) -> None:
+        self.progress, self.quiet = progress, quiet
+        self.first = self._done()
+        self.begun = self.told = time.monotonic()
+        hidden = True if quiet else None
+        self.bar = tqdm(
+            total=progress.count, initial=self.first, unit="slab", disable=hidden, smoothing=0.1
+        )
+
+    def _done(self) -> int:
+        return self.progress.count - len(self.progress.left())
+
+    def __enter__(self) -> _Told:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.bar.close()
+        if kind is KeyboardInterrupt and not self.quiet:
+            slabs = counted(self.progress.count, "slab")
+            print(f"{self._done():,} of {slabs} are there: the same command goes on", flush=True)
+
+    def now(self) -> None:
+        """Says how far it is."""
+        done, now = self._done(), time.monotonic()
+        self.bar.update(done - self.bar.n)
+        soon = now - self.told < TOLD_EVERY or done in (self.first, self.progress.count)
+        if self.quiet or not self.bar.disable or soon:
+            return
+        self.told = now
+        left = (self.progress.count - done) * (now - self.begun) / (done - self.first)
+        slabs = counted(self.progress.count, "slab")
+        minutes = counted(math.ceil(left / 60), "minute")
+        print(f"{done:,} of {slabs} are there, {minutes} left", flush=True)
 
 
 def find_volumes(source: Path) -> list[Path]:
@@ -217,15 +258,20 @@ def predict_volume(
             todo = progress.left()
             if going_on:
                 done = len(work.slabs) - len(todo)
-                print(f"goes on: {done:,} of {counted(len(work.slabs), 'slab')} are there already")
+                print(
+                    f"goes on: {done:,} of {counted(len(work.slabs), 'slab')} are there already",
+                    flush=True,
+                )
         todo = processes.gather(todo)[0]
         mine = []
-        for i in tqdm(processes.share(todo), unit="slab", disable=None if processes.main else True):
-            try:
-                work.run(work.slabs[i])
-                progress.done(i)
-            except InputError as error:
-                mine.append(f"slices from {work.slabs[i].pages[0]} on: {error}")
+        with _Told(progress, quiet=not processes.main) as told:
+            for i in processes.share(todo):
+                try:
+                    work.run(work.slabs[i])
+                    progress.done(i)
+                except InputError as error:
+                    mine.append(f"slices from {work.slabs[i].pages[0]} on: {error}")
+                told.now()
         failed = [message for part in processes.gather(mine) for message in part]
     if processes.main:
         for message in failed:
@@ -341,11 +387,14 @@ class _Work:
         volume, stored = self.volume, self.stored
         depth = dict(zip(self.slices, self.depths, strict=True))
         chunks, shards = list(volume.chunks), volume.shards
-        if shards and any(depth[i] < min(shards[i], stored.shape[i]) for i in depth):
+        rows, columns = (stored.axes.index(axis) for axis in "YX")
+        if shards and (
+            any(depth[i] < min(shards[i], stored.shape[i]) for i in depth)
+            or shards[rows] * shards[columns] > AT_ONCE
+        ):
             shards = None
         if not shards:
             chunks = [depth.get(i, min(n, stored.shape[i])) for i, n in enumerate(chunks)]
-        rows, columns = (stored.axes.index(axis) for axis in "YX")
         if chunks[rows] * chunks[columns] > AT_ONCE:  # as of a file that is not stored in chunks
             chunks[rows], chunks[columns] = min(chunks[rows], TILE), min(chunks[columns], TILE)
 
@@ -388,12 +437,22 @@ class _Work:
             ]
             pixels = Layers(around) if len(around) > 1 else around[0]
             source = RasterSource(pixels, self.info.nodata)
-            bands = self.segmenter.predict.bands(source, entropies=self._unsure)
-            for top, band in bands:
-                rows = slice(top, top + band.shape[1])
-                part = RasterSource(source.pixels[rows], source.nodata)
-                for file, block in zip(self.results, self._blocks(band, part), strict=True):
+            for top, blocks in _in_whole_chunks(self._bands(source), self._chunk_rows()):
+                rows = slice(top, top + len(blocks[0]))
+                for file, block in zip(self.results, blocks, strict=True):
                     self._write(file, slab, rows, block[None])
+
+    def _bands(self, source: RasterSource) -> Iterator[tuple[int, list[Array]]]:
+        """What is written of the bands of a slice, and the first row of each."""
+        for top, band in self.segmenter.predict.bands(source, entropies=self._unsure):
+            yield top, self._blocks(band, source, slice(top, top + band.shape[1]))
+
+    def _chunk_rows(self) -> int:
+        from unet.files.zarrs import open_to_write
+
+        array = open_to_write(self.results[0])
+        at = [self.stored.axes[i] for i in self.kept].index("Y")
+        return int((array.shards or array.chunks)[at])
 
     @property
     def _unsure(self) -> bool:
@@ -404,10 +463,10 @@ class _Work:
         source = RasterSource(pixels, self.info.nodata)
         return self._blocks(self.segmenter.predict(source, entropies=self._unsure), source)
 
-    def _blocks(self, found: Probability, source: RasterSource) -> list[Array]:
-        """Mask and probability (H, W) of what was predicted, and the maps that go with them."""
+    def _blocks(self, found: Probability, source: RasterSource, rows: slice = ALL) -> list[Array]:
+        """Mask and probability (rows, W) of what was predicted, and the maps that go with them."""
         found, unsure = self.predictor.parted(found)
-        decided = self.segmenter.table.decode(self.segmenter.decided(found, source))
+        decided = self.segmenter.table.decode(self.segmenter.decided(found, source, rows))
         return [decided, as_16_bit(found), *unsure]
 
     def _pixels(self, slab: Slab) -> Iterator[Array | Layers]:
@@ -453,6 +512,24 @@ class _Work:
         theirs = [axes[i] for i in self.kept]
         turned = blocks.transpose([ours.index(axis) for axis in theirs])
         open_to_write(file)[tuple(places[axis] for axis in theirs)] = turned
+
+
+def _in_whole_chunks(
+    bands: Iterable[tuple[int, list[Array]]], rows: int
+) -> Iterator[tuple[int, list[Array]]]:
+    """The same bands (first row, blocks of rows), cut where chunks of so many rows end.
+
+    So no chunk is read to be written: one that a killed process left in part stops nothing.
+    """
+    top = 0
+    held: list[Array] = []
+    for _, blocks in bands:
+        held = [np.concatenate(pair) for pair in zip(held, blocks, strict=True)] if held else blocks
+        if whole := len(held[0]) // rows * rows:
+            yield top, [block[:whole] for block in held]
+            top, held = top + whole, [block[whole:] for block in held]
+    if len(held[0]):
+        yield top, held
 
 
 def _fingerprint(predict: Predictor) -> str:

@@ -140,7 +140,7 @@ def main(options: PredictOptions) -> int:
     if failed:
         return 1
     if processes.main and not volumes:
-        print(f"masks: {options.out / '*_mask.png'}, probabilities and overlays beside them")
+        print(f"masks: {options.out / '*_mask.*'}, probabilities and overlays beside them")
     labelled = ("--data", "labelled_images", "--out", "scores")
     say_next("eval-seg", "--model", *options.model, *labelled)
     return 0

@@ -134,7 +134,9 @@ class Normalisation:
                 f"training images have {len(self.mean)} of {self.dtype}; convert it"
             )
         mean, std = np.array(self.mean, np.float32), np.array(self.std, np.float32)
-        scaled = (image.astype(np.float32) - mean) / std
+        scaled = rearrange(image, "h w c -> c h w").astype(np.float32, order="C", copy=True)
+        scaled -= mean[:, None, None]  # in place: tiles of many channels are large
+        scaled /= std[:, None, None]
         unknown = missing(image, self.nodata if nodata is None else nodata)
         unit = self.low is not None and self.high is not None and 0 <= self.low <= self.high <= 1
         if unit and self.dtype == "float32" and _beyond_unit(image[~unknown]):
@@ -143,8 +145,8 @@ class Normalisation:
                 "images are from 0 to 1: scale it alike"
             )
         if unknown.any():
-            scaled[unknown] = 0
-        return np.ascontiguousarray(rearrange(scaled, "h w c -> c h w"))
+            scaled[:, unknown] = 0
+        return scaled
 
     def for_images(self, channels: int, dtype: str) -> Normalisation:
         """The same scaling of images of another depth, or of grey as colour and the reverse.

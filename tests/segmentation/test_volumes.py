@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -190,7 +191,12 @@ def test_masks_of_other_volumes_are_zarr_in_their_geometry(folder, tmp_path):
 
 def test_shards_are_kept_where_they_fit(folder, tmp_path, monkeypatch):
     wanted = expected(folder, tmp_path)
-    for name, most, shards in (("a", volumes.SLAB_BYTES, (4, 40, 48)), ("b", 20_000, None)):
+    usual = volumes.SLAB_BYTES, volumes.AT_ONCE
+    for name, most, shards in (
+        ("a", usual, (4, 40, 48)),
+        ("b", (20_000, usual[1]), None),
+        ("c", (usual[0], 100), None),  # a shard would be in memory as a whole
+    ):
         made = zarr.create_array(
             str(tmp_path / "x.zarr"),
             shape=IMAGES.shape,
@@ -200,7 +206,8 @@ def test_shards_are_kept_where_they_fit(folder, tmp_path, monkeypatch):
             overwrite=True,
         )
         made[...] = IMAGES
-        monkeypatch.setattr(volumes, "SLAB_BYTES", most)
+        monkeypatch.setattr(volumes, "SLAB_BYTES", most[0])
+        monkeypatch.setattr(volumes, "AT_ONCE", most[1])
         assert predict_volume(predictor(folder), tmp_path / "x.zarr", tmp_path / name) == []
         assert zarr.open_array(str(tmp_path / name / WRITTEN[0]), path="0").shards == shards
         for found, right in zip(levels(tmp_path / name), wanted, strict=True):
@@ -216,9 +223,44 @@ def test_large_slices_are_predicted_in_bands(folder, tmp_path, monkeypatch):
     predict_volume(bands, tmp_path / "x.zarr", tmp_path / "bands")
     for found, right in zip(levels(tmp_path / "bands"), levels(tmp_path / "once"), strict=True):
         assert np.array_equal(found, right)
+    out = tmp_path / "cut"
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(KeyboardInterrupt):
+            predict_volume(bands, tmp_path / "x.zarr", out)
+    (out / WRITTEN[0] / "0/c/2/1").mkdir(parents=True)
+    (out / WRITTEN[0] / "0/c/2/1/1").write_bytes(b"a chunk that was begun")
+    predict_volume(bands, tmp_path / "x.zarr", out)
+    for found, right in zip(levels(out), levels(tmp_path / "once"), strict=True):
+        assert np.array_equal(found, right)
     small = predictor(folder, min_size=3)
     with pytest.raises(InputError, match="leave out --min-size"):
         predict_volume(small, tmp_path / "x.zarr", tmp_path / "small")
+
+
+def test_where_a_slice_holds_no_data_is_the_same_in_bands(tmp_path, monkeypatch):
+    """Of neighbouring slices that are taken together the one in the middle says it."""
+    info = {
+        **INFO,
+        "classes": {**INFO["classes"], "ignore_value": 7},
+        "normalisation": {"mean": [128.0] * 3, "std": [40.0] * 3, "dtype": "uint8"},
+        "slices": 3,
+    }
+    network = UNetConfig(in_channels=3, channels=2, multipliers=(1, 2), patch=2)
+    SegmentationUNet(network, 1, info).save_pretrained(tmp_path / "model")
+    images = np.maximum(IMAGES, 1)
+    for i, image in enumerate(images):
+        image[4 * i : 4 * i + 5, 20:30] = 0
+    save(tmp_path / "x.zarr", images, "ZYX", (1, 16, 20))
+    for name, most in (("once", volumes.AT_ONCE), ("bands", 100)):
+        monkeypatch.setattr(volumes, "AT_ONCE", most)
+        reading = output.Reading(nodata=0)
+        made = predictor(str(tmp_path / "model"), tile=16, overlap=4, reading=reading)
+        assert predict_volume(made, tmp_path / "x.zarr", tmp_path / name) == []
+    once, bands = (levels(tmp_path / name) for name in ("once", "bands"))
+    assert np.array_equal(once[0] == 7, images == 0)
+    for found, right in zip(bands, once, strict=True):
+        assert np.array_equal(found, right)
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, slabs: int) -> list[int]:
@@ -250,11 +292,17 @@ def test_an_interrupted_prediction_goes_on(folder, tmp_path, monkeypatch, capsys
     )
     with pytest.raises(InputError, match="begun with another model"):
         predict_volume(predictor(str(tmp_path / "other")), source, out)
+    assert "2 of 4 slabs are there: the same command goes on" in capsys.readouterr().out
     with monkeypatch.context() as patch:
         seen = stop_after(patch, 9)
+        patch.setattr(volumes, "TOLD_EVERY", 0)
         assert predict_volume(predictor(folder), source, out) == []
     assert seen == [4, 6]
-    assert "goes on: 2 of 4 slabs" in capsys.readouterr().out
+    said = [line for line in capsys.readouterr().out.splitlines() if "slab" in line]
+    assert said[:2] == [
+        "goes on: 2 of 4 slabs are there already",
+        "3 of 4 slabs are there, 1 minute left",
+    ]
     for found, right in zip(levels(out), expected(folder, tmp_path), strict=True):
         assert np.array_equal(found, right)
     with pytest.raises(InputError, match="exists already"):
@@ -269,11 +317,11 @@ def test_what_an_earlier_prediction_had_and_this_one_has_not_is_another_plan(tmp
     assert volumes.Progress(file, {"model": "a"}, 3).differs() == "uncertainty"
 
 
-def test_only_what_decides_the_result_makes_it_another_model(folder):
+def test_only_what_decides_the_result_makes_it_another_model(folder, tmp_path):
     """A field that a later version adds to the config, as by default, ends nothing begun before."""
 
-    def fingerprint(change: Any = lambda model: None) -> str:
-        models, _, _ = load_models([folder], "cpu")
+    def fingerprint(change: Any = lambda model: None, where: str = folder) -> str:
+        models, _, _ = load_models([where], "cpu")
         change(models[0])
         return volumes._fingerprint(Predictor(models))
 
@@ -287,6 +335,12 @@ def test_only_what_decides_the_result_makes_it_another_model(folder):
         return lambda model: model.info.update(values)
 
     whole = fingerprint()
+    earlier = shutil.copytree(folder, tmp_path / "earlier")
+    saved = json.loads((earlier / "config.json").read_text())
+    for name in ("init", "jumps", "decoder", "norm_eps"):
+        del saved["unet"][name]  # as by a version that knew no such field
+    (earlier / "config.json").write_text(json.dumps(saved))
+    assert fingerprint(where=str(earlier)) == whole
     told = ({"threshold": 0.7}, {"training": {"figures": {}}}, {"calibration": {}}, {"cells": 1})
     for same in (with_config(), *(with_info(**each) for each in told)):
         assert fingerprint(same) == whole
