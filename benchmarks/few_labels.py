@@ -210,23 +210,29 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
-def medians(rows: list[dict[str, Any]]) -> Iterator[tuple[str, str, dict[str, list[float]]]]:
-    """Labels, way, and each figure of all seeds."""
-    for amount in dict.fromkeys(row["labels"] for row in rows):
-        for way in WAYS:
-            own = [row for row in rows if (row["labels"], row["way"]) == (amount, way)]
-            if own:
-                yield amount, way, {k: [row[k] for row in own] for k in FIGURES}
+def compared(rows: list[dict[str, Any]]) -> Iterator[tuple[str, str, dict[str, list[float]]]]:
+    """Labels, way, and each figure of the seeds that all ways with these labels have."""
+    for amount in sorted({row["labels"] for row in rows}, key=pixels):
+        ways = {
+            way: {row["seed"]: row for row in rows if (row["labels"], row["way"]) == (amount, way)}
+            for way in WAYS
+        }
+        ways = {way: own for way, own in ways.items() if own}
+        seeds = sorted(set.intersection(*map(set, ways.values())))
+        if seeds:
+            for way, own in ways.items():
+                yield amount, way, {k: [own[seed][k] for seed in seeds] for k in FIGURES}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Medians and, in brackets, the range over the seeds, in Markdown."""
     lines = [
-        f"| labels | way | {' | '.join(FIGURES.values())} |",
-        "|---|---|" + "---|" * len(FIGURES),
+        f"| labels | way | seeds | {' | '.join(FIGURES.values())} |",
+        "|---|---|---|" + "---|" * len(FIGURES),
     ]
-    for amount, way, figures in medians(rows):
-        cells = [
+    for amount, way, figures in compared(rows):
+        cells = [str(len(figures["v_rand"]))]
+        cells += [
             f"{statistics.median(v):.3f} ({min(v):.3f}–{max(v):.3f})" for v in figures.values()
         ]
         lines.append(f"| {amount} | {way} | {' | '.join(cells)} |")
@@ -239,26 +245,37 @@ def pixels(amount: str) -> float:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Labels against V_Rand, with the range over the seeds."""
+    """Labels against V_Rand: each seed a dot, the medians a line."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 4.0), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
+    found = list(compared(rows))
     for way, (colour, label) in WAYS.items():
-        own = [(pixels(a), f["v_rand"]) for a, w, f in medians(rows) if w == way]
+        own = [(pixels(amount), f["v_rand"]) for amount, w, f in found if w == way]
+        if not own:
+            continue
         places = [place for place, _ in own]
-        axes.fill_between(
-            places, [min(v) for _, v in own], [max(v) for _, v in own], color=colour, alpha=0.15
-        )
+        for place, values in own:
+            axes.plot([place] * len(values), values, "o", color=colour, alpha=0.35, mew=0)
         axes.plot(places, [statistics.median(v) for _, v in own], "o-", color=colour, label=label)
     axes.set_xscale("log")
-    axes.set_xlabel("labelled pixels")
+    amounts = sorted({amount for amount, _, _ in found}, key=pixels)
+    axes.set_xticks([pixels(a) for a in amounts], [named(a) for a in amounts])
+    axes.minorticks_off()
+    axes.set_xlabel("labelled")
     axes.set_ylabel("V_Rand on slices 24–29")
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
     figure.savefig(path)
+
+
+def named(amount: str) -> str:
+    if not amount.endswith("s"):
+        return f"{amount} x {amount}"
+    return "1 slice" if amount == "1s" else f"{amount[:-1]} slices"
 
 
 if __name__ == "__main__":
