@@ -120,7 +120,7 @@ def main(options: Options) -> None:
     found.insert(-1 - (options.each > 1), ("regression", applied(regression, pairs)))
     rows = dict(found)
     judge = Judge(seen, features(options, seen.channels), copies=False)
-    figures = restoration(rows, pairs.truth, judge.distance)
+    figures = restoration(rows, pairs, judge.distance)
     facts = {"images": len(pairs.chosen), "seconds of all samples": round(seconds, 1)}
     facts["evaluations"] = sampler.plans.from_noise().evaluations
     facts["steps"] = {run: steps_of(options.out / run) for run in ("diffusion", "regression")}

@@ -6,7 +6,6 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from diffusion.decisions import DiffusionPlan, clip_folder, decide
 from diffusion.initial import (
     freeze_all_but_attention,
     load_model,
+    noted_base,
     save_lora,
     start_lora,
     take_over,
@@ -226,7 +226,8 @@ def make_model(plan: DiffusionPlan) -> DiffusionUNet:
     options = plan.options
     goes_on = options.resume and RunFolder(options.out).state.exists()
     if options.trained == "lora" and plan.start:
-        start_lora(model, plan.start, options.rank, str(Path(str(options.init)).resolve()))
+        base = noted_base(str(options.init), RunFolder(options.out).model)
+        start_lora(model, plan.start, options.rank, base)
     # What is not trained is not in the state, either.
     elif plan.start and not (goes_on and options.trained == "all"):
         found = take_over(model, plan.start)

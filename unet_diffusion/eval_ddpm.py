@@ -156,6 +156,8 @@ def main(options: EvalOptions) -> None:
         judge.notes.append("copies are not looked for: what the model was trained on is not here")
     if pairs is not None and len({*pairs.chosen}) < options.count:
         judge.notes.append(f"the samples are made from {len({*pairs.chosen}):,} pictures, in turn")
+    if pairs is not None and pairs.hole is not None:
+        judge.notes.append("PSNR and SSIM are of the hole alone, as what is around it is given")
     found: dict[str, Any] = {"model": options.model, "data": options.data, "rows": []}
     asked = (
         scenes_to_ask(options.count, options.seed)
@@ -304,7 +306,7 @@ def judged_pairs(
     samples = images.reshape(options.each, -1, *images.shape[1:])
     figures = judge(samples[0], [Asked.of(wanted).shown for wanted in pairs.wanted])
     distance = judge.distance if judge.extractor else None
-    figures["restoration"] = restoration(candidates(samples, pairs), pairs.truth, distance)
+    figures["restoration"] = restoration(candidates(samples, pairs), pairs, distance)
     if reader is not None:
         masks = reader.asked(judge.data, pairs.chosen)
         figures["faithfulness"] = faithfulness(reader, samples[0], pairs.truth, masks)

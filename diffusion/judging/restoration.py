@@ -2,7 +2,8 @@
 
 The mean over samples comes nearest in the mean squared error and looks smooth; a single sample
 looks real and lies further off: no method is best at both (Blau and Michaeli 2018, arXiv
-1711.06077). So both stand in one table, beside what takes no model.
+1711.06077). So both stand in one table, beside what takes no model. Of an image with a hole the
+hole alone is judged, as the rest is given.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
 
@@ -25,33 +27,43 @@ from diffusion.sampling import Images, ImageSampler
 WINDOW = 11  # pixels a side that SSIM needs
 
 
-def psnr(images: Images, truth: Images) -> FloatArray:
-    """Peak signal-to-noise ratio of each of uint8 (N, H, W, C) in dB, (N,); of equal ones inf."""
+def psnr(images: Images, truth: Images, where: NDArray[np.bool_] | None = None) -> FloatArray:
+    """Peak signal-to-noise ratio of each of uint8 (N, H, W, C) in dB, (N,); of equal ones inf.
+
+    Args:
+        where: the pixels that count, (N, H, W); None: all.
+    """
+    if where is None:
+        where = np.ones(truth.shape[:3], bool)
     with np.errstate(divide="ignore"):
-        pairs = zip(truth, images, strict=True)
-        return np.array([peak_signal_noise_ratio(a, b, data_range=255) for a, b in pairs])
+        pairs = zip(truth, images, where, strict=True)
+        return np.array([peak_signal_noise_ratio(a[w], b[w], data_range=255) for a, b, w in pairs])
 
 
-def ssim(images: Images, truth: Images) -> FloatArray:
+def ssim(images: Images, truth: Images, where: NDArray[np.bool_] | None = None) -> FloatArray:
     """Structural similarity of each of uint8 (N, H, W, C), (N,), with the weights of Wang et al.
     2004 (doi:10.1109/TIP.2003.819861); NaN of images that are smaller than its window.
+
+    Args:
+        where: the pixels (N, H, W) over whose windows the mean is taken; None: all whose windows
+            lie in the image.
     """
     if min(truth.shape[1:3]) < WINDOW:
         return np.full(len(truth), np.nan)
-    return np.array(
-        [
-            structural_similarity(
-                a,
-                b,
-                data_range=255,
-                channel_axis=-1,
-                gaussian_weights=True,
-                sigma=1.5,
-                use_sample_covariance=False,
-            )
-            for a, b in zip(truth, images, strict=True)
-        ]
-    )
+    found = []
+    for i, (a, b) in enumerate(zip(truth, images, strict=True)):
+        mean, local = structural_similarity(
+            a,
+            b,
+            data_range=255,
+            channel_axis=-1,
+            gaussian_weights=True,
+            sigma=1.5,
+            use_sample_covariance=False,
+            full=True,
+        )
+        found.append(mean if where is None else local[where[i]].mean())
+    return np.array(found)
 
 
 @dataclass(frozen=True)
@@ -65,6 +77,7 @@ class Pairs:
         floor: what takes no model, such as bicubic enlargement, uint8 (N, H, W, C); None: the
             pictures are no such images.
         floor_name: for people.
+        hole: the pixels (N, H, W) that are not given and alone are judged; None: all are.
     """
 
     chosen: list[int]
@@ -72,6 +85,7 @@ class Pairs:
     truth: Images
     floor: Images | None
     floor_name: str
+    hole: NDArray[np.bool_] | None = None
 
     @classmethod
     def of(
@@ -86,7 +100,7 @@ class Pairs:
         assert condition is not None
         chosen = [indices[i % len(indices)] for i in range(count)]
         shape = (condition.channels, *data.size)
-        wanted, floors = [], []
+        wanted, floors, holes = [], [], []
         for index in chosen:
             asked = data.conditions([index])[0]
             shown = asked.shown
@@ -97,12 +111,15 @@ class Pairs:
             assert picture is not None
             if (floor := condition.as_image(picture, data.channels)) is not None:
                 floors.append(to_bytes(floor[None]))
+            if condition.kind == "hole":
+                holes.append(picture[-1].numpy() > 0)
         return cls(
             chosen,
             wanted,
             data.images(chosen),
             np.concatenate(floors) if floors else None,
             condition.image_name,
+            np.stack(holes) if holes else None,
         )
 
 
@@ -130,17 +147,20 @@ def candidates(samples: Images, pairs: Pairs) -> dict[str, Images]:
 
 
 def restoration(
-    rows: Mapping[str, Images], truth: Images, distance: Callable[[Images], float] | None = None
+    rows: Mapping[str, Images],
+    pairs: Pairs,
+    distance: Callable[[Images], float] | None = None,
 ) -> dict[str, dict[str, float]]:
     """PSNR and SSIM of images (N, H, W, C) by name, means over the images.
 
     Args:
+        pairs: what they were made from, with the true images.
         distance: of a set of images to real ones, which is also given for the true images.
     """
-    found = {}
+    found, truth = {}, pairs.truth
     for name, images in rows.items():
-        quality = psnr(images, truth).mean(), ssim(images, truth).mean()
-        found[name] = {"PSNR": float(quality[0]), "SSIM": float(quality[1])}
+        quality = (measure(images, truth, pairs.hole).mean() for measure in (psnr, ssim))
+        found[name] = dict(zip(("PSNR", "SSIM"), map(float, quality), strict=True))
         if distance is not None:
             found[name]["Fréchet distance"] = distance(images)
     if distance is not None:

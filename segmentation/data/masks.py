@@ -88,8 +88,11 @@ class Survey:
         for name, mask in masks:
             codes, colour = value_codes(mask), mask.ndim == 3
             inside = _has_its_like_around(codes)
-            unique, place, counts = np.unique(codes, return_inverse=True, return_counts=True)
-            bodies = np.bincount(place.reshape(-1), inside.reshape(-1), len(unique)).astype(int)
+            unique, counts = np.unique(codes, return_counts=True)
+            # Twice without the inverse is many times faster than once with it.
+            some_inside, bodies_inside = np.unique(codes[inside], return_counts=True)
+            bodies = np.zeros_like(counts)
+            bodies[np.searchsorted(unique, some_inside)] = bodies_inside
             values = code_values(unique, colour)
             found.masks += 1
             for value, count, body in zip(values, counts.tolist(), bodies.tolist(), strict=True):

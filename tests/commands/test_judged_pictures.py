@@ -43,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             image = RNG.integers(0, 256, (SIDE, SIDE), np.uint8)
             write_image(path / part / f"image/{i}.png", image)
             write_image(path / part / f"mask/{i}.png", np.uint8(image > 99) * np.uint8(7))
-    for said in ("lowres:4", str(path / "own/mask")):
+    for said in ("lowres:4", "hole", str(path / "own/mask")):
         condition = find_condition(said, 1)
         config = UNetConfig(
             in_channels=1 + condition.channels,
@@ -139,6 +139,14 @@ def test_small_images_are_judged_by_the_images_held_out(folder: Path, capsys: An
     config.with_suffix(".away").rename(config)
     assert "what the model was trained on is not here" in (said := capsys.readouterr().out)
     assert "likely copies" not in said
+
+
+def test_of_images_with_a_hole_it_is_told_that_the_hole_is_judged(folder: Path, capsys: Any):
+    given = ("--model", folder / "hole/model", "--data", folder / "own/image", "--count", 4)
+    assert judge(*given, "--out", folder / "found.json") == 0
+    row = json.loads((folder / "found.json").read_text())["rows"][0]
+    assert list(row["restoration"]) == ["the image with a hole", "one sample"]
+    assert "PSNR and SSIM are of the hole alone" in capsys.readouterr().out
 
 
 def test_masks_are_read_in_what_was_made_from_them(folder: Path, capsys: Any) -> None:

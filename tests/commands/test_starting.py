@@ -344,6 +344,7 @@ def test_unlabelled_images_come_first(data: Path, unlabelled: Path, tmp_path: Pa
     assert run_seg(*given, "--out", tmp_path / "one") == 0
     told = capsys.readouterr().out
     assert told.count("started with trunk, head.norm of ") == 2
+    assert "no state is saved" not in told  # which is for runs that were killed
     assert all(f"{n} step" in told for n in (3, 1, 2))
     assert "labelled 4 images" in told
     assert "own labels" in told

@@ -300,7 +300,8 @@ class Trainer:
     def _restore(self) -> None:
         state = self.folder.load_state()
         if state is None:
-            self._say("no state is saved yet: starting at the first step")
+            if self.folder.samples.exists():  # else nothing was begun: see train-seg --unlabelled
+                self._say("no state is saved yet: starting at the first step")
         else:
             self.progress, self.figures = self.state.restore(state, self._say)
             self._say(f"resuming {self.folder.path} at step {self.progress.step}")

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from skimage.metrics import structural_similarity
 
 from diffusion.data.conditions import find_condition
 from diffusion.data.images import DiffusionData
@@ -40,7 +41,7 @@ def data_of(folder: Path, said: str, images: np.ndarray, **more: Any) -> Diffusi
 def test_the_floor_of_noise_is_its_standard_deviation(tmp_path: Path, amount: float) -> None:
     data = data_of(tmp_path, f"noise:{amount}", np.full((20, 32, 32), 128, np.uint8))
     pairs = Pairs.of(data, data.val, 12, SAMPLER)
-    found = restoration(candidates(pairs.truth[None], pairs), pairs.truth)
+    found = restoration(candidates(pairs.truth[None], pairs), pairs)
     assert found["the noisy image"]["PSNR"] == pytest.approx(-20 * math.log10(amount), abs=0.2)
     assert found["one sample"] == {"PSNR": math.inf, "SSIM": pytest.approx(1)}
     assert "inf" in "".join(table("restoration", found))
@@ -65,13 +66,41 @@ def test_bicubic_enlargement_is_the_floor_and_the_mean_is_judged_as_a_picture(
     data = data_of(tmp_path, "lowres:4", flat, val=4)
     pairs = Pairs.of(data, data.val, 4, SAMPLER)
     off = np.stack([pairs.truth + np.uint8(9), pairs.truth - np.uint8(9)])
-    found = restoration(candidates(off, pairs), pairs.truth, lambda images: float(len(images)))
+    found = restoration(candidates(off, pairs), pairs, lambda images: float(len(images)))
     rows = ["bicubic enlargement", "one sample", "mean of 2 samples", "the true images"]
     assert list(found) == rows
     assert found[rows[0]]["PSNR"] > 45
     assert found[rows[1]]["PSNR"] == pytest.approx(20 * math.log10(255 / 9))
     assert found[rows[2]]["PSNR"] == found[rows[3]]["PSNR"] == math.inf
     assert [row["Fréchet distance"] for row in found.values()] == [4] * 4
+
+
+def test_of_a_hole_the_hole_alone_is_judged(tmp_path: Path) -> None:
+    data = data_of(tmp_path, "hole", RNG.integers(20, 230, (8, 32, 32), np.uint8), val=4)
+    pairs = Pairs.of(data, data.val, 4, SAMPLER)
+    assert pairs.hole is not None
+    assert pairs.floor is not None
+    outside = ~pairs.hole
+    assert np.array_equal(pairs.floor[outside], pairs.truth[outside])
+    assert (pairs.floor[pairs.hole] == 128).all()
+    off = pairs.truth + np.uint8(9)
+    filled = np.where(pairs.hole[..., None], off, pairs.truth)  # with all around as it is
+    found = restoration({"all": off, "hole": filled}, pairs)
+    assert found["hole"]["PSNR"] == found["all"]["PSNR"] == pytest.approx(20 * math.log10(255 / 9))
+    assert psnr(filled, pairs.truth).mean() > found["hole"]["PSNR"] + 1
+    maps = [
+        structural_similarity(
+            *(images[i, ..., 0] for images in (pairs.truth, filled)),
+            data_range=255,
+            gaussian_weights=True,
+            sigma=1.5,
+            use_sample_covariance=False,
+            full=True,
+        )[1]
+        for i in range(4)
+    ]
+    expected = np.mean([local[hole].mean() for local, hole in zip(maps, pairs.hole, strict=True)])
+    assert found["hole"]["SSIM"] == pytest.approx(expected)
 
 
 def test_what_is_no_image_has_no_floor(tmp_path: Path) -> None:
@@ -88,8 +117,6 @@ def test_what_is_no_image_has_no_floor(tmp_path: Path) -> None:
         pairs = Pairs.of(data, data.val, 2, SAMPLER)
         if floor is None:
             assert pairs.floor is None
-            assert list(restoration(candidates(pairs.truth[None], pairs), pairs.truth)) == [
-                "one sample"
-            ]
+            assert list(restoration(candidates(pairs.truth[None], pairs), pairs)) == ["one sample"]
         else:
             assert np.array_equal(pairs.floor, pairs.truth)

@@ -26,7 +26,7 @@ from diffusion import training
 from diffusion.data.images import DiffusionData
 from diffusion.data.pixels import to_bytes, to_unit
 from diffusion.decisions import chosen_noise, decide, without_patches
-from diffusion.initial import find_start, load_model
+from diffusion.initial import find_start, load_model, noted_base
 from diffusion.model import DiffusionUNet
 from diffusion.options import DiffusionOptions, SamplingOptions
 from diffusion.process.samplers import finish
@@ -359,10 +359,13 @@ def test_a_lora_run_holds_small_weights_alone_and_what_they_belong_to(
     state = torch.load(small / "state/state.pt", weights_only=True)
     for part in ("model", "ema"):
         assert all(".down." in key or ".up." in key for key in state[part])
-    assert str(pipeline.resolve()) in (small / "model/README.md").read_text()
+    base = os.path.relpath(pipeline, small / "model")
+    noted = json.loads((small / "model/config.json").read_text())["info"]["lora"]
+    assert noted["base"] == base  # without the folders of this machine
+    assert f"to be used with {base}" in (small / "model/README.md").read_text()
     assert run(describe, "Options", small / "model") == 0
     shown = capsys.readouterr().out
-    assert re.search(rf"LoRA of rank 2: [\d,]+ numbers beside \d+ layers of {pipeline}", shown)
+    assert re.search(rf"LoRA of rank 2: [\d,]+ numbers beside \d+ layers of {base}", shown)
     model, before = load_model(small / "model"), read_unet(pipeline / "unet").state_dict()
     after = model.state_dict()
     changed = {k for k in before if not torch.equal(before[k], after[k])}
@@ -371,15 +374,30 @@ def test_a_lora_run_holds_small_weights_alone_and_what_they_belong_to(
     assert_close(dict(again.read()), dict(after), rtol=0, atol=0)
     moved = shutil.copytree(small / "model", tmp_path / "model")
     described = json.loads((moved / "config.json").read_text())
-    for key, value, told in (
-        ("base", str(tmp_path / "gone"), "put it back"),
-        ("stamp", "x", "not"),
-    ):
-        lora = described["info"]["lora"] | {key: value}
+
+    def note(**values: str) -> None:
+        lora = described["info"]["lora"] | {"base": str(pipeline)} | values
         changed_info = described | {"info": described["info"] | {"lora": lora}}
         (moved / "config.json").write_text(json.dumps(changed_info))
+
+    note()  # as earlier versions did, and as a person may
+    assert_close(dict(load_model(moved).state_dict()), dict(after), rtol=0, atol=0)
+    for values, told in (({"base": "gone"}, "put it back"), ({"stamp": "x"}, "not")):
+        note(**values)
         with pytest.raises(InputError, match=f"is a LoRA of .*{told}"):
             load_model(moved)
+    note(base="pipeline")  # a name alone: the run knows where it is
+    shutil.copy(small / "config.yaml", tmp_path)
+    assert_close(dict(load_model(moved).state_dict()), dict(after), rtol=0, atol=0)
+
+
+def test_the_note_of_a_lora_names_no_folders_of_the_machine() -> None:
+    for base, folder, noted in (
+        ("/home/me/models/base", "/home/me/runs/fox/model", "../../../models/base"),
+        ("/home/me/base", "/data/runs/fox/model", "base"),
+        ("runs/photos/model", "runs/fox/model", "../../photos/model"),
+    ):
+        assert noted_base(base, Path(folder)) == noted
 
 
 def test_diffusers_and_both_commands_take_a_trained_lora(

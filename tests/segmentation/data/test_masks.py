@@ -73,6 +73,17 @@ def test_two_encodings_of_one_class_are_refused_and_united() -> None:
     assert dict(united.pixels) == dict(Survey.of([("", blobs(i)) for i in range(4)]).pixels)
 
 
+@pytest.mark.parametrize("colour", [False, True])
+def test_a_survey_counts_pixels_and_those_among_their_like(colour: bool) -> None:
+    mask = np.zeros((6, 7), np.uint8)
+    mask[1:4, 1:4] = 200  # whose middle is inside
+    mask[5, 6] = 9  # none of which is
+    found = Survey.of([("0", np.stack([mask] * 3, axis=2) if colour else mask)])
+    black, stray, white = [(v,) * 3 if colour else v for v in (0, 9, 200)]
+    assert dict(found.pixels) == {black: 32, stray: 1, white: 9}
+    assert dict(found.inside) == {black: 18, stray: 0, white: 1}
+
+
 @pytest.mark.parametrize("others", [(0, 85, 170), (0, 127, 255), (0, 128, 255)])
 def test_two_scales_of_the_same_classes_are_refused(others: tuple[int, ...]) -> None:
     masks = [blobs(i, (0, 1, 2) if i % 2 else others) for i in range(4)]

@@ -414,6 +414,16 @@ def test_splitting_is_refused_where_it_cannot_be(options, said, tmp_path):
     assert not (tmp_path / "run" / "model").exists()
 
 
+@pytest.fixture
+def one_thread():
+    """As the toy's own process has: more of them add up in another order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_deterministic_algorithms_are_taken_for_the_run_alone(uninterrupted, tmp_path):
     """On a CPU they are those that it takes anyway."""
     options = ToyOptions(
