@@ -81,8 +81,8 @@ class DiffusionData:
         joint: a folder of masks with the images' names, whose codes lie behind the channels of the
             image; `masks` says which codes.
         ranges: the values of each type that become black and white; None: those that are used.
-        fine: keep the precision of 16 bits and of floats, so that all images must be of one type;
-            else they are brought to 8 bits.
+        fine: keep the precision of 16 bits and of floats, where all images have the one or the
+            other; else, and of a set of several types, images are brought to 8 bits.
         seed: of the choice of held-out images, and of the pictures of "shapes".
 
     Attributes:
@@ -156,7 +156,8 @@ class DiffusionData:
         self.ranges = dict(ranges or {})
         self.channels, self.dtype = self.codes, "uint8"
         if self.masks is None or self.joint:
-            self.dtype = self._one_type() if fine else "uint8"
+            types = {info.dtype for info in self._infos.values()}
+            self.dtype = types.pop() if fine and len(types) == 1 else "uint8"
             self.channels += channels or max(info.channels for info in self._infos.values())
             self._find_ranges()
         if condition is not None:
@@ -391,13 +392,6 @@ class DiffusionData:
         if not infos:
             raise InputError(f"none of {count:,} images can be read")
         return infos
-
-    def _one_type(self) -> str:
-        of = {info.dtype: self.source.names[image] for image, info in self._infos.items()}
-        if len(of) > 1:  # which a segmentation refuses, too
-            (one, here), (other, there), *_ = of.items()
-            raise InputError(f"{one} in '{here}', but {other} in '{there}': save all images alike")
-        return next(iter(of))
 
     def _nodata(self, image: int) -> float | None:
         info = self._infos.get(image)

@@ -235,7 +235,7 @@ def test_depth_and_alpha_are_told(tmp_path: Path) -> None:
     save(tmp_path, 2, "{}.png", (COLOUR[..., 0].astype(np.uint16)) * 257)
     rgba = np.concatenate([COLOUR[0], COLOUR[0][..., :1]], axis=2)
     Image.fromarray(rgba, "RGBA").save(tmp_path / "alpha.png")
-    text = DiffusionData(tmp_path, fine=False).describe()
+    text = DiffusionData(tmp_path).describe()
     assert "RGB uint8, grey uint16, all converted to RGB uint8\n" in text
     assert "transparent pixels are laid over the colour 255 255 255" in text
 
