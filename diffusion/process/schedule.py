@@ -317,8 +317,8 @@ class NoiseSchedule:
                 2305.08891, table 2, and whole numbers; "karras" spaces sigma^(1/7) evenly between
                 the largest and the smallest sigma (EDM, eq. 5), at fractional timesteps; "logsnr"
                 goes from T - 1 to sigma 40 and spaces log(sigma) evenly down to 0.02, as far as
-                there are such (DPM-Solver, arXiv 2206.00927, sec. 3.4, between other ends), and below
-                4 steps is "trailing", as its two ends would leave next to none in between.
+                there are such (DPM-Solver, arXiv 2206.00927, sec. 3.4, between other ends), but is
+                "trailing" below 4 steps, of which its two ends would leave next to none in between.
             offset: added to "leading"; Stable Diffusion's `steps_offset` is 1.
             shift: above 1, more of the steps are at high noise: u = (t + 1) / T becomes
                 shift u / (1 + (shift - 1) u), at fractional timesteps; of flow, every sigma is
