@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from diffusion.data.conditions import Asked, Condition, Picture
+from diffusion.data.conditions import Ask, Asked, Condition
 from diffusion.data.masks import MaskCoding
 from diffusion.data.pixels import PixelType
 from diffusion.text import TextEncoder, WordEncoder
@@ -135,7 +135,7 @@ class DiffusionUNet(FolderModel):
         features = self.trunk(x, t, context, mask=mask, classes=classes, vector=vector, jump=jump)
         return unpatch(self.head(features), self.config.patch, x.shape[-2:])
 
-    def conditioning(self, wanted: Sequence[int | str | Picture | Asked | None]) -> dict[str, Any]:
+    def conditioning(self, wanted: Sequence[Ask]) -> dict[str, Any]:
         """What `forward` is given for images of these classes or texts, or from these pictures
         (K, H, W); None: of any, from none.
         """

@@ -301,7 +301,8 @@ class SamplingOptions:
 
     spacing: Literal["trailing", "leading", "linspace", "karras", "logsnr"] | None = None
     """How the steps are spread over the noise levels; none given: logsnr, evenly in the logarithm
-    of noise per signal, and with flow noise, --shift or --sampler jump trailing."""
+    of noise per signal (of fewer than 4 steps trailing), and with flow noise, --shift or --sampler
+    jump trailing."""
 
     shift: float = 1.0
     """Above 1, more of the steps are at high noise: 3 is usual for large images by flow matching

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffusion.data.conditions import Asked, Picture
+from diffusion.data.conditions import Ask, Asked
 from diffusion.model import DiffusionUNet
 from diffusion.process.editing import (
     ITERATIONS,
@@ -35,7 +35,7 @@ from diffusion.process.schedule import CLEAN
 from diffusion.stable.autoencoder import Autoencoder
 
 # The class of each image, its text, or the picture (K, H, W) it is made from, or two; None: any.
-Wanted = Sequence[int | str | Picture | Asked | None]
+Wanted = Sequence[Ask]
 # Of a batch: its places in the run, its seeds and what is wanted.
 Run = Callable[[range, Sequence[int], Wanted], Iterator[Step]]
 
@@ -87,8 +87,9 @@ class Plans:
 
         def run(places: range, seeds: Sequence[int], wanted: Wanted) -> Iterator[Step]:
             source, size = NoiseSource(seeds), self.canvas(wanted)
-            x, wanted = self.noise(source, size), [padded(w, size) for w in wanted]
-            return sample(self.denoiser, x, self.timesteps, **self._given(source, wanted))
+            x = self.noise(source, size)
+            given = self._given(source, [padded(w, size) for w in wanted])
+            return sample(self.denoiser, x, self.timesteps, **given)
 
         return self._plan(run, self.timesteps)
 
@@ -97,10 +98,8 @@ class Plans:
         image = self._encoded(image)
 
         def run(places: range, seeds: Sequence[int], wanted: Wanted) -> Iterator[Step]:
-            images, given = (
-                image.expand(len(seeds), -1, -1, -1),
-                self._given(NoiseSource(seeds), wanted),
-            )
+            images = image.expand(len(seeds), -1, -1, -1)
+            given = self._given(NoiseSource(seeds), wanted)
             return sdedit(self.denoiser, images, self.timesteps, strength, **given)
 
         return self._plan(run, sdedit_timesteps(self.timesteps, strength))
@@ -112,18 +111,13 @@ class Plans:
             mask = F.max_pool2d(mask.float(), self.autoencoder.factor) > 0
 
         def run(places: range, seeds: Sequence[int], wanted: Wanted) -> Iterator[Step]:
-            images, given = (
-                image.expand(len(seeds), -1, -1, -1),
-                self._given(NoiseSource(seeds), wanted),
-            )
-            given |= {"jump": JUMP, "repeats": REPEATS}
+            images = image.expand(len(seeds), -1, -1, -1)
+            given = self._given(NoiseSource(seeds), wanted) | {"jump": JUMP, "repeats": REPEATS}
             return inpaint(self.denoiser, images, mask, self.timesteps, **given)
 
         return self._plan(run, repaint_timesteps(self.timesteps, JUMP, REPEATS))
 
-    def between(
-        self, first: Tensor, last: Tensor, count: int, wanted: int | str | Picture | Asked | None
-    ) -> Plan:
+    def between(self, first: Tensor, last: Tensor, count: int, wanted: Ask) -> Plan:
         """`count` images between two (1, C, H, W), both among them (DDIM, appendix D.5).
 
         Both are encoded by DDIM's inversion, mixed on the sphere, and decoded by DDIM, whatever the
@@ -169,7 +163,7 @@ class Plans:
         """The image, or the mean of its latents."""
         return self.autoencoder.encode(image)[0].to(self._device) if self.autoencoder else image
 
-    def _given(self, source: NoiseSource | None, wanted: Wanted) -> dict[str, Any]:
+    def _given(self, source: NoiseSource, wanted: Wanted) -> dict[str, Any]:
         return {
             "sampler": self.sampler,
             "noise": source,
@@ -182,13 +176,13 @@ class Plans:
         return next(self.model.parameters()).device
 
 
-def made_size(wanted: int | str | Picture | Asked | None, size: tuple[int, int]) -> tuple[int, int]:
+def made_size(wanted: Ask, size: tuple[int, int]) -> tuple[int, int]:
     """Height and width of what is made: those of its picture, or of the model's images."""
     picture = Asked.of(wanted).picture
     return size if picture is None else (picture.shape[-2], picture.shape[-1])
 
 
-def padded(wanted: int | str | Picture | Asked | None, size: tuple[int, int]) -> Asked:
+def padded(wanted: Ask, size: tuple[int, int]) -> Asked:
     """What is wanted, its picture repeated at the lower and right edges up to a size."""
     asked = Asked.of(wanted)
     if (picture := asked.read()) is None:

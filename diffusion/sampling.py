@@ -73,8 +73,7 @@ class ImageSampler:
         autoencoder: Autoencoder | None = None,
         guide: DiffusionUNet | None = None,
     ) -> None:
-        coupled = "coupling" in model.info
-        options = chosen_way(options, model)
+        options = with_defaults(options, model)
         assert options.sampler is not None
         assert options.steps is not None
         self.model, self.options, self.pixels = model.eval(), options, model.pixels
@@ -82,47 +81,23 @@ class ImageSampler:
         self.guide = guide
         if guide is None and options.guide is not None:
             self.guide = load_for_sampling(options.guide, str(self.device)).eval()
-        self.schedule = NoiseSchedule.from_dict(_known(model, "schedule"))
+        self.schedule = NoiseSchedule.from_dict(_saved(model, "schedule"))
         self.height, self.width = model.size
         self.classes = model.classes
-        jumping = options.sampler == "jump"
-        strided = self.schedule.kind == "flow" or options.shift != 1 or jumping
+        strided = self.schedule.kind == "flow" or options.shift != 1 or options.sampler == "jump"
         spacing = options.spacing or ("trailing" if strided else "logsnr")
         self.timesteps = self.schedule.timesteps(options.steps, spacing, shift=options.shift)
-        self.sampler_options: dict[str, Any] = {}
-        if options.sampler == "ddim":
-            self.sampler_options["eta"] = options.eta
-        elif options.sampler == "ddpm":
-            self.sampler_options["variance"] = options.variance
-        elif options.churn:
-            self.sampler_options |= {name: getattr(options, name) for name in CHURN}
-        if jumping and not model.config.jumps:
-            raise InputError(
-                "--sampler jump is for models of train-ddpm --few-steps, which know where a step "
-                "leads, and this is none: choose another sampler"
-            )
-        chosen = get_sampler(options.sampler, self.sampler_options)
-        if coupled and chosen.draws_noise(self.sampler_options):
-            raise InputError(
-                f"--sampler {options.sampler} draws noise on the way, which is right only where "
-                "training drew it for each image alone, and this model was trained with --coupling "
-                "ot: choose ddim, euler, heun, flow-heun or dpmpp-2m, without --eta and --churn"
-            )
+        check_sampler(options, model)
         self.denoiser = self._denoiser()
         self.plans = Plans(
             model,
             self.denoiser,
             self.timesteps,
             options.sampler,
-            self.sampler_options,
+            sampler_options(options),
             model.size,
             self.autoencoder,
         )
-        if options.variance == "learned" and model.out_channels == model.image_channels:
-            raise InputError(
-                "--variance learned is for models that were trained with --learn-variance: choose "
-                "fixed-small or fixed-large"
-            )
 
     def with_options(self, options: SamplingOptions) -> ImageSampler:
         """The same model in another way; neither its parts nor the same guide are read again."""
@@ -171,7 +146,7 @@ class ImageSampler:
                 f"--negative {options.negative!r} needs a model that was trained with captions, "
                 "and this one was not: leave it out"
             )
-        denoiser = self._of(model)
+        denoiser = self._denoiser_of(model)
         if options.guidance != 1:
             denoiser = Guided(
                 denoiser,
@@ -186,7 +161,7 @@ class ImageSampler:
             return denoiser
         return Clipped(denoiser, options.clip)
 
-    def _of(self, model: DiffusionUNet) -> DenoiserLike:
+    def _denoiser_of(self, model: DiffusionUNet) -> DenoiserLike:
         """A model as a function of noisy images, in the precision asked for."""
         dtype = trained_precision(self.options.precision, self.device)
 
@@ -195,8 +170,8 @@ class ImageSampler:
                 found: Tensor = model(x, t, **given)
             return found
 
-        schedule = NoiseSchedule.from_dict(_known(model, "schedule"))
-        return Denoiser(network, schedule, _known(model, "prediction"))
+        schedule = NoiseSchedule.from_dict(_saved(model, "schedule"))
+        return Denoiser(network, schedule, _saved(model, "prediction"))
 
     def _away(self) -> Mapping[str, Tensor] | DenoiserLike:
         """What guidance leads away from: a lesser model, or no class, text or picture."""
@@ -227,7 +202,7 @@ class ImageSampler:
                     f"--guide {guide} and the model differ in the {said}: choose a smaller or "
                     "shorter training on the same data"
                 )
-        return self._of(lesser)
+        return self._denoiser_of(lesser)
 
     def class_index(self, name: int | str) -> int:
         """The index of a class by its name, or by itself.
@@ -431,17 +406,49 @@ class ImageSampler:
         return self._decoded(x), record.maps((self.height, self.width))
 
 
-def chosen_way(options: SamplingOptions, model: DiffusionUNet) -> SamplingOptions:
-    """The options with the sampler and the steps of a model, where none are given."""
+def with_defaults(options: SamplingOptions, model: DiffusionUNet) -> SamplingOptions:
+    """The options with the usual sampler and steps of a model, where none are given."""
     sampler, steps = options.sampler, options.steps
     if sampler is None and "few_steps" in model.info:
         sampler = "jump"
     elif sampler is None:
         sampler = "dpmpp-2m" if "coupling" in model.info else "dpmpp-2m-sde"
     if steps is None:
-        most = NoiseSchedule.from_dict(_known(model, "schedule")).steps
+        most = NoiseSchedule.from_dict(_saved(model, "schedule")).steps
         steps = min(FEW_STEPS if sampler == "jump" else STEPS, most)
     return replace(options, sampler=sampler, steps=steps)
+
+
+def sampler_options(options: SamplingOptions) -> dict[str, Any]:
+    """Those of the options that their sampler has, as `samplers.sample` takes them."""
+    if options.sampler == "ddim":
+        return {"eta": options.eta}
+    if options.sampler == "ddpm":
+        return {"variance": options.variance}
+    return {name: getattr(options, name) for name in CHURN} if options.churn else {}
+
+
+def check_sampler(options: SamplingOptions, model: DiffusionUNet) -> None:
+    """Raises an InputError for an unknown sampler, or one that the model was not trained for."""
+    if options.sampler == "jump" and not model.config.jumps:
+        raise InputError(
+            "--sampler jump is for models of train-ddpm --few-steps, which know where a step "
+            "leads, and this is none: choose another sampler"
+        )
+    assert options.sampler is not None
+    own = sampler_options(options)
+    sampler = get_sampler(options.sampler, own)
+    if "coupling" in model.info and sampler.draws_noise(own):
+        raise InputError(
+            f"--sampler {options.sampler} draws noise on the way, which is right only where "
+            "training drew it for each image alone, and this model was trained with --coupling "
+            "ot: choose ddim, euler, heun, flow-heun or dpmpp-2m, without --eta and --churn"
+        )
+    if options.variance == "learned" and model.out_channels == model.image_channels:
+        raise InputError(
+            "--variance learned is for models that were trained with --learn-variance: choose "
+            "fixed-small or fixed-large"
+        )
 
 
 def image_seeds(seed: int, count: int, first: int = 0) -> list[int]:
@@ -451,13 +458,15 @@ def image_seeds(seed: int, count: int, first: int = 0) -> list[int]:
 
 
 def _folder(model: DiffusionUNet, key: str) -> str:
+    """The folder that the model's `info` names under a key."""
     name = model.info[key]
     if not isinstance(name, str):
         raise InputError(f"info.{key} in the model's config.json is {name!r:.200}, and no folder")
     return name
 
 
-def _known(model: DiffusionUNet, key: str) -> Any:
+def _saved(model: DiffusionUNet, key: str) -> Any:
+    """What training saved under a key of the model's `info`."""
     if key not in model.info:
         raise InputError(
             f"the model's config.json has no {key!r} in its info: it was not made by train-ddpm"

@@ -107,7 +107,29 @@ def describe(name: str, size: int | None) -> dict[str, Any]:
 
 
 def build(name: str) -> tuple[FolderModel, dict[str, Any]]:
-    """A preset's or a folder's model without memory for its weights, and what is known of it."""
+    """A model by its name without memory for its weights, and what is known of it.
+
+    Raises:
+        InputError: neither a preset nor a model folder or checkpoint.
+    """
+    model, source, lora = _opened(name)
+    weights = [v for v in model.state_dict().values() if v.is_floating_point()]
+    stored = name not in PRESETS and Path(name).is_dir() and not lora
+    facts = {
+        "name": name,
+        "task": model.task,
+        "source": source,
+        **({"lora": lora} if lora else {}),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "bytes_as_float32": sum(4 * v.numel() for v in weights),
+        "bytes_as_stored": sum(v.nbytes for v in weights) if stored else None,
+        "types": sorted({str(v.dtype).removeprefix("torch.") for v in weights}),
+    }
+    return model.to("meta").float(), facts
+
+
+def _opened(name: str) -> tuple[FolderModel, str, dict[str, Any]]:
+    """The model of a preset, a folder or a checkpoint; where it is from; what a LoRA is, or {}."""
     import torch
     from safetensors.torch import load_file
 
@@ -115,35 +137,22 @@ def build(name: str) -> tuple[FolderModel, dict[str, Any]]:
     from diffusion.stable.lora import LORA
     from unet_diffusion.starting import KINDS, read_model
 
-    lora: dict[str, Any] = {}
-    source = "model folder"
     if preset := PRESETS.get(name):
         kind = KINDS["diffusion" if preset.config.time else "segmentation"]
         with torch.device("meta"):
-            model = kind(preset.config, preset.out_channels).eval()
-    elif not Path(name).exists():
+            return kind(preset.config, preset.out_channels).eval(), preset.source, {}
+    if not Path(name).exists():
         raise InputError(
             f"'{name}' is neither a preset ({', '.join(PRESETS)}) nor a model folder or checkpoint"
         )
-    elif Path(name).is_file():
-        model, source = _in_checkpoint(Path(name))
-    elif is_lora(name):
+    if Path(name).is_file():
+        return *_in_checkpoint(Path(name)), {}
+    if is_lora(name):
         model, lora = described_lora(name)
         state = load_file(Path(name, LORA))
         sizes = {"layers": len(state) // 2, "parameters": sum(v.numel() for v in state.values())}
-    else:
-        model = read_model(Path(name))
-    facts: dict[str, Any] = {"name": name, "task": model.task}
-    facts["source"] = preset.source if preset else source
-    if lora:
-        facts |= {"source": "LoRA folder", "lora": lora | sizes}
-    facts["parameters"] = sum(p.numel() for p in model.parameters())
-    weights = [v for v in model.state_dict().values() if v.is_floating_point()]
-    facts["bytes_as_float32"] = sum(4 * v.numel() for v in weights)
-    in_folder = not preset and Path(name).is_dir()
-    facts["bytes_as_stored"] = sum(v.nbytes for v in weights) if in_folder and not lora else None
-    facts["types"] = sorted({str(v.dtype).removeprefix("torch.") for v in weights})
-    return model.to("meta").float(), facts
+        return model, "LoRA folder", lora | sizes
+    return read_model(Path(name)), "model folder", {}
 
 
 def _in_checkpoint(file: Path) -> tuple[FolderModel, str]:

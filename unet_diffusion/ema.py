@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from unet.training.ema import Profile
 
-LEFT = 0.05  # of a profile, that the snapshots may fail to meet
+LARGEST_ERROR = 0.05  # share of a profile that the snapshots may fail to meet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,7 @@ def main(options: Options) -> None:
     plans = []
     for std in options.std:
         factors, left = put_together(list(kept), Profile(std, step))
-        if left > LEFT:
+        if left > LARGEST_ERROR:
             raise InputError(
                 f"{counted(len(kept), 'snapshot')} cannot make an average of the width {std} at "
                 f"step {step}: {left:.0%} of its profile would be left; give a larger --std, or "
@@ -67,7 +67,8 @@ def main(options: Options) -> None:
 
 
 def weighted(kept: Mapping[Profile, Path], factors: Sequence[float]) -> dict[str, Tensor]:
-    """The sum of the averages that were kept, each times its factor; of one at a time in memory.
+    """The sum in float64 of the averages that were kept, each times its factor; only one of them is
+    in memory at a time.
 
     Raises:
         InputError: one of them cannot be read, or is of another network.
@@ -81,10 +82,8 @@ def weighted(kept: Mapping[Profile, Path], factors: Sequence[float]) -> dict[str
         for name, value in state.items():
             if not value.is_floating_point():  # a counter: the latest
                 total[name] = value
-            elif name in total:
-                total[name] += factor * value.double()
             else:
-                total[name] = factor * value.double()
+                total[name] = total.get(name, 0) + factor * value.double()
     return total
 
 

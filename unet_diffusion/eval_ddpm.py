@@ -18,6 +18,7 @@ from unet.training.config_file import load_config
 if TYPE_CHECKING:
     from diffusion.data.images import DiffusionData
     from diffusion.judging.evaluation import Judge
+    from diffusion.judging.features import FeatureExtractor
     from diffusion.judging.restoration import Pairs
     from diffusion.model import DiffusionUNet
     from diffusion.sampling import ImageSampler
@@ -114,7 +115,6 @@ class EvalOptions(SamplingOptions):
 def main(options: EvalOptions) -> None:
     from diffusion.judging.captions import judge_captions, scenes_to_ask
     from diffusion.judging.evaluation import (
-        Judge,
         check_bits,
         comparison,
         held_out_bits,
@@ -123,7 +123,6 @@ def main(options: EvalOptions) -> None:
         wanted_like,
     )
     from diffusion.judging.features import open_extractor
-    from diffusion.judging.restoration import Pairs
     from diffusion.sampling import ImageSampler, load_for_sampling
     from unet_diffusion.faithfulness import MaskReader
 
@@ -138,26 +137,8 @@ def main(options: EvalOptions) -> None:
     if options.segmenter and model.condition:
         reader = MaskReader(options.segmenter, samplers[0], options.device)
     extractor = open_extractor(options.classifier, options.inception, options.device)
-    file = Path(options.model).resolve().parent / "config.yaml"  # of the run: the same are held out
-    run = load_config(DiffusionOptions, file) if file.exists() else {}
-    first, trained_on = samplers[0], run.get("data", options.data)
-    own = bool(run) and Path(trained_on).resolve() == Path(options.data).resolve()
-    data = read_images(options, run, first, options.data, own)
-    names, pairs, trained = first.classes, None, None
-    if model.condition is not None:
-        unseen = data.val if own else [*data.val, *data.train]
-        pairs = Pairs.of(data, unseen, options.count, first)
-        trained = data if own else images_of_run(options, run, first)
-    copies = pairs is None or trained is not None
-    judge = Judge(data, extractor, names, trained=None if own else trained, copies=copies)
-    if pairs is None and trained_on != options.data:
-        judge.notes.append(f"copies are looked for in {options.data}, not in {trained_on}")
-    if not copies:
-        judge.notes.append("copies are not looked for: what the model was trained on is not here")
-    if pairs is not None and len({*pairs.chosen}) < options.count:
-        judge.notes.append(f"the samples are made from {len({*pairs.chosen}):,} pictures, in turn")
-    if pairs is not None and pairs.hole is not None:
-        judge.notes.append("PSNR and SSIM are of the hole alone, as what is around it is given")
+    judge, pairs = judge_and_pairs(options, samplers[0], extractor)
+    data = judge.data
     found: dict[str, Any] = {"model": options.model, "data": options.data, "rows": []}
     asked = (
         scenes_to_ask(options.count, options.seed)
@@ -192,6 +173,40 @@ def main(options: EvalOptions) -> None:
         print(f"figures: {options.out}")
     given = () if pairs is None else ("--condition", "pictures")
     say_next("sample-ddpm", "--model", options.model, *given, "--out", "samples")
+
+
+def judge_and_pairs(
+    options: EvalOptions, sampler: ImageSampler, extractor: FeatureExtractor | None
+) -> tuple[Judge, Pairs | None]:
+    """The judge of a model's samples, and the pictures that they are made from; None: from noise.
+
+    The images of the model's own run are split as there: the same ones are held out.
+    """
+    from diffusion.judging.evaluation import Judge
+    from diffusion.judging.restoration import Pairs
+
+    file = Path(options.model).resolve().parent / "config.yaml"
+    run = load_config(DiffusionOptions, file) if file.exists() else {}
+    trained_on = run.get("data", options.data)
+    own = bool(run) and Path(trained_on).resolve() == Path(options.data).resolve()
+    data = read_images(options, run, sampler, options.data, own)
+    pairs, trained = None, None
+    if sampler.model.condition is not None:
+        unseen = data.val if own else [*data.val, *data.train]
+        pairs = Pairs.of(data, unseen, options.count, sampler)
+        trained = data if own else images_of_run(options, run, sampler)
+    copies = pairs is None or trained is not None
+    seen = None if own else trained
+    judge = Judge(data, extractor, sampler.classes, trained=seen, copies=copies)
+    if pairs is None and trained_on != options.data:
+        judge.notes.append(f"copies are looked for in {options.data}, not in {trained_on}")
+    if not copies:
+        judge.notes.append("copies are not looked for: what the model was trained on is not here")
+    if pairs is not None and len({*pairs.chosen}) < options.count:
+        judge.notes.append(f"the samples are made from {len({*pairs.chosen}):,} pictures, in turn")
+    if pairs is not None and pairs.hole is not None:
+        judge.notes.append("PSNR and SSIM are of the hole alone, as what is around it is given")
+    return judge, pairs
 
 
 def check_model(options: EvalOptions, model: DiffusionUNet) -> None:

@@ -50,17 +50,13 @@ class MaskReader:
                 f"--segmenter {folder} knows {kind} {knows}{pages}, and images are made from "
                 f"{condition.said()}: give a segmentation of such masks"
             )
-        ours, theirs = (
-            (sampler.channels, self.pixels.dtype),
-            (self.segmenter.channels, self.segmenter.dtype),
-        )
-        if ours != theirs and (*ours, *theirs) != (1, "uint8", 3, "uint8"):
-            made, read = (
-                f"{channels_said(channels)} {dtype}" for channels, dtype in (ours, theirs)
-            )
+        made = sampler.channels, self.pixels.dtype
+        read = self.segmenter.channels, self.segmenter.dtype
+        if made != read and (made, read) != ((1, "uint8"), (3, "uint8")):
+            ours, theirs = (f"{channels_said(count)} {dtype}" for count, dtype in (made, read))
             raise InputError(
-                f"--segmenter {folder} reads images that are {read}, and those that are made are "
-                f"{made}: give a segmentation of such images"
+                f"--segmenter {folder} reads images that are {theirs}, and those that are made are "
+                f"{ours}: give a segmentation of such images"
             )
 
     def asked(self, data: DiffusionData, indices: list[int]) -> NDArray[np.int64]:

@@ -54,10 +54,9 @@ class ClassifierOptions(FitOptions):
 
 
 def main(options: ClassifierOptions) -> None:
+    # torch takes seconds to import: not before parsing
     from diffusion.data.images import DiffusionData
-    from diffusion.judging.classifier import (
-        train,  # torch takes seconds to import: not before parsing
-    )
+    from diffusion.judging.classifier import train
     from unet.training.resuming import resumed
 
     options = resumed(options)

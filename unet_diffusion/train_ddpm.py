@@ -18,9 +18,7 @@ def main(options: DiffusionOptions) -> None:
     if options.trained == "lora" and Path(str(options.init), "model_index.json").is_file():
         lora = ("--lora", options.out / "model")
         say_next("txt2img", "--model", options.init, *lora, *prompt, "--out", "pictures")
-    elif (
-        pipeline.is_dir()
-    ):  # which diffusers reads, and whose prompts are those of Stable Diffusion
+    elif pipeline.is_dir():  # for diffusers, and for the prompts of Stable Diffusion
         say_next("txt2img", "--model", pipeline, *prompt, "--out", "pictures")
     elif options.target == "mask":
         images = ("--samples", "16", "--input", "new_images")

@@ -177,15 +177,8 @@ def main(options: Txt2ImgOptions) -> None:
             write_merged(options.merged, Path(recipe.model), recipe.checkpoint, recipe.lora or ())
             print(f"pipeline with its LoRA: {options.merged}")
         print(f"pictures: {folder.write_grid(range(count))}")
-        say_next(
-            "txt2img",
-            "--from-png",
-            folder.files(0)[0],
-            "--steps",
-            2 * recipe.steps,
-            "--out",
-            "again",
-        )
+        again = ("--from-png", folder.files(0)[0], "--steps", 2 * recipe.steps, "--out", "again")
+        say_next("txt2img", *again)
 
 
 def chosen_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
@@ -203,9 +196,8 @@ def picture(file: str | None, model: StableDiffusion, recipe: Recipe) -> Tensor 
     from diffusion.data.pixels import fitted
     from unet.files.images import read_image
 
-    return fitted(read_image(Path(file), background=(255, 255, 255)), model.pixels(recipe), 3)[
-        None
-    ].to(model.device)
+    image = read_image(Path(file), background=(255, 255, 255))
+    return fitted(image, model.pixels(recipe), 3)[None].to(model.device)
 
 
 def command(argv: Sequence[str] | None = None) -> int:

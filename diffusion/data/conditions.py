@@ -63,7 +63,7 @@ class Asked(NamedTuple):
     picture: Picture | None = None
 
     @classmethod
-    def of(cls, wanted: int | str | Picture | Asked | None) -> Asked:
+    def of(cls, wanted: Ask) -> Asked:
         """What is asked for where only the one or the other may be given."""
         if isinstance(wanted, Asked):
             return wanted
@@ -72,6 +72,9 @@ class Asked(NamedTuple):
     def read(self) -> Tensor | None:
         """The picture (K, H, W), in memory."""
         return self.picture.read() if isinstance(self.picture, Unread) else self.picture
+
+
+Ask: TypeAlias = int | str | Picture | Asked | None  # class, text, picture, or both; None: any
 
 
 @dataclass(frozen=True, kw_only=True)

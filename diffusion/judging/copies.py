@@ -15,7 +15,6 @@ from unet.words import counted
 
 Images: TypeAlias = NDArray[np.uint8]  # (N, H, W) or (N, H, W, C)
 
-
 COPY_QUANTILE = 0.01  # of the held-out distances, below which a sample counts as a likely copy
 
 
@@ -129,8 +128,10 @@ def _smallest(values: FloatArray, k: int) -> tuple[FloatArray, NDArray[np.int64]
 
 
 def _flat(images: Images) -> FloatArray:
+    """Images as rows (N, D)."""
     return rearrange(images, "n ... -> n (...)").astype(np.float64)
 
 
 def _with_channels(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """(H, W, C) of the shape of images."""
     return (*shape[1:], 1) if len(shape) == 3 else shape[1:]

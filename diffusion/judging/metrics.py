@@ -40,7 +40,11 @@ class Moments:
         self.scatter: FloatArray = np.zeros((dimensions, dimensions))
 
     def add(self, features: Features) -> None:
-        """Takes up a batch (N, D)."""
+        """Takes up a batch (N, D).
+
+        Raises:
+            InputError: another width, no row, values that are not finite.
+        """
         batch = _checked(features, "features", least=1)
         part = Moments(batch.shape[1])
         part.count, part.mean = len(batch), batch.mean(axis=0)
@@ -206,6 +210,7 @@ def sample_warnings(images: int, dimensions: int) -> list[str]:
 
 
 def _checked(features: Features, name: str, least: int) -> FloatArray:
+    """Features (N, D) in float64, or an InputError: fewer than `least` rows, or not finite."""
     values = np.asarray(features, np.float64)
     if values.ndim != 2 or len(values) < least or values.shape[1] < 1:
         raise InputError(
@@ -232,6 +237,6 @@ def blocks(length: int, width: int) -> Iterator[slice]:
 
 
 def squared_distances(a: FloatArray, b: FloatArray) -> FloatArray:
-    """(N, D), (M, D) to (N, M)."""
+    """Squared Euclidean distances (N, M) between the rows of a (N, D) and those of b (M, D)."""
     lengths = (a**2).sum(axis=1)[:, None] + (b**2).sum(axis=1)
     return np.maximum(lengths - 2 * (a @ b.T), 0)

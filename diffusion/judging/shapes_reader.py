@@ -24,24 +24,12 @@ from diffusion.data.shapes import (
 )
 from unet.errors import InputError
 
-# Of the reader.
-_LIGHTEST_DARK = 180  # a background below it is none of ours
-
-
-_SPECK = (
-    0.006  # share of the picture below which a blot is passed over; the smallest thing has 0.024
-)
-
-
+_DARKEST_BACKGROUND = 180  # of ours, in grey levels of each channel
+_SPECK = 0.006  # share of the picture below which a blot is passed over; the smallest thing: 0.024
 _FOREIGN = 60  # distance (in 8-bit RGB) from every mixture of the background and a colour
-
-
+# Lengths, as shares of the picture's side.
 _SOFT = 3 / SIDE  # reach of a soft edge
-
-
 _BLURS = (0.0, 0.6 / SIDE, 1.2 / SIDE)  # standard deviations with which a shape is compared
-
-
 _MISFIT = 0.3  # share of a thing's area by which it may differ from its ideal shape
 
 
@@ -49,9 +37,9 @@ class Found(NamedTuple):
     """A thing in a picture."""
 
     thing: Thing
-    x: float  # of the centre of gravity
+    x: float  # of the centre of gravity, as a share of the picture's side
     y: float
-    mask: Mask
+    mask: Mask  # (H, W)
 
 
 class Agreement(NamedTuple):
@@ -117,7 +105,7 @@ def find(picture: Picture) -> list[Found]:
         raise InputError(f"shapes: {picture.dtype} {picture.shape}; give a square uint8 (H, W, 3)")
     pixels, least = picture.astype(np.float32), _SPECK * picture[..., 0].size
     background = np.median(pixels, axis=(0, 1))
-    if background.min() < _LIGHTEST_DARK:
+    if background.min() < _DARKEST_BACKGROUND:
         return []
     offsets = np.array(list(COLOURS.values()), np.float32) - background  # (colours, 3)
     apart = pixels - background

@@ -175,7 +175,7 @@ class Churn:
     """S_min and S_max, the sigmas between which this is done."""
 
     churn_noise: float = 1.0
-    """S_noise, the standard deviation of the noise."""
+    """S_noise, the standard deviation of this noise, and of no other in a run."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.churn < math.inf or not 0 < self.churn_noise < math.inf:
@@ -192,19 +192,25 @@ class Churn:
         """What a sampler's options say of it."""
         return cls(**{name: options[name] for name in CHURN if name in options})
 
-    def path(self, schedule: NoiseSchedule, times: Sequence[float]) -> list[float]:
-        """The timesteps with those before each step down to which noise is added."""
+    def moves(
+        self, schedule: NoiseSchedule, times: Sequence[float]
+    ) -> list[tuple[float, float, float]]:
+        """From and to which timestep a run goes, with the moves up of churn before its steps down;
+        and the standard deviation of the noise that a move up adds, which is 1 but for churn.
+        """
         downs = sum(t > to for t, to in pairwise(times))
         factor = 1 + min(self.churn / downs, math.sqrt(2) - 1)
         lowest, highest = self.churn_interval
-        found = []
+        moves = []
         for t, to in pairwise(times):
-            found.append(t)
             sigma = schedule.level(t).sigma
             if to < t and factor > 1 and lowest <= sigma <= highest:
                 noisier = schedule.timestep(factor * sigma)
-                found += [noisier] * (noisier > t)
-        return [*found, times[-1]]
+                if noisier > t:
+                    moves.append((t, noisier, self.churn_noise))
+                    t = noisier
+            moves.append((t, to, 1.0))
+        return moves
 
 
 CHURN = tuple(field.name for field in fields(Churn))
@@ -282,7 +288,7 @@ def count_evaluations(
     evaluations = get_sampler(name, options).evaluations
     return sum(
         evaluations(schedule.level(t), schedule.level(to))
-        for t, to in pairwise(Churn.of(options).path(schedule, [*timesteps, CLEAN]))
+        for t, to, _ in Churn.of(options).moves(schedule, [*timesteps, CLEAN])
         if t >= to
     )
 
@@ -352,22 +358,20 @@ def sample(
         raise InputError(f"sampler {sampler!r} draws noise: give it a source, NoiseSource(seeds)")
     if noise is not None:
         noise.check(x)
-    churn = Churn.of(options)
-    path = churn.path(denoiser.schedule, times)
-    spread, given = churn.churn_noise, dict(conditioning or {})
+    moves = Churn.of(options).moves(denoiser.schedule, times)
+    given = dict(conditioning or {})
     if chosen.jumps:
         given["to"] = CLEAN
-    return _run(denoiser, x, path, chosen.step, noise, spread, given, constrain)
+    return _run(denoiser, x, moves, chosen.step, noise, given, constrain)
 
 
 @torch.no_grad()
 def _run(
     denoiser: DenoiserLike,
     x: Tensor,
-    times: Sequence[float],
+    moves: Iterable[tuple[float, float, float]],
     step: Callable[[Moment], Tensor],
     noise: NoiseSource | None,
-    spread: float,
     conditioning: dict[str, Any],
     constrain: Callable[[Tensor, float], Tensor] | None,
 ) -> Iterator[Step]:
@@ -376,11 +380,11 @@ def _run(
         return noise.like(x)
 
     index, before = 0, None
-    for t, goal in pairwise(times):
+    for t, goal, deviation in moves:
         at, to = denoiser.schedule.level(t), denoiser.schedule.level(goal)
         if goal > t:
             kept = to.signal / at.signal
-            added = spread * math.sqrt(to.noise**2 - (kept * at.noise) ** 2)
+            added = deviation * math.sqrt(to.noise**2 - (kept * at.noise) ** 2)
             x, before = kept * x + added * draw(), None
             continue
         now = denoiser(x, t, **conditioning)

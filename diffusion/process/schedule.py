@@ -33,6 +33,7 @@ MOST_STEPS = 100_000
 _LARGEST_BETA = 0.999  # Improved DDPM, sec. 3.2
 _RHO = 7.0  # EDM, sec. 3: more, shorter steps at low noise
 _SPACED = (40.0, 0.02)  # sigmas between which logsnr spaces its steps: docs/experiments.md
+_FEWEST_SPACED = 4  # steps, of which two or more lie between the noisiest level and the cleanest
 _EDM_SIGMAS = 0.002, 80.0  # EDM, table 1
 
 
@@ -316,7 +317,8 @@ class NoiseSchedule:
                 2305.08891, table 2, and whole numbers; "karras" spaces sigma^(1/7) evenly between
                 the largest and the smallest sigma (EDM, eq. 5), at fractional timesteps; "logsnr"
                 goes from T - 1 to sigma 40 and spaces log(sigma) evenly down to 0.02, as far as
-                there are such (DPM-Solver, arXiv 2206.00927, sec. 3.4, between other ends).
+                there are such (DPM-Solver, arXiv 2206.00927, sec. 3.4, between other ends), but is
+                "trailing" below 4 steps, of which its two ends would leave next to none in between.
             offset: added to "leading"; Stable Diffusion's `steps_offset` is 1.
             shift: above 1, more of the steps are at high noise: u = (t + 1) / T becomes
                 shift u / (1 + (shift - 1) u), at fractional timesteps; of flow, every sigma is
@@ -343,9 +345,11 @@ class NoiseSchedule:
                 f"shift {shift} must be a number of 1 or more, and 1 with karras and logsnr "
                 "spacing, which say themselves how the steps are spread"
             )
-        if by_sigma:
-            return self._karras(n) if spacing == "karras" else self._logsnr(n)
-        if spacing == "trailing":
+        if spacing == "karras":
+            return self._karras(n)
+        if spacing == "logsnr" and n >= _FEWEST_SPACED:
+            return self._logsnr(n)
+        if spacing in ("trailing", "logsnr"):
             t = np.round(np.arange(self.steps, 0, -self.steps / n)[:n]) - 1
         elif spacing == "leading":
             t = np.arange(n)[::-1] * (self.steps // n) + offset

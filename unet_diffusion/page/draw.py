@@ -15,7 +15,7 @@ from diffusion.output import SampleFolder
 from diffusion.pictures import grid
 from diffusion.plans import Wanted
 from diffusion.process.samplers import SAMPLERS
-from diffusion.sampling import STEPS, Images, ImageSampler, chosen_way
+from diffusion.sampling import STEPS, Images, ImageSampler, with_defaults
 from unet.errors import InputError
 from unet.files.images import image_info
 from unet.training.task import Processes
@@ -77,7 +77,7 @@ def tab(page: Page) -> None:
         known = page.drawer(name)
         text = "text_encoder" in known.info or known.text is not None
         led = bool(text or known.classes or known.condition)
-        usual = chosen_way(SamplingOptions(), known)
+        usual = with_defaults(SamplingOptions(), known)
         wanted = f"Draw from {known.condition.said()}" if known.condition else ""
         return (
             gr.update(choices=[ANY, *known.classes], value=ANY, visible=bool(known.classes)),

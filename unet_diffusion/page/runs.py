@@ -151,9 +151,7 @@ def tab(page: Page) -> None:
                 )
             raise InputError(f"{given} is not at work")
         command.stop()
-        gr.Info(
-            f"{given} has stopped, and its state is saved"
-        )  # the line is told anew by the timer
+        gr.Info(f"{given} has stopped, and its state is saved")  # the timer tells the line anew
         return f"**{given}**: {state_of(run)}"
 
     hidden: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}

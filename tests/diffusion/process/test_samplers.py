@@ -625,6 +625,21 @@ def test_going_back_up_is_the_formula_of_repaint() -> None:
     assert_close(asked[-1], wanted, atol=1e-5, rtol=1e-5)
 
 
+def test_the_noise_of_churn_scales_no_jump_back_up() -> None:
+    x, _ = source()
+    path = [900, 600, 300, 600, 300]
+
+    def run(**options: Any) -> list[Tensor]:
+        steps = sample(
+            GaussianDenoiser(LINEAR), x, path, "heun", noise=NoiseSource([5, 6]), **options
+        )
+        return [step.x for step in steps]
+
+    for same in ({"churn": 0.0}, {"churn": 20.0, "churn_interval": (1e6, 1e7)}):
+        assert_same(run(churn_noise=2.0, **same), run())
+    assert not torch.equal(run(churn=20.0, churn_noise=2.0)[0], run(churn=20.0)[0])
+
+
 def test_steps_need_no_gradient_and_change_nothing() -> None:
     x, _ = source()
     before = x.clone().requires_grad_()

@@ -16,7 +16,15 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from diffusion.process.noise import SEEDS, NoiseSource
-from diffusion.process.schedule import CLEAN, MOST_STEPS, Level, NoiseSchedule, Spacing, posterior
+from diffusion.process.schedule import (
+    CLEAN,
+    MOST_STEPS,
+    Kind,
+    Level,
+    NoiseSchedule,
+    Spacing,
+    posterior,
+)
 from unet.errors import InputError
 
 KINDS: list[tuple[Any, str]] = [
@@ -211,7 +219,7 @@ def test_timesteps_descend_within_the_schedule(steps: int, data: Any) -> None:
         assert 0 <= t[-1] <= t[0] <= steps - 1
         if spacing != "leading":
             assert t[0] == pytest.approx(steps - 1)
-        if spacing not in ("karras", "logsnr"):
+        if spacing != "karras" and (spacing != "logsnr" or n < 4):
             assert all(isinstance(value, int) for value in t)
 
 
@@ -248,6 +256,13 @@ def test_logsnr_spacing_is_even_in_log_sigma_below_the_noisiest_level() -> None:
     sigmas = np.array([s.level(t).sigma for t in rest])
     assert sigmas[[0, -1]] == pytest.approx([40, 0.02], rel=1e-2)
     assert np.diff(np.log(sigmas)) == pytest.approx(np.log(0.02 / 40) / 10, rel=1e-2)
+
+
+def test_logsnr_spacing_of_too_few_steps_for_both_its_ends_is_trailing() -> None:
+    for kind in get_args(Kind):
+        s = NoiseSchedule(kind=kind)
+        assert all(s.timesteps(n, "logsnr") == s.timesteps(n, "trailing") for n in (1, 2, 3))
+        assert s.timesteps(4, "logsnr") != s.timesteps(4, "trailing")
 
 
 # ----------------------------------------------------------------------------------------------
