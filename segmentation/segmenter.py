@@ -542,14 +542,19 @@ class Segmenter:
         if (info.channels, info.dtype) != (self.channels, self.dtype):
             some = f" ({', '.join(info.names)})" if info.names else ""
             trained = f" ({', '.join(known)})" if known else ""
-            cure = "convert it"
+            cures = []
             if info.channels > self.channels:
-                cure = "choose among its channels with --channels"
+                cures = ["choose among its channels with --channels"]
             elif "I" in info.axes and info.pages == self.channels > 1:
-                cure = "if its pages are channels, say so with --axes CYX"
+                cures = ["if its pages are channels, say so with --axes CYX"]
+            elif info.channels != self.channels:
+                cures = ["give a file that has all of these channels"]
+            if info.dtype != self.dtype:
+                cures.append(f"give it in {self.dtype}, with values as in the training images")
             raise InputError(
-                f"{where} has {info.channels} channels{some} of {info.dtype}, where the training "
-                f"images have {self.channels}{trained} of {self.dtype}: {cure}"
+                f"{where} has {counted(info.channels, 'channel')}{some} of {info.dtype}, where the "
+                f"training images have {self.channels}{trained} of {self.dtype}: "
+                f"{', and '.join(cures)}"
             )
         if known and info.names and known != info.names:
             raise InputError(

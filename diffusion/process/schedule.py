@@ -117,6 +117,17 @@ class NoiseSchedule:
     zero_snr: bool = False
     """No signal at all at the last timestep (arXiv 2305.08891, alg. 1)."""
 
+    @property
+    def said(self) -> str:
+        """In words: "flow, 1000 levels", with what else is not as usual."""
+        usual = NoiseSchedule(kind=self.kind, steps=self.steps)
+        parts = [self.kind, f"{self.steps} levels"]
+        if (self.beta_start, self.beta_end) != (usual.beta_start, usual.beta_end):
+            parts.append(f"betas from {self.beta_start:g} to {self.beta_end:g}")
+        if self.zero_snr:
+            parts.append("no signal at the last")
+        return ", ".join(parts)
+
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
             kinds = ", ".join(get_args(Kind))

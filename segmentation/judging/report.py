@@ -248,7 +248,15 @@ def _curves(loss: Axes, rate: Axes, log: Sequence[dict[str, Any]]) -> None:
     crowded = len(steps) > 60
     if len(steps):
         label = None if crowded else "training"
-        loss.plot(steps, values, color=TRAINING, alpha=0.3 if crowded else 1, lw=1, label=label)
+        loss.plot(
+            steps,
+            values,
+            _dot(steps),
+            color=TRAINING,
+            alpha=0.3 if crowded else 1,
+            lw=1,
+            label=label,
+        )
     if crowded:
         parts = [p.mean() for p in np.array_split(values, 50)]
         middles = [p.mean() for p in np.array_split(steps, 50)]
@@ -274,12 +282,17 @@ def _curves(loss: Axes, rate: Axes, log: Sequence[dict[str, Any]]) -> None:
     loss.grid(alpha=0.25)
     steps, values = _column(log, "lr")
     if len(steps):
-        rate.plot(steps, values, color="#444444", lw=1.5)
+        rate.plot(steps, values, _dot(steps), color="#444444", lw=1.5)
     rate.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     rate.yaxis.set_major_formatter("{x:g}")
     rate.set_ylabel("learning rate")
     rate.set_xlabel("step")
     rate.grid(alpha=0.25)
+
+
+def _dot(steps: Sequence[Any] | NDArray[Any]) -> str:
+    """The format of a line through these steps: a single one has no line, and is a dot."""
+    return "." if len(steps) == 1 else "-"
 
 
 def _column(log: Sequence[dict[str, Any]], key: str) -> tuple[NDArray[Any], NDArray[Any]]:

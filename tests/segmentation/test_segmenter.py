@@ -230,6 +230,12 @@ def test_files_and_stacks(model: Segmenter, tmp_path: Path) -> None:
     write_image(tmp_path / "rgb.png", np.stack([IMAGE] * 3, axis=-1))
     with pytest.raises(InputError, match=r"rgb.png' has 3 channels of uint8, where the training"):
         model(tmp_path / "rgb.png")
+    write_image(tmp_path / "deep.png", IMAGE.astype(np.uint16))
+    with pytest.raises(InputError, match=r"has 1 channel of uint16, .*: give it in uint8"):
+        model(tmp_path / "deep.png")
+    write_image(tmp_path / "both.png", np.stack([IMAGE] * 3, axis=-1).astype(np.uint16))
+    with pytest.raises(InputError, match=r"with --channels, and give it in uint8"):
+        model(tmp_path / "both.png")
     with pytest.raises(InputError, match="is a folder: give one of its images"):
         model(tmp_path)
     with pytest.raises(InputError, match="no such file"):

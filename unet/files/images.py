@@ -9,6 +9,7 @@ before one is decoded.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -80,8 +81,21 @@ def list_images(folder: Path) -> list[Path]:
                 f"{str(folder)!r}: {min(series)} in it is a DICOM series: name one such folder by "
                 "itself, or make a NIfTI file of each (dcm2niix -z y -f %f -o OUT FOLDER)"
             )
-        raise InputError(f"{str(folder)!r}: no image in this folder ({', '.join(SUFFIXES)})")
+        deeper = _first_with_images(folder)
+        where = (
+            "" if deeper is None else f", but in {str(deeper)!r}: name one such folder at a time"
+        )
+        raise InputError(f"{str(folder)!r}: no image in this folder ({', '.join(SUFFIXES)}){where}")
     return sorted(files, key=lambda path: natural_key(path.name))
+
+
+def _first_with_images(folder: Path) -> Path | None:
+    """The first folder below this one that holds images itself; None: there is none."""
+    for place, subfolders, names in os.walk(folder):
+        subfolders[:] = sorted((s for s in subfolders if not s.startswith(".")), key=natural_key)
+        if any(n.lower().endswith(SUFFIXES) and not n.startswith(".") for n in names):
+            return Path(place)
+    return None
 
 
 def natural_key(name: str) -> tuple[list[str | tuple[int, str]], str]:

@@ -164,6 +164,15 @@ def test_curves_are_those_of_the_log():
     assert rate.get_lines()[0].get_ydata().tolist() == [e["lr"] for e in log if "lr" in e]
 
 
+def test_a_single_logged_loss_is_a_dot_as_a_line_has_no_length():
+    for steps, marker in ((10, "."), (20, "None")):
+        figure = report_figure("run", log_of(steps), *evaluation_of(2, 1))
+        loss, rate = (axes for axes in figure.axes if axes.get_lines())
+        lines = {line.get_label(): line for line in loss.get_lines()}
+        assert lines["training"].get_marker() == marker
+        assert rate.get_lines()[0].get_marker() == marker
+
+
 def test_confusion_shows_shares_of_the_true_classes():
     evaluation, data = evaluation_of(3, 2)
     counts = evaluation.confusion.counts

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import math
 import os
+import re
 import struct
 import tempfile
 import zlib
@@ -89,6 +90,19 @@ def stored(folder: Path, name: str, data: bytes) -> Path:
 
 
 # -- folders
+
+
+def test_a_folder_of_folders_of_images_names_the_first_with_some(tmp_path: Path) -> None:
+    for place in ("day10", "day2/a", "day1", ".hidden"):
+        (tmp_path / place).mkdir(parents=True)
+    write_image(tmp_path / ".hidden" / "x.png", np.zeros((4, 4), np.uint8))
+    with pytest.raises(InputError, match=r"no image in this folder \([^)]*\)$"):
+        list_images(tmp_path)
+    for place in ("day10", "day2/a"):
+        write_image(tmp_path / place / "x.PNG", np.zeros((4, 4), np.uint8))
+    first = re.escape(repr(str(tmp_path / "day2" / "a")))
+    with pytest.raises(InputError, match=f"in this folder .*, but in {first}: name one"):
+        list_images(tmp_path)
 
 
 def test_files_are_listed_in_natural_order_without_hidden_ones(tmp_path: Path) -> None:
