@@ -21,7 +21,7 @@ from diffusion.process.schedule import NoiseSchedule
 from diffusion.sampling import ImageSampler
 from diffusion.stable.autoencoder import Autoencoder
 from diffusion.stable.latents import Data, autoencoder_of
-from unet.files.pictures import composite, fit_axis, panel
+from unet.files.pictures import composite, fit_axis, marker_of, panel
 from unet.files.writing import replacing, write_text
 from unet.training.run import read_log
 
@@ -176,6 +176,8 @@ def nearest_panel(samples: Images, data: Data, count: int = 4) -> Any:
 
 def _curves(axes: Axes, log: Sequence[dict[str, Any]]) -> None:
     """The losses, seen from the first evaluation on: those before would take most of the axis."""
+    from matplotlib.ticker import MaxNLocator
+
     first = min((e["step"] for e in log if "val_loss" in e), default=0)
     seen: list[float] = []
     for key, name, style in (
@@ -186,8 +188,9 @@ def _curves(axes: Axes, log: Sequence[dict[str, Any]]) -> None:
         points = [(e["step"], float(e[key])) for e in log if key in e]
         if points:
             steps, losses = zip(*points, strict=True)
-            axes.plot(steps, losses, label=name, **style)
+            axes.plot(steps, losses, label=name, **{"marker": marker_of(steps), **style})
             seen += [loss for step, loss in points if step >= first]
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     _finish(axes, seen, "loss", "step")
 
 

@@ -26,7 +26,7 @@ from segmentation.pictures import (
     grey_or_rgb,
     object_colours,
 )
-from unet.files.pictures import RGB, Legend, fit_axis, panel, shortened
+from unet.files.pictures import RGB, Legend, fit_axis, marker_of, panel, shortened
 from unet.files.writing import replacing, write_text
 from unet.training.run import read_log
 from unet.words import counted
@@ -251,7 +251,7 @@ def _curves(loss: Axes, rate: Axes, log: Sequence[dict[str, Any]]) -> None:
         loss.plot(
             steps,
             values,
-            _dot(steps),
+            marker=marker_of(steps),
             color=TRAINING,
             alpha=0.3 if crowded else 1,
             lw=1,
@@ -282,17 +282,12 @@ def _curves(loss: Axes, rate: Axes, log: Sequence[dict[str, Any]]) -> None:
     loss.grid(alpha=0.25)
     steps, values = _column(log, "lr")
     if len(steps):
-        rate.plot(steps, values, _dot(steps), color="#444444", lw=1.5)
+        rate.plot(steps, values, marker=marker_of(steps), color="#444444", lw=1.5)
     rate.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     rate.yaxis.set_major_formatter("{x:g}")
     rate.set_ylabel("learning rate")
     rate.set_xlabel("step")
     rate.grid(alpha=0.25)
-
-
-def _dot(steps: Sequence[Any] | NDArray[Any]) -> str:
-    """The format of a line through these steps: a single one has no line, and is a dot."""
-    return "." if len(steps) == 1 else "-"
 
 
 def _column(log: Sequence[dict[str, Any]], key: str) -> tuple[NDArray[Any], NDArray[Any]]:

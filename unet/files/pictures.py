@@ -119,6 +119,11 @@ def shortened(name: str, longest: int = _LONGEST) -> str:
     return line if len(line) <= longest else f"{line[:half]}…{line[-half:]}"
 
 
+def marker_of(points: Sized) -> str:
+    """The marker of a line through these points: a single one has no line, and is a dot."""
+    return "." if len(points) == 1 else ""
+
+
 def fit_axis(axes: Axes, values: NDArray[np.floating]) -> None:
     """Lets the y axis follow values: logarithmic, with round ticks, where positive ones span far.
 

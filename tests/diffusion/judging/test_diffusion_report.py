@@ -34,3 +34,10 @@ def test_a_run_without_losses_has_an_empty_plot():
     _curves(axes, [])
     assert axes.get_title() == "loss"
     assert not axes.get_lines()
+
+
+def test_a_single_loss_is_a_dot_and_steps_are_whole():
+    axes = Figure().subplots()
+    _curves(axes, [{"step": 2, "loss": 1.0}, *({"step": s, "val_loss": 1.0} for s in (1, 2, 3, 4))])
+    assert [line.get_marker() for line in axes.get_lines()] == [".", "o"]
+    assert all(tick == int(tick) for tick in axes.get_xticks())

@@ -165,7 +165,7 @@ def test_curves_are_those_of_the_log():
 
 
 def test_a_single_logged_loss_is_a_dot_as_a_line_has_no_length():
-    for steps, marker in ((10, "."), (20, "None")):
+    for steps, marker in ((10, "."), (20, "")):
         figure = report_figure("run", log_of(steps), *evaluation_of(2, 1))
         loss, rate = (axes for axes in figure.axes if axes.get_lines())
         lines = {line.get_label(): line for line in loss.get_lines()}
