@@ -188,7 +188,8 @@ def _curves(axes: Axes, log: Sequence[dict[str, Any]]) -> None:
         points = [(e["step"], float(e[key])) for e in log if key in e]
         if points:
             steps, losses = zip(*points, strict=True)
-            axes.plot(steps, losses, label=name, **{"marker": marker_of(steps), **style})
+            options: dict[str, Any] = {"label": name, "marker": marker_of(steps), **style}
+            axes.plot(steps, losses, **options)
             seen += [loss for step, loss in points if step >= first]
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     _finish(axes, seen, "loss", "step")
