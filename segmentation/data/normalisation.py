@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -62,23 +61,13 @@ class Normalisation:
     high: float | None = None
 
     @classmethod
-    def of(
-        cls,
-        images: Iterable[Array],
-        valid: Iterable[NDArray[np.bool_]] | None = None,
-        nodata: float | None = None,
-    ) -> Normalisation:
+    def of(cls, images: Iterable[Array], nodata: float | None = None) -> Normalisation:
         """Statistics of images (H, W, C), one at a time, in float64 (Chan et al. 1979).
 
         Args:
-            valid: where (H, W) the pixels of each image count; none given: everywhere that
-                something was measured.
             nodata: value of pixels where nothing was measured.
         """
-        everywhere = repeat(np.ones((), bool))
-        both = zip(images, everywhere if valid is None else valid, strict=False)
-        each = (Moments.of(image, counts & ~missing(image, nodata)) for image, counts in both)
-        return cls.joined(each, nodata)
+        return cls.joined((Moments.of(i, ~missing(i, nodata)) for i in images), nodata)
 
     @classmethod
     def joined(cls, images: Iterable[Moments], nodata: float | None = None) -> Normalisation:
@@ -215,7 +204,7 @@ def find_normalisation(
         )
     nodata = values.pop() if values else None
     if encode is None:
-        return Normalisation.of(map(read, range(len(pairs))), nodata=nodata), []
+        return Normalisation.of(map(read, range(len(pairs))), nodata), []
     moments: list[Moments] = []
     found: set[float | None] = set()
     for i, pair in enumerate(pairs):
