@@ -15,8 +15,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from diffusion.data.conditions import Asked
-from diffusion.data.images import DiffusionData, TrainingSamples
+from diffusion.data.images import DiffusionData
 from diffusion.data.pixels import ValueRange, to_bytes
+from diffusion.data.samples import TrainingSamples
 from diffusion.data.sources import HowToRead
 from diffusion.decisions import DiffusionPlan, clip_folder, decide
 from diffusion.initial import (

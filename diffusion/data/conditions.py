@@ -22,7 +22,6 @@ from torch import Tensor
 
 from diffusion.data.pixels import (
     Pixels,
-    RangeFinder,
     ValueRange,
     as_levels,
     as_tensor,
@@ -30,6 +29,7 @@ from diffusion.data.pixels import (
     resized,
     to_unit,
 )
+from diffusion.data.ranges import RangeFinder
 from unet.errors import InputError
 from unet.files.images import image_info, list_images, read_image, read_mask
 from unet.words import counted

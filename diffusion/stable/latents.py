@@ -24,8 +24,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffusion.data.conditions import Asked
-from diffusion.data.images import DiffusionData, TrainingSamples
+from diffusion.data.images import DiffusionData
 from diffusion.data.pixels import as_tensor
+from diffusion.data.samples import TrainingSamples
 from diffusion.stable.autoencoder import Autoencoder
 from unet.errors import InputError, Interrupted, RunError
 from unet.files.writing import write_text
