@@ -261,6 +261,11 @@ class LatentData:
 Data: TypeAlias = DiffusionData | LatentData
 
 
+def images_of(data: Data) -> DiffusionData:
+    """The images that are trained on, or that the latents are of."""
+    return data.source if isinstance(data, LatentData) else data
+
+
 def autoencoder_of(data: Data) -> Autoencoder | None:
     """The autoencoder of latents; None: of pixels."""
     return data.autoencoder if isinstance(data, LatentData) else None
