@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diffusion.attention_maps import recorded_attention
-from diffusion.data.conditions import Asked, Picture, Unread
+from diffusion.data.conditions import Asked, ImageKind, Picture, Unread
 from diffusion.data.pixels import Pixels, known_ranges
 from diffusion.initial import load_model
 from diffusion.model import DiffusionUNet
@@ -252,8 +252,13 @@ class ImageSampler:
                 "alone: train one with train-ddpm --condition"
             )
         size = None if self.model.any_size and not resize else (self.height, self.width)
-        ranges = known_ranges(self.model.info)
-        return condition.unread(file, size, self.channels, ranges, self.pixels.fine)
+        images = ImageKind(
+            size=size,
+            channels=self.channels,
+            ranges=known_ranges(self.model.info),
+            fine=self.pixels.fine,
+        )
+        return condition.unread(file, images)
 
     def sizes(self, wanted: Wanted) -> list[tuple[int, int]]:
         """Height and width of each image that is made."""
