@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffusion.data.conditions import Condition, find_condition, partners
-from diffusion.data.masks import Coding, MaskCoding, find_masks
+from diffusion.data.masks import Coding, find_masks
 from diffusion.data.pixels import WHOLE, Pixels, ValueRange, as_levels, resized
 from diffusion.data.ranges import find_ranges
 from diffusion.data.sources import HowToRead, Source
@@ -66,8 +66,12 @@ class WholeImages:
         self.left_out: set[int] = set()
         self._cache: dict[int, Pixels] = {}
         self.infos = self._read_headers()
+        self.joint = joint is not None
         self.partners: list[str] = []
-        self.masks, self.joint = self._find_masks(masks, joint), joint is not None
+        if joint is not None:
+            masks = masks or "bits"
+            self.partners = self._named_as_images("--joint", Path(joint), "mask")
+        self.masks = None if masks is None else find_masks(self.partners or source.files, masks)
         self.codes = 0 if self.masks is None else self.masks.channels
         self.ranges, self.dtype, pictured = dict(ranges), "uint8", 0
         if self.masks is None or self.joint:
@@ -76,7 +80,12 @@ class WholeImages:
             pictured = channels or max(info.channels for info in self.infos.values())
             self.ranges = self._find_ranges(pictured)
         self.channels = pictured + self.codes
-        self.condition = self._find_condition(condition, pictures)
+        if isinstance(condition, str):
+            pictures, condition = condition, find_condition(condition, self.channels)
+        self.condition = condition
+        if condition is not None and not condition.from_image:
+            assert pictures is not None
+            self.partners = self._named_as_images("--condition", Path(pictures), "condition")
         self.size = self._find_size(size)
         self._keeps = self._bytes() <= CACHE_BYTES
         if self._checkable():
@@ -167,28 +176,6 @@ class WholeImages:
         if not infos:
             raise InputError(f"none of {len(self):,} images can be read")
         return infos
-
-    def _find_masks(self, coding: Coding | None, joint: str | Path | None) -> MaskCoding | None:
-        """How the classes of masks become codes, of the images themselves or of those beside."""
-        if joint is not None:
-            self.partners = self._named_as_images("--joint", Path(joint), "mask")
-            return find_masks(self.partners, coding or "bits")
-        return None if coding is None else find_masks(self.source.files, coding)
-
-    def _find_condition(
-        self, said: str | Condition | None, folder: str | Path | None
-    ) -> Condition | None:
-        """The condition, and in `partners` the pictures, where they come from a folder."""
-        if said is None:
-            return None
-        if isinstance(said, Condition):
-            condition = said
-        else:
-            condition, folder = find_condition(said, self.channels), said
-        if not condition.from_image:
-            assert folder is not None
-            self.partners = self._named_as_images("--condition", Path(folder), "condition")
-        return condition
 
     def _named_as_images(self, flag: str, folder: Path, what: str) -> list[str]:
         """The file of a folder that goes with each image."""
