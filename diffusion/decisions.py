@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 
-from diffusion.initial import alike, find_start, fitting, image_channels, their_unet
+from diffusion.initial import PREDICTION, alike, find_start, fitting, image_channels, noise_of
 from diffusion.model import DiffusionUNet
 from diffusion.networks import automatic_config
 from diffusion.options import DiffusionOptions
@@ -19,8 +19,7 @@ from diffusion.process.levels import TrainingLevels
 from diffusion.process.prediction import PredictionName, get_prediction
 from diffusion.process.schedule import NoiseSchedule
 from diffusion.stable.clip import ClipText
-from diffusion.stable.folder import CONFIGS, read_schedule
-from diffusion.stable.latents import Data, LatentData, autoencoder_of
+from diffusion.stable.latents import Data, LatentData, autoencoder_of, images_of
 from diffusion.stable.lora import lora_targets
 from diffusion.text import WordEncoder
 from unet import PRESETS, UNetConfig
@@ -42,7 +41,6 @@ from unet.weights.crossing import timed, with_jumps, without_jumps
 from unet.weights.start import Start
 from unet.words import counted
 
-PREDICTION: PredictionName = "v"  # where neither the user nor a pipeline says another
 _OWN_NOISE = ("flow", "edm")  # predictions that have noise of their own
 # Mean and deviation of log(sigma): EDM's (table 1), and the logit-normal one of arXiv 2403.03206.
 _LOG_SIGMA = (-1.2, 1.2), (0.0, 1.0)
@@ -72,56 +70,46 @@ def decide(options: DiffusionOptions, data: Data) -> DiffusionPlan:
     Raises:
         InputError: options that do not fit each other or the data; a pipeline that cannot be read.
     """
-    images = data.source if isinstance(data, LatentData) else data
     info = data_info(options, data)
     start = chosen_start(options, data, info)
-    schedule, prediction, noise = chosen_noise(options, start)
-    if start and options.few_steps is not None:
-        check_teacher(options, start, schedule, prediction)
+    schedule, prediction, told_noise = chosen_noise(options, start)
     if start:
+        check_teacher(options, start, schedule, prediction)
+        check_classes(options, start, data)
         start = fit_jumps(options, start)
     clip = read_clip(options)
-    network, why = chosen_config(options, data, clip, start)
-    width = network.channels if options.network == "auto" and not options.init else options.width
-    if options.classes:
-        network = replace(network, classes=len(data.classes) + 1)  # the last one stands for none
-    if start:
-        check_classes(options, start, data)
+    network, why = chosen_network(options, data, clip, start)
     text, told_text = chosen_text(options, data, network, clip, start)
     outputs = data.channels * (2 if options.learn_variance else 1)
-    if images.condition is not None:
-        network = replace(network, in_channels=data.channels + images.condition.channels)
-    info |= {"schedule": schedule.to_dict(), "prediction": prediction, **text}
-    if options.few_steps is not None:
-        info["few_steps"] = options.few_steps
-    if options.coupling == "ot":
-        info["coupling"] = "ot"
+    extras, told_extras = chosen_extras(options)
+    info |= {"schedule": schedule.to_dict(), "prediction": prediction, **text, **extras}
     with torch.device("meta"):
         model = DiffusionUNet(network, outputs, info)
-    fit, optimizer = chosen_fit(options, start)
-    mirrored = [Decision("mirrored", "left to right" if images.flips else "no", images.flips_why)]
-    if isinstance(data, LatentData):
-        mirrored = []  # latents never are
-    batch = AS_ASKED if options.batch_size else f"the default of {fit.optimizer}"
-    shift = (3.0 if options.captions else 1.0) if options.shift is None else options.shift
-    log_sigma, told_levels = chosen_levels(options, schedule, prediction)
+    fit, told_optimizer = chosen_fit(options, start)
+    levels, told_levels = chosen_levels(options, schedule, prediction)
     decisions = (
         Decision("network", millions(model.parameters()), why),
-        *chosen_part(options, model),
+        *told_part(options, model),
         *told_text,
-        *mirrored,
-        *noise,
+        *told_mirroring(data),
+        *told_noise,
         *told_levels,
-        *told_extras(options),
-        Decision("batch", counted(fit.batch_size, "image"), batch),
-        optimizer,
+        *told_extras,
+        told_batch(options, fit),
+        told_optimizer,
         told_budget(options),
     )
     info["training"] = {"data": data.describe().splitlines(), "run": told(decisions)}
+    # Also the width of an automatic network, which a resumed run must not choose anew.
+    width = network.channels if options.network == "auto" and not options.init else options.width
     return DiffusionPlan(
-        # With the width, which a resumed run must not choose anew.
         options=filled(
-            options, fit, flips=images.flips, width=width, prediction=prediction, shift=shift
+            options,
+            fit,
+            flips=images_of(data).flips,
+            width=width,
+            prediction=prediction,
+            shift=levels.shift,
         ),
         decisions=decisions,
         fit=fit,
@@ -130,7 +118,7 @@ def decide(options: DiffusionOptions, data: Data) -> DiffusionPlan:
         info=info,
         schedule=schedule,
         prediction=prediction,
-        levels=TrainingLevels(schedule, shift, log_sigma),
+        levels=levels,
         clip=clip,
         start=start,
     )
@@ -138,7 +126,7 @@ def decide(options: DiffusionOptions, data: Data) -> DiffusionPlan:
 
 def data_info(options: DiffusionOptions, data: Data) -> dict[str, Any]:
     """What a model's `info` says of its images, and of what is given or made beside them."""
-    images = data.source if isinstance(data, LatentData) else data
+    images = images_of(data)
     info: dict[str, Any] = {
         "size": list(images.size),
         "classes": list(data.classes) if options.classes else [],
@@ -168,7 +156,7 @@ def chosen_start(options: DiffusionOptions, data: Data, info: Mapping[str, Any])
     """
     if not options.init:
         return None
-    images = data.source if isinstance(data, LatentData) else data
+    images = images_of(data)
     start = find_start(options.init, images.ranges)
     pictured = data.channels - (images.codes if images.joint else 0)
     if options.trained != "lora":  # which belongs to these very weights
@@ -222,13 +210,15 @@ def _as_it_is(options: DiffusionOptions) -> str:
 def check_teacher(
     options: DiffusionOptions, start: Start, schedule: NoiseSchedule, prediction: PredictionName
 ) -> None:
-    """Raises an InputError where the model of --init cannot teach its ways."""
+    """Raises an InputError where --few-steps asks a model for its ways that cannot teach them."""
+    if options.few_steps is None:
+        return
     if "prediction" not in start.info:
         raise InputError(
             f"--few-steps makes a model of train-ddpm faster, and --init {options.init} is none: "
             "train it on these data first"
         )
-    if (schedule, prediction) != _noise_of(None, start):
+    if (schedule, prediction) != noise_of(str(options.init), start):
         raise InputError(
             f"--few-steps follows the ways of --init {options.init}, with its noise levels and its "
             "kind of prediction: leave out --noise, --timesteps, --zero-snr and --prediction"
@@ -249,18 +239,34 @@ def check_teacher(
         )
 
 
-def told_extras(options: DiffusionOptions) -> list[Decision]:
-    """What is asked for beyond the usual training: coupled noise, and jumps."""
-    told = []
-    if options.coupling == "ot":
-        told.append(Decision("coupling", "noise goes to images near it", AS_ASKED))
+def chosen_extras(options: DiffusionOptions) -> tuple[dict[str, Any], list[Decision]]:
+    """What is asked for beyond the usual training: entries of `info`, and what is told."""
+    info: dict[str, Any] = {}
+    decisions = []
     if options.few_steps is not None:
+        info["few_steps"] = options.few_steps
         guided = "" if options.few_steps == 1 else f", guided by {options.few_steps:g}"
-        told.append(Decision("few steps", f"the ways of {options.init}{guided}", AS_ASKED))
-    return told
+        decisions.append(Decision("few steps", f"the ways of {options.init}{guided}", AS_ASKED))
+    if options.coupling == "ot":
+        info["coupling"] = "ot"
+        decisions.append(Decision("coupling", "noise goes to images near it", AS_ASKED))
+    return info, decisions
 
 
-def chosen_part(options: DiffusionOptions, model: DiffusionUNet) -> list[Decision]:
+def told_mirroring(data: Data) -> list[Decision]:
+    """Whether images are mirrored; of latents, which never are, nothing."""
+    if isinstance(data, LatentData):
+        return []
+    return [Decision("mirrored", "left to right" if data.flips else "no", data.flips_why)]
+
+
+def told_batch(options: DiffusionOptions, fit: FitPlan) -> Decision:
+    """The batch of a step."""
+    why = AS_ASKED if options.batch_size else f"the default of {fit.optimizer}"
+    return Decision("batch", counted(fit.batch_size, "image"), why)
+
+
+def told_part(options: DiffusionOptions, model: DiffusionUNet) -> list[Decision]:
     """The part of the network that is trained, where it is not all."""
     if options.trained == "all":
         return []
@@ -319,7 +325,7 @@ def chosen_noise(
     Raises:
         InputError: they do not go together, or a pipeline's cannot be read.
     """
-    theirs = _noise_of(options.init, start) if start else None
+    theirs = noise_of(str(options.init), start) if start else None
     if theirs and not options.noise:
         schedule = theirs[0]
         if options.timesteps not in (None, schedule.steps):
@@ -339,15 +345,11 @@ def chosen_noise(
     prediction = options.prediction or (theirs[1] if theirs else own)
     get_prediction(prediction, schedule)
     theirs_why = f"as of {options.init}" if theirs else "the default"
-    told_noise = f"{schedule.kind}, {schedule.steps} levels"
-    return (
-        schedule,
-        prediction,
-        [
-            Decision("noise", told_noise, AS_ASKED if options.noise else theirs_why),
-            Decision("predicted", prediction, AS_ASKED if options.prediction else theirs_why),
-        ],
-    )
+    decisions = [
+        Decision("noise", schedule.said, AS_ASKED if options.noise else theirs_why),
+        Decision("predicted", prediction, AS_ASKED if options.prediction else theirs_why),
+    ]
+    return schedule, prediction, decisions
 
 
 def _own_noise(options: DiffusionOptions) -> Any:
@@ -363,12 +365,13 @@ def _own_noise(options: DiffusionOptions) -> Any:
 
 def chosen_levels(
     options: DiffusionOptions, schedule: NoiseSchedule, prediction: PredictionName
-) -> tuple[tuple[float, float] | None, list[Decision]]:
-    """Mean and deviation of log(sigma) in training; None: all timesteps are as likely.
+) -> tuple[TrainingLevels, list[Decision]]:
+    """The noise levels that are trained on, told where not all timesteps are as likely.
 
     Raises:
         InputError: a mean for levels that are uniform.
     """
+    shift = (3.0 if options.captions else 1.0) if options.shift is None else options.shift
     levels = options.levels
     if levels is None:
         normal = options.log_sigma is not None or prediction == "edm" or schedule.kind == "flow"
@@ -378,23 +381,11 @@ def chosen_levels(
             raise InputError(
                 f"--log-sigma {options.log_sigma} is for --levels log-normal, not uniform"
             )
-        return None, []
-    mean, std = found = options.log_sigma or _LOG_SIGMA[schedule.kind == "flow"]
+        return TrainingLevels(schedule, shift), []
+    mean, std = log_sigma = options.log_sigma or _LOG_SIGMA[schedule.kind == "flow"]
     why = AS_ASKED if options.levels or options.log_sigma else f"the default of {prediction}"
-    return found, [Decision("levels", f"log(sigma) {mean:g} +- {std:g}", why)]
-
-
-def _noise_of(init: str | None, start: Start) -> tuple[NoiseSchedule, PredictionName] | None:
-    """The noise that a start was trained on, and what it predicts, where that is known."""
-    if init and (unet := their_unet(init)):
-        if not (unet.parent / "scheduler" / CONFIGS["scheduler"]).is_file():
-            return None
-        theirs = read_schedule(unet.parent)
-        return theirs.noise, theirs.prediction
-    if "schedule" not in start.info:
-        return None
-    schedule = NoiseSchedule.from_dict(start.info["schedule"])
-    return schedule, start.info.get("prediction", PREDICTION)
+    told_levels = Decision("levels", f"log(sigma) {mean:g} +- {std:g}", why)
+    return TrainingLevels(schedule, shift, log_sigma), [told_levels]
 
 
 def clip_folder(options: DiffusionOptions) -> Path | None:
@@ -438,45 +429,11 @@ def chosen_text(
     return {"text": words.to_dict()}, [Decision("text", found, "its encoder is trained along")]
 
 
-def chosen_config(
+def chosen_network(
     options: DiffusionOptions, data: Data, clip: ClipText | None, start: Start | None
 ) -> tuple[UNetConfig, str]:
-    """The config that the options name, or the automatic one, and why it is this one."""
-    fits = [
-        name
-        for name, preset in PRESETS.items()
-        if preset.config.block == "res"
-        and not preset.config.vector_channels  # which nothing in a folder of images gives
-        and (preset.config.context_channels is None) != options.captions
-    ]
-    if options.network == "auto" and start:
-        if start.config.context_channels is not None and not options.captions:
-            raise InputError(f"--init {options.init} reads text: give --captions, or another model")
-        config, why = replace(start.config, classes=0), f"as of {options.init}"
-    elif options.network == "auto":
-        on_gpu = options.device != "cpu" and pick_device("auto").type != "cpu"
-        config, why = automatic_config(
-            data.channels,
-            data.size,
-            len(data.train),
-            options.max_minutes,
-            accelerator=on_gpu,
-            text=options.captions,
-        )
-        if isinstance(data, LatentData) and config.patch > 1:
-            config, why = without_patches(config), f"{why}; in latents as more levels, not patches"
-    elif options.network in fits:
-        preset = PRESETS[options.network]
-        config, why = replace(preset.config, in_channels=data.channels), preset.source
-        config = config if config.time else timed(config)
-        if clip:
-            config = replace(config, context_channels=clip.channels)
-    else:
-        what = "with" if options.captions else "without"
-        raise InputError(
-            f"--network {options.network!r} is no preset of a network that takes a timestep and is "
-            f"{what} text: choose auto or one of {', '.join(fits)}"
-        )
+    """The config of the network for these data, and why it is this one."""
+    config, why = _named_network(options, data, clip, start)
     if options.width:
         heads = config.head_channels and math.gcd(config.head_channels, options.width)
         config = replace(config, channels=options.width, head_channels=heads)
@@ -491,7 +448,57 @@ def chosen_config(
             f"--init {options.init} reads text of {config.context_channels} channels, but the text "
             f"encoder in '{clip_folder(options)}' makes {clip.channels}: take both from one model"
         )
+    if options.classes:
+        config = replace(config, classes=len(data.classes) + 1)  # the last one stands for none
+    if (condition := images_of(data).condition) is not None:
+        config = replace(config, in_channels=data.channels + condition.channels)
     return config, why
+
+
+def _named_network(
+    options: DiffusionOptions, data: Data, clip: ClipText | None, start: Start | None
+) -> tuple[UNetConfig, str]:
+    """The config of the start, that of the preset which --network names, or the automatic one."""
+    if options.network != "auto":
+        return _preset(options, data, clip)
+    if start:
+        if start.config.context_channels is not None and not options.captions:
+            raise InputError(f"--init {options.init} reads text: give --captions, or another model")
+        return replace(start.config, classes=0), f"as of {options.init}"
+    on_gpu = options.device != "cpu" and pick_device("auto").type != "cpu"
+    config, why = automatic_config(
+        data.channels,
+        data.size,
+        len(data.train),
+        options.max_minutes,
+        accelerator=on_gpu,
+        text=options.captions,
+    )
+    if isinstance(data, LatentData) and config.patch > 1:
+        config, why = without_patches(config), f"{why}; in latents as more levels, not patches"
+    return config, why
+
+
+def _preset(options: DiffusionOptions, data: Data, clip: ClipText | None) -> tuple[UNetConfig, str]:
+    fits = [
+        name
+        for name, preset in PRESETS.items()
+        if preset.config.block == "res"
+        and not preset.config.vector_channels  # which nothing in a folder of images gives
+        and (preset.config.context_channels is None) != options.captions
+    ]
+    if options.network not in fits:
+        what = "with" if options.captions else "without"
+        raise InputError(
+            f"--network {options.network!r} is no preset of a network that takes a timestep and is "
+            f"{what} text: choose auto or one of {', '.join(fits)}"
+        )
+    preset = PRESETS[options.network]
+    config = replace(preset.config, in_channels=data.channels)
+    config = config if config.time else timed(config)
+    if clip:
+        config = replace(config, context_channels=clip.channels)
+    return config, preset.source
 
 
 def without_patches(config: UNetConfig) -> UNetConfig:

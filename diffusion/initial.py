@@ -22,7 +22,9 @@ from diffusion.data.masks import MaskCoding
 from diffusion.data.pixels import WHOLE, ValueRange
 from diffusion.model import DiffusionUNet
 from diffusion.options import DiffusionOptions
-from diffusion.stable.folder import read_unet, read_unet_config
+from diffusion.process.prediction import PredictionName
+from diffusion.process.schedule import NoiseSchedule
+from diffusion.stable.folder import CONFIGS, read_schedule, read_unet, read_unet_config
 from diffusion.stable.kinds import check_parts
 from diffusion.stable.lora import LORA, add_lora, lora_state, merge_loras
 from unet.attention import SpatialTransformer
@@ -35,6 +37,8 @@ from unet.weights.folder import CONFIG, load_strictly, read_config
 from unet.weights.start import Start, read_start
 from unet.weights.start import take_over as start_with
 from unet.words import counted
+
+PREDICTION: PredictionName = "v"  # where neither the user nor a model says another
 
 
 def their_unet(path: str) -> Path | None:
@@ -89,6 +93,24 @@ def find_start(path: str, ranges: Mapping[str, ValueRange] | None = None) -> Sta
         "the same at every timestep",
     )
     return replace(start, info={}, crossed=True)
+
+
+def noise_of(path: str, start: Start) -> tuple[NoiseSchedule, PredictionName] | None:
+    """The noise that the start from this path was trained on, and what it predicts; None: nothing
+    says it.
+
+    Raises:
+        InputError: a pipeline's scheduler, or what our model says, cannot be read.
+    """
+    if unet := their_unet(path):
+        if not (unet.parent / "scheduler" / CONFIGS["scheduler"]).is_file():
+            return None
+        theirs = read_schedule(unet.parent)
+        return theirs.noise, theirs.prediction
+    if "schedule" not in start.info:
+        return None
+    schedule = NoiseSchedule.from_dict(start.info["schedule"])
+    return schedule, start.info.get("prediction", PREDICTION)
 
 
 def image_channels(start: Start) -> int:

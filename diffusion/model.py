@@ -153,62 +153,68 @@ class DiffusionUNet(FolderModel):
         return given
 
     def usage(self, where: str) -> Usage:
-        facts, model, wanted, tag = {}, shlex.quote(where), "", "unconditional-image-generation"
-        dtype = "uint8"
-        schedule = self.info.get("schedule")
+        texts, dtype = bool({"text", "text_encoder"} & self.info.keys()), "uint8"
+        wanted = ', prompts="a text"' if texts else ""
+        made = "(16, H, W, C)"
+        command = f"unet-sample-ddpm --model {shlex.quote(where)} --out samples"
         with suppress(InputError):  # which loading it will say
-            facts["Images"] = "{} x {} pixels, {}".format(*self.size, self.pixels)
             dtype = self.pixels.dtype
-            if "autoencoder" not in self.info:
-                facts["Images"] += f", {counted(self.image_channels, 'channel')}"
-            if classes := self.classes:
-                facts["Classes"] = ", ".join(classes)
-        facts["Prediction"] = str(self.info.get("prediction"))
-        if isinstance(schedule, Mapping):
-            facts["Noise schedule"] = ", ".join(f"{k} {v}" for k, v in schedule.items())
-        if "few_steps" in self.info:
-            facts["Few steps"] = (
-                "made to be sampled in 1, 2 or 4 (--sampler jump, the default), with guidance "
-                f"{self.info['few_steps']} built in"
-            )
-        if "coupling" in self.info:
-            facts["Coupling"] = "noise was given to images near it: sample without fresh noise"
-        if {"text", "text_encoder"} & self.info.keys():
-            tag, wanted = "text-to-image", ', prompts="a text"'
-            facts["Texts"] = "captions: give prompts, and guidance=3 for images closer to them"
-        command = f"unet-sample-ddpm --model {model} --out samples"
-        condition, made = None, "(16, H, W, C)"
         with suppress(InputError):
-            condition = self.condition
-            if masks := self.masks:
-                facts["Makes"] = f"{'images with ' if self.joint else ''}{masks.said()}"
-                made = "(16, H, W, C + 1), the mask's value last" if self.joint else made
-            if masks and not self.joint:
-                command = (
-                    f"unet-predict-seg --model {model} --samples 16 --input images --out masks"
-                )
-        if condition is not None:
-            facts["Made from"] = condition.said()
-            wanted += ', pictures="image.png"'
-            if "unet-sample" in command:
+            if self.condition is not None:
+                wanted += ', pictures="image.png"'
                 command += " --condition pictures"
-        if isinstance(lora := self.info.get("lora"), Mapping):
-            facts["LoRA"] = f"of rank {lora.get('rank')}, to be used with {lora.get('base')}"
-        if "autoencoder" in self.info:
-            facts["Latents"] = "of an autoencoder, which this folder does not hold"
+            if self.joint:
+                made = "(16, H, W, C + 1), the mask's value last"
+            elif self.masks is not None:
+                command = (
+                    f"unet-predict-seg --model {shlex.quote(where)} --samples 16 --input images "
+                    "--out masks"
+                )
         return Usage(
             title="U-Net for diffusion",
             summary="It makes images out of noise.",
-            pipeline_tag=tag,
+            pipeline_tag="text-to-image" if texts else "unconditional-image-generation",
             tags=("diffusion",),
             python=(
                 "from diffusion import load\n\n"
                 f"sampler = load({json.dumps(where)})\n"
                 f"images = sampler(16, seed=0{wanted})  # {dtype} {made}"
             ),
-            commands=(command + (' --prompt "a text"' if "prompts" in wanted else ""),),
-            facts=facts,
+            commands=(command + (' --prompt "a text"' if texts else ""),),
+            facts=self._facts(),
         )
+
+    def _facts(self) -> dict[str, str]:
+        """What using the model needs, for its card, as far as its `info` can be read."""
+        facts, info = {}, self.info
+        with suppress(InputError):  # which loading it will say
+            facts["Images"] = "{} x {} pixels, {}".format(*self.size, self.pixels)
+            if "autoencoder" not in info:
+                facts["Images"] += f", {counted(self.image_channels, 'channel')}"
+            if classes := self.classes:
+                facts["Classes"] = ", ".join(classes)
+        facts["Prediction"] = str(info.get("prediction"))
+        if isinstance(schedule := info.get("schedule"), Mapping):
+            facts["Noise schedule"] = ", ".join(f"{k} {v}" for k, v in schedule.items())
+        if "few_steps" in info:
+            facts["Few steps"] = (
+                "made to be sampled in 1, 2 or 4 (--sampler jump, the default), with guidance "
+                f"{info['few_steps']} built in"
+            )
+        if "coupling" in info:
+            facts["Coupling"] = "noise was given to images near it: sample without fresh noise"
+        if {"text", "text_encoder"} & info.keys():
+            facts["Texts"] = "captions: give prompts, and guidance=3 for images closer to them"
+        with suppress(InputError):
+            if masks := self.masks:
+                facts["Makes"] = f"{'images with ' if self.joint else ''}{masks.said()}"
+            if condition := self.condition:
+                facts["Made from"] = condition.said()
+        if isinstance(lora := info.get("lora"), Mapping):
+            facts["LoRA"] = f"of rank {lora.get('rank')}, to be used with {lora.get('base')}"
+        if "autoencoder" in info:
+            facts["Latents"] = "of an autoencoder, which this folder does not hold"
+        return facts
 
 
 def trained_size(info: Mapping[str, Any]) -> tuple[int, int]:

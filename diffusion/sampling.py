@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diffusion.attention_maps import recorded_attention
-from diffusion.data.conditions import Asked, Picture, Unread
+from diffusion.data.conditions import Asked, ImageKind, Picture, Unread
 from diffusion.data.pixels import Pixels, known_ranges
 from diffusion.initial import load_model
 from diffusion.model import DiffusionUNet
@@ -175,34 +175,11 @@ class ImageSampler:
 
     def _away(self) -> Mapping[str, Tensor] | DenoiserLike:
         """What guidance leads away from: a lesser model, or no class, text or picture."""
-        model, lesser, guide = self.model, self.guide, self.options.guide
-        if lesser is None:
+        if self.guide is None:
             with torch.no_grad():
-                return model.conditioning([self.options.negative or None])
-        if "text" in {**model.info, **lesser.info}:
-            raise InputError(
-                f"--guide {guide}: each of two models of captions reads them by an encoder of its "
-                "own, trained along, and guidance gives both the same: leave --guide out"
-            )
-        if self.options.sampler == "jump" and not lesser.config.jumps:
-            raise InputError(
-                f"--guide {guide} knows no jumps, as models of train-ddpm --few-steps do: give one "
-                "that does, or another --sampler"
-            )
-        for said, facts in (
-            ("channels of its images", [m.image_channels for m in (model, lesser)]),
-            ("type and values of its images", [m.pixels for m in (model, lesser)]),
-            ("classes", [m.classes for m in (model, lesser)]),
-            ("condition", [m.condition for m in (model, lesser)]),
-            ("text encoder", [m.info.get("text_encoder") for m in (model, lesser)]),
-            ("autoencoder", [m.info.get("autoencoder") for m in (model, lesser)]),
-        ):
-            if facts[0] != facts[1]:
-                raise InputError(
-                    f"--guide {guide} and the model differ in the {said}: choose a smaller or "
-                    "shorter training on the same data"
-                )
-        return self._denoiser_of(lesser)
+                return self.model.conditioning([self.options.negative or None])
+        check_guide(self.options, self.model, self.guide)
+        return self._denoiser_of(self.guide)
 
     def class_index(self, name: int | str) -> int:
         """The index of a class by its name, or by itself.
@@ -275,8 +252,13 @@ class ImageSampler:
                 "alone: train one with train-ddpm --condition"
             )
         size = None if self.model.any_size and not resize else (self.height, self.width)
-        ranges = known_ranges(self.model.info)
-        return condition.unread(file, size, self.channels, ranges, self.pixels.fine)
+        images = ImageKind(
+            size=size,
+            channels=self.channels,
+            ranges=known_ranges(self.model.info),
+            fine=self.pixels.fine,
+        )
+        return condition.unread(file, images)
 
     def sizes(self, wanted: Wanted) -> list[tuple[int, int]]:
         """Height and width of each image that is made."""
@@ -449,6 +431,38 @@ def check_sampler(options: SamplingOptions, model: DiffusionUNet) -> None:
             "--variance learned is for models that were trained with --learn-variance: choose "
             "fixed-small or fixed-large"
         )
+
+
+def check_guide(options: SamplingOptions, model: DiffusionUNet, guide: DiffusionUNet) -> None:
+    """Raises an InputError for a lesser model that the model cannot be led away from."""
+    if "text" in {**model.info, **guide.info}:
+        raise InputError(
+            f"--guide {options.guide}: each of two models of captions reads them by an encoder of "
+            "its own, trained along, and guidance gives both the same: leave --guide out"
+        )
+    if options.sampler == "jump" and not guide.config.jumps:
+        raise InputError(
+            f"--guide {options.guide} knows no jumps, as models of train-ddpm --few-steps do: give "
+            "one that does, or another --sampler"
+        )
+    ours, theirs = _shared_facts(model), _shared_facts(guide)
+    if differing := [name for name in ours if ours[name] != theirs[name]]:
+        raise InputError(
+            f"--guide {options.guide} and the model differ in the {differing[0]}: choose a smaller "
+            "or shorter training on the same data"
+        )
+
+
+def _shared_facts(model: DiffusionUNet) -> dict[str, Any]:
+    """What a model and its guide have in common, by its name."""
+    return {
+        "channels of its images": model.image_channels,
+        "type and values of its images": model.pixels,
+        "classes": model.classes,
+        "condition": model.condition,
+        "text encoder": model.info.get("text_encoder"),
+        "autoencoder": model.info.get("autoencoder"),
+    }
 
 
 def image_seeds(seed: int, count: int, first: int = 0) -> list[int]:

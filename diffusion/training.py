@@ -15,8 +15,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from diffusion.data.conditions import Asked
-from diffusion.data.images import DiffusionData, TrainingSamples
+from diffusion.data.images import DiffusionData
 from diffusion.data.pixels import ValueRange, to_bytes
+from diffusion.data.samples import TrainingSamples
 from diffusion.data.sources import HowToRead
 from diffusion.decisions import DiffusionPlan, clip_folder, decide
 from diffusion.initial import (
@@ -39,7 +40,7 @@ from diffusion.process.noise import NoiseSource
 from diffusion.process.prediction import Denoised
 from diffusion.stable.autoencoder import Autoencoder
 from diffusion.stable.export import obstacle, write_pipeline
-from diffusion.stable.latents import Data, LatentData, autoencoder_of
+from diffusion.stable.latents import Data, LatentData, autoencoder_of, images_of
 from diffusion.stable.lora import LORA
 from diffusion.text import PADDING
 from unet.device import pick_device
@@ -158,7 +159,7 @@ def load_prior(options: DiffusionOptions, data: Data) -> Data | None:
 
 def _kept(data: Data) -> tuple[Mapping[str, ValueRange], str]:
     """The values of images, and the type that they are kept in."""
-    images = data.source if isinstance(data, LatentData) else data
+    images = images_of(data)
     return images.ranges, images.dtype
 
 

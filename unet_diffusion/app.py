@@ -126,8 +126,8 @@ def serve(options: AppOptions, folder: Path, password: str | None) -> None:
                 time.sleep(0.5)
         print("closing, once what is at work has saved its state", flush=True)
     finally:
-        for command in page.watched.values():
-            command.stop()
+        if page.job is not None:
+            page.job.command.stop()
         blocks.close(verbose=False)
     labels = next(
         (str(known.path) for known in models if known.task == "segmentation"), "RUN/model"

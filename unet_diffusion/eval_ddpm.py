@@ -113,15 +113,7 @@ class EvalOptions(SamplingOptions):
 
 
 def main(options: EvalOptions) -> None:
-    from diffusion.judging.captions import judge_captions, scenes_to_ask
-    from diffusion.judging.evaluation import (
-        check_bits,
-        comparison,
-        held_out_bits,
-        lines,
-        timed_samples,
-        wanted_like,
-    )
+    from diffusion.judging.evaluation import check_bits, comparison, held_out_bits, lines
     from diffusion.judging.features import open_extractor
     from diffusion.sampling import ImageSampler, load_for_sampling
     from unet_diffusion.faithfulness import MaskReader
@@ -138,21 +130,12 @@ def main(options: EvalOptions) -> None:
         reader = MaskReader(options.segmenter, samplers[0], options.device)
     extractor = open_extractor(options.classifier, options.inception, options.device)
     judge, pairs = judge_and_pairs(options, samplers[0], extractor)
-    data = judge.data
     found: dict[str, Any] = {"model": options.model, "data": options.data, "rows": []}
-    asked = (
-        scenes_to_ask(options.count, options.seed)
-        if model.text and options.data == "shapes" and pairs is None
-        else None
-    )
     for sampler in samplers:
-        if pairs is not None:
-            figures, seconds = judged_pairs(options, sampler, judge, pairs, reader)
+        if pairs is None:
+            figures, seconds = judged_from_noise(options, sampler, judge)
         else:
-            wanted = asked.captions if asked else wanted_like(data, sampler, options.count)
-            images, seconds = timed_samples(sampler, wanted)
-            figures = judge(images, wanted)
-            figures |= judge_captions(sampler, images, asked) if asked else {}
+            figures, seconds = judged_pairs(options, sampler, judge, pairs, reader)
         row = {
             "settings": dataclasses.asdict(sampler.options),
             "evaluations": sampler.plans.from_noise().evaluations,
@@ -166,7 +149,9 @@ def main(options: EvalOptions) -> None:
         name = extractor.frechet_name if extractor else None
         print("\n".join(comparison(found["rows"], name)))
     if options.bits:
-        found["bits"] = held_out_bits(model, data, options.bits, options.seed, options.batch_size)
+        found["bits"] = held_out_bits(
+            model, judge.data, options.bits, options.seed, options.batch_size
+        )
         print(", ".join(f"{k} {v}" for k, v in found["bits"].items()))
         save(options, found)
     if options.out:
@@ -298,6 +283,26 @@ def images_of_run(
         )
     except InputError:
         return None
+
+
+def judged_from_noise(
+    options: EvalOptions, sampler: ImageSampler, judge: Judge
+) -> tuple[dict[str, Any], float]:
+    """Figures of images made from noise alone, and the seconds that they took to make.
+
+    A model of the captioned shapes is asked for scenes of its own, half of them of unseen pairs.
+    """
+    from diffusion.judging.captions import judge_captions, scenes_to_ask
+    from diffusion.judging.evaluation import timed_samples, wanted_like
+
+    if sampler.model.text and options.data == "shapes":
+        asked = scenes_to_ask(options.count, options.seed)
+        images, seconds = timed_samples(sampler, asked.captions)
+        figures = judge(images, asked.captions) | judge_captions(sampler, images, asked)
+        return figures, seconds
+    wanted = wanted_like(judge.data, sampler, options.count)
+    images, seconds = timed_samples(sampler, wanted)
+    return judge(images, wanted), seconds
 
 
 def judged_pairs(

@@ -11,11 +11,18 @@ import torch
 from torch import Tensor
 
 from diffusion.data.pixels import WHOLE, ValueRange, known_ranges
-from diffusion.initial import find_start, fitting, image_channels, is_lora, their_unet
+from diffusion.initial import (
+    PREDICTION,
+    find_start,
+    fitting,
+    image_channels,
+    is_lora,
+    noise_of,
+    their_unet,
+)
 from diffusion.model import DiffusionUNet
-from diffusion.process.prediction import PREDICTIONS, Prediction, get_prediction
+from diffusion.process.prediction import Prediction, get_prediction
 from diffusion.process.schedule import NoiseSchedule
-from diffusion.stable.folder import CONFIGS, read_schedule
 from diffusion.text import WordEncoder
 from segmentation.model import SegmentationUNet
 from unet.errors import InputError
@@ -64,13 +71,8 @@ def segmentation_start(path: str | None, timestep: float = TIMESTEP) -> Start | 
     start = find_start(path) if unet or is_lora(path) else read_start(path)
     if not start.config.time:
         return start
-    if unet:
-        known = (unet.parent / "scheduler" / CONFIGS["scheduler"]).is_file()
-        schedule = read_schedule(unet.parent).noise if known else NoiseSchedule(kind="linear")
-        rule = PREDICTIONS["v"]  # as all of theirs, it shows the network x itself
-    else:
-        schedule = NoiseSchedule.from_dict(start.info.get("schedule", {}))
-        rule = get_prediction(start.info.get("prediction", "v"), schedule)
+    schedule, prediction = noise_of(path, start) or (NoiseSchedule(kind="linear"), PREDICTION)
+    rule = get_prediction(prediction, schedule)
     if masks := {"target", "joint"} & start.info.keys():
         also = " with its images" if "joint" in masks else ""
         raise InputError(

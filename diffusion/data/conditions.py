@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -22,7 +22,6 @@ from torch import Tensor
 
 from diffusion.data.pixels import (
     Pixels,
-    RangeFinder,
     ValueRange,
     as_levels,
     as_tensor,
@@ -30,8 +29,10 @@ from diffusion.data.pixels import (
     resized,
     to_unit,
 )
+from diffusion.data.ranges import RangeFinder
 from unet.errors import InputError
 from unet.files.images import image_info, list_images, read_image, read_mask
+from unet.files.pages import Array
 from unet.words import counted
 
 RECIPES = ("lowres", "grey", "noise", "hole")
@@ -75,6 +76,33 @@ class Asked(NamedTuple):
 
 
 Ask: TypeAlias = int | str | Picture | Asked | None  # class, text, picture, or both; None: any
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageKind:
+    """The images that are to be made from what is read of files.
+
+    Attributes:
+        size: to which a condition is cut and resized; None: its own, of lowres as many times the
+            small picture's.
+        channels: of images.
+        ranges: the values of each type that are -1 and 1 in images, where not all that it has.
+        fine: whether images have more than 8 bits.
+    """
+
+    size: tuple[int, int] | None
+    channels: int
+    ranges: Mapping[str, ValueRange] = field(default_factory=dict)
+    fine: bool = False
+
+    def levels(self, pixels: Array, channels: int) -> Pixels:
+        """Pixels (H, W, C) as levels like those of the images, with so many channels."""
+        known = self.ranges.get(pixels.dtype.name)
+        return as_levels(pixels, channels, known, fine=self.fine)
+
+    def resized(self, pixels: Pixels) -> Pixels:
+        """Pixels (H, W, C) cut and resized to the size of the images, if they have one."""
+        return pixels if self.size is None else resized(pixels, self.size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,67 +220,37 @@ class Condition:
         except InputError as error:
             raise InputError(f"{str(file)!r}: {error}") from error
 
-    def given(
-        self,
-        file: Path,
-        size: tuple[int, int] | None,
-        image_channels: int,
-        ranges: Mapping[str, ValueRange] | None = None,
-        fine: bool = False,
-    ) -> Tensor:
-        """The condition (K, H, W) in a file that an image of this size is to be made from.
+    def given(self, file: Path, images: ImageKind) -> Tensor:
+        """The condition (K, H, W) in a file that an image of this kind is to be made from.
 
         Of lowres the file is the small picture (or, where a size is given, a whole one, which is
         made smaller first), of noise the noisy one, of grey a grey one, and of hole one whose hole
         is transparent.
 
-        Args:
-            size: to which the condition is cut and resized; None: its own, of lowres as many times
-                the small picture's.
-            ranges: the values of each type that are -1 and 1 in images; None: all that it has.
-            fine: whether images have more than 8 bits.
-
         Raises:
             InputError: a file that cannot be read, or is none of these.
         """
         if self.kind in ("mask", "picture"):
-            return self.as_tensor(_resized(self.read(file), size))
+            return self.as_tensor(images.resized(self.read(file)))
         try:
             if self.kind == "hole":
-                pixels = read_image(file, alpha=True)
-                if not image_info(file).has_alpha:
-                    raise InputError("nothing in it is transparent, which says where the hole is")
-                known = (ranges or {}).get(pixels.dtype.name)
-                cover = _resized(as_levels(pixels[..., -1:], 1), size)
-                seen = as_levels(pixels[..., :-1], image_channels, known, fine=fine)
-                image = as_tensor(_resized(seen, size))
-                hole = torch.from_numpy(cover[..., 0] < 128).float()[None]
-                return torch.cat([image * (1 - hole), hole])
-            channels = 1 if self.kind == "grey" else image_channels
-            read = read_image(file, background=(255, 255, 255))
-            known = (ranges or {}).get(read.dtype.name)
-            pixels = as_levels(read, channels, known, fine=fine)
+                return _around_hole(file, images)
+            channels = 1 if self.kind == "grey" else images.channels
+            pixels = images.levels(read_image(file, background=(255, 255, 255)), channels)
         except InputError as error:
             said = str(error)
             raise InputError(said if str(file) in said else f"{str(file)!r}: {said}") from error
         if self.kind != "lowres":
-            return as_tensor(_resized(pixels, size))
-        if size is None:
+            return as_tensor(images.resized(pixels))
+        if images.size is None:
             height, width = (round(n * self.amount) for n in pixels.shape[:2])
             return self._enlarged(pixels, (height, width))
-        small = [max(1, round(n / self.amount)) for n in size]
+        small = [max(1, round(n / self.amount)) for n in images.size]
         if pixels.shape[0] > small[0] + 1 or pixels.shape[1] > small[1] + 1:
-            return self.make(as_tensor(resized(pixels, size)), np.random.default_rng(0))
-        return self._enlarged(pixels, size)
+            return self.make(as_tensor(images.resized(pixels)), np.random.default_rng(0))
+        return self._enlarged(pixels, images.size)
 
-    def unread(
-        self,
-        file: Path,
-        size: tuple[int, int] | None,
-        image_channels: int,
-        ranges: Mapping[str, ValueRange] | None = None,
-        fine: bool = False,
-    ) -> Unread:
+    def unread(self, file: Path, images: ImageKind) -> Unread:
         """What `given` will read of a file, once its header was looked at.
 
         Raises:
@@ -269,18 +267,14 @@ class Condition:
                     raise InputError("JPEG and WebP change the values of masks: save it as PNG")
             else:
                 image_based = self.kind in ("lowres", "noise", "hole")
-                check_channels(info.channels, image_channels if image_based else self.channels)
+                check_channels(info.channels, images.channels if image_based else self.channels)
             if self.kind == "hole" and not info.has_alpha:
                 raise InputError("nothing in it is transparent, which says where the hole is")
         except InputError as error:
             raise InputError(f"{str(file)!r}: {error}") from error
-        if size is None:
-            factor = self.amount if self.kind == "lowres" else 1
-            shape = round(info.height * factor), round(info.width * factor)
-        return Unread(
-            (self.channels, *(size or shape)),
-            lambda: self.given(file, size, image_channels, ranges, fine),
-        )
+        factor = self.amount if self.kind == "lowres" else 1
+        size = images.size or (round(info.height * factor), round(info.width * factor))
+        return Unread((self.channels, *size), lambda: self.given(file, images))
 
     def _enlarged(self, pixels: Pixels, size: tuple[int, int]) -> Tensor:
         return F.interpolate(as_tensor(pixels)[None], size, mode="bicubic")[0].clamp(-1, 1)
@@ -315,8 +309,15 @@ class Condition:
         return found
 
 
-def _resized(pixels: Pixels, size: tuple[int, int] | None) -> Pixels:
-    return pixels if size is None else resized(pixels, size)
+def _around_hole(file: Path, images: ImageKind) -> Tensor:
+    """The image in a file, nothing where it is transparent, and behind it where that is."""
+    pixels = read_image(file, alpha=True)
+    if not image_info(file).has_alpha:
+        raise InputError("nothing in it is transparent, which says where the hole is")
+    cover = images.resized(as_levels(pixels[..., -1:], 1))
+    image = as_tensor(images.resized(images.levels(pixels[..., :-1], images.channels)))
+    hole = torch.from_numpy(cover[..., 0] < 128).float()[None]
+    return torch.cat([image * (1 - hole), hole])
 
 
 def find_condition(said: str, channels: int) -> Condition:

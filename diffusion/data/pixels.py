@@ -7,7 +7,6 @@ every value of 16 bits, and floats to their own precision.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -23,8 +22,6 @@ from unet.errors import InputError
 from unet.files.pages import Array, missing
 
 Pixels: TypeAlias = NDArray[np.uint8 | np.float32]  # (H, W, C), levels from 0 to 255
-
-RARE = 1e-4  # share of the pixels that may lie beyond a range
 
 
 def to_unit(pixels: Tensor) -> Tensor:
@@ -97,7 +94,7 @@ class ValueRange:
         return ", ".join(f"{low:g} to {high:g}" for low, high in sides)
 
 
-# What a type says by itself; `RangeFinder` says it better.
+# What a type says by itself; `diffusion.data.ranges` says it better.
 WHOLE = {"uint8": ValueRange(0, 255), "uint16": ValueRange(0, 65535), "float32": ValueRange(0, 1)}
 
 
@@ -170,79 +167,6 @@ class PixelType:
 
 def _side(saved: Any) -> float | tuple[float, ...]:
     return tuple(map(float, saved)) if isinstance(saved, list | tuple) else float(saved)
-
-
-class RangeFinder:
-    """The range of values that images of one type use, from as many of them as are shown to it.
-
-    uint8 is 0 to 255. Of larger whole numbers it is 0 to the largest value of so many bits as all
-    but one in 10,000 pixels need, 4095 for a camera of 12 bits; or from the lowest to the highest
-    where they use less than an eighth of that. Of floats it is 0 to 1, -1 to 1 or 0 to 255 where
-    all values are in it and seem meant so, else from the lowest to the highest, without one in
-    10,000 at either end if these lie far out.
-    """
-
-    def __init__(self, dtype: str) -> None:
-        self.dtype = dtype
-        self.counts = np.zeros(65536, np.int64)  # of uint16
-        self.sample: list[Array] = []  # of floats
-        self.lowest, self.highest, self.whole = math.inf, -math.inf, True
-        self.brightest: list[tuple[float, str]] = []  # the largest value of each image
-
-    def add(self, pixels: Array, name: str, nodata: float | None = None) -> None:
-        """Looks at an image (H, W, C), but for pixels that hold no data."""
-        known = pixels[~missing(pixels, nodata)]
-        if not known.size:
-            return
-        self.lowest = min(self.lowest, float(known.min()))
-        self.highest = max(self.highest, float(known.max()))
-        self.brightest.append((float(known.max()), name))
-        if pixels.dtype == np.uint16:
-            self.counts += np.bincount(known.reshape(-1), minlength=65536)
-        else:
-            flat = known.reshape(-1)
-            self.sample.append(flat[:: max(1, flat.size // 20_000)])
-            self.whole &= bool((self.sample[-1] == np.rint(self.sample[-1])).all())
-
-    def found(self) -> ValueRange:
-        """The range of what was shown.
-
-        Raises:
-            InputError: floats, of which some images go to 1 and others far beyond.
-        """
-        if self.dtype == "uint8" or self.lowest > self.highest:
-            return WHOLE[self.dtype]
-        if self.dtype == "uint16":
-            below = np.cumsum(self.counts)
-            first, top = (
-                int(np.searchsorted(below, below[-1] * share, "right"))
-                for share in (RARE, 1 - RARE)
-            )
-            top = min(top, int(self.highest))
-            return _bits(top) if top - first > top / 8 else ValueRange(first, max(top, first + 1))
-        low, high = self.lowest, self.highest
-        if low >= 0 and high <= 1:
-            return WHOLE["float32"]
-        unit = [name for most, name in self.brightest if 0.5 < most <= 1]
-        if unit and low >= 0 and high > 2:
-            raise InputError(
-                f"the values of '{unit[0]}' go up to 1, those of '{max(self.brightest)[1]}' up to "
-                f"{high:g}: scale all images alike"
-            )
-        if low >= -1 and high <= 1:
-            return ValueRange(-1, 1)
-        if low >= 0 and self.whole:
-            return _bits(int(high))
-        inner = np.quantile(np.concatenate(self.sample), [RARE, 1 - RARE])
-        span = float(inner[1] - inner[0])
-        low = low if low > inner[0] - span / 4 else float(inner[0])
-        high = high if high < inner[1] + span / 4 else float(inner[1])
-        return ValueRange(low, high if high > low else low + 1)
-
-
-def _bits(top: int) -> ValueRange:
-    """0 to the largest value of as many bits as this one needs, at least 8."""
-    return ValueRange(0, 2 ** max(8, top.bit_length()) - 1)
 
 
 def fitted(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Mapping, Sequence
+from types import EllipsisType
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,6 +15,7 @@ from diffusion.process.prediction import Denoised, DenoiserLike
 from unet.errors import InputError
 
 SHARED = 2  # neighbouring tiles share at least 1 / 2 of their side
+Place: TypeAlias = tuple[EllipsisType, slice, slice]  # of a tile in an image (..., H, W)
 
 
 class Tiled:
@@ -53,12 +56,7 @@ class Tiled:
             )
         batch = len(x)
         given = {k: v for k, v in for_batch(conditioning, batch).items() if v is not None}
-        rows, columns = (starts(n, m) for n, m in zip((height, width), self.size, strict=True))
-        places = [
-            (..., slice(top, top + self.size[0]), slice(left, left + self.size[1]))
-            for top in rows
-            for left in columns
-        ]
+        places = tile_places((height, width), self.size)
         window = tile_weights(self.size).to(x)
         weights = x.new_zeros(height, width)
         for place in places:
@@ -66,18 +64,39 @@ class Tiled:
         sums: list[Tensor] = []
         many = max(1, self.together // batch)
         for part in (places[i : i + many] for i in range(0, len(places), many)):
-            times = torch.cat([t.expand(batch)] * len(part)) if isinstance(t, Tensor) else t
-            cut = {
-                name: torch.cat([v[place] if v.dim() == x.dim() else v for place in part])
-                for name, v in given.items()
-            }
-            found = self.denoiser(torch.cat([x[place] for place in part]), times, to=to, **cut)
-            known = [y for y in found if y is not None]
+            known = self._predicted(part, x, t, to, given)
             sums = sums or [y.new_zeros(batch, y.shape[1], height, width) for y in known]
             for total, tiles in zip(sums, known, strict=True):
                 for place, tile in zip(part, tiles.split(batch), strict=True):
                     total[place] += tile * window
         return Denoised(*(total / weights for total in sums))
+
+    def _predicted(
+        self,
+        places: Sequence[Place],
+        x: Tensor,
+        t: Tensor | float,
+        to: float | None,
+        given: Mapping[str, Tensor],
+    ) -> list[Tensor]:
+        """The predictions that there are, (places * B, C, h, w), of the tiles at these places."""
+        times = torch.cat([t.expand(len(x))] * len(places)) if isinstance(t, Tensor) else t
+        cut = {
+            name: torch.cat([v[place] if v.dim() == x.dim() else v for place in places])
+            for name, v in given.items()
+        }
+        found = self.denoiser(torch.cat([x[place] for place in places]), times, to=to, **cut)
+        return [y for y in found if y is not None]
+
+
+def tile_places(image: tuple[int, int], tile: tuple[int, int]) -> list[Place]:
+    """Where the tiles of an image (..., H, W) lie, row by row."""
+    rows, columns = (starts(n, m) for n, m in zip(image, tile, strict=True))
+    return [
+        (..., slice(top, top + tile[0]), slice(left, left + tile[1]))
+        for top in rows
+        for left in columns
+    ]
 
 
 def starts(n: int, tile: int) -> list[int]:

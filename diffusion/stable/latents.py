@@ -24,8 +24,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffusion.data.conditions import Asked
-from diffusion.data.images import DiffusionData, TrainingSamples
+from diffusion.data.images import DiffusionData
 from diffusion.data.pixels import as_tensor
+from diffusion.data.samples import TrainingSamples
 from diffusion.stable.autoencoder import Autoencoder
 from unet.errors import InputError, Interrupted, RunError
 from unet.files.writing import write_text
@@ -258,6 +259,11 @@ class LatentData:
 
 
 Data: TypeAlias = DiffusionData | LatentData
+
+
+def images_of(data: Data) -> DiffusionData:
+    """The images that are trained on, or that the latents are of."""
+    return data.source if isinstance(data, LatentData) else data
 
 
 def autoencoder_of(data: Data) -> Autoencoder | None:

@@ -14,6 +14,8 @@ pytest.importorskip("gradio", reason="pip install -e '.[app]'")
 from segmentation.data.classes import IGNORE, ClassTable
 from segmentation.data.instances import INSTANCE_NAMES
 from segmentation.pictures import overlay, overlay_legend
+from unet.errors import InputError
+from unet_diffusion.page import shared
 from unet_diffusion.page.label import zoomed
 from unet_diffusion.page.learn import mask_values, painted, palette
 from unet_diffusion.page.runs import command_of, find_runs
@@ -91,6 +93,28 @@ def test_a_model_is_chosen_by_its_name_alone(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(described))
     with pytest.raises(ValueError, match="'classifier'"):
         known_model(tmp_path, "x")
+
+
+def test_one_training_is_at_work_and_ends_with_its_tab_alone(tmp_path: Path, monkeypatch) -> None:
+    class Work:
+        running = True
+
+        def __init__(self, *words: object) -> None: ...
+
+        def stop(self) -> None:
+            self.running = False
+
+    monkeypatch.setattr(shared, "Command", Work)
+    page = Page(tmp_path, {}, tmp_path)
+    work = page.started("ours", tmp_path / "a")
+    with pytest.raises(InputError, match="a is being trained: wait"):
+        page.started("theirs", tmp_path / "b")
+    for session, running in (("theirs", True), (None, True), ("ours", False)):
+        page.ended(session)
+        assert work.running == running
+    work = page.started(None, tmp_path / "b")
+    page.ended(None)
+    assert work.running
 
 
 def test_a_sentence_names_no_folder_of_the_server() -> None:

@@ -6,7 +6,7 @@ X server such as Xvfb.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ from segmentation.data.pairs import find_pairs
 from tests.segmentation.test_segmenter import COLOURS, GREY, saved
 from unet.errors import InputError, RunError
 from unet_diffusion.napari import layers
+from unet_diffusion.napari import learn as learn_module
 from unet_diffusion.napari import predict as predict_module
 from unet_diffusion.napari.layers import PLUGIN, Planes
 from unet_diffusion.napari.learn import LearnWidget, new_folders, write_data
@@ -158,6 +159,34 @@ def test_a_painted_stack_becomes_a_run_whose_model_predicts(
     qtbot.waitUntil(lambda: widget.start.enabled, timeout=240_000)
     assert "stopped before it was judged" in errors[0]
     assert (tmp_path / "run-2/state").is_dir()
+
+
+def test_a_training_that_fails_leaves_its_sentence_and_the_model_of_the_one_before(
+    make_napari_viewer, qtbot, errors, tmp_path, monkeypatch
+) -> None:
+    viewer = make_napari_viewer()
+    widget = LearnWidget(viewer)
+    viewer.window.add_dock_widget(widget)
+    viewer.add_image(STACK[0], name="x")
+    painted = np.zeros((40, 56), int)
+    painted[:9], painted[20:] = 1, 2
+    viewer.add_labels(painted, name="painted")
+    widget.out.value = tmp_path
+
+    def trained(words: object, run: Path, stopped: object) -> Generator[str, None, Path]:
+        yield "step 1"
+        if run.name == "run-2":
+            raise RunError("the loss is not finite")
+        return run / "model"
+
+    monkeypatch.setattr(learn_module, "trained", trained)
+    click(widget.start, qtbot)
+    for sentence in (f"trained: {tmp_path / 'run-1/model'}", "the loss is not finite"):
+        assert (widget.said.value, widget.model) == (sentence, tmp_path / "run-1/model")
+        assert (widget.start.enabled, widget.stop.enabled) == (True, False)
+        assert widget.use.enabled
+        click(widget.start, qtbot)
+    assert errors == ["the loss is not finite"]
 
 
 def test_mistakes_are_sentences(make_napari_viewer, qtbot, errors, tmp_path, monkeypatch) -> None:

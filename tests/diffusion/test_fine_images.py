@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from diffusion import load
-from diffusion.data.conditions import find_condition
+from diffusion.data.conditions import ImageKind, find_condition
 from diffusion.data.images import DiffusionData
 from diffusion.data.pixels import PixelType, ValueRange, as_levels, as_tensor, resized
 from diffusion.data.sources import HowToRead
@@ -215,14 +215,15 @@ def test_conditions_keep_their_precision(tmp_path: Path, dtype: str) -> None:
     assert asked is not None
     back = condition.low + (asked[0].numpy() + 1) / 2 * (condition.high - condition.low)
     assert np.allclose(back, pictures[3, ..., 0], atol=0.01 if dtype == "uint16" else 1e-4)
-    assert torch.equal(asked, condition.given(fine / "3.tif", None, 1))
+    assert torch.equal(asked, condition.given(fine / "3.tif", ImageKind(size=None, channels=1)))
     assert torch.equal(
         data.batch([index_of(data, 3)])[0], torch.full((1, 1, 8, 12), 27 / 127.5 - 1)
     )
     of_itself = DiffusionData(fine, condition="noise:0.1")
     ranges = of_itself.ranges
     recipe = find_condition("noise:0.1", 1)
-    shown = recipe.given(fine / "3.tif", None, 1, ranges, True)
+    kind = ImageKind(size=None, channels=1, ranges=ranges, fine=True)
+    shown = recipe.given(fine / "3.tif", kind)
     assert torch.equal(shown, of_itself.batch([index_of(of_itself, 3)])[0][0])
 
 

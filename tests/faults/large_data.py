@@ -4,7 +4,7 @@ import runpy
 import sys
 from pathlib import Path
 
-from diffusion.data import images as data
+from diffusion.data import whole as data
 
 data.CACHE_BYTES = 0
 sys.argv[0] = str(Path(__file__).parents[2] / "scripts" / "train_ddpm.py")

@@ -111,6 +111,7 @@ def in_thread(
     what: str,
     yielded: Callable[[Any], None],
     returned: Callable[[Any], None],
+    failed: Callable[[str], None],
     finished: Callable[[], None],
 ) -> GeneratorWorker:
     """Works in a thread, with napari's progress bar; what goes wrong is a sentence in napari.
@@ -120,8 +121,14 @@ def in_thread(
         total: of the steps; 0: not known.
         what: is done.
         yielded, returned: are given each step, and the result.
+        failed: is given the sentence about what went wrong, which napari shows for a while.
         finished: is called whatever came of it.
     """
+
+    def errored(error: Exception) -> None:
+        show_error(str(error))
+        failed(str(error))
+
     return create_worker(
         guarded,
         steps,
@@ -130,7 +137,7 @@ def in_thread(
         _connect={
             "yielded": yielded,
             "returned": returned,
-            "errored": lambda error: show_error(str(error)),
+            "errored": errored,
             "finished": finished,
         },
         _ignore_errors=True,

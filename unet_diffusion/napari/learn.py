@@ -96,6 +96,7 @@ class LearnWidget(Container):
             what=f"training on {labels.name}",
             yielded=lambda line: setattr(self.said, "value", line),
             returned=self.done,
+            failed=lambda sentence: setattr(self.said, "value", sentence),
             finished=self.ended,
         )
         self.start.enabled, self.stop.enabled, self.use.enabled = False, True, False
@@ -103,11 +104,11 @@ class LearnWidget(Container):
     def done(self, model: Path) -> None:
         """A model was trained: it can be used."""
         self.model, self.said.value = model, f"trained: {model}"
-        self.use.enabled = True
 
     def ended(self) -> None:
-        """Whatever came of it, another training can begin."""
+        """Whatever came of it, another training can begin, and the last model is for use."""
         self.start.enabled, self.stop.enabled = True, False
+        self.use.enabled = self.model is not None
 
     def predict(self) -> None:
         """Opens the widget Predict, if it is not open, with the trained model and the image."""

@@ -66,6 +66,7 @@ class PredictWidget(Container):
             what=f"predicting {layer.name}",
             yielded=lambda _: None,
             returned=lambda found: self.add_results(layer.name, found, placed),
+            failed=lambda _: None,
             finished=lambda: setattr(self.start, "enabled", True),
         )
         self.start.enabled = False

@@ -142,15 +142,15 @@ def tab(page: Page) -> None:
     @sentences
     def halt(given: str) -> str:
         run = chosen(given)
-        command = page.watched.get(run)
-        if command is None or not command.running:
+        job = page.job
+        if job is None or job.run != run or not job.command.running:
             if state_of(run) == "at work":
                 raise InputError(
                     f"{given} was not started on this page: press Ctrl-C where it runs, and its "
                     "state is saved"
                 )
             raise InputError(f"{given} is not at work")
-        command.stop()
+        job.command.stop()
         gr.Info(f"{given} has stopped, and its state is saved")  # the timer tells the line anew
         return f"**{given}**: {state_of(run)}"
 

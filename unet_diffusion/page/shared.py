@@ -10,7 +10,7 @@ import tempfile
 import threading
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,15 @@ class Known:
     """How files are read for it, where its own `config.json` no longer says it."""
 
 
+@dataclass(frozen=True)
+class Job:
+    """A training of the page: the session that began it, its run folder, and its command."""
+
+    session: str | None
+    run: Path
+    command: Command
+
+
 @dataclass
 class Page:
     """What the page works with.
@@ -50,8 +59,7 @@ class Page:
         runs: the folder whose runs are shown.
         held_out: labelled images by which new models are judged; None: those of a model's run.
         most_pixels: of the images of one upload together.
-        jobs: the command that each session runs, by the session's hash.
-        watched: the command that works in a run folder.
+        job: the training that was begun last; one is at work at a time.
     """
 
     folder: Path
@@ -59,8 +67,7 @@ class Page:
     runs: Path
     held_out: Path | None = None
     most_pixels: int = 2**26
-    jobs: dict[str, Command] = field(default_factory=dict)
-    watched: dict[Path, Command] = field(default_factory=dict)
+    job: Job | None = None
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
@@ -106,19 +113,18 @@ class Page:
 
     def started(self, session: str | None, run: Path, *words: object) -> Command:
         """A training, as the job of a session."""
-        busy = [where.name for where, command in self.watched.items() if command.running]
-        if busy:
-            raise InputError(f"{busy[0]} is being trained: wait for its end, or stop it")
-        command = self.watched[run] = Command(*words)
-        if session is not None:
-            self.jobs[session] = command
-        return command
+        if self.job is not None:
+            if self.job.command.running:
+                name = self.job.run.name
+                raise InputError(f"{name} is being trained: wait for its end, or stop it")
+            self.job.command.stop()  # it has ended: the end of the page has not to see to it
+        self.job = Job(session, run, Command(*words))
+        return self.job.command
 
     def ended(self, session: str | None) -> None:
         """A tab was closed: its job ends, and is saved."""
-        command = self.jobs.pop(session or "", None)
-        if command is not None:
-            command.stop()
+        if self.job is not None and self.job.session == session is not None:
+            self.job.command.stop()
 
 
 def known_model(path: Path, name: str) -> Known:

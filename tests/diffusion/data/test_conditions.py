@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from diffusion.data.conditions import RECIPES, Condition, find_condition
+from diffusion.data.conditions import RECIPES, Condition, ImageKind, find_condition
 from diffusion.data.images import DiffusionData
 from diffusion.model import DiffusionUNet
 from unet import UNetConfig
@@ -20,6 +20,7 @@ from unet.files.images import write_image
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (6, 20, 24), np.uint8)
+GREY, COLOUR = (ImageKind(size=(16, 16), channels=channels) for channels in (1, 3))
 
 
 @pytest.fixture
@@ -87,9 +88,7 @@ def test_a_small_picture_is_given_as_it_was_learnt(tmp_path: Path) -> None:
     whole = torch.from_numpy(np.kron(IMAGES[0, :4, :4], np.ones((4, 4), np.uint8)))
     write_image(tmp_path / "small.png", IMAGES[0, :4, :4])
     write_image(tmp_path / "whole.png", whole.numpy())
-    small, large = (
-        condition.given(tmp_path / f"{name}.png", (16, 16), 1) for name in ("small", "whole")
-    )
+    small, large = (condition.given(tmp_path / f"{name}.png", GREY) for name in ("small", "whole"))
     torch.testing.assert_close(small, large)
 
 
@@ -97,12 +96,12 @@ def test_a_transparent_hole_is_the_hole(tmp_path: Path) -> None:
     rgba = np.full((16, 16, 4), 200, np.uint8)
     rgba[4:8, 4:8, 3], rgba[..., 3][rgba[..., 3] == 200] = 0, 255
     write_image(tmp_path / "x.png", rgba)
-    found = find_condition("hole", 3).given(tmp_path / "x.png", (16, 16), 3)
+    found = find_condition("hole", 3).given(tmp_path / "x.png", COLOUR)
     assert found[3].sum() == 16
     assert not found[:3, 4:8, 4:8].any()
     write_image(tmp_path / "y.png", rgba[..., :3])
     with pytest.raises(InputError, match="nothing in it is transparent"):
-        find_condition("hole", 3).given(tmp_path / "y.png", (16, 16), 3)
+        find_condition("hole", 3).given(tmp_path / "y.png", COLOUR)
 
 
 def model(condition: Condition, channels: int = 1) -> DiffusionUNet:

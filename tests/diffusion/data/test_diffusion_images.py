@@ -12,9 +12,10 @@ import torch
 from einops import rearrange
 from PIL import Image
 
-from diffusion.data import images as module
+from diffusion.data import whole as module
 from diffusion.data.images import DiffusionData
-from diffusion.data.pixels import RangeFinder, fitted, to_uint8, to_unit
+from diffusion.data.pixels import fitted, to_uint8, to_unit
+from diffusion.data.ranges import RangeFinder
 from diffusion.data.shapes import example, example_caption, held_out, parse
 from diffusion.data.sources import HowToRead
 from unet.errors import InputError
@@ -321,7 +322,7 @@ def test_memory_is_bounded_and_changes_nothing(
     data = DiffusionData(save(tmp_path))
     for _ in range(2):
         np.testing.assert_array_equal(data.images(range(40)), COLOUR)
-    kept = sum(pixels.nbytes for pixels in data._cache.values())
+    kept = sum(pixels.nbytes for pixels in data._whole._cache.values())
     assert kept == (COLOUR.nbytes if bound >= COLOUR.nbytes else 0)
 
 

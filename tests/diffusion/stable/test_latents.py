@@ -220,7 +220,7 @@ def test_an_unreadable_image_is_left_out_with_its_caption(
     data = latent_data(pipeline, tmp_path / "pictures", tmp_path / "latents", skip_bad=True)
     data.encode()
     bad = data.train[0]
-    data.source._cache.clear()
+    data.source._whole._cache.clear()
     Path(data.name(bad)).write_bytes(b"no image")
     again = latent_data(pipeline, tmp_path / "pictures", tmp_path / "new", skip_bad=True)
     again.encode()
