@@ -14,7 +14,7 @@ from diffusion.options import SamplingOptions
 from diffusion.process.schedule import NoiseSchedule
 from diffusion.sampling import ImageSampler, load_for_sampling
 from segmentation.data.classes import ClassTable
-from segmentation.output import Slice, as_16_bit, find_slices
+from segmentation.output import Slice, as_16_bit, check_free, find_slices
 from segmentation.pictures import grey_or_rgb, overlay, overlay_legend
 from segmentation.predict import Probability, classes
 from segmentation.uncertainty import entropy_map
@@ -94,7 +94,8 @@ def predict_samples(
     keep: bool = False,
     overwrite: bool = False,
 ) -> list[str]:
-    """Samples masks of an image, or of each of a folder, and writes what they say together.
+    """Samples masks of an image, or of each of a folder and of those below it, and writes what they
+    say together, into a tree of the same folders.
 
     Of an image NAME: NAME_mask.png, the most probable class or the second of two above the
     threshold; NAME_probability.png and NAME_entropy.png, 16-bit; NAME_overlay.png; legend.png.
@@ -106,21 +107,20 @@ def predict_samples(
         What went wrong with the images that failed, a sentence each.
 
     Raises:
-        InputError: no image, a stack, or files in the way, before anything is predicted.
+        InputError: no image, a stack, two images of one name, or files in the way, before anything
+            is predicted.
     """
-    slices, failed = find_slices(source)
+    slices, failed = find_slices(source, out=out)
     digits = len(str(sampler.count - 1))
     names = ["mask", "probability", "entropy", "overlay"]
     names += [f"sample_{i:0{digits}d}" for i in range(sampler.count)] * keep
-    for image in slices:
-        if image.page is not None:
-            raise InputError(f"{str(image.path)!r} is a stack: give --samples images of one page")
-        for name in names:
-            if (file := out / f"{image.name}_{name}.png").exists() and not overwrite:
-                raise InputError(f"{file} exists already: give --overwrite or another --out")
-    for image in tqdm(slices, unit="image", disable=None):
+    if stack := next((image.path for image in slices if image.page is not None), None):
+        raise InputError(f"{str(stack)!r} is a stack: give --samples images of one page")
+    writes = [(image, [out / f"{image.name}_{name}.png" for name in names]) for image in slices]
+    check_free(writes, overwrite=overwrite)
+    for image, files in tqdm(writes, unit="image", disable=None):
         try:
-            _write(sampler, image, [out / f"{image.name}_{n}.png" for n in names], threshold)
+            _write(sampler, image, files, threshold)
         except InputError as error:
             failed.append(str(error))
     for message in failed:

@@ -24,6 +24,7 @@ from unet.files.images import (
     natural_key,
     read_image,
     read_page,
+    walk,
 )
 from unet.files.pages import AS_STORED, SUFFIXES, Array, ImageInfo, Reading, naming
 from unet.files.shards import find_shards, read_shards
@@ -257,21 +258,14 @@ def _walk(root: Path) -> tuple[list[str], list[str], list[Path]]:
     """
     images: list[tuple[Any, str, tuple[str, ...]]] = []
     tables = []
-    seen: set[str] = set()  # of folders, to which links may lead back
-    for folder, subfolders, names in os.walk(root, followlinks=True):
-        place = os.path.realpath(folder)
-        if place in seen:
-            subfolders.clear()
-            continue
-        seen.add(place)
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith((".", "__")))
+    for folder, names in walk(root):
         parts = Path(folder).relative_to(root).parts
         inside = [natural_key(part) for part in parts]
         start = "" if folder == "." else folder
         for name in names:
             if name in TABLES:
                 tables.append(Path(folder, name))
-            elif name.lower().endswith(SUFFIXES) and not name.startswith("."):
+            elif name.lower().endswith(SUFFIXES):
                 images.append(([*inside, natural_key(name)], os.path.join(start, name), parts))
     if not images:
         raise InputError(f"'{root}': no image in this folder ({', '.join(SUFFIXES)})")
