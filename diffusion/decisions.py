@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,14 +12,14 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 
-from diffusion.initial import alike, find_start, fitting, image_channels, their_unet
+from diffusion.initial import alike, find_start, fitting, image_channels, is_lora, their_unet
 from diffusion.model import DiffusionUNet
 from diffusion.networks import automatic_config
 from diffusion.options import DiffusionOptions
 from diffusion.process.levels import TrainingLevels
 from diffusion.process.prediction import PredictionName, get_prediction
 from diffusion.process.schedule import NoiseSchedule
-from diffusion.stable.clip import ClipText
+from diffusion.stable.clip import ClipText, check_clip_parts
 from diffusion.stable.folder import CONFIGS, read_schedule
 from diffusion.stable.latents import Data, LatentData, autoencoder_of
 from diffusion.stable.lora import lora_targets
@@ -136,6 +137,66 @@ def decide(options: DiffusionOptions, data: Data) -> DiffusionPlan:
     )
 
 
+def check_options(options: DiffusionOptions) -> None:
+    """Raises the InputError of `decide` where the options alone call for it, without the data.
+
+    What reads weights to say it, of a single file and of a LoRA, is left to `decide`.
+    """
+    check_network(options)
+    if options.prior and clip_folder(options) is None:
+        raise InputError(
+            f"--prior {options.prior} needs captions that CLIP reads, as words of our own would be "
+            "chosen anew: give --latents or --text-encoder with a pipeline"
+        )
+    if folder := clip_folder(options):
+        check_clip_parts(folder)
+    start = None
+    if options.init:
+        if os.path.isfile(options.init) or is_lora(options.init):
+            return
+        start = find_start(options.init)
+    schedule, prediction, _ = chosen_noise(options, start)
+    if start and options.few_steps is not None:
+        check_teacher(options, start, schedule, prediction)
+    if start:
+        check_start(options, start)
+    chosen_levels(options, schedule, prediction)
+    chosen_fit(options, start)
+
+
+def check_start(options: DiffusionOptions, start: Start) -> None:
+    """Raises an InputError for a model of --init that is not trained here, or not by these."""
+    if start.config.vector_channels:
+        raise InputError(
+            f"--init {options.init} is of Stable Diffusion XL, which txt2img runs but which "
+            "cannot be trained here: give a model of version 1 or 2, or one of your own"
+        )
+    reads = options.network == "auto" and start.config.context_channels is not None
+    if reads and not options.captions:
+        raise InputError(f"--init {options.init} reads text: give --captions, or another model")
+
+
+def check_network(options: DiffusionOptions) -> None:
+    """Raises an InputError for a --network that is none of a diffusion model of these options."""
+    if options.network != "auto" and options.network not in (fits := _presets(options)):
+        what = "with" if options.captions else "without"
+        raise InputError(
+            f"--network {options.network!r} is no preset of a network that takes a timestep and is "
+            f"{what} text: choose auto or one of {', '.join(fits)}"
+        )
+
+
+def _presets(options: DiffusionOptions) -> list[str]:
+    """The presets that --network can name."""
+    return [
+        name
+        for name, preset in PRESETS.items()
+        if preset.config.block == "res"
+        and not preset.config.vector_channels  # which nothing in a folder of images gives
+        and (preset.config.context_channels is None) != options.captions
+    ]
+
+
 def data_info(options: DiffusionOptions, data: Data) -> dict[str, Any]:
     """What a model's `info` says of its images, and of what is given or made beside them."""
     images = data.source if isinstance(data, LatentData) else data
@@ -183,11 +244,7 @@ def chosen_start(options: DiffusionOptions, data: Data, info: Mapping[str, Any])
             f"--init {options.init} takes {counted(image_channels(start), 'channel')}, but "
             f"the images have {pictured}: --trained lora needs the same (--colour)"
         )
-    if start.config.vector_channels:
-        raise InputError(
-            f"--init {options.init} is of Stable Diffusion XL, which txt2img runs but which "
-            "cannot be trained here: give a model of version 1 or 2, or one of your own"
-        )
+    check_start(options, start)
     return start
 
 
@@ -442,16 +499,8 @@ def chosen_config(
     options: DiffusionOptions, data: Data, clip: ClipText | None, start: Start | None
 ) -> tuple[UNetConfig, str]:
     """The config that the options name, or the automatic one, and why it is this one."""
-    fits = [
-        name
-        for name, preset in PRESETS.items()
-        if preset.config.block == "res"
-        and not preset.config.vector_channels  # which nothing in a folder of images gives
-        and (preset.config.context_channels is None) != options.captions
-    ]
+    check_network(options)
     if options.network == "auto" and start:
-        if start.config.context_channels is not None and not options.captions:
-            raise InputError(f"--init {options.init} reads text: give --captions, or another model")
         config, why = replace(start.config, classes=0), f"as of {options.init}"
     elif options.network == "auto":
         on_gpu = options.device != "cpu" and pick_device("auto").type != "cpu"
@@ -465,18 +514,12 @@ def chosen_config(
         )
         if isinstance(data, LatentData) and config.patch > 1:
             config, why = without_patches(config), f"{why}; in latents as more levels, not patches"
-    elif options.network in fits:
+    else:
         preset = PRESETS[options.network]
         config, why = replace(preset.config, in_channels=data.channels), preset.source
         config = config if config.time else timed(config)
         if clip:
             config = replace(config, context_channels=clip.channels)
-    else:
-        what = "with" if options.captions else "without"
-        raise InputError(
-            f"--network {options.network!r} is no preset of a network that takes a timestep and is "
-            f"{what} text: choose auto or one of {', '.join(fits)}"
-        )
     if options.width:
         heads = config.head_channels and math.gcd(config.head_channels, options.width)
         config = replace(config, channels=options.width, head_channels=heads)

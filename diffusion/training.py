@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,11 +15,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from diffusion.data.conditions import Asked
+from diffusion.data.conditions import Asked, find_condition
 from diffusion.data.images import DiffusionData, TrainingSamples
 from diffusion.data.pixels import ValueRange, to_bytes
-from diffusion.data.sources import HowToRead
-from diffusion.decisions import DiffusionPlan, clip_folder, decide
+from diffusion.data.sources import HowToRead, check_source
+from diffusion.decisions import DiffusionPlan, check_options, clip_folder, decide
 from diffusion.initial import (
     freeze_all_but_attention,
     load_model,
@@ -49,7 +50,7 @@ from unet.training.batches import Key, sample_rng
 from unet.training.config_file import keep_config
 from unet.training.fit import fit
 from unet.training.resuming import resumed
-from unet.training.run import RunFolder, is_main_process, run_folder, upload
+from unet.training.run import RunFolder, check_first, is_main_process, run_folder, upload
 from unet.training.task import Batch, Processes, Task
 from unet.weights.card import SAMPLES
 
@@ -64,7 +65,13 @@ def train(options: DiffusionOptions) -> dict[str, float]:
     Raises:
         InputError: a mistake in the options or the data, before anything is trained.
     """
+    check_first(options)
     options = resumed(options)
+    if options.condition and not os.path.isdir(options.condition):
+        find_condition(options.condition, 1)
+    if options.prior:
+        check_source(options.prior)
+    check_options(options)
     data = load_data(options)
     prior = load_prior(options, data)
     plan = decide(options, data)
@@ -132,15 +139,10 @@ def load_prior(options: DiffusionOptions, data: Data) -> Data | None:
     """The images of --prior, where it is given.
 
     Raises:
-        InputError: no CLIP reads the captions; images of another size or other channels.
+        InputError: images of another size, other channels or another type.
     """
     if options.prior is None:
         return None
-    if clip_folder(options) is None:
-        raise InputError(
-            f"--prior {options.prior} needs captions that CLIP reads, as words of our own would be "
-            "chosen anew: give --latents or --text-encoder with a pipeline"
-        )
     ranges, dtype = _kept(data)
     prior = load_data(replace(options, data=options.prior, val=1), latents="prior", ranges=ranges)
     if (prior.size, prior.channels) != (data.size, data.channels):

@@ -12,6 +12,7 @@ from segmentation.options import LabelOptions, SegmentationOptions
 from unet.errors import InputError
 from unet.training.cli import run_script, say_next
 from unet.training.config_file import load_config
+from unet.training.options import check_paths
 from unet.words import counted
 
 if TYPE_CHECKING:
@@ -110,6 +111,7 @@ def main(options: EvalOptions) -> None:
     taken = options.out.is_dir() and any(options.out.iterdir()) and not options.overwrite
     if taken or options.out.is_file():
         raise InputError(f"--out {options.out} holds files: give --overwrite or another folder")
+    check_paths(options)
     models, table, threshold = load_models(options.model, options.device)
     source, pairs = chosen_pairs(options, known_slices(models[0].info))
     data = labelled_data(models, pairs, table, source.ignore_value)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from unet.errors import InputError
 from unet.training.cli import run_script, say_next
-from unet.training.options import ReadingOptions
+from unet.training.options import ReadingOptions, check_paths
 from unet.words import counted
 
 
@@ -108,6 +108,7 @@ def main(options: PredictOptions) -> int:
     from unet.training.task import Processes
     from unet.weights.folder import read_config
 
+    check_paths(options)
     if options.samples:
         return sampled_main(options)
     if Path(options.model[0]).is_dir() and _draws_masks(read_config(Path(options.model[0]))):

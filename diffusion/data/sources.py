@@ -83,6 +83,14 @@ class Source:
         return info
 
 
+def check_source(data: str | Path) -> None:
+    """Raises an InputError where `data` names nothing that is there."""
+    path = Path(data)
+    # exists is False for an impossible name, too
+    if str(data) != "shapes" and not (os.path.exists(path) or is_volume(path) or find_shards(path)):
+        raise InputError(f"'{data}': no such file or folder")
+
+
 def open_source(
     data: str | Path, captions: bool, size: int | None, seed: int, how: HowToRead | None = None
 ) -> Source:
@@ -96,8 +104,7 @@ def open_source(
         return _drawn(size or SIDE, seed)
     if shards := find_shards(path):
         return _in_shards(shards, captions, how or HowToRead())
-    if not (is_volume(path) or os.path.exists(path)):  # False for an impossible name, too
-        raise InputError(f"'{data}': no such file or folder")
+    check_source(data)
     how = how or HowToRead()
     if path.suffix.lower() == ".npz":
         return _archive(path, how)

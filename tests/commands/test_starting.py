@@ -406,7 +406,7 @@ def test_a_diffusion_model_that_is_there_is_not_learnt_again(
         (("--best-by", "ap"), "ap"),
         (("--crop", 64), "too few for a crop of 64"),
         (("--unlabelled", "COLOUR"), "RGB uint8 in the unlabelled"),
-        (("--unlabelled", "nowhere"), "no such folder"),
+        (("--unlabelled", "nowhere"), "no such file or folder"),
     ],
 )
 def test_unlabelled_images_that_do_not_go_with_the_labelled_ones_are_refused(
