@@ -482,7 +482,9 @@ def chosen_text(
     """The entry of `info` about what reads the captions, and what is told of it."""
     if clip:
         folder = str(Path(str(clip_folder(options))).resolve())
-        told_clip = Decision("text", f"CLIP, {clip.channels} channels", f"of {folder}")
+        told_clip = Decision(
+            "text", f"CLIP, {clip.channels} channels", f"of {clip_folder(options)}"
+        )
         return {"text_encoder": folder}, [told_clip]
     if network.context_channels is None:
         return {}, []

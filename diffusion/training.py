@@ -23,13 +23,12 @@ from diffusion.decisions import DiffusionPlan, check_options, clip_folder, decid
 from diffusion.initial import (
     freeze_all_but_attention,
     load_model,
-    noted_base,
     save_lora,
     start_lora,
     take_over,
 )
 from diffusion.judging.report import SHOWN, preview_sampler, shown_conditions, spread, write_report
-from diffusion.model import DiffusionUNet
+from diffusion.model import DiffusionUNet, noted_path
 from diffusion.options import CHANNELS, DiffusionOptions
 from diffusion.pictures import grid, table
 from diffusion.process.denoiser import Denoiser
@@ -69,9 +68,9 @@ def train(options: DiffusionOptions) -> dict[str, float]:
     options = resumed(options)
     if options.condition and not os.path.isdir(options.condition):
         find_condition(options.condition, 1)
+    check_options(options)
     if options.prior:
         check_source(options.prior)
-    check_options(options)
     data = load_data(options)
     prior = load_prior(options, data)
     plan = decide(options, data)
@@ -228,7 +227,7 @@ def make_model(plan: DiffusionPlan) -> DiffusionUNet:
     options = plan.options
     goes_on = options.resume and RunFolder(options.out).state.exists()
     if options.trained == "lora" and plan.start:
-        base = noted_base(str(options.init), RunFolder(options.out).model)
+        base = noted_path(str(options.init), RunFolder(options.out).model)
         start_lora(model, plan.start, options.rank, base)
     # What is not trained is not in the state, either.
     elif plan.start and not (goes_on and options.trained == "all"):
