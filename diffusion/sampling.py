@@ -33,7 +33,7 @@ from diffusion.stable.lora import merge_loras
 from diffusion.text import TextEncoder
 from unet.device import computing_in, pick_device, trained_precision
 from unet.errors import InputError
-from unet.files.pages import Array
+from unet.files.pages import Array, Reading
 from unet.training.task import Processes
 
 Images = Array  # (N, H, W, C), of the type of the training images
@@ -273,7 +273,13 @@ class ImageSampler:
             )
         size = None if self.model.any_size and not resize else (self.height, self.width)
         ranges = known_ranges(self.model.info)
-        return condition.unread(file, size, self.channels, ranges, self.pixels.fine)
+        nodata = self.reading.nodata
+        return condition.unread(file, size, self.channels, ranges, self.pixels.fine, nodata)
+
+    @property
+    def reading(self) -> Reading:
+        """How the training images were read, from the model's `info`."""
+        return Reading.from_dict(self.model.info.get("reading", {}))
 
     def sizes(self, wanted: Wanted) -> list[tuple[int, int]]:
         """Height and width of each image that is made."""

@@ -336,16 +336,16 @@ def picture(path: Path, sampler: ImageSampler) -> Tensor:
     """An image file as the model takes it, (1, C, H, W) in [-1, 1]: resized and cropped."""
     from diffusion.data.pixels import fitted, known_ranges
     from diffusion.data.sources import HowToRead
-    from unet.files.pages import Reading, naming
+    from unet.files.images import image_info
+    from unet.files.pages import naming
 
-    info = sampler.model.info
-    reading = Reading.from_dict(info.get("reading", {}))
+    reading = sampler.reading
     over = None if sampler.channels == 4 else HowToRead().background
     pixels = HowToRead(reading=reading, background=over).image(path)
-    values = known_ranges(info).get(pixels.dtype.name)
-    size = (sampler.height, sampler.width)
+    values = known_ranges(sampler.model.info).get(pixels.dtype.name)
+    size, nodata = (sampler.height, sampler.width), image_info(path, reading).nodata
     with naming(path):
-        found = fitted(pixels, size, sampler.channels, values, fine=sampler.pixels.fine)
+        found = fitted(pixels, size, sampler.channels, values, nodata, fine=sampler.pixels.fine)
     return found[None].to(sampler.device)
 
 

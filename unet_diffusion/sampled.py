@@ -19,7 +19,8 @@ from segmentation.pictures import grey_or_rgb, overlay, overlay_legend
 from segmentation.predict import Probability, classes
 from segmentation.uncertainty import entropy_map
 from unet.errors import InputError
-from unet.files.images import read_image, write_image
+from unet.files.images import image_info, read_image, write_image
+from unet.files.pages import Reading
 from unet.files.pictures import key
 
 Samples = NDArray[np.uint8]  # class indices (S, H, W)
@@ -62,7 +63,8 @@ class MaskSampler:
         file = Path(file)
         if self.sampler.model.any_size:
             return self._sampled(file)
-        height, width = read_image(file).shape[:2]
+        info = image_info(file)
+        height, width = info.height, info.width
         rows, columns = self.sampler.height, self.sampler.width
         if height * columns != width * rows:
             raise InputError(
@@ -138,6 +140,7 @@ def _write(sampler: MaskSampler, image: Slice, files: list[Path], threshold: flo
     write_image(mask, table.decode(decided))
     write_image(probable, as_16_bit(probability))
     write_image(unsure, as_16_bit(entropy_map(probability)[None]))
-    write_image(picture, overlay(grey_or_rgb(read_image(image.path)), decided, table))
+    seen = read_image(image.path, reading=Reading(nodata=sampler.sampler.reading.nodata))
+    write_image(picture, overlay(grey_or_rgb(seen), decided, table))
     for file, sample in zip(kept, samples, strict=False):
         write_image(file, table.decode(sample))

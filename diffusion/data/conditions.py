@@ -32,6 +32,7 @@ from diffusion.data.pixels import (
 )
 from unet.errors import InputError
 from unet.files.images import image_info, list_images, read_image, read_mask
+from unet.files.pages import Array, Reading
 from unet.words import counted
 
 RECIPES = ("lowres", "grey", "noise", "hole")
@@ -167,8 +168,12 @@ class Condition:
             hole[:, top : top + sides[0], left : left + sides[1]] = 1
         return torch.cat([image * (1 - hole), hole])
 
-    def read(self, file: Path) -> Pixels:
+    def read(self, file: Path, nodata: float | None = None) -> Pixels:
         """The condition in a file, (H, W, K): one channel a value of 0 and 255, or pixels.
+
+        Args:
+            nodata: the value of a picture's pixels where nothing was measured; None: what its file
+                declares.
 
         Raises:
             InputError: a mask with another value, a picture with other channels.
@@ -185,10 +190,10 @@ class Condition:
                     f"{list(self.values)}"
                 )
             return ((mask[..., None] == np.array(self.values)) * np.uint8(255)).astype(np.uint8)
-        pixels = read_image(file, background=(255, 255, 255))
+        pixels, nodata = _read(file, nodata, background=(255, 255, 255))
         known_range = ValueRange(self.low, self.high) if pixels.dtype.name == self.dtype else None
         try:
-            return as_levels(pixels, self.channels, known_range, fine=self.fine)
+            return as_levels(pixels, self.channels, known_range, nodata, fine=self.fine)
         except InputError as error:
             raise InputError(f"{str(file)!r}: {error}") from error
 
@@ -199,6 +204,7 @@ class Condition:
         image_channels: int,
         ranges: Mapping[str, ValueRange] | None = None,
         fine: bool = False,
+        nodata: float | None = None,
     ) -> Tensor:
         """The condition (K, H, W) in a file that an image of this size is to be made from.
 
@@ -211,27 +217,28 @@ class Condition:
                 the small picture's.
             ranges: the values of each type that are -1 and 1 in images; None: all that it has.
             fine: whether images have more than 8 bits.
+            nodata: see `read`.
 
         Raises:
             InputError: a file that cannot be read, or is none of these.
         """
         if self.kind in ("mask", "picture"):
-            return self.as_tensor(_resized(self.read(file), size))
+            return self.as_tensor(_resized(self.read(file, nodata), size))
         try:
             if self.kind == "hole":
-                pixels = read_image(file, alpha=True)
+                pixels, nodata = _read(file, nodata, alpha=True)
                 if not image_info(file).has_alpha:
                     raise InputError("nothing in it is transparent, which says where the hole is")
                 known = (ranges or {}).get(pixels.dtype.name)
                 cover = _resized(as_levels(pixels[..., -1:], 1), size)
-                seen = as_levels(pixels[..., :-1], image_channels, known, fine=fine)
+                seen = as_levels(pixels[..., :-1], image_channels, known, nodata, fine=fine)
                 image = as_tensor(_resized(seen, size))
                 hole = torch.from_numpy(cover[..., 0] < 128).float()[None]
                 return torch.cat([image * (1 - hole), hole])
             channels = 1 if self.kind == "grey" else image_channels
-            read = read_image(file, background=(255, 255, 255))
+            read, nodata = _read(file, nodata, background=(255, 255, 255))
             known = (ranges or {}).get(read.dtype.name)
-            pixels = as_levels(read, channels, known, fine=fine)
+            pixels = as_levels(read, channels, known, nodata, fine=fine)
         except InputError as error:
             said = str(error)
             raise InputError(said if str(file) in said else f"{str(file)!r}: {said}") from error
@@ -252,6 +259,7 @@ class Condition:
         image_channels: int,
         ranges: Mapping[str, ValueRange] | None = None,
         fine: bool = False,
+        nodata: float | None = None,
     ) -> Unread:
         """What `given` will read of a file, once its header was looked at.
 
@@ -279,7 +287,7 @@ class Condition:
             shape = round(info.height * factor), round(info.width * factor)
         return Unread(
             (self.channels, *(size or shape)),
-            lambda: self.given(file, size, image_channels, ranges, fine),
+            lambda: self.given(file, size, image_channels, ranges, fine, nodata),
         )
 
     def _enlarged(self, pixels: Pixels, size: tuple[int, int]) -> Tensor:
@@ -319,10 +327,19 @@ def _resized(pixels: Pixels, size: tuple[int, int] | None) -> Pixels:
     return pixels if size is None else resized(pixels, size)
 
 
-def find_condition(said: str, channels: int) -> Condition:
+def _read(file: Path, nodata: float | None, **how: Any) -> tuple[Array, float | None]:
+    """The pixels of a file, and its value where nothing was measured: what is said, or what the
+    file declares.
+    """
+    reading = Reading(nodata=nodata)
+    return read_image(file, reading=reading, **how), image_info(file, reading).nodata
+
+
+def find_condition(said: str, channels: int, nodata: float | None = None) -> Condition:
     """The condition that a recipe or a folder stands for, for images of so many channels.
 
     Args:
+        nodata: see `Condition.read`.
         said: "lowres:4", "grey", "noise:0.2", "hole", or a folder. Files there that all hold a few
             whole numbers (or are indices of a palette) are masks, others are pictures.
 
@@ -331,7 +348,7 @@ def find_condition(said: str, channels: int) -> Condition:
     """
     name, _, amount = said.partition(":")
     if name not in RECIPES or os.path.isdir(said):
-        return _of_folder(Path(said))
+        return _of_folder(Path(said), nodata)
     if name in ("lowres", "noise"):
         least = 1.0 if name == "lowres" else 0.0
         number = float(amount) if re.fullmatch(r"[0-9]{1,4}(\.[0-9]{1,9})?", amount) else -1.0
@@ -346,7 +363,7 @@ def find_condition(said: str, channels: int) -> Condition:
     return Condition(kind=name, channels=1 if name == "grey" else channels + 1)
 
 
-def _of_folder(folder: Path) -> Condition:
+def _of_folder(folder: Path, nodata: float | None) -> Condition:
     if not folder.is_dir():
         raise InputError(
             f"--condition {folder} is neither a folder nor one of lowres:4, grey, noise:0.2, hole"
@@ -372,9 +389,9 @@ def _of_folder(folder: Path) -> Condition:
     dtype = infos[0].dtype
     finder = RangeFinder(dtype)
     for file in files[:: max(1, len(files) // _LOOKED_AT)]:
-        pixels = read_image(file)
+        pixels, unknown = _read(file, nodata)
         if pixels.dtype.name == dtype:
-            finder.add(pixels, str(file))
+            finder.add(pixels, str(file), unknown)
     low, high = finder.found().each(1)
     return Condition(
         kind="picture",

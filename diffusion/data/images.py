@@ -255,7 +255,8 @@ class DiffusionData:
         if isinstance(said, Condition):
             self.condition = said
         else:
-            self.condition, folder = find_condition(said, self.channels), said
+            nodata = self.how.reading.nodata
+            self.condition, folder = find_condition(said, self.channels, nodata), said
         if not self.condition.from_image:
             assert folder is not None
             self._partners = self._named_as_images("--condition", Path(folder), "condition")
@@ -327,9 +328,11 @@ class DiffusionData:
                 self._check_size(image, pixels.shape[:2], self.size)
             if self._partners:
                 file = self._partners[image]
-                read = self.condition or self.masks
-                assert read is not None
-                other = read.read(Path(file))
+                if self.condition is not None:
+                    other = self.condition.read(Path(file), self.how.reading.nodata)
+                else:
+                    assert self.masks is not None
+                    other = self.masks.read(Path(file))
                 if other.shape[:2] != pixels.shape[:2]:
                     raise InputError(
                         f"'{file}' is {other.shape[0]} x {other.shape[1]}, but its image "
