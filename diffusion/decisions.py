@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,14 +12,22 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 
-from diffusion.initial import PREDICTION, alike, find_start, fitting, image_channels, noise_of
+from diffusion.initial import (
+    PREDICTION,
+    alike,
+    find_start,
+    fitting,
+    image_channels,
+    is_lora,
+    noise_of,
+)
 from diffusion.model import DiffusionUNet
 from diffusion.networks import automatic_config
 from diffusion.options import DiffusionOptions
 from diffusion.process.levels import TrainingLevels
 from diffusion.process.prediction import PredictionName, get_prediction
 from diffusion.process.schedule import NoiseSchedule
-from diffusion.stable.clip import ClipText
+from diffusion.stable.clip import ClipText, check_clip_parts
 from diffusion.stable.latents import Data, LatentData, autoencoder_of, images_of
 from diffusion.stable.lora import lora_targets
 from diffusion.text import WordEncoder
@@ -124,6 +133,65 @@ def decide(options: DiffusionOptions, data: Data) -> DiffusionPlan:
     )
 
 
+def check_options(options: DiffusionOptions) -> None:
+    """Raises the InputError of `decide` where the options alone call for it, without the data.
+
+    What reads weights to say it, of a single file and of a LoRA, is left to `decide`.
+    """
+    check_network(options)
+    if options.prior and clip_folder(options) is None:
+        raise InputError(
+            f"--prior {options.prior} needs captions that CLIP reads, as words of our own would be "
+            "chosen anew: give --latents or --text-encoder with a pipeline"
+        )
+    if folder := clip_folder(options):
+        check_clip_parts(folder)
+    start = None
+    if options.init:
+        if os.path.isfile(options.init) or is_lora(options.init):
+            return
+        start = find_start(options.init)
+    schedule, prediction, _ = chosen_noise(options, start)
+    if start:
+        check_teacher(options, start, schedule, prediction)
+        check_start(options, start)
+    chosen_levels(options, schedule, prediction)
+    chosen_fit(options, start)
+
+
+def check_start(options: DiffusionOptions, start: Start) -> None:
+    """Raises an InputError for a model of --init that is not trained here, or not by these."""
+    if start.config.vector_channels:
+        raise InputError(
+            f"--init {options.init} is of Stable Diffusion XL, which txt2img runs but which "
+            "cannot be trained here: give a model of version 1 or 2, or one of your own"
+        )
+    reads = options.network == "auto" and start.config.context_channels is not None
+    if reads and not options.captions:
+        raise InputError(f"--init {options.init} reads text: give --captions, or another model")
+
+
+def check_network(options: DiffusionOptions) -> None:
+    """Raises an InputError for a --network that is none of a diffusion model of these options."""
+    if options.network != "auto" and options.network not in (fits := _presets(options)):
+        what = "with" if options.captions else "without"
+        raise InputError(
+            f"--network {options.network!r} is no preset of a network that takes a timestep and is "
+            f"{what} text: choose auto or one of {', '.join(fits)}"
+        )
+
+
+def _presets(options: DiffusionOptions) -> list[str]:
+    """The presets that --network can name."""
+    return [
+        name
+        for name, preset in PRESETS.items()
+        if preset.config.block == "res"
+        and not preset.config.vector_channels  # which nothing in a folder of images gives
+        and (preset.config.context_channels is None) != options.captions
+    ]
+
+
 def data_info(options: DiffusionOptions, data: Data) -> dict[str, Any]:
     """What a model's `info` says of its images, and of what is given or made beside them."""
     images = images_of(data)
@@ -171,11 +239,7 @@ def chosen_start(options: DiffusionOptions, data: Data, info: Mapping[str, Any])
             f"--init {options.init} takes {counted(image_channels(start), 'channel')}, but "
             f"the images have {pictured}: --trained lora needs the same (--colour)"
         )
-    if start.config.vector_channels:
-        raise InputError(
-            f"--init {options.init} is of Stable Diffusion XL, which txt2img runs but which "
-            "cannot be trained here: give a model of version 1 or 2, or one of your own"
-        )
+    check_start(options, start)
     return start
 
 
@@ -416,7 +480,9 @@ def chosen_text(
     """The entry of `info` about what reads the captions, and what is told of it."""
     if clip:
         folder = str(Path(str(clip_folder(options))).resolve())
-        told_clip = Decision("text", f"CLIP, {clip.channels} channels", f"of {folder}")
+        told_clip = Decision(
+            "text", f"CLIP, {clip.channels} channels", f"of {clip_folder(options)}"
+        )
         return {"text_encoder": folder}, [told_clip]
     if network.context_channels is None:
         return {}, []
@@ -433,6 +499,7 @@ def chosen_network(
     options: DiffusionOptions, data: Data, clip: ClipText | None, start: Start | None
 ) -> tuple[UNetConfig, str]:
     """The config of the network for these data, and why it is this one."""
+    check_network(options)
     config, why = _named_network(options, data, clip, start)
     if options.width:
         heads = config.head_channels and math.gcd(config.head_channels, options.width)
@@ -462,8 +529,6 @@ def _named_network(
     if options.network != "auto":
         return _preset(options, data, clip)
     if start:
-        if start.config.context_channels is not None and not options.captions:
-            raise InputError(f"--init {options.init} reads text: give --captions, or another model")
         return replace(start.config, classes=0), f"as of {options.init}"
     on_gpu = options.device != "cpu" and pick_device("auto").type != "cpu"
     config, why = automatic_config(
@@ -480,19 +545,6 @@ def _named_network(
 
 
 def _preset(options: DiffusionOptions, data: Data, clip: ClipText | None) -> tuple[UNetConfig, str]:
-    fits = [
-        name
-        for name, preset in PRESETS.items()
-        if preset.config.block == "res"
-        and not preset.config.vector_channels  # which nothing in a folder of images gives
-        and (preset.config.context_channels is None) != options.captions
-    ]
-    if options.network not in fits:
-        what = "with" if options.captions else "without"
-        raise InputError(
-            f"--network {options.network!r} is no preset of a network that takes a timestep and is "
-            f"{what} text: choose auto or one of {', '.join(fits)}"
-        )
     preset = PRESETS[options.network]
     config = replace(preset.config, in_channels=data.channels)
     config = config if config.time else timed(config)

@@ -1,14 +1,13 @@
 """The weights that a training run starts from, and those that it leaves as they are.
 
 The model folder of a LoRA run holds the LoRA alone. Its `info["lora"]` says what that belongs to:
-the "base", its path from there, or its name alone (`noted_base`); "stamp", a digest of some of its
-weights; "rank".
+the "base", its path from there, or its name alone (`diffusion.model.noted_path`); "stamp", a digest
+of some of its weights; "rank".
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +19,7 @@ from torch import Tensor, nn
 from diffusion.data.conditions import Condition
 from diffusion.data.masks import MaskCoding
 from diffusion.data.pixels import WHOLE, ValueRange
-from diffusion.model import DiffusionUNet
-from diffusion.options import DiffusionOptions
+from diffusion.model import DiffusionUNet, placed_path
 from diffusion.process.prediction import PredictionName
 from diffusion.process.schedule import NoiseSchedule
 from diffusion.stable.folder import CONFIGS, read_schedule, read_unet, read_unet_config
@@ -31,7 +29,6 @@ from unet.attention import SpatialTransformer
 from unet.config import UNetConfig
 from unet.errors import InputError
 from unet.files.writing import read_json
-from unet.training.config_file import load_config
 from unet.weights.crossing import timed, with_pixels, with_time
 from unet.weights.folder import CONFIG, load_strictly, read_config
 from unet.weights.start import Start, read_start
@@ -206,10 +203,7 @@ def load_model(path: str | Path) -> DiffusionUNet:
     if not is_lora(path):
         return DiffusionUNet.from_pretrained(path)
     model, base = described_lora(path)
-    where = Path(path, base["base"])  # absolute in earlier notes
-    config = Path(path).resolve().parent / "config.yaml"  # of the run, which stays on its machine
-    if not where.exists() and config.exists():
-        where = Path(load_config(DiffusionOptions, config).get("init") or where)
+    where = placed_path(base["base"], Path(path), ["init"])
     try:
         start = find_start(str(where.resolve()))
         state = start.read()
@@ -241,17 +235,8 @@ def described_lora(path: str | Path) -> tuple[DiffusionUNet, dict[str, Any]]:
         )
     with torch.device("meta"):
         config = UNetConfig.from_dict(described["unet"])
+        info = DiffusionUNet.placed(info, Path(path))
         return DiffusionUNet(config, described["out_channels"], info), base
-
-
-def noted_base(init: str, folder: Path) -> str:
-    """What a LoRA in this folder notes of its base: the path from there, or where that would lead
-    over the root, by folders that are nobody's business, its name.
-    """
-    base, folder = Path(init).resolve(), folder.resolve()
-    if base.parts[:2] != folder.parts[:2]:
-        return base.name
-    return Path(os.path.relpath(base, folder)).as_posix()
 
 
 def stamp(state: Mapping[str, Tensor]) -> str:
@@ -268,7 +253,7 @@ def start_lora(model: DiffusionUNet, start: Start, rank: int, base: str) -> None
     """Loads all of a start into a model, and adds what a LoRA trains.
 
     Args:
-        base: see `noted_base`.
+        base: see `noted_path`.
 
     Raises:
         InputError: a model with weights that the start does not have, which would stay random.

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -14,15 +16,20 @@ from torch import Tensor, nn
 from diffusion.data.conditions import Ask, Asked, Condition
 from diffusion.data.masks import MaskCoding
 from diffusion.data.pixels import PixelType
+from diffusion.options import DiffusionOptions
 from diffusion.text import TextEncoder, WordEncoder
 from unet.config import UNetConfig
 from unet.errors import InputError
 from unet.layers import make_activation, make_norm, unpatch, zero_init
+from unet.training.config_file import load_config
 from unet.weights.card import Usage
 from unet.weights.folder import FolderModel
 from unet.words import counted
 
 LARGEST = 2**16  # pixels a side
+RUN = "config.yaml"
+# Parts that its `info` names, and the options of the run that named them.
+_PARTS = {"autoencoder": ("latents",), "text_encoder": ("text_encoder", "latents")}
 
 
 class DiffusionUNet(FolderModel):
@@ -152,6 +159,21 @@ class DiffusionUNet(FolderModel):
             given["classes"] = torch.tensor(indices, device=device)
         return given
 
+    @staticmethod
+    def noted(info: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
+        """With the paths of its parts from the folder that it is written to; see `noted_path`."""
+        known = {key: info[key] for key in _PARTS if isinstance(info.get(key), str)}
+        parts = {key: noted_path(path, folder) for key, path in known.items()}
+        run = (folder.resolve().parent / RUN).is_file()  # which knows what has its name alone
+        return {**info, **{k: v for k, v in parts.items() if run or Path(folder, v).exists()}}
+
+    @staticmethod
+    def placed(info: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
+        """With the paths of its parts from anywhere."""
+        known = {key: info[key] for key in _PARTS if isinstance(info.get(key), str)}
+        found = {k: placed_path(v, folder, _PARTS[k]) for k, v in known.items()}
+        return {**info, **{k: str(path.resolve()) for k, path in found.items()}}
+
     def usage(self, where: str) -> Usage:
         texts, dtype = bool({"text", "text_encoder"} & self.info.keys()), "uint8"
         wanted = ', prompts="a text"' if texts else ""
@@ -215,6 +237,29 @@ class DiffusionUNet(FolderModel):
         if "autoencoder" in info:
             facts["Latents"] = "of an autoencoder, which this folder does not hold"
         return facts
+
+
+def noted_path(path: str | Path, folder: Path) -> str:
+    """What a model in a folder notes of another one that it needs: the path from there, or where
+    that would lead over the root, by folders that are nobody's business, its name.
+    """
+    path, folder = Path(path).resolve(), folder.resolve()
+    if path.parts[:2] != folder.parts[:2]:
+        return path.name
+    return Path(os.path.relpath(path, folder)).as_posix()
+
+
+def placed_path(note: str, folder: Path, options: Sequence[str]) -> Path:
+    """Where that lies: by the path from the folder (absolute in earlier notes), or, if nothing is
+    there, where the first of these options says it, of the run that the folder is part of.
+    """
+    where = Path(folder, note)
+    file = folder.resolve().parent / RUN  # which stays on its machine
+    if where.exists() or not file.is_file():
+        return where
+    run = load_config(DiffusionOptions, file)
+    said = next((Path(run[name]) for name in options if run.get(name)), where)
+    return said if said.exists() else where
 
 
 def trained_size(info: Mapping[str, Any]) -> tuple[int, int]:

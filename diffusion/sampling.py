@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from diffusion.stable.lora import merge_loras
 from diffusion.text import TextEncoder
 from unet.device import computing_in, pick_device, trained_precision
 from unet.errors import InputError
-from unet.files.pages import Array
+from unet.files.pages import Array, Reading
 from unet.training.task import Processes
 
 Images = Array  # (N, H, W, C), of the type of the training images
@@ -119,19 +120,15 @@ class ImageSampler:
     def _read_parts(self) -> Autoencoder | None:
         """The autoencoder where the model works in latents; the model gets its CLIP, too."""
         info = self.model.info
-        try:
-            if "text_encoder" in info and self.model.text is None:
-                clip = ClipText.from_pretrained(_folder(self.model, "text_encoder"))
-                clip.model.to(self.device)
-                self.model.text = clip
-            if "autoencoder" in info:
-                return Autoencoder.from_folder(_folder(self.model, "autoencoder"), self.device)
-        except InputError as error:
-            raise InputError(
-                f"the model was trained with parts that cannot be read any more ({error}): use "
-                "txt2img with the pipeline/ of its run"
-            ) from error
-        return None
+        if "text_encoder" in info and self.model.text is None:
+            with _part_of(self.model, "text_encoder", "reads texts by the CLIP") as folder:
+                clip = ClipText.from_pretrained(folder)
+            clip.model.to(self.device)
+            self.model.text = clip
+        if "autoencoder" not in info:
+            return None
+        with _part_of(self.model, "autoencoder", "works on latents of the autoencoder") as folder:
+            return Autoencoder.from_folder(folder, self.device)
 
     def _denoiser(self) -> DenoiserLike:
         options, model = self.options, self.model
@@ -257,8 +254,14 @@ class ImageSampler:
             channels=self.channels,
             ranges=known_ranges(self.model.info),
             fine=self.pixels.fine,
+            nodata=self.reading.nodata,
         )
         return condition.unread(file, images)
+
+    @property
+    def reading(self) -> Reading:
+        """How the training images were read, from the model's `info`."""
+        return Reading.from_dict(self.model.info.get("reading", {}))
 
     def sizes(self, wanted: Wanted) -> list[tuple[int, int]]:
         """Height and width of each image that is made."""
@@ -471,12 +474,20 @@ def image_seeds(seed: int, count: int, first: int = 0) -> list[int]:
     return [(start + first + i) % SEEDS for i in range(count)]
 
 
-def _folder(model: DiffusionUNet, key: str) -> str:
-    """The folder that the model's `info` names under a key."""
-    name = model.info[key]
-    if not isinstance(name, str):
-        raise InputError(f"info.{key} in the model's config.json is {name!r:.200}, and no folder")
-    return name
+@contextmanager
+def _part_of(model: DiffusionUNet, key: str, uses: str) -> Iterator[str]:
+    """The folder that the model's `info` names under a key; what is wrong there names the key."""
+    folder = model.info[key]
+    if not isinstance(folder, str):
+        raise InputError(f"info.{key} in the model's config.json is {folder!r:.200}, and no folder")
+    try:
+        yield folder
+    except InputError as error:
+        raise InputError(
+            f"the model {uses} of {folder!r}, which cannot be read ({error}): put it there, or "
+            f"write the path to where it is into info.{key} of the model's config.json; or use "
+            "txt2img with the pipeline/ of its run"
+        ) from error
 
 
 def _saved(model: DiffusionUNet, key: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,22 +15,21 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from diffusion.data.conditions import Asked
+from diffusion.data.conditions import Asked, find_condition
 from diffusion.data.images import DiffusionData
 from diffusion.data.pixels import ValueRange, to_bytes
 from diffusion.data.samples import TrainingSamples
-from diffusion.data.sources import HowToRead
-from diffusion.decisions import DiffusionPlan, clip_folder, decide
+from diffusion.data.sources import HowToRead, check_source
+from diffusion.decisions import DiffusionPlan, check_options, clip_folder, decide
 from diffusion.initial import (
     freeze_all_but_attention,
     load_model,
-    noted_base,
     save_lora,
     start_lora,
     take_over,
 )
 from diffusion.judging.report import SHOWN, preview_sampler, shown_conditions, spread, write_report
-from diffusion.model import DiffusionUNet
+from diffusion.model import DiffusionUNet, noted_path
 from diffusion.options import CHANNELS, DiffusionOptions
 from diffusion.pictures import grid, table
 from diffusion.process.denoiser import Denoiser
@@ -50,7 +50,7 @@ from unet.training.batches import Key, sample_rng
 from unet.training.config_file import keep_config
 from unet.training.fit import fit
 from unet.training.resuming import resumed
-from unet.training.run import RunFolder, is_main_process, run_folder, upload
+from unet.training.run import RunFolder, check_first, is_main_process, run_folder, upload
 from unet.training.task import Batch, Processes, Task
 from unet.weights.card import SAMPLES
 
@@ -65,7 +65,13 @@ def train(options: DiffusionOptions) -> dict[str, float]:
     Raises:
         InputError: a mistake in the options or the data, before anything is trained.
     """
+    check_first(options)
     options = resumed(options)
+    if options.condition and not os.path.isdir(options.condition):
+        find_condition(options.condition, 1)
+    check_options(options)
+    if options.prior:
+        check_source(options.prior)
     data = load_data(options)
     prior = load_prior(options, data)
     plan = decide(options, data)
@@ -133,15 +139,10 @@ def load_prior(options: DiffusionOptions, data: Data) -> Data | None:
     """The images of --prior, where it is given.
 
     Raises:
-        InputError: no CLIP reads the captions; images of another size or other channels.
+        InputError: images of another size, other channels or another type.
     """
     if options.prior is None:
         return None
-    if clip_folder(options) is None:
-        raise InputError(
-            f"--prior {options.prior} needs captions that CLIP reads, as words of our own would be "
-            "chosen anew: give --latents or --text-encoder with a pipeline"
-        )
     ranges, dtype = _kept(data)
     prior = load_data(replace(options, data=options.prior, val=1), latents="prior", ranges=ranges)
     if (prior.size, prior.channels) != (data.size, data.channels):
@@ -227,7 +228,7 @@ def make_model(plan: DiffusionPlan) -> DiffusionUNet:
     options = plan.options
     goes_on = options.resume and RunFolder(options.out).state.exists()
     if options.trained == "lora" and plan.start:
-        base = noted_base(str(options.init), RunFolder(options.out).model)
+        base = noted_path(str(options.init), RunFolder(options.out).model)
         start_lora(model, plan.start, options.rank, base)
     # What is not trained is not in the state, either.
     elif plan.start and not (goes_on and options.trained == "all"):

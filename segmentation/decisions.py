@@ -14,6 +14,7 @@ from segmentation.data.augment import Augmentation
 from segmentation.data.dataset import SegmentationData
 from segmentation.data.instances import CELL, smallest_counted
 from segmentation.data.normalisation import Normalisation
+from segmentation.data.regions import parse_regions
 from segmentation.data.samples import image_shape
 from segmentation.data.slices import told_stacks
 from segmentation.data.weights import find_cells
@@ -181,6 +182,13 @@ def decide(
         scored=scored,
         start=start.for_channels(data.channels) if start else None,
     )
+
+
+def check_options(options: SegmentationOptions, start: Start | None) -> None:
+    """Raises the InputError of `decide` where the options alone call for it, without the data."""
+    chosen_network(options, 1, start)
+    chosen_fit(options, start)
+    parse_regions(options.regions)
 
 
 def own_start(options: SegmentationOptions) -> Start | None:

@@ -8,7 +8,7 @@ import math
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from segmentation.data.classes import ClassTable
 from segmentation.data.depths import Depth
+from segmentation.data.inputs import find_inputs
 from segmentation.data.layouts import stem_of
 from segmentation.data.regions import file_name
 from segmentation.data.slices import Layers, Place, around_each
@@ -27,7 +28,7 @@ from segmentation.predict import Predictor, Probability
 from segmentation.segmenter import RasterSource, Segmenter
 from segmentation.uncertainty import disagreement_map, entropy_map
 from unet.errors import InputError
-from unet.files.images import Blocks, image_info, list_images, write_image
+from unet.files.images import Blocks, image_info, write_image
 from unet.files.pages import AS_STORED, Array, ImageInfo, Reading
 from unet.files.pictures import key
 from unet.files.rasters import open_raster, writing_bands
@@ -42,7 +43,10 @@ PREVIEW = 2048  # pixels a side of the overlay of a larger one, at most
 
 @dataclass(frozen=True, kw_only=True)
 class Slice:
-    """An image to predict: a file, or a page of a stack; `around` are those that go with it."""
+    """An image to predict: a file, or a page of a stack; `around` are those that go with it.
+
+    Its name is a path from the folder that it was found in or below, without the ending.
+    """
 
     name: str
     path: Path
@@ -227,7 +231,8 @@ def predict_files(
     overwrite: bool = False,
     processes: Processes | None = None,
 ) -> list[str]:
-    """Predicts a file or all images of a folder; what the overlays' colours mean is in legend.png.
+    """Predicts a file, or the images of a folder and of those below it, into a tree of the same
+    folders; what the overlays' colours mean is in legend.png.
 
     Args:
         processes: share the images.
@@ -240,18 +245,9 @@ def predict_files(
     """
     processes = processes or Processes()
     segmenter = predictor.segmenter
-    slices, failed = find_slices(source, predictor.reading, segmenter.check, segmenter.slices)
+    slices, failed = find_slices(source, predictor.reading, segmenter.check, segmenter.slices, out)
     count = len(slices) + len(failed)
-    made: dict[Path, Path] = {}  # from which image each file comes
-    for image in slices:
-        for file in predictor.files(image, out):
-            if file in made:
-                raise InputError(
-                    f"{made[file]} and {image.path} would both be written to {file}: rename one"
-                )
-            made[file] = image.path
-            if file.exists() and not overwrite:
-                raise InputError(f"{file} exists already: give --overwrite or another --out")
+    check_free([(image, predictor.files(image, out)) for image in slices], overwrite=overwrite)
     processes.wait()  # lest one finds what another has written already
     mine = _predict_each(predictor, processes.share(slices), out, quiet=not processes.main)
     failed += [message for part in processes.gather(mine) for message in part]
@@ -264,6 +260,20 @@ def predict_files(
         write_image(legend, np.asarray(key(overlay_legend(predictor.segmenter.table), 480)))
     print(f"{count - len(failed)} of {counted(count, 'image')} predicted, in {out}")
     return failed
+
+
+def check_free(writes: Iterable[tuple[Slice, Sequence[Path]]], *, overwrite: bool) -> None:
+    """Raises an InputError for two images with files of one name, and for files in the way."""
+    made: dict[Path, Path] = {}  # from which image each file comes
+    for image, files in writes:
+        for file in files:
+            if file in made:
+                raise InputError(
+                    f"{made[file]} and {image.path} would both be written to {file}: rename one"
+                )
+            made[file] = image.path
+            if file.exists() and not overwrite:
+                raise InputError(f"{file} exists already: give --overwrite or another --out")
 
 
 def _predict_each(
@@ -304,13 +314,16 @@ def find_slices(
     reading: Reading = AS_STORED,
     check: Callable[[ImageInfo, str], None] | None = None,
     together: int = 1,
+    out: Path | None = None,
 ) -> tuple[list[Slice], list[str]]:
-    """The images of a file, folder or volume, a stack page by page, and what is wrong with others.
+    """The images of a file or volume, or of a folder and those below it, a stack page by page, and
+    what is wrong with others.
 
     Args:
         reading: what is said of the files beside what they say themselves.
         check: raises InputError for what is none of the images that can be predicted.
         together: neighbouring slices that the model takes; see `with_neighbours`.
+        out: see `find_inputs`.
 
     Raises:
         InputError: no such file or folder, nothing in it, or a single file that is no image; single
@@ -321,7 +334,7 @@ def find_slices(
         raise InputError(f"--input {source} does not exist: give an image or a folder of images")
     slices: list[Slice] = []
     failed: list[str] = []
-    for path in [source] if alone else list_images(source):
+    for path in [source] if alone else find_inputs(source, out).files:
         try:
             info = image_info(path, reading)
             if check:
@@ -331,7 +344,8 @@ def find_slices(
                 raise
             failed.append(str(error))
             continue
-        name = volume_name(path)
+        place = Path() if alone else path.parent.relative_to(source)
+        name = (place / volume_name(path)).as_posix()
         if info.pages == 1:
             slices.append(Slice(name=name, path=path, info=info))
             continue

@@ -25,7 +25,7 @@ from segmentation.data.samples import CropSamples
 from segmentation.data.slices import with_neighbours
 from segmentation.data.splits import split_pairs
 from segmentation.data.stains import CHANNELS, NAMES, stained_stack
-from segmentation.decisions import SegmentationPlan, decide, own_start
+from segmentation.decisions import SegmentationPlan, check_options, decide, own_start
 from segmentation.judging.evaluation import COARSE, OBJECTS, Evaluation, evaluate
 from segmentation.judging.report import write_report
 from segmentation.losses import DepthLoss, deeply_supervised
@@ -46,7 +46,7 @@ from unet.files.pages import AS_STORED, ImageInfo, Reading
 from unet.files.pictures import panel
 from unet.training.fit import fit
 from unet.training.resuming import resumed
-from unet.training.run import RunFolder, is_main_process, run_folder, upload
+from unet.training.run import RunFolder, check_first, is_main_process, run_folder, upload
 from unet.training.task import Batch, Processes, Task
 from unet.weights.folder import read_config
 from unet.weights.start import Start, take_over
@@ -78,7 +78,10 @@ def train(
     Raises:
         InputError: a mistake in the options or the data, before anything is trained.
     """
+    check_first(options)
     options = resumed(options)
+    start = start or own_start(options)
+    check_options(options, start)
     data = load_data(options, start, also)
     plan = decide(options, data, start)
     model = make_model(plan)

@@ -18,12 +18,13 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from segmentation.data.inputs import find_inputs
 from segmentation.data.slices import Layers, near, near_page
 from segmentation.output import AT_ONCE, FilePredictor, as_16_bit
 from segmentation.predict import Predictor, Probability
 from segmentation.segmenter import RasterSource
 from unet.errors import InputError, with_extras
-from unet.files.images import Blocks, list_images
+from unet.files.images import Blocks
 from unet.files.pages import ALL, CHANNELS, Array, ImageInfo, Stored, Volume, as_read, naming
 from unet.files.volumes import is_volume, open_volume, volume_name
 from unet.files.writing import write_text
@@ -141,11 +142,15 @@ class _Told:
         print(f"{done:,} of {slabs} are there, {minutes} left", flush=True)
 
 
-def find_volumes(source: Path) -> list[Path]:
-    """The volume that a path is, or the volumes of a folder that holds no images; or none."""
+def find_volumes(source: Path, out: Path | None = None) -> list[Path]:
+    """The volume that a path is, or those of a folder and below it where it holds no images.
+
+    Args:
+        out: see `find_inputs`.
+    """
     if is_volume(source):
         return [source]
-    found = list_images(source) if source.is_dir() else []
+    found = find_inputs(source, out).files if source.is_dir() else []
     return [path for path in found if is_volume(path)]
 
 
@@ -154,6 +159,7 @@ def predict_volumes(
     volumes: Sequence[Path],
     out: Path,
     *,
+    root: Path | None = None,
     overwrite: bool = False,
     processes: Processes | None = None,
 ) -> list[str]:
@@ -162,6 +168,9 @@ def predict_volumes(
     All that are to be predicted get an empty NAME_progress first, so that an interrupted prediction
     goes on with those that have one, and leaves the others as they are.
 
+    Args:
+        root: the folder in or below which they lie: results are in folders of the same names.
+
     Returns:
         What went wrong with the volumes or slices that failed, a sentence each.
 
@@ -169,20 +178,20 @@ def predict_volumes(
         InputError: two volumes of one name; results in the way.
     """
     processes = processes or Processes()
-    names = [volume_name(path) for path in volumes]
-    marks = [out / f"{name}_progress" for name in names]
+    folders = [out / path.parent.relative_to(root) if root else out for path in volumes]
+    names = [place / volume_name(path) for place, path in zip(folders, volumes, strict=True)]
     if twins := [path for path, name in zip(volumes, names, strict=True) if names.count(name) > 1]:
         raise InputError(f"{twins[0]} and {twins[1]} would have results of one name: rename one")
-    made = [(out / f"{name}_mask.zarr").exists() for name in names]
-    begun = [mark.exists() for mark in marks]
+    marks, masks = ([Path(f"{n}_{end}") for n in names] for end in ("progress", "mask.zarr"))
+    begun, made = ([file.exists() for file in files] for files in (marks, masks))
     if any(made) and not any(begun) and not overwrite:
-        file = out / f"{names[made.index(True)]}_mask.zarr"
+        file = masks[made.index(True)]
         raise InputError(f"{file} exists already: give --overwrite or another --out")
     todo = [i for i in range(len(volumes)) if begun[i] or not (made[i] and any(begun))]
     processes.wait()  # lest one finds what another has begun
     if processes.main and len(volumes) > 1:
-        out.mkdir(parents=True, exist_ok=True)
         for i in todo:
+            folders[i].mkdir(parents=True, exist_ok=True)
             marks[i].touch()
     processes.wait()
     failed: list[str] = []
@@ -191,7 +200,7 @@ def predict_volumes(
             print(f"{volumes[i]}:")
         try:
             failed += predict_volume(
-                predictor, volumes[i], out, overwrite=overwrite, processes=processes
+                predictor, volumes[i], folders[i], overwrite=overwrite, processes=processes
             )
         except InputError as error:
             if len(volumes) == 1:

@@ -14,6 +14,7 @@ from diffusion.options import CHURNING, DiffusionOptions, Samplers, SamplingOpti
 from unet.errors import InputError
 from unet.training.cli import run_script, say_next
 from unet.training.config_file import load_config
+from unet.training.options import check_paths
 
 if TYPE_CHECKING:
     from diffusion.data.images import DiffusionData
@@ -113,11 +114,14 @@ class EvalOptions(SamplingOptions):
 
 
 def main(options: EvalOptions) -> None:
+    from diffusion.data.sources import check_source
     from diffusion.judging.evaluation import check_bits, comparison, held_out_bits, lines
     from diffusion.judging.features import open_extractor
     from diffusion.sampling import ImageSampler, load_for_sampling
     from unet_diffusion.faithfulness import MaskReader
 
+    check_paths(options)
+    check_source(options.data)
     model = load_for_sampling(options.model, options.device)
     check_model(options, model)
     usual, *others = options.ways()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -12,6 +12,7 @@ from segmentation.options import LabelOptions, SegmentationOptions
 from unet.errors import InputError
 from unet.training.cli import run_script, say_next
 from unet.training.config_file import load_config
+from unet.training.options import check_paths
 from unet.words import counted
 
 if TYPE_CHECKING:
@@ -106,11 +107,16 @@ def main(options: EvalOptions) -> None:
     from segmentation.judging.surface import score_surfaces
     from segmentation.predict import Predictor
     from segmentation.segmenter import load_models
+    from unet.files.pages import AS_STORED, Reading
 
     taken = options.out.is_dir() and any(options.out.iterdir()) and not options.overwrite
     if taken or options.out.is_file():
         raise InputError(f"--out {options.out} holds files: give --overwrite or another folder")
+    check_paths(options)
     models, table, threshold = load_models(options.model, options.device)
+    if options.reading == AS_STORED:  # as the training images were read
+        known = Reading.from_dict(models[0].info.get("reading", {}))
+        options = replace(options, axes=known.axes, channels=known.channels, nodata=known.nodata)
     source, pairs = chosen_pairs(options, known_slices(models[0].info))
     data = labelled_data(models, pairs, table, source.ignore_value)
     if data.regions and options.calibrate:

@@ -15,6 +15,7 @@ from tyro.conf import Positional
 
 from unet.errors import InputError
 from unet.training.cli import run_script, say_next
+from unet.training.options import check_paths
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +62,7 @@ class ExportOptions:
 def main(options: ExportOptions) -> None:
     from unet.weights.folder import read_config
 
+    check_paths(options)
     task = read_config(Path(options.model))["task"]
     if task == "segmentation":
         from segmentation.export.bioimage import NAME

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import Any, Literal
 
 from unet.errors import InputError
 from unet.training.cli import run_script, say_next
-from unet.training.options import ReadingOptions
+from unet.training.options import ReadingOptions, check_paths
+from unet.words import counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,13 +22,15 @@ class PredictOptions(ReadingOptions):
     """Model folder, such as RUN/model; several are averaged."""
 
     input: Path
-    """An image, or a folder of images. Stacks are predicted slice by slice. Or a volume: x.zarr,
-    x.zarr/path/in/it, x.h5:/path, x.nii.gz or a folder of a DICOM series; or a folder of
+    """An image, or a folder of images, in it and below it; left out are folders of masks beside
+    those of images, and what this command wrote. Stacks are predicted slice by slice. Or a volume:
+    x.zarr, x.zarr/path/in/it, x.h5:/path, x.nii.gz or a folder of a DICOM series; or a folder of
     volumes."""
 
     out: Path
     """Folder for NAME_mask.png, NAME_probability.png, NAME_overlay.png, and legend.png; of a volume
-    NAME_mask.zarr and NAME_probability.zarr."""
+    NAME_mask.zarr and NAME_probability.zarr. Those of a folder below --input are in a folder of the
+    same name here."""
 
     threshold: float | None = None
     """Probability above which a pixel is of the second of two classes; none given: the model's."""
@@ -104,6 +108,7 @@ def main(options: PredictOptions) -> int:
     from unet.training.task import Processes
     from unet.weights.folder import read_config
 
+    check_paths(options)
     if options.samples:
         return sampled_main(options)
     if Path(options.model[0]).is_dir() and _draws_masks(read_config(Path(options.model[0]))):
@@ -131,10 +136,13 @@ def main(options: PredictOptions) -> int:
         uncertainty=options.uncertainty,
         reading=options.reading,
     )
-    volumes = find_volumes(options.input)
+    volumes = find_volumes(options.input, options.out)
+    if processes.main:
+        tell_of_masks(options)
     how: dict[str, Any] = {"overwrite": options.overwrite, "processes": processes}
     if volumes:
-        failed = predict_volumes(predictor, volumes, options.out, **how)
+        root = None if volumes == [options.input] else options.input
+        failed = predict_volumes(predictor, volumes, options.out, root=root, **how)
     else:
         failed = predict_files(predictor, options.input, options.out, **how)
     if failed:
@@ -146,6 +154,21 @@ def main(options: PredictOptions) -> int:
     return 0
 
 
+def tell_of_masks(options: PredictOptions) -> None:
+    """Says which folders are taken for those of masks, which are left out."""
+    from segmentation.data.inputs import find_inputs
+    from unet.files.volumes import is_volume
+
+    if not options.input.is_dir() or is_volume(options.input):
+        return
+    if masks := find_inputs(options.input, options.out).masks:
+        print(
+            f"left out: {counted(len(masks), 'folder')} of masks, such as {masks[0]}; name one by "
+            "itself to have it predicted",
+            file=sys.stderr,
+        )
+
+
 def sampled_main(options: PredictOptions) -> int:
     """Predicts by samples of a diffusion model."""
     from diffusion.options import SamplingOptions
@@ -155,6 +178,7 @@ def sampled_main(options: PredictOptions) -> int:
         seed=options.seed, device=options.device, precision=options.precision
     )
     sampler = MaskSampler(options.model[0], options.samples, settings)
+    tell_of_masks(options)
     failed = predict_samples(
         sampler,
         options.input,

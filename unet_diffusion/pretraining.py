@@ -21,7 +21,14 @@ from diffusion.options import DiffusionOptions
 from diffusion.training import train as learn_to_draw
 from segmentation.data.classes import Value
 from segmentation.data.pairs import Pair, kind
-from segmentation.decisions import BATCH, Part, decide, part_of_budget, share_of_budget
+from segmentation.decisions import (
+    BATCH,
+    Part,
+    check_options,
+    decide,
+    part_of_budget,
+    share_of_budget,
+)
 from segmentation.options import SegmentationOptions
 from segmentation.segmenter import RasterSource, load
 from segmentation.training import load_data
@@ -31,7 +38,7 @@ from unet.errors import InputError
 from unet.files.images import image_info, list_images, read_image, read_mask, write_image
 from unet.files.pages import ImageInfo, Reading, missing
 from unet.training.config_file import save_config
-from unet.training.run import RunFolder, is_main_process
+from unet.training.run import RunFolder, check_first, is_main_process
 from unet.training.task import Processes
 from unet.weights.folder import make_repository
 from unet.words import counted
@@ -53,6 +60,7 @@ def train_with_unlabelled(options: SegmentationOptions) -> dict[str, float]:
         InputError: images that do not go with the labelled ones, before anything is trained.
     """
     assert options.unlabelled is not None
+    check_first(options)
     unlabelled = check(options, list_images(options.unlabelled))
     main = is_main_process()
     folder = RunFolder(options.out)
@@ -228,6 +236,7 @@ def check(options: SegmentationOptions, files: Sequence[Path]) -> Unlabelled:
     alone, reading = _without_unlabelled(options), options.reading
     if start is None:
         alone = replace(alone, network=_drawing_network(options))
+    check_options(alone, start)
     data = load_data(alone, start)
     plan = decide(alone, data, start)
     wanted = data.pairs[0].info

@@ -15,6 +15,7 @@ from diffusion.options import DiffusionOptions, SamplingOptions
 from unet.errors import InputError
 from unet.training.cli import run_script, say_next
 from unet.training.config_file import load_config
+from unet.training.options import check_paths
 from unet.words import counted
 
 SHOWN = 16  # images in the GIF and of whose attention there are pictures, at most
@@ -148,6 +149,9 @@ def main(options: SampleOptions) -> None:
     from diffusion.sampling import ImageSampler, load_for_sampling
     from unet.training.task import Processes
 
+    check_paths(options, made=("out", "merged"))
+    if options.merged and options.merged.exists() and not options.overwrite:
+        raise InputError(f"--merged {options.merged} is there already: give --overwrite")
     processes = Processes.started(options.device)
     folder = SampleFolder(options.out, overwrite=options.overwrite)
     model = load_for_sampling(options.model, options.device, options.lora)
@@ -156,8 +160,6 @@ def main(options: SampleOptions) -> None:
             "--init, --inpaint and --interpolate are for models of images alone, and this one "
             "makes masks: leave them out"
         )
-    if options.merged and options.merged.exists() and not options.overwrite:
-        raise InputError(f"--merged {options.merged} is there already: give --overwrite")
     sampler = ImageSampler(model, options)
     options = replace(options, steps=sampler.options.steps)  # checked again, now with a number
     names = None
@@ -334,16 +336,16 @@ def picture(path: Path, sampler: ImageSampler) -> Tensor:
     """An image file as the model takes it, (1, C, H, W) in [-1, 1]: resized and cropped."""
     from diffusion.data.pixels import fitted, known_ranges
     from diffusion.data.sources import HowToRead
-    from unet.files.pages import Reading, naming
+    from unet.files.images import image_info
+    from unet.files.pages import naming
 
-    info = sampler.model.info
-    reading = Reading.from_dict(info.get("reading", {}))
+    reading = sampler.reading
     over = None if sampler.channels == 4 else HowToRead().background
     pixels = HowToRead(reading=reading, background=over).image(path)
-    values = known_ranges(info).get(pixels.dtype.name)
-    size = (sampler.height, sampler.width)
+    values = known_ranges(sampler.model.info).get(pixels.dtype.name)
+    size, nodata = (sampler.height, sampler.width), image_info(path, reading).nodata
     with naming(path):
-        found = fitted(pixels, size, sampler.channels, values, fine=sampler.pixels.fine)
+        found = fitted(pixels, size, sampler.channels, values, nodata, fine=sampler.pixels.fine)
     return found[None].to(sampler.device)
 
 

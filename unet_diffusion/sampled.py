@@ -14,12 +14,13 @@ from diffusion.options import SamplingOptions
 from diffusion.process.schedule import NoiseSchedule
 from diffusion.sampling import ImageSampler, load_for_sampling
 from segmentation.data.classes import ClassTable
-from segmentation.output import Slice, as_16_bit, find_slices
+from segmentation.output import Slice, as_16_bit, check_free, find_slices
 from segmentation.pictures import grey_or_rgb, overlay, overlay_legend
 from segmentation.predict import Probability, classes
 from segmentation.uncertainty import entropy_map
 from unet.errors import InputError
-from unet.files.images import read_image, write_image
+from unet.files.images import image_info, read_image, write_image
+from unet.files.pages import Reading
 from unet.files.pictures import key
 
 Samples = NDArray[np.uint8]  # class indices (S, H, W)
@@ -62,7 +63,8 @@ class MaskSampler:
         file = Path(file)
         if self.sampler.model.any_size:
             return self._sampled(file)
-        height, width = read_image(file).shape[:2]
+        info = image_info(file)
+        height, width = info.height, info.width
         rows, columns = self.sampler.height, self.sampler.width
         if height * columns != width * rows:
             raise InputError(
@@ -94,7 +96,8 @@ def predict_samples(
     keep: bool = False,
     overwrite: bool = False,
 ) -> list[str]:
-    """Samples masks of an image, or of each of a folder, and writes what they say together.
+    """Samples masks of an image, or of each of a folder and of those below it, and writes what they
+    say together, into a tree of the same folders.
 
     Of an image NAME: NAME_mask.png, the most probable class or the second of two above the
     threshold; NAME_probability.png and NAME_entropy.png, 16-bit; NAME_overlay.png; legend.png.
@@ -106,21 +109,20 @@ def predict_samples(
         What went wrong with the images that failed, a sentence each.
 
     Raises:
-        InputError: no image, a stack, or files in the way, before anything is predicted.
+        InputError: no image, a stack, two images of one name, or files in the way, before anything
+            is predicted.
     """
-    slices, failed = find_slices(source)
+    slices, failed = find_slices(source, out=out)
     digits = len(str(sampler.count - 1))
     names = ["mask", "probability", "entropy", "overlay"]
     names += [f"sample_{i:0{digits}d}" for i in range(sampler.count)] * keep
-    for image in slices:
-        if image.page is not None:
-            raise InputError(f"{str(image.path)!r} is a stack: give --samples images of one page")
-        for name in names:
-            if (file := out / f"{image.name}_{name}.png").exists() and not overwrite:
-                raise InputError(f"{file} exists already: give --overwrite or another --out")
-    for image in tqdm(slices, unit="image", disable=None):
+    if stack := next((image.path for image in slices if image.page is not None), None):
+        raise InputError(f"{str(stack)!r} is a stack: give --samples images of one page")
+    writes = [(image, [out / f"{image.name}_{name}.png" for name in names]) for image in slices]
+    check_free(writes, overwrite=overwrite)
+    for image, files in tqdm(writes, unit="image", disable=None):
         try:
-            _write(sampler, image, [out / f"{image.name}_{n}.png" for n in names], threshold)
+            _write(sampler, image, files, threshold)
         except InputError as error:
             failed.append(str(error))
     for message in failed:
@@ -138,6 +140,7 @@ def _write(sampler: MaskSampler, image: Slice, files: list[Path], threshold: flo
     write_image(mask, table.decode(decided))
     write_image(probable, as_16_bit(probability))
     write_image(unsure, as_16_bit(entropy_map(probability)[None]))
-    write_image(picture, overlay(grey_or_rgb(read_image(image.path)), decided, table))
+    seen = read_image(image.path, reading=Reading(nodata=sampler.sampler.reading.nodata))
+    write_image(picture, overlay(grey_or_rgb(seen), decided, table))
     for file, sample in zip(kept, samples, strict=False):
         write_image(file, table.decode(sample))

@@ -58,7 +58,9 @@ def main(options: ClassifierOptions) -> None:
     from diffusion.data.images import DiffusionData
     from diffusion.judging.classifier import train
     from unet.training.resuming import resumed
+    from unet.training.run import check_first
 
+    check_first(options)
     options = resumed(options)
     data = DiffusionData(
         options.data,

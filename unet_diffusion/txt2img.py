@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,6 +120,9 @@ def main(options: Txt2ImgOptions) -> None:
         raise InputError(f"--merged {options.merged} has nothing to merge: give --lora")
     if options.merged and options.merged.exists() and not options.overwrite:
         raise InputError(f"--merged {options.merged} is there already: give --overwrite")
+    for flag, named in (("init", recipe.init), ("inpaint", recipe.inpaint), ("mask", recipe.mask)):
+        if named is not None and not os.path.exists(named):
+            raise InputError(f"--{flag} {named!r}: no such file or folder")
     count = options.count or (1 if options.from_png else 4)
     last = dataclasses.replace(recipe, seed=recipe.seed + count - 1).seed  # checks it
 

@@ -32,7 +32,7 @@ from diffusion.data.pixels import (
 from diffusion.data.ranges import RangeFinder
 from unet.errors import InputError
 from unet.files.images import image_info, list_images, read_image, read_mask
-from unet.files.pages import Array
+from unet.files.pages import Array, Reading
 from unet.words import counted
 
 RECIPES = ("lowres", "grey", "noise", "hole")
@@ -88,17 +88,19 @@ class ImageKind:
         channels: of images.
         ranges: the values of each type that are -1 and 1 in images, where not all that it has.
         fine: whether images have more than 8 bits.
+        nodata: see `Condition.read`.
     """
 
     size: tuple[int, int] | None
     channels: int
     ranges: Mapping[str, ValueRange] = field(default_factory=dict)
     fine: bool = False
+    nodata: float | None = None
 
-    def levels(self, pixels: Array, channels: int) -> Pixels:
+    def levels(self, pixels: Array, channels: int, nodata: float | None) -> Pixels:
         """Pixels (H, W, C) as levels like those of the images, with so many channels."""
         known = self.ranges.get(pixels.dtype.name)
-        return as_levels(pixels, channels, known, fine=self.fine)
+        return as_levels(pixels, channels, known, nodata, fine=self.fine)
 
     def resized(self, pixels: Pixels) -> Pixels:
         """Pixels (H, W, C) cut and resized to the size of the images, if they have one."""
@@ -195,8 +197,12 @@ class Condition:
             hole[:, top : top + sides[0], left : left + sides[1]] = 1
         return torch.cat([image * (1 - hole), hole])
 
-    def read(self, file: Path) -> Pixels:
+    def read(self, file: Path, nodata: float | None = None) -> Pixels:
         """The condition in a file, (H, W, K): one channel a value of 0 and 255, or pixels.
+
+        Args:
+            nodata: the value of a picture's pixels where nothing was measured; None: what its file
+                declares.
 
         Raises:
             InputError: a mask with another value, a picture with other channels.
@@ -213,10 +219,10 @@ class Condition:
                     f"{list(self.values)}"
                 )
             return ((mask[..., None] == np.array(self.values)) * np.uint8(255)).astype(np.uint8)
-        pixels = read_image(file, background=(255, 255, 255))
+        pixels, nodata = _read(file, nodata, background=(255, 255, 255))
         known_range = ValueRange(self.low, self.high) if pixels.dtype.name == self.dtype else None
         try:
-            return as_levels(pixels, self.channels, known_range, fine=self.fine)
+            return as_levels(pixels, self.channels, known_range, nodata, fine=self.fine)
         except InputError as error:
             raise InputError(f"{str(file)!r}: {error}") from error
 
@@ -231,12 +237,13 @@ class Condition:
             InputError: a file that cannot be read, or is none of these.
         """
         if self.kind in ("mask", "picture"):
-            return self.as_tensor(images.resized(self.read(file)))
+            return self.as_tensor(images.resized(self.read(file, images.nodata)))
         try:
             if self.kind == "hole":
                 return _around_hole(file, images)
             channels = 1 if self.kind == "grey" else images.channels
-            pixels = images.levels(read_image(file, background=(255, 255, 255)), channels)
+            read, nodata = _read(file, images.nodata, background=(255, 255, 255))
+            pixels = images.levels(read, channels, nodata)
         except InputError as error:
             said = str(error)
             raise InputError(said if str(file) in said else f"{str(file)!r}: {said}") from error
@@ -311,19 +318,29 @@ class Condition:
 
 def _around_hole(file: Path, images: ImageKind) -> Tensor:
     """The image in a file, nothing where it is transparent, and behind it where that is."""
-    pixels = read_image(file, alpha=True)
+    pixels, nodata = _read(file, images.nodata, alpha=True)
     if not image_info(file).has_alpha:
         raise InputError("nothing in it is transparent, which says where the hole is")
     cover = images.resized(as_levels(pixels[..., -1:], 1))
-    image = as_tensor(images.resized(images.levels(pixels[..., :-1], images.channels)))
+    seen = images.levels(pixels[..., :-1], images.channels, nodata)
+    image = as_tensor(images.resized(seen))
     hole = torch.from_numpy(cover[..., 0] < 128).float()[None]
     return torch.cat([image * (1 - hole), hole])
 
 
-def find_condition(said: str, channels: int) -> Condition:
+def _read(file: Path, nodata: float | None, **how: Any) -> tuple[Array, float | None]:
+    """The pixels of a file, and its value where nothing was measured: what is said, or what the
+    file declares.
+    """
+    reading = Reading(nodata=nodata)
+    return read_image(file, reading=reading, **how), image_info(file, reading).nodata
+
+
+def find_condition(said: str, channels: int, nodata: float | None = None) -> Condition:
     """The condition that a recipe or a folder stands for, for images of so many channels.
 
     Args:
+        nodata: see `Condition.read`.
         said: "lowres:4", "grey", "noise:0.2", "hole", or a folder. Files there that all hold a few
             whole numbers (or are indices of a palette) are masks, others are pictures.
 
@@ -332,7 +349,7 @@ def find_condition(said: str, channels: int) -> Condition:
     """
     name, _, amount = said.partition(":")
     if name not in RECIPES or os.path.isdir(said):
-        return _of_folder(Path(said))
+        return _of_folder(Path(said), nodata)
     if name in ("lowres", "noise"):
         least = 1.0 if name == "lowres" else 0.0
         number = float(amount) if re.fullmatch(r"[0-9]{1,4}(\.[0-9]{1,9})?", amount) else -1.0
@@ -347,7 +364,7 @@ def find_condition(said: str, channels: int) -> Condition:
     return Condition(kind=name, channels=1 if name == "grey" else channels + 1)
 
 
-def _of_folder(folder: Path) -> Condition:
+def _of_folder(folder: Path, nodata: float | None) -> Condition:
     if not folder.is_dir():
         raise InputError(
             f"--condition {folder} is neither a folder nor one of lowres:4, grey, noise:0.2, hole"
@@ -373,9 +390,9 @@ def _of_folder(folder: Path) -> Condition:
     dtype = infos[0].dtype
     finder = RangeFinder(dtype)
     for file in files[:: max(1, len(files) // _LOOKED_AT)]:
-        pixels = read_image(file)
+        pixels, unknown = _read(file, nodata)
         if pixels.dtype.name == dtype:
-            finder.add(pixels, str(file))
+            finder.add(pixels, str(file), unknown)
     low, high = finder.found().each(1)
     return Condition(
         kind="picture",

@@ -174,6 +174,7 @@ def fitted(
     size: tuple[int, int],
     channels: int,
     values: ValueRange | None = None,
+    nodata: float | None = None,
     *,
     fine: bool = False,
 ) -> Tensor:
@@ -181,12 +182,13 @@ def fitted(
 
     Args:
         values: the range of the training images, where these had the same type; None: the type's.
+        nodata: see `as_levels`.
         fine: whether these had more than 8 bits.
 
     Raises:
         InputError: float pixels outside [0, 1] where no range is known; other channels.
     """
-    return as_tensor(resized(as_levels(pixels, channels, values, fine=fine), size))
+    return as_tensor(resized(as_levels(pixels, channels, values, nodata, fine=fine), size))
 
 
 def as_levels(

@@ -24,6 +24,7 @@ from unet.files.images import (
     natural_key,
     read_image,
     read_page,
+    walk,
 )
 from unet.files.pages import AS_STORED, SUFFIXES, Array, ImageInfo, Reading, naming
 from unet.files.shards import find_shards, read_shards
@@ -82,6 +83,14 @@ class Source:
         return info
 
 
+def check_source(data: str | Path) -> None:
+    """Raises an InputError where `data` names nothing that is there."""
+    path = Path(data)
+    # exists is False for an impossible name, too
+    if str(data) != "shapes" and not (os.path.exists(path) or is_volume(path) or find_shards(path)):
+        raise InputError(f"'{data}': no such file or folder")
+
+
 def open_source(
     data: str | Path, captions: bool, size: int | None, seed: int, how: HowToRead | None = None
 ) -> Source:
@@ -95,8 +104,7 @@ def open_source(
         return _drawn(size or SIDE, seed)
     if shards := find_shards(path):
         return _in_shards(shards, captions, how or HowToRead())
-    if not (is_volume(path) or os.path.exists(path)):  # False for an impossible name, too
-        raise InputError(f"'{data}': no such file or folder")
+    check_source(data)
     how = how or HowToRead()
     if path.suffix.lower() == ".npz":
         return _archive(path, how)
@@ -257,21 +265,14 @@ def _walk(root: Path) -> tuple[list[str], list[str], list[Path]]:
     """
     images: list[tuple[Any, str, tuple[str, ...]]] = []
     tables = []
-    seen: set[str] = set()  # of folders, to which links may lead back
-    for folder, subfolders, names in os.walk(root, followlinks=True):
-        place = os.path.realpath(folder)
-        if place in seen:
-            subfolders.clear()
-            continue
-        seen.add(place)
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith((".", "__")))
+    for folder, names in walk(root):
         parts = Path(folder).relative_to(root).parts
         inside = [natural_key(part) for part in parts]
         start = "" if folder == "." else folder
         for name in names:
             if name in TABLES:
                 tables.append(Path(folder, name))
-            elif name.lower().endswith(SUFFIXES) and not name.startswith("."):
+            elif name.lower().endswith(SUFFIXES):
                 images.append(([*inside, natural_key(name)], os.path.join(start, name), parts))
     if not images:
         raise InputError(f"'{root}': no image in this folder ({', '.join(SUFFIXES)})")

@@ -81,7 +81,8 @@ class WholeImages:
             self.ranges = self._find_ranges(pictured)
         self.channels = pictured + self.codes
         if isinstance(condition, str):
-            pictures, condition = condition, find_condition(condition, self.channels)
+            pictures = condition
+            condition = find_condition(pictures, self.channels, how.reading.nodata)
         self.condition = condition
         if condition is not None and not condition.from_image:
             assert pictures is not None
@@ -227,12 +228,15 @@ class WholeImages:
             self._check_size(image, pixels.shape[:2], self.size)
         if not self.partners:
             return [pixels]
-        reader = self.condition or self.masks
-        assert reader is not None
-        beside = reader.read(Path(self.partners[image]))
+        file = Path(self.partners[image])
+        if self.condition is not None:
+            beside = self.condition.read(file, self._how.reading.nodata)
+        else:
+            assert self.masks is not None
+            beside = self.masks.read(file)
         if beside.shape[:2] != pixels.shape[:2]:
             raise InputError(
-                f"'{self.partners[image]}' is {beside.shape[0]} x {beside.shape[1]}, but its image "
+                f"'{file}' is {beside.shape[0]} x {beside.shape[1]}, but its image "
                 f"{pixels.shape[0]} x {pixels.shape[1]}"
             )
         return [pixels, beside]

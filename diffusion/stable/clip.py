@@ -34,6 +34,13 @@ class ClipTokenizer:
         return tokens
 
 
+def check_clip_parts(folder: str | Path) -> None:
+    """Raises an InputError for a folder without the parts that `ClipText` reads."""
+    for part in ("tokenizer", "text_encoder"):
+        if not os.path.isdir(Path(folder, part)):  # False for an impossible name, too
+            raise InputError(f"'{folder}' has no {part}/: give a diffusers pipeline")
+
+
 class ClipText:
     """The text model of a Stable Diffusion pipeline, frozen (LDM, arXiv 2112.10752, sec. 3.3).
 
@@ -58,10 +65,8 @@ class ClipText:
         Raises:
             InputError: a part is missing or unreadable, or transformers is not installed.
         """
+        check_clip_parts(folder)
         parts = Path(folder, "tokenizer"), Path(folder, "text_encoder")
-        for part in parts:
-            if not os.path.isdir(part):  # False for an impossible name, too
-                raise InputError(f"'{folder}' has no {part.name}/: give a diffusers pipeline")
         whole = {"tokenizer.json"}, {"vocab.json", "merges.txt"}  # otherwise it would be empty
         if not any(names <= {file.name for file in parts[0].iterdir()} for names in whole):
             raise InputError(f"'{parts[0]}' lacks vocab.json and merges.txt: copy it whole")

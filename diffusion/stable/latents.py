@@ -85,9 +85,10 @@ class LatentData:
     def describe(self) -> str:
         """What was found, for people."""
         height, width = self.size
+        folder = "/".join(self.autoencoder.folder.parts[-2:])  # the model's card shows it
         return (
             f"{self.source.describe()}\nlatents of {self.channels} x {height} x {width} by "
-            f"'{self.autoencoder.folder}', times {self.autoencoder.scale:g}"
+            f"'{folder}', times {self.autoencoder.scale:g}"
         )
 
     # ------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from segmentation.data.polygons import (
     read_labelme,
 )
 from unet.errors import InputError
-from unet.files.images import list_images, natural_key
+from unet.files.images import files_below, is_image_file, list_images, natural_key
 from unet.files.pages import SUFFIXES
 from unet.files.shards import find_shards, key_of, read_shards
 from unet.files.volumes import is_volume, is_volume_file, volume_name
@@ -543,7 +543,7 @@ def _annotated(images: Sequence[Path], masks: Sequence[Path], masked: Path) -> l
 
 def _tree(folder: Path) -> list[Path]:
     """Image files of a folder, or if it has none itself, of the folders below it."""
-    inside = [p for p in folder.glob("*") if p.suffix.lower() in SUFFIXES and p.is_file()]
+    inside = [path for path in folder.glob("*") if is_image_file(path)]
     volumes = (is_volume_file(path) for path in folder.glob("*"))
     if inside or not folder.is_dir() or any(volumes):
         return list_images(folder)
@@ -552,16 +552,7 @@ def _tree(folder: Path) -> list[Path]:
 
 def _below(folder: Path) -> list[Path]:
     """Image files of a folder and of those below it, without hidden ones."""
-    return sorted(
-        (
-            path
-            for path in folder.rglob("*")
-            if path.suffix.lower() in SUFFIXES
-            and path.is_file()
-            and not any(part[0] == "." for part in path.relative_to(folder).parts)
-        ),
-        key=lambda path: [natural_key(part) for part in path.parts],
-    )
+    return [path for path in files_below(folder) if is_image_file(path)]
 
 
 def _part_of(file: Path) -> tuple[str, Path]:

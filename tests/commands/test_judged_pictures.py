@@ -203,7 +203,7 @@ def test_fine_images_are_read_in_their_values(folder: Path) -> None:
     [
         ("mask", (), "give the folder of those that go with"),
         ("mask", ("--condition", "own/mask"), "no condition for 1 image"),
-        ("mask", ("--condition", "x", "--segmenter", "reader-3"), "give a segmentation of such"),
+        ("mask", ("--condition", "lone", "--segmenter", "reader-3"), "give a segmentation of such"),
         ("lowres", ("--condition", "own/mask"), "which is made from those of --data: leave it out"),
         ("lowres", ("--segmenter", "reader-2"), "reads masks, and images are made from the image"),
         ("lowres", ("--each", 0), "--each 0 must be at least 1"),

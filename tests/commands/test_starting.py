@@ -31,7 +31,7 @@ from unet.errors import RunError
 from unet.files.images import read_mask, write_image
 from unet.training.cli import run_script
 from unet.weights.folder import FolderModel
-from unet_diffusion import describe, train_ddpm, train_seg
+from unet_diffusion import describe, eval_seg, train_ddpm, train_seg
 from unet_diffusion.pretraining import without_number
 from unet_diffusion.starting import TIMESTEP, segmentation_start
 
@@ -317,6 +317,10 @@ def test_what_was_not_measured_has_no_label_of_our_own(tmp_path: Path, capsys) -
     (tmp_path / "more/4.tif").unlink()
     assert run_seg(*given) == 0
     assert "4 images, synthetic or with labels of our own" in capsys.readouterr().out
+    # The model knows how its images are to be read.
+    judged = ("--model", tmp_path / "run/model", "--data", tmp_path / "cells")
+    argv = map(str, (*judged, "--out", tmp_path / "scores", "--device", "cpu"))
+    assert eval_seg.command(list(argv)) == 0
 
 
 def test_no_object_of_our_own_has_the_number_that_is_ignored() -> None:
@@ -406,7 +410,7 @@ def test_a_diffusion_model_that_is_there_is_not_learnt_again(
         (("--best-by", "ap"), "ap"),
         (("--crop", 64), "too few for a crop of 64"),
         (("--unlabelled", "COLOUR"), "RGB uint8 in the unlabelled"),
-        (("--unlabelled", "nowhere"), "no such folder"),
+        (("--unlabelled", "nowhere"), "no such file or folder"),
     ],
 )
 def test_unlabelled_images_that_do_not_go_with_the_labelled_ones_are_refused(

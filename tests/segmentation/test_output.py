@@ -18,6 +18,7 @@ from scipy import ndimage
 
 from segmentation import output
 from segmentation.data.classes import ClassTable
+from segmentation.data.inputs import predictions
 from segmentation.data.instances import INSTANCE_NAMES
 from segmentation.data.phantom import phantom_stack
 from segmentation.model import SegmentationUNet
@@ -28,6 +29,7 @@ from segmentation.segmenter import load_models, without_specks
 from unet import InputError, UNetConfig
 from unet.files.images import image_info, read_image, write_image
 from unet.files.rasters import open_raster, writing_bands
+from unet_diffusion import predict_seg
 
 INFO = {
     "classes": {"values": [0, 255], "shares": [0.2, 0.8], "ignore_value": None, "ignored_share": 0},
@@ -222,6 +224,52 @@ def test_images_that_would_be_written_to_one_file_are_refused(folder, tmp_path):
     with pytest.raises(InputError, match=r"a\.png and .*a\.tif would both be written"):
         predict_files(FilePredictor(Predictor(models), table, 0.5), tmp_path / "in", tmp_path / "o")
     assert not (tmp_path / "o").exists()
+
+
+def test_a_tree_of_images_becomes_a_tree_of_masks(folder, tmp_path, capsys):
+    """Each folder gives what it gives alone; a second run finds what the first one found."""
+    data, rng = tmp_path / "data", np.random.default_rng(0)
+    for place in ("x", "p2/x", "p10/a/x", "p10/a/y", ".hidden/x", "__MACOSX/x", "p2/masks/x"):
+        write_image(data / f"{place}.png", rng.integers(0, 256, (8, 8), np.uint8))
+    (data / "p2" / "._x.png").write_bytes(b"AppleDouble")
+    (data / "p2" / "loop").symlink_to(data)
+    run, scores = data / "p10" / "run", data / "p10" / "scores"
+    for ours, told in (
+        (run, ("metrics.jsonl", "config.yaml")),
+        (scores, ("scores.json", "scores.csv")),
+    ):
+        write_image(ours / "pictures" / "0.png", np.zeros((8, 8), np.uint8))
+        for name in told:
+            (ours / name).touch()
+    names = ["x", "p2/x", "p10/a/x", "p10/a/y"]
+    for out in (tmp_path / "out", data / "out", data / "p2" / "later", data, data / "p10"):
+        for again in ([], ["--overwrite"]):
+            argv = ["--model", folder, "--input", str(data), "--out", str(out), "--device", "cpu"]
+            assert predict_seg.command([*argv, *again]) == 0
+            said = capsys.readouterr()
+            assert f"4 of 4 images predicted, in {out}" in said.out
+            assert f"1 folder of masks, such as {data / 'p2' / 'masks'}" in said.err
+            for name in names:
+                alone = tmp_path / "alone" / name
+                if out == tmp_path / "out":
+                    argv[3], argv[5] = str(data / f"{name}.png"), str(alone)
+                    assert predict_seg.command([*argv, *again]) == 0
+                one = alone / f"{alone.name}_mask.png"
+                assert one.read_bytes() == (out / f"{name}_mask.png").read_bytes()
+    argv[3], argv[5] = str(data / "out"), str(tmp_path / "none")
+    assert predict_seg.command(argv) == 2
+    assert "nothing but masks and predictions is in it" in capsys.readouterr().err
+    argv[3] = str(data / "p2" / "masks")  # is predicted where it is meant
+    assert predict_seg.command(argv) == 0
+
+
+def test_an_image_named_like_a_file_of_another_one_s_prediction_is_predicted():
+    names = ("a.png", "a_2.png", "a_mask.png", "a_probability.png", "a_nucleus.png", "legend.png")
+    assert predictions([Path(name) for name in names]) == {
+        *map(Path, ("a_mask.png", "a_probability.png", "legend.png"))
+    }
+    assert predictions([Path(name) for name in names[1:]]) == set(map(Path, names[1:]))
+    assert predictions([Path("a.png"), Path("a_mask.png"), Path("legend.png")]) == set()
 
 
 def test_models_for_other_classes_are_not_averaged(folder, tmp_path):

@@ -711,7 +711,7 @@ def test_two_processes_share_the_images_to_predict(model_folder, tmp_path):
         (lambda m, i, o: edit(m, task="diffusion"), "holds a model for diffusion"),
         (lambda m, i, o: edit(m, out_channels=2), "does not fit the model"),
         (lambda m, i, o: edit(m, info={}), "was not saved by train-seg"),
-        (lambda m, i, o: i.unlink(), "does not exist"),
+        (lambda m, i, o: i.unlink(), "no such file or folder"),
         (lambda m, i, o: write_image(o / "x_mask.png", np.zeros((2, 2), np.uint8)), "--overwrite"),
     ],
 )

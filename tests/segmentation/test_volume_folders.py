@@ -122,6 +122,20 @@ def test_from_cases_to_masks_and_scores(nnunet, tmp_path, capsys):
     assert not list(out.glob("*_progress"))
     assert run_predict(*given) == 2
     assert "exists already" in capsys.readouterr().err
+    # Patients' folders come to folders of the same names.
+    for i in (0, 2):
+        place = tmp_path / f"patients/{i}/scan.nii.gz"
+        place.parent.mkdir(parents=True)
+        place.write_bytes((nnunet / f"imagesTr/case_{i}_0000.nii.gz").read_bytes())
+    given = ("--model", run / "model", "--input", tmp_path / "patients")
+    assert run_predict(*given, "--out", tmp_path / "patients/out") == 0
+    assert run_predict(*given, "--out", tmp_path / "patients/out", "--overwrite") == 0
+    for i in (0, 2):
+        found = zarr.open_array(
+            str(tmp_path / f"patients/out/{i}/scan_mask.zarr"), path="0", mode="r"
+        )
+        assert (found[...] == model(IMAGES[i])).all()
+    assert {p.name for p in (tmp_path / "patients/out").iterdir()} == {"0", "2"}
 
     argv = ["--model", str(run / "model"), "--data", str(nnunet), "--out", str(tmp_path / "s")]
     assert eval_seg.command([*argv, "--surface", "1.5"]) == 0

@@ -71,7 +71,7 @@ def list_images(folder: Path) -> list[Path]:
         if not folder.is_dir():
             raise InputError(f"{str(folder)!r}: no such folder")
         shown = [path for path in folder.iterdir() if not path.name.startswith(".")]
-        files = [path for path in shown if path.suffix.lower() in SUFFIXES and path.is_file()]
+        files = [path for path in shown if is_image_file(path)]
         files = files or [path for path in shown if is_volume_file(path)]
     except OSError as error:
         raise InputError(f"{str(folder)!r}: cannot be read ({error.strerror})") from error
@@ -81,7 +81,7 @@ def list_images(folder: Path) -> list[Path]:
                 f"{str(folder)!r}: {min(series)} in it is a DICOM series: name one such folder by "
                 "itself, or make a NIfTI file of each (dcm2niix -z y -f %f -o OUT FOLDER)"
             )
-        deeper = _first_with_images(folder)
+        deeper = next((path.parent for path in files_below(folder) if is_image_file(path)), None)
         where = (
             "" if deeper is None else f", but in {str(deeper)!r}: name one such folder at a time"
         )
@@ -89,13 +89,34 @@ def list_images(folder: Path) -> list[Path]:
     return sorted(files, key=lambda path: natural_key(path.name))
 
 
-def _first_with_images(folder: Path) -> Path | None:
-    """The first folder below this one that holds images itself; None: there is none."""
-    for place, subfolders, names in os.walk(folder):
-        subfolders[:] = sorted((s for s in subfolders if not s.startswith(".")), key=natural_key)
-        if any(n.lower().endswith(SUFFIXES) and not n.startswith(".") for n in names):
-            return Path(place)
-    return None
+def walk(root: Path) -> Iterator[tuple[str, list[str]]]:
+    """A folder and those below it, each with the names of its files, in no order.
+
+    Hidden ones are passed over, and what archives add (`__MACOSX`). Links are followed, to each
+    folder once. A Zarr store counts as a file.
+    """
+    seen: set[str] = set()  # folders, to which links may lead back
+    for folder, subfolders, names in os.walk(root, followlinks=True):
+        place = os.path.realpath(folder)
+        if place in seen:
+            subfolders.clear()
+            continue
+        seen.add(place)
+        shown = sorted(name for name in subfolders if not name.startswith((".", "__")))
+        stores = [name for name in shown if name.lower().endswith(".zarr")]
+        subfolders[:] = [name for name in shown if name not in stores]
+        yield folder, stores + [name for name in names if not name.startswith(".")]
+
+
+def files_below(folder: Path) -> list[Path]:
+    """What `walk` meets, in natural order of the paths."""
+    found = [Path(place, name) for place, names in walk(folder) for name in names]
+    return sorted(found, key=lambda path: [natural_key(part) for part in path.parts])
+
+
+def is_image_file(path: Path) -> bool:
+    """Whether a file has the name of an image."""
+    return path.suffix.lower() in SUFFIXES and path.is_file()
 
 
 def natural_key(name: str) -> tuple[list[str | tuple[int, str]], str]:

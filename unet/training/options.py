@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from unet.errors import InputError
 
@@ -185,3 +187,26 @@ class FitOptions:
             raise InputError(f"--shard does not go with {other}: drop one of the two")
         if self.workers is not None and self.workers < 0:
             raise InputError(f"--workers {self.workers} must be 0 or more")
+
+
+def check_paths(options: Any, made: Sequence[str] = ("out",)) -> None:
+    """Refuses files and folders that are not there, before any is read, which can take minutes.
+
+    Args:
+        options: a dataclass; a field that is a Path, or a tuple of them, names what is read.
+        made: fields that name what is written.
+
+    Raises:
+        InputError: names the option and the path.
+    """
+    from unet.files.shards import find_shards
+    from unet.files.volumes import is_volume
+
+    for name in (field.name for field in fields(options) if field.name not in made):
+        value = getattr(options, name)
+        for path in value if isinstance(value, tuple) else (value,):
+            if not isinstance(path, Path) or os.path.exists(path):
+                continue
+            if not (is_volume(path) or find_shards(path)):
+                flag = name.replace("_", "-")
+                raise InputError(f"--{flag} {str(path)!r}: no such file or folder")

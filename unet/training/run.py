@@ -28,6 +28,7 @@ from torch import Tensor
 from unet.errors import DiskError, InputError, RunError
 from unet.files.writing import replacing, write_text
 from unet.training.ema import Profile
+from unet.training.options import FitOptions, check_paths
 from unet.training.plan import FitPlan
 from unet.weights.folder import FolderModel, make_repository, save_weights
 from unet.weights.pickles import load_pickle
@@ -46,6 +47,22 @@ class RunFolder:
         self.state = path / "state" / "state.pt"
         self.snapshots = path / "snapshots"
 
+    def check(self, *, resume: bool) -> None:
+        """Refuses the folder where `locked` would; nothing is made.
+
+        Raises:
+            InputError: the folder holds another run, or nothing to resume, or is in use.
+        """
+        self._check_parts(resume)
+        there = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
+        if not there.is_dir():
+            raise InputError(f"--out {self.path} cannot be a folder: {there} is a file")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise InputError(f"--out {self.path} cannot be written: {there} does not permit it")
+        if (self.path / ".lock").exists():
+            with self._lock():
+                pass
+
     @contextmanager
     def locked(self, *, resume: bool) -> Iterator[None]:
         """Makes the folder, or takes up the run in it, and keeps other processes out.
@@ -53,26 +70,13 @@ class RunFolder:
         Raises:
             InputError: the folder holds another run, or nothing to resume, or is in use.
         """
+        self._check_parts(resume)
+        made = not self.path.exists()
         try:
-            holds_run = any((self.path / part).exists() for part in _PARTS)
-            if resume and not holds_run:
-                raise InputError(f"{self.path} holds no run to resume: start it without --resume")
-            if holds_run and not resume:
-                raise InputError(
-                    f"{self.path} holds a run already: give another --out, or --resume to go on "
-                    "with it"
-                )
-            made = not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
         except (NotADirectoryError, FileExistsError) as error:
             raise InputError(f"--out {self.path} cannot be a folder: {error.strerror}") from error
-        lock = FileLock(self.path / ".lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout as error:
-            raise InputError(
-                f"another process is training in {self.path}: wait for it, or give another --out"
-            ) from error
+        lock = self._lock()
         try:
             for folder in (self.path, self.model, self.state.parent, self.samples, self.snapshots):
                 for leftover in folder.glob(".*.tmp"):  # of a kill in the middle of a write
@@ -83,6 +87,26 @@ class RunFolder:
             if made and {p.name for p in self.path.iterdir()} <= {".lock"}:  # refused at once
                 (self.path / ".lock").unlink(missing_ok=True)
                 self.path.rmdir()
+
+    def _check_parts(self, resume: bool) -> None:
+        holds_run = any(os.path.exists(self.path / part) for part in _PARTS)
+        if resume and not holds_run:
+            raise InputError(f"{self.path} holds no run to resume: start it without --resume")
+        if holds_run and not resume:
+            raise InputError(
+                f"{self.path} holds a run already: give another --out, or --resume to go on with it"
+            )
+
+    def _lock(self) -> FileLock:
+        """The lock of the folder, taken."""
+        lock = FileLock(self.path / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise InputError(
+                f"another process is training in {self.path}: wait for it, or give another --out"
+            ) from error
+        return lock
 
     def log(self, **values: Any) -> None:
         """Appends a line to metrics.jsonl in one write; what a full disk cuts is taken back."""
@@ -144,6 +168,17 @@ class RunFolder:
 def is_main_process() -> bool:
     """Whether this is the process that prints and writes, of those of `accelerate launch`."""
     return int(os.environ.get("RANK", 0)) == 0
+
+
+def check_first(options: FitOptions) -> None:
+    """Refuses what the options tell of alone, before data are read, which can take minutes.
+
+    Raises:
+        InputError: see `RunFolder.check` and `check_paths`.
+    """
+    if is_main_process():
+        RunFolder(options.out).check(resume=options.resume)
+    check_paths(options)
 
 
 @contextmanager

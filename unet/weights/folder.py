@@ -73,6 +73,16 @@ class FolderModel(nn.Module, ABC):
             where: what to load it from, a folder or a repository on the Hub.
         """
 
+    @staticmethod
+    def noted(info: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
+        """Its `info` as it is written to a folder."""
+        return info
+
+    @staticmethod
+    def placed(info: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
+        """Its `info` as it is read from a folder."""
+        return info
+
     def card(self, where: str = HERE, *, pictured: bool = False) -> str:
         """The text of its card, README.md.
 
@@ -121,7 +131,7 @@ class FolderModel(nn.Module, ABC):
             "task": self.task,
             "out_channels": self.out_channels,
             "unet": self.config.to_dict(),
-            "info": self.info,
+            "info": self.noted(self.info, folder),
         }
         write_text(folder / CONFIG, json.dumps(described, indent=2) + "\n")
         write_card(folder, self.card(pictured=(folder / SAMPLES).is_file()))
@@ -195,7 +205,8 @@ class FolderModel(nn.Module, ABC):
             )
         with torch.device("meta"):  # nothing is allocated before the shapes are checked
             config = UNetConfig.from_dict(described["unet"])
-            model = cls(config, described["out_channels"], described["info"])
+            info = cls.placed(described["info"], folder)
+            model = cls(config, described["out_channels"], info)
         load_strictly(model, read_weights(folder), str(folder / WEIGHTS))
         return model.eval()
 

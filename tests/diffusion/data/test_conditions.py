@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,12 @@ from hypothesis.extra import numpy as hnp
 
 from diffusion.data.conditions import RECIPES, Condition, ImageKind, find_condition
 from diffusion.data.images import DiffusionData
+from diffusion.data.sources import HowToRead
 from diffusion.model import DiffusionUNet
 from unet import UNetConfig
 from unet.errors import InputError
 from unet.files.images import write_image
+from unet.files.pages import Reading
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (6, 20, 24), np.uint8)
@@ -102,6 +105,27 @@ def test_a_transparent_hole_is_the_hole(tmp_path: Path) -> None:
     write_image(tmp_path / "y.png", rgba[..., :3])
     with pytest.raises(InputError, match="nothing in it is transparent"):
         find_condition("hole", 3).given(tmp_path / "y.png", COLOUR)
+
+
+def test_what_was_not_measured_in_a_picture_is_the_mean_of_the_rest(tmp_path: Path) -> None:
+    """Of pictures beside images, and of those that a recipe's model is asked with."""
+    how = HowToRead(reading=Reading(nodata=math.nan))
+    for i, image in enumerate(IMAGES):
+        floats = (image / 255).astype(np.float32)
+        floats[:5] = np.nan
+        write_image(tmp_path / "picture" / f"{i}.tif", floats)
+        write_image(tmp_path / "image" / f"{i}.png", image)
+    pictures = tmp_path / "picture"
+    with pytest.raises(InputError, match="say so with --nodata nan"):
+        DiffusionData(tmp_path / "image", condition=str(pictures))
+    data = DiffusionData(tmp_path / "image", condition=str(pictures), how=how)
+    found = data.conditions([data.val[0]])[0].picture
+    assert torch.allclose(found[:, :5], found[:, 5:].mean(), atol=1e-5)
+    of_itself = DiffusionData(pictures, condition="noise:0.1", how=how)
+    recipe, file = of_itself.condition, Path(of_itself.source.files[2])
+    kind = ImageKind(size=None, channels=1, ranges=of_itself.ranges, fine=True, nodata=math.nan)
+    asked = recipe.unread(file, kind).read()
+    assert torch.equal(asked, of_itself.batch([2])[0][0])
 
 
 def model(condition: Condition, channels: int = 1) -> DiffusionUNet:

@@ -26,8 +26,8 @@ from diffusion import training
 from diffusion.data.images import DiffusionData
 from diffusion.data.pixels import to_bytes, to_unit
 from diffusion.decisions import chosen_noise, decide, without_patches
-from diffusion.initial import find_start, load_model, noted_base
-from diffusion.model import DiffusionUNet
+from diffusion.initial import find_start, load_model
+from diffusion.model import DiffusionUNet, noted_path
 from diffusion.options import DiffusionOptions, SamplingOptions
 from diffusion.process.samplers import finish
 from diffusion.process.schedule import NoiseSchedule
@@ -292,15 +292,48 @@ def test_scripts_make_pictures_with_the_model_and_with_the_pipeline(
         assert len(list((tmp_path / name / "images").iterdir())) == 2
 
 
-def test_a_model_without_its_parts_says_so(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_run_that_was_moved_with_its_pipeline_finds_its_parts_there(
+    trained: Path, pipeline: Path, tmp_path: Path
+) -> None:
+    root = Path(os.path.commonpath([trained, pipeline]))
+    moved, parts = (tmp_path / path.relative_to(root) for path in (trained / "model", pipeline))
+    shutil.copytree(trained / "model", moved)
+    shutil.copytree(pipeline, parts)
+    file = moved / "config.json"
+    saved = json.loads(file.read_text())["info"]
+    assert saved["autoencoder"] == os.path.relpath(pipeline / "vae", trained / "model")
+    assert saved["text_encoder"] == os.path.relpath(pipeline, trained / "model")
+    here = {"autoencoder": str(parts / "vae"), "text_encoder": str(parts)}
+    model = DiffusionUNet.from_pretrained(moved)
+    assert {key: model.info[key] for key in here} == here
+    model.save_pretrained(tmp_path / "elsewhere/deep/model")  # as averages and --merged are
+    again = DiffusionUNet.from_pretrained(tmp_path / "elsewhere/deep/model")
+    assert again.info == model.info
+    described = json.loads(file.read_text())
+    absolute = described["info"] | here  # as earlier versions wrote them
+    file.write_text(json.dumps(described | {"info": absolute}))
+    assert DiffusionUNet.from_pretrained(moved).info == model.info
+    # What has its name alone, as over the root, is where the run says it.
+    names = described["info"] | {"autoencoder": "vae", "text_encoder": "pipeline"}
+    file.write_text(json.dumps(described | {"info": names}))
+    shutil.copy(trained / "config.yaml", moved.parent)
+    found = DiffusionUNet.from_pretrained(moved).info
+    assert (found["autoencoder"], found["text_encoder"]) == (str(pipeline),) * 2
+
+
+@pytest.mark.parametrize("key", ["autoencoder", "text_encoder"])
+def test_a_model_without_its_parts_says_which_and_how_to_mend_it(
+    trained: Path, tmp_path: Path, key: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = DiffusionUNet.from_pretrained(trained / "model")
-    model.info["autoencoder"] = str(tmp_path / "gone")
+    model.info[key] = str(tmp_path / "gone")
     model.save_pretrained(tmp_path / "model")
     given = ("--model", tmp_path / "model", "--out", tmp_path / "out", "--prompt", PROMPT)
     assert run(sample_ddpm, "SampleOptions", *given) == 2
-    assert "use txt2img with the pipeline/ of its run" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"of '{tmp_path / 'gone'}', which cannot be read" in said
+    assert f"into info.{key} of the model's config.json" in said
+    assert "use txt2img with the pipeline/ of its run" in said
 
 
 @contextmanager
@@ -391,13 +424,13 @@ def test_a_lora_run_holds_small_weights_alone_and_what_they_belong_to(
     assert_close(dict(load_model(moved).state_dict()), dict(after), rtol=0, atol=0)
 
 
-def test_the_note_of_a_lora_names_no_folders_of_the_machine() -> None:
+def test_a_note_of_another_model_names_no_folders_of_the_machine() -> None:
     for base, folder, noted in (
         ("/home/me/models/base", "/home/me/runs/fox/model", "../../../models/base"),
         ("/home/me/base", "/data/runs/fox/model", "base"),
         ("runs/photos/model", "runs/fox/model", "../../photos/model"),
     ):
-        assert noted_base(base, Path(folder)) == noted
+        assert noted_path(base, Path(folder)) == noted
 
 
 def test_diffusers_and_both_commands_take_a_trained_lora(

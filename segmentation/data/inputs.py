@@ -1,0 +1,112 @@
+"""Which files of a folder, and of those below it, are images to predict."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from segmentation.data.layouts import IMAGE_FOLDERS, MASK_FOLDERS
+from unet.errors import InputError
+from unet.files.images import files_below, is_image_file, list_images
+from unet.files.volumes import is_volume_file
+
+_OURS = (("metrics.jsonl", "config.yaml"), ("scores.json", "scores.csv"))  # a run, an evaluation
+_MADE = re.compile(r"_(mask|probability|overlay|labels|entropy|disagreement|sample_[0-9]+)$")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What is found in a folder and below it.
+
+    Attributes:
+        files: images in natural order; volumes where there is no image.
+        masks: folders of masks, whose images lie beside or above them, and are left out.
+    """
+
+    files: Sequence[Path]
+    masks: Sequence[Path]
+
+
+def find_inputs(folder: Path, out: Path | None = None) -> Inputs:
+    """The images of a folder and of those below it, without those that are hidden, masks, or
+    written by this project: predictions, runs and evaluations.
+
+    Args:
+        out: the folder of the predictions; what is called like one in or below it is left out.
+
+    Raises:
+        InputError: no such folder, or no image in it.
+    """
+    every = files_below(folder)
+    images = [file for file in every if is_image_file(file)]
+    volumes = [file for file in every if is_volume_file(file)]
+    if not (images or volumes):
+        list_images(folder)  # which says what there is instead
+    ours = _own_folders(every, folder)
+    made = predictions([*images, *volumes])
+    if out is not None and out.resolve().is_relative_to(folder.resolve()):
+        # Of one that was interrupted there may be less, and images may lie here as well.
+        place = folder / out.resolve().relative_to(folder.resolve())
+        made |= {f for f in every if f.is_relative_to(place) and _MADE.search(f.stem)}
+    kept = [
+        [f for f in files if f not in made and not any(map(f.is_relative_to, ours))]
+        for files in (images, volumes)
+    ]
+    masks = _mask_folders([file for files in kept for file in files], folder)
+    for files in kept:
+        if meant := [file for file in files if not any(map(file.is_relative_to, masks))]:
+            return Inputs(meant, masks)
+    raise InputError(
+        f"{str(folder)!r}: nothing but masks and predictions is in it: name the folder of the "
+        "images"
+    )
+
+
+def predictions(files: Sequence[Path]) -> set[Path]:
+    """Those of the files that a prediction wrote: NAME_mask, NAME_probability, and what else is
+    called NAME_... beside them; legend.png beside or above these.
+    """
+    stems: defaultdict[Path, set[str]] = defaultdict(set)
+    for file in files:
+        stems[file.parent].add(file.stem)
+    predicted = {
+        place: {stem.removesuffix("_mask") for stem in of if stem.endswith("_mask")}
+        & {stem.removesuffix("_probability") for stem in of if stem.endswith("_probability")}
+        for place, of in stems.items()
+    }
+
+    def of_prediction(file: Path) -> bool:
+        names, beside = predicted[file.parent], stems[file.parent]
+        cuts = (m.start() for m in re.finditer("_", file.stem) if file.stem[: m.start()] in names)
+        return any(file.stem[:cut] not in beside or _MADE.match(file.stem, cut) for cut in cuts)
+
+    made = {file for file in files if predicted[file.parent] and of_prediction(file)}
+    above = {place for file in made for place in file.parents}
+    return made | {file for file in files if file.name == "legend.png" and file.parent in above}
+
+
+def _own_folders(files: Sequence[Path], folder: Path) -> list[Path]:
+    """Folders of runs and evaluations below a folder."""
+    names: defaultdict[Path, set[str]] = defaultdict(set)
+    for file in files:
+        names[file.parent].add(file.name)
+    names.pop(folder, None)
+    return [place for place, of in names.items() if any(map(of.issuperset, _OURS))]
+
+
+def _mask_folders(files: Sequence[Path], folder: Path) -> list[Path]:
+    """Folders of masks, beside those of their images or below them."""
+    inside: defaultdict[Path, set[str]] = defaultdict(set)  # folders in each; "" is a file
+    for file in files:
+        parts = ("", *file.parent.relative_to(folder).parts, "")
+        for depth, name in enumerate(parts[1:], 1):
+            inside[folder.joinpath(*parts[1:depth])].add(name)
+    return [
+        place / name
+        for place, names in inside.items()
+        for name in sorted(names)
+        if name.lower() in MASK_FOLDERS and any(n.lower() in ("", *IMAGE_FOLDERS) for n in names)
+    ]
