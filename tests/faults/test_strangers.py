@@ -350,7 +350,7 @@ def test_code_beside_a_tokenizer_does_not_run(pipeline: Path, tmp_path: Path) ->
 @pytest.mark.parametrize("folder", [7, None, ["a"], {}, "", "x" * 5000, "a\0b", "/etc", "../.."])
 def test_parts_that_a_config_names_are_folders_of_parts(name: str, folder: Any) -> None:
     model = diffusion_model(**SAMPLED, **{name: folder})
-    with pytest.raises(InputError, match=r"any more \(.*(holds no|has no|no folder)"):
+    with pytest.raises(InputError, match=r"holds no|has no|no folder"):
         ImageSampler(model, SamplingOptions(steps=2))
 
 
