@@ -65,6 +65,6 @@ def test_the_command_exports_and_refuses_a_package(tmp_path: Path, capsys) -> No
     build("plain").save_pretrained(folder)
     assert export.command(["--model", str(folder), "--to", "torchscript", str(out)]) == 0
     assert out.is_file()
-    argv = ["--model", str(folder), "--to", "bioimageio", "--image", "x.png", str(out)]
+    argv = ["--model", str(folder), "--to", "bioimageio", "--image", str(out), str(out)]
     assert export.command(argv) == 2
     assert "called once an image, not once a step" in capsys.readouterr().err
