@@ -80,16 +80,16 @@ class DiffusionOptions(ReadingOptions, FitOptions):
 
     condition: str | None = None
     """Learn to make each image from a picture: a folder of pictures or masks with the images'
-    names; or from the image itself lowres:4 (a version 4 times smaller), grey, noise:0.2 or hole.
-    """
+    names, in folders like theirs; or from the image itself lowres:4 (a version 4 times smaller),
+    grey, noise:0.2 or hole."""
 
     target: Literal["image", "mask"] = "image"
     """What is made. mask: --data is a folder of masks, each made from the image of its name in
     --condition; those of several annotators are in a folder each."""
 
     joint: Path | None = None
-    """Folder of masks with the images' names: learn to make image and mask together, which are data
-    to train a segmentation on."""
+    """Folder of masks with the images' names, in folders like theirs: learn to make image and mask
+    together, which are data to train a segmentation on."""
 
     mask_coding: Literal["bits", "one-hot"] = "bits"
     """With --target mask or --joint: the classes as binary digits, or a channel for each."""

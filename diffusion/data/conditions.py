@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -31,7 +31,7 @@ from diffusion.data.pixels import (
 )
 from diffusion.data.ranges import RangeFinder
 from unet.errors import InputError
-from unet.files.images import image_info, list_images, read_image, read_mask
+from unet.files.images import image_info, images_below, read_image, read_mask
 from unet.files.pages import Array, Reading
 from unet.words import counted
 
@@ -336,20 +336,23 @@ def _read(file: Path, nodata: float | None, **how: Any) -> tuple[Array, float | 
     return read_image(file, reading=reading, **how), image_info(file, reading).nodata
 
 
-def find_condition(said: str, channels: int, nodata: float | None = None) -> Condition:
+def find_condition(
+    said: str, channels: int, nodata: float | None = None, files: Sequence[str] = ()
+) -> Condition:
     """The condition that a recipe or a folder stands for, for images of so many channels.
 
     Args:
         nodata: see `Condition.read`.
         said: "lowres:4", "grey", "noise:0.2", "hole", or a folder. Files there that all hold a few
             whole numbers (or are indices of a palette) are masks, others are pictures.
+        files: those of the folder that go with images; none given: all in it and below it.
 
     Raises:
         InputError: neither; an amount out of range; files that are no images.
     """
     name, _, amount = said.partition(":")
     if name not in RECIPES or os.path.isdir(said):
-        return _of_folder(Path(said), nodata)
+        return _of_folder(Path(said), nodata, files)
     if name in ("lowres", "noise"):
         least = 1.0 if name == "lowres" else 0.0
         number = float(amount) if re.fullmatch(r"[0-9]{1,4}(\.[0-9]{1,9})?", amount) else -1.0
@@ -364,16 +367,18 @@ def find_condition(said: str, channels: int, nodata: float | None = None) -> Con
     return Condition(kind=name, channels=1 if name == "grey" else channels + 1)
 
 
-def _of_folder(folder: Path, nodata: float | None) -> Condition:
+def _of_folder(folder: Path, nodata: float | None, given: Sequence[str]) -> Condition:
     if not folder.is_dir():
         raise InputError(
             f"--condition {folder} is neither a folder nor one of lowres:4, grey, noise:0.2, hole"
         )
-    files = list_images(folder)
-    infos = [image_info(file) for file in files]
+    files = [Path(file) for file in dict.fromkeys(given)] or images_below(folder)
+    infos = map(image_info, files)
+    kinds = list(dict.fromkeys((i.channels, i.dtype, i.palette, i.lossy) for i in infos))
     values: set[int] = set()
-    masks = all(i.channels == 1 or i.palette is not None for i in infos) and not any(
-        i.lossy or i.dtype == "float32" for i in infos
+    masks = all(
+        (channels == 1 or palette is not None) and dtype != "float32" and not lossy
+        for channels, dtype, palette, lossy in kinds
     )
     for file in files if masks else []:
         values |= set(np.unique(read_mask(file)).tolist())
@@ -382,12 +387,12 @@ def _of_folder(folder: Path, nodata: float | None) -> Condition:
             break
     if masks and len(values) > 1:
         return Condition(kind="mask", channels=len(values), values=tuple(sorted(values)))
-    channels = {info.channels for info in infos}
+    channels = {kind[0] for kind in kinds}
     if len(channels) > 1 and channels != {1, 3}:
         raise InputError(
             f"the pictures in {str(folder)!r} have {sorted(channels)} channels: save them alike"
         )
-    dtype = infos[0].dtype
+    dtype = kinds[0][1]
     finder = RangeFinder(dtype)
     for file in files[:: max(1, len(files) // _LOOKED_AT)]:
         pixels, unknown = _read(file, nodata)
@@ -404,23 +409,42 @@ def _of_folder(folder: Path, nodata: float | None) -> Condition:
     )
 
 
-def partners(images: Sequence[str], folder: Path, what: str = "condition") -> list[str]:
+def partners(
+    images: Sequence[str], folder: Path, what: str = "condition", root: Path | None = None
+) -> list[str]:
     """The file of a folder that goes with each image: of the same name, whatever its ending.
+
+    It lies at the place below the folder where the image lies below its own, or is the only one of
+    that name.
 
     Args:
         what: these files are, for people.
+        root: the folder of the images; None: they lie in none.
 
     Raises:
-        InputError: an image without one, or that is the file itself.
+        InputError: an image without one, with several, or that is the file itself.
     """
-    of = {file.stem: str(file) for file in list_images(folder)}
+    files = images_below(folder)
+    places = _by_key(files, lambda file: _place(file, folder))
+    names = _by_key(files, lambda file: file.stem)
     found, alone = [], []
-    for image in images:
-        stem = Path(image).stem
-        if stem in of:
-            found.append(of[stem])
+    for image in map(Path, images):
+        place = None if root is None else _place(image, root)
+        file = places.get(place, names.get(image.stem))
+        if file is None:
+            alone.append(image.name)
+        elif not file:
+            one, other = [
+                str(f)
+                for f in files
+                if f.stem == image.stem and (place not in places or _place(f, folder) == place)
+            ][:2]
+            raise InputError(
+                f"{one!r} and {other!r} could both be the {what} of {str(image)!r}: give each the "
+                "name of its image, in a folder of the same name"
+            )
         else:
-            alone.append(Path(image).name)
+            found.append(file)
     if alone:
         raise InputError(
             f"{str(folder)!r} has no {what} for {counted(len(alone), 'image')}, such as "
@@ -430,4 +454,17 @@ def partners(images: Sequence[str], folder: Path, what: str = "condition") -> li
         raise InputError(
             f"{own!r} would be the {what} of itself: let --data name the folder of the images alone"
         )
+    return found
+
+
+def _place(file: Path, root: Path) -> Path:
+    return file.relative_to(root).with_suffix("")
+
+
+def _by_key(files: Sequence[Path], key: Callable[[Path], Hashable]) -> dict[Hashable, str]:
+    """The file of each key, "" where several have it."""
+    found: dict[Hashable, str] = {}
+    for file in files:
+        at = key(file)
+        found[at] = "" if at in found else str(file)
     return found

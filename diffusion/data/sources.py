@@ -66,6 +66,7 @@ class Source:
     read: Callable[[int], Array]
     kind: ImageInfo | None = None  # of all images; None: each is a file with a header of its own
     files: Sequence[str] = ()
+    root: Path | None = None  # the folder that the files are in or below
     how: HowToRead = field(default_factory=HowToRead)
     classes: tuple[str, ...] = ()
     labels: NDArray[np.int64] | None = None
@@ -213,6 +214,7 @@ def _in_files(path: Path, captions: bool, how: HowToRead) -> Source:
         names=names,
         read=partial(_read_page, files, pages, how),
         files=files,
+        root=path.parent if alone else path,
         how=how,
         captioned=bool(tables) or has_text_files(files),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -81,12 +82,15 @@ class WholeImages:
             self.ranges = self._find_ranges(pictured)
         self.channels = pictured + self.codes
         if isinstance(condition, str):
-            pictures = condition
-            condition = find_condition(pictures, self.channels, how.reading.nodata)
-        self.condition = condition
-        if condition is not None and not condition.from_image:
-            assert pictures is not None
+            pictures = condition if os.path.isdir(condition) else None
+        elif condition is None or condition.from_image:
+            pictures = None
+        if pictures is not None:
             self.partners = self._named_as_images("--condition", Path(pictures), "condition")
+        if isinstance(condition, str):
+            known = how.reading.nodata
+            condition = find_condition(condition, self.channels, known, self.partners)
+        self.condition = condition
         self.size = self._find_size(size)
         self._keeps = self._bytes() <= CACHE_BYTES
         if self._checkable():
@@ -185,7 +189,7 @@ class WholeImages:
                 f"{flag} {folder} goes with a folder of images, one a file, not with stacks, "
                 "archives or generated pictures"
             )
-        return partners(self.source.files, folder, what)
+        return partners(self.source.files, folder, what, self.source.root)
 
     def _find_ranges(self, channels: int) -> dict[str, ValueRange]:
         """The range of each type; where channels are no colours, which belong together, of each."""

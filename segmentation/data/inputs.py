@@ -13,7 +13,6 @@ from unet.errors import InputError
 from unet.files.images import files_below, is_image_file, list_images
 from unet.files.volumes import is_volume_file
 
-_OURS = (("metrics.jsonl", "config.yaml"), ("scores.json", "scores.csv"))  # a run, an evaluation
 _MADE = re.compile(r"_(mask|probability|overlay|labels|entropy|disagreement|sample_[0-9]+)$")
 
 
@@ -45,16 +44,12 @@ def find_inputs(folder: Path, out: Path | None = None) -> Inputs:
     volumes = [file for file in every if is_volume_file(file)]
     if not (images or volumes):
         list_images(folder)  # which says what there is instead
-    ours = _own_folders(every, folder)
     made = predictions([*images, *volumes])
     if out is not None and out.resolve().is_relative_to(folder.resolve()):
         # Of one that was interrupted there may be less, and images may lie here as well.
         place = folder / out.resolve().relative_to(folder.resolve())
         made |= {f for f in every if f.is_relative_to(place) and _MADE.search(f.stem)}
-    kept = [
-        [f for f in files if f not in made and not any(map(f.is_relative_to, ours))]
-        for files in (images, volumes)
-    ]
+    kept = [[f for f in files if f not in made] for files in (images, volumes)]
     masks = _mask_folders([file for files in kept for file in files], folder)
     for files in kept:
         if meant := [file for file in files if not any(map(file.is_relative_to, masks))]:
@@ -86,15 +81,6 @@ def predictions(files: Sequence[Path]) -> set[Path]:
     made = {file for file in files if predicted[file.parent] and of_prediction(file)}
     above = {place for file in made for place in file.parents}
     return made | {file for file in files if file.name == "legend.png" and file.parent in above}
-
-
-def _own_folders(files: Sequence[Path], folder: Path) -> list[Path]:
-    """Folders of runs and evaluations below a folder."""
-    names: defaultdict[Path, set[str]] = defaultdict(set)
-    for file in files:
-        names[file.parent].add(file.name)
-    names.pop(folder, None)
-    return [place for place, of in names.items() if any(map(of.issuperset, _OURS))]
 
 
 def _mask_folders(files: Sequence[Path], folder: Path) -> list[Path]:

@@ -50,6 +50,7 @@ from unet.files.writing import replacing
 
 Colour: TypeAlias = tuple[int, int, int]
 
+_OURS = (("metrics.jsonl", "config.yaml"), ("scores.json", "scores.csv"))  # a run, an evaluation
 _ORIENTATION = 274  # the tag of EXIF
 
 
@@ -92,13 +93,15 @@ def list_images(folder: Path) -> list[Path]:
 def walk(root: Path) -> Iterator[tuple[str, list[str]]]:
     """A folder and those below it, each with the names of its files, in no order.
 
-    Hidden ones are passed over, and what archives add (`__MACOSX`). Links are followed, to each
-    folder once. A Zarr store counts as a file.
+    Hidden ones are passed over, what archives add (`__MACOSX`), and below `root` the folders of
+    this project's runs and evaluations. Links are followed, to each folder once. A Zarr store
+    counts as a file.
     """
     seen: set[str] = set()  # folders, to which links may lead back
     for folder, subfolders, names in os.walk(root, followlinks=True):
         place = os.path.realpath(folder)
-        if place in seen:
+        ours = Path(folder) != root and any(map(set(names).issuperset, _OURS))
+        if place in seen or ours:
             subfolders.clear()
             continue
         seen.add(place)
@@ -112,6 +115,19 @@ def files_below(folder: Path) -> list[Path]:
     """What `walk` meets, in natural order of the paths."""
     found = [Path(place, name) for place, names in walk(folder) for name in names]
     return sorted(found, key=lambda path: [natural_key(part) for part in path.parts])
+
+
+def images_below(folder: Path) -> list[Path]:
+    """Image files of a folder and of those below it, in natural order of the paths; or its volumes.
+
+    What `walk` passes over is left out.
+
+    Raises:
+        InputError: no such folder, or no image in it.
+    """
+    every = files_below(folder)
+    files = [path for path in every if is_image_file(path)]
+    return files or [path for path in every if is_volume_file(path)] or list_images(folder)
 
 
 def is_image_file(path: Path) -> bool:

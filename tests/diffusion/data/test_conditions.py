@@ -53,6 +53,41 @@ def test_a_picture_is_cut_and_mirrored_as_its_image(
         assert torch.equal(other["picture"], torch.stack([~bright, bright]).float())
 
 
+@pytest.mark.parametrize(
+    ("images", "masks"), [("{}/x", "{}/x"), ("{0}/{0}", "{}"), ("{}", "a/{0}/{0}"), ("{}", "{}")]
+)
+def test_a_picture_lies_where_its_image_lies_or_has_its_name_alone(
+    tmp_path: Path, images: str, masks: str
+) -> None:
+    for i, image in enumerate(IMAGES):
+        write_image(tmp_path / f"image/{images.format(i)}.png", image)
+        write_image(tmp_path / f"mask/{masks.format(i)}.tif", (image > 99).astype(np.uint8))
+    write_image(tmp_path / "mask/notes/of/none.jpeg.png", IMAGES[0])  # which makes no pictures
+    data = DiffusionData(tmp_path / "image", condition=str(tmp_path / "mask"))
+    assert data.condition is not None
+    assert data.condition.values == (0, 1)
+    for i in (*data.train, *data.val):
+        image, picture = data.draw(int(i), RNG)[1:]
+        assert picture is not None
+        assert torch.equal(picture[1] == 1, image[0] > 2 * 99.5 / 255 - 1)
+
+
+def test_a_picture_that_could_be_one_of_several_is_refused(tmp_path: Path) -> None:
+    for place in ("image/a/0.png", "image/a/1.png", "mask/b/0.png", "mask/c/0.png", "mask/a/1.png"):
+        write_image(tmp_path / place, IMAGES[0])
+    with pytest.raises(
+        InputError, match=r"mask/b/0.png' and .*mask/c/0.png' could both be the con"
+    ):
+        DiffusionData(tmp_path / "image", condition=str(tmp_path / "mask"))
+    write_image(tmp_path / "mask/a/0.png", IMAGES[0])
+    DiffusionData(tmp_path / "image", condition=str(tmp_path / "mask"))
+    write_image(tmp_path / "mask/a/0.tif", IMAGES[0])
+    with pytest.raises(
+        InputError, match=r"mask/a/0.png' and .*mask/a/0.tif' could both be the con"
+    ):
+        DiffusionData(tmp_path / "image", condition=str(tmp_path / "mask"))
+
+
 def test_the_condition_of_an_index_is_the_same_at_each_call(
     folders: tuple[Path, Path, Path],
 ) -> None:

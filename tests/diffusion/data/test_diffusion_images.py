@@ -124,6 +124,9 @@ def test_a_folder_is_read_in_natural_order_with_its_subfolders(tmp_path: Path) -
     write_image(tmp_path / "more" / "deep" / "a.png", COLOUR[0])
     write_image(tmp_path / ".hidden" / "a.png", COLOUR[0])
     (tmp_path / "notes.txt").write_text("no image")
+    write_image(tmp_path / "run/samples/0.png", COLOUR[0])
+    for name in ("metrics.jsonl", "config.yaml"):  # of a run, whose samples are not learnt from
+        (tmp_path / "run" / name).touch()
     data = DiffusionData(tmp_path)
     names = [Path(data.name(i)).relative_to(tmp_path).as_posix() for i in everything(data)]
     assert sorted(names) == sorted([*(f"{i}.png" for i in range(40)), "more/deep/a.png"])
