@@ -18,6 +18,7 @@ from unet.files.pages import Array
 from unet.files.writing import replacing
 from unet.training.task import Processes
 
+FOLDERS = ("images", "image", "label", "attention")  # of files an image
 IN_GRID = 100  # images in grid.png, at most
 
 
@@ -55,7 +56,8 @@ class SampleFolder:
 
         Args:
             channels: of the images.
-            names: of the files of images 0, 1, ..., instead of their numbers.
+            names: of the files of images 0, 1, ..., instead of their numbers; with the folders
+                that they are in.
             labelled: the last channel is the image's mask.
             dtype: of the images, which are PNG files where these hold so many channels of 8 bits,
                 else TIFF files.
@@ -71,7 +73,7 @@ class SampleFolder:
     def _empty(self) -> None:
         for folder in ("image", "label") if self.labelled else ("images",):
             (self.path / folder).mkdir(parents=True, exist_ok=True)
-        for folder in ("images", "image", "label", "attention"):
+        for folder in FOLDERS:
             for old in (self.path / folder).glob("*"):
                 if re.fullmatch(r"[0-9]{5,}\.(png|tif)", old.name):
                     old.unlink()

@@ -11,7 +11,6 @@ from typing import Any, Literal
 from unet.errors import InputError
 from unet.training.cli import run_script, say_next
 from unet.training.options import ReadingOptions, check_paths
-from unet.words import counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,12 +160,8 @@ def tell_of_masks(options: PredictOptions) -> None:
 
     if not options.input.is_dir() or is_volume(options.input):
         return
-    if masks := find_inputs(options.input, options.out).masks:
-        print(
-            f"left out: {counted(len(masks), 'folder')} of masks, such as {masks[0]}; name one by "
-            "itself to have it predicted",
-            file=sys.stderr,
-        )
+    if remark := find_inputs(options.input, options.out).remark:
+        print(remark, file=sys.stderr)
 
 
 def sampled_main(options: PredictOptions) -> int:

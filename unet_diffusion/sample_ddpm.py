@@ -53,8 +53,9 @@ class SampleOptions(SamplingOptions):
     """Number of images; with --condition as many are made as these are."""
 
     condition: Path | None = None
-    """A picture or mask, or a folder of them, that images are made from, for a model that was
-    trained with --condition; the files are named as these are."""
+    """A picture or mask, or a folder of them, in it and below it, that images are made from, for a
+    model that was trained with --condition; the files are named as these are, in the same
+    folders."""
 
     each: int = 1
     """With --condition: images made from each."""
@@ -223,23 +224,71 @@ def given_conditions(options: SampleOptions, sampler: ImageSampler) -> tuple[Wan
     """The pictures of --condition, each as often as it is asked for, with the class or prompt of
     each in turn, and the names of the files; of which headers are read now, pixels when due.
     """
-    from unet.files.images import list_images
-
     path = options.condition
     assert path is not None
-    files = list_images(path) if path.is_dir() else [path]
+    condition = sampler.model.condition
+    files = condition_files(options, masks=condition is not None and condition.kind == "mask")
     pictures: list[Picture] = []
     names: list[str] = []
+    made: dict[str, Path] = {}  # from which file each is
     for file in files:
+        name = file.stem
+        if path.is_dir():
+            name = file.relative_to(path).with_suffix("").as_posix()
+        if name in made:
+            raise InputError(
+                f"{made[name]} and {file} would both be written to {name!r}: rename one"
+            )
+        made[name] = file
         picture = sampler.made_from(file, resize=bool(options.init or options.inpaint))
         for i in range(options.each):
             pictures.append(picture)
-            names.append(f"{file.stem}_{i}" if options.each > 1 else file.stem)
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise InputError(f"two files of {path} are named {twice!r}: rename one")
+            names.append(f"{name}_{i}" if options.each > 1 else name)
     numbers = range(len(names))
     return sampler.wanted(numbers, options.class_, options.prompt, pictures), names
+
+
+def condition_files(options: SampleOptions, *, masks: bool) -> list[Path]:
+    """The files of --condition, in it and below it, without what was written to an --out in there.
+
+    Args:
+        masks: the model makes images from masks.
+
+    Raises:
+        InputError: no image; images beside masks, where these are meant; an --out whose files would
+            take the places of conditions.
+    """
+    from diffusion.output import FOLDERS
+    from segmentation.data.inputs import find_inputs
+    from unet.training.run import is_main_process
+
+    path, out = options.condition, options.out.resolve()
+    assert path is not None
+    files: Sequence[Path] = [path]
+    if path.is_dir():
+        if out == path.resolve():
+            raise InputError(f"--out {options.out} is the folder of --condition: give another one")
+        found = find_inputs(path)
+        if masks and found.masks:
+            raise InputError(
+                f"--condition {path} holds images beside masks, such as those of "
+                f"{found.masks[0]}: name a folder of masks alone"
+            )
+        if found.remark and is_main_process():
+            print(found.remark, file=sys.stderr)
+        files = found.files
+        if out.is_relative_to(path.resolve()):
+            place = path / out.relative_to(path.resolve())
+            files = [file for file in files if not file.is_relative_to(place)]
+            if not files:
+                raise InputError(f"--condition {path}: nothing but --out {options.out} is in it")
+    for folder in {file.parent for file in files}:
+        if any(folder.resolve().is_relative_to(out / name) for name in FOLDERS):
+            raise InputError(
+                f"--out {options.out} would be written over what is in {folder}, which --condition "
+                "names: give another one"
+            )
+    return [*files]
 
 
 def check_sizes(options: SampleOptions, sampler: ImageSampler, wanted: Wanted) -> None:

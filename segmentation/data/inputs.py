@@ -1,4 +1,4 @@
-"""Which files of a folder, and of those below it, are images to predict."""
+"""Which files of a folder, and of those below it, are images to predict, or to start from."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from segmentation.data.layouts import IMAGE_FOLDERS, MASK_FOLDERS
 from unet.errors import InputError
 from unet.files.images import files_below, is_image_file, list_images
 from unet.files.volumes import is_volume_file
+from unet.words import counted
 
 _MADE = re.compile(r"_(mask|probability|overlay|labels|entropy|disagreement|sample_[0-9]+)$")
 
@@ -27,6 +28,16 @@ class Inputs:
 
     files: Sequence[Path]
     masks: Sequence[Path]
+
+    @property
+    def remark(self) -> str:
+        """What is to be said of the masks; nothing, where there are none."""
+        if not self.masks:
+            return ""
+        return (
+            f"left out: {counted(len(self.masks), 'folder')} of masks, such as {self.masks[0]}; "
+            "name one by itself if it is meant"
+        )
 
 
 def find_inputs(folder: Path, out: Path | None = None) -> Inputs:

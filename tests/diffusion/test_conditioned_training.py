@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -258,6 +259,45 @@ def test_images_have_the_size_of_their_pictures(folder: Path) -> None:
         generator(pictures=[folder / f"given/{name}.png" for name in given], steps=2)
     again = ("--overwrite", "--npz")
     assert run(sample_ddpm, sample_ddpm.SampleOptions, *model, *made, *again) == 2
+
+
+def test_a_tree_of_pictures_becomes_a_tree_of_images(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of masks, wherever --out is; what would be written over a picture, or two into one file, is
+    refused before anything is written, and nothing is lost.
+    """
+    data = ("--data", folder / "images", "--condition", folder / "masks")
+    assert run(train_ddpm, DiffusionOptions, *data, *TINY, "--out", folder / "run") == 0
+    tree, names = folder / "tree", ["0", "a/0", "a/10/0", "b/label/0"]
+    for i, name in enumerate((*names, ".hidden/0", "__MACOSX/0")):
+        write_image(tree / f"{name}.png", read_image(folder / f"masks/{i}.png"))
+    pictures = [tree / f"{name}.png" for name in names]
+    wanted = load(folder / "run/model", device="cpu")(pictures=pictures, steps=1)
+    model = ("--model", folder / "run/model", "--steps", 1, "--batch-size", 4)
+    sample = (sample_ddpm, sample_ddpm.SampleOptions, *model, "--condition")
+    for out in (folder / "made", tree / "a/made"):
+        for again in ((), ("--overwrite",)):
+            assert run(*sample, tree, "--out", out, *again) == 0
+            written = {f.relative_to(out / "images") for f in (out / "images").rglob("*.png")}
+            assert written == {Path(f"{name}.png") for name in names}
+            for name, image in zip(names, wanted, strict=True):
+                assert np.array_equal(read_image(out / f"images/{name}.png"), image)
+    shutil.copytree(folder / "masks", folder / "label/images")
+    shutil.copytree(folder / "masks", folder / "label/label")
+    write_image(folder / "twins/a/0.png", read_image(folder / "masks/0.png"))
+    write_image(folder / "twins/a/0.tif", read_image(folder / "masks/0.png"))
+    before = sorted(folder.rglob("*"))
+    for given, out, told in (
+        (tree, tree, "is the folder of --condition"),
+        (folder / "label/label", folder / "label", "would be written over what is in"),
+        (tree / "a/made", tree / "a/made", "is the folder of --condition"),
+        (folder / "label", folder / "new", "holds images beside masks"),
+        (folder / "twins", folder / "new", "would both be written to 'a/0'"),
+    ):
+        assert run(*sample, given, "--out", out, "--overwrite") == 2
+        assert told in capsys.readouterr().err
+    assert sorted(folder.rglob("*")) == before
 
 
 def test_pictures_are_read_batch_by_batch(
