@@ -127,11 +127,11 @@ class SegmentationOptions(LabelOptions, FitOptions):
     segmentation_models.pytorch's Unet with vgg13_bn."""
 
     unlabelled: Path | None = None
-    """Folder of images without labels, of the same kind. For the first half of the budget a
-    diffusion model of them is trained, in RUN/pretraining, which starts a segmentation, in
-    RUN/teacher; that labels these images, and the segmentation in RUN learns from its labels as
-    well. For other labels the diffusion model is there already: --init RUN/pretraining/model
-    beside."""
+    """Folder of images without labels, of the same kind, in it and below it. For the first half of
+    the budget a diffusion model of them is trained, in RUN/pretraining, which starts a
+    segmentation, in RUN/teacher; that labels these images, and the segmentation in RUN learns from
+    its labels as well. For other labels the diffusion model is there already: --init
+    RUN/pretraining/model beside."""
 
     synthetic: Path | None = None
     """Folder of generated images and masks to train on as well, laid out as --data, such as that of

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from diffusion.options import DiffusionOptions
 from diffusion.training import train as learn_to_draw
 from segmentation.data.classes import Value
+from segmentation.data.inputs import find_inputs
 from segmentation.data.pairs import Pair, kind
 from segmentation.decisions import (
     BATCH,
@@ -35,7 +36,7 @@ from segmentation.training import load_data
 from segmentation.training import train as learn_to_label
 from unet import PRESETS
 from unet.errors import InputError
-from unet.files.images import image_info, list_images, read_image, read_mask, write_image
+from unet.files.images import image_info, images_below, read_image, read_mask, write_image
 from unet.files.pages import ImageInfo, Reading, missing
 from unet.training.config_file import save_config
 from unet.training.run import RunFolder, check_first, is_main_process
@@ -61,7 +62,7 @@ def train_with_unlabelled(options: SegmentationOptions) -> dict[str, float]:
     """
     assert options.unlabelled is not None
     check_first(options)
-    unlabelled = check(options, list_images(options.unlabelled))
+    unlabelled = check(options, find_unlabelled(options.unlabelled))
     main = is_main_process()
     folder = RunFolder(options.out)
     with folder.locked(resume=options.resume) if main else nullcontext():
@@ -135,13 +136,10 @@ def _budget(options: SegmentationOptions, part: Part) -> dict[str, Any]:
 class Slice(NamedTuple):
     """An unlabelled image: one of a file, or a page of it."""
 
+    name: str  # the path from the folder of all, and the page
     file: Path
     page: int | None
     info: ImageInfo  # of the file
-
-    @property
-    def name(self) -> str:
-        return self.file.name if self.page is None else f"{self.file.name} page {self.page}"
 
 
 class Unlabelled(NamedTuple):
@@ -158,14 +156,32 @@ class Unlabelled(NamedTuple):
     ignored: Value | None
 
 
-def to_label(files: Sequence[Path], reading: Reading) -> list[Slice]:
-    """The images that get labels of our own: all, or evenly as many as have ENOUGH pixels."""
-    infos = ((file, reading.of(image_info(file, reading))) for file in files)
-    slices = [
-        Slice(file, page if info.pages > 1 else None, info)
-        for file, info in infos
-        for page in range(info.pages)
-    ]
+def find_unlabelled(folder: Path) -> list[Path]:
+    """The images of a folder and of those below it, all of which the diffusion model learns from.
+
+    Raises:
+        InputError: no image, or also masks or predictions.
+    """
+    files, meant = images_below(folder), set(find_inputs(folder).files)
+    if other := next((file for file in files if file not in meant), None):
+        raise InputError(
+            f"--unlabelled {folder} holds masks or predictions as well, such as {other}: name a "
+            "folder of images alone"
+        )
+    return files
+
+
+def to_label(files: Sequence[Path], reading: Reading, folder: Path) -> list[Slice]:
+    """The images of a folder that get labels of our own: all, or evenly as many as have ENOUGH
+    pixels.
+    """
+    slices = []
+    for file in files:
+        info, name = reading.of(image_info(file, reading)), file.relative_to(folder).as_posix()
+        if info.pages == 1:
+            slices.append(Slice(name, file, None, info))
+            continue
+        slices += [Slice(f"{name} page {i}", file, i, info) for i in range(info.pages)]
     pixels = sum(s.info.height * s.info.width for s in slices) // len(slices)
     count = min(max(1, ENOUGH // max(1, pixels)), len(slices))
     places = np.linspace(0, len(slices) - 1, count).round().astype(int)
@@ -258,7 +274,8 @@ def check(options: SegmentationOptions, files: Sequence[Path]) -> Unlabelled:
                 f"the unlabelled {str(file)!r} has {size[0]} x {size[1]} pixels, too few for a "
                 f"crop of {min(plan.target)}: leave it out, or give a smaller --crop"
             )
-    chosen = to_label(files, reading)
+    assert options.unlabelled is not None
+    chosen = to_label(files, reading, options.unlabelled)
     for image in chosen:
         nodata = image.info.nodata if image.info.nodata is not None else data.normalisation.nodata
         if missing(read_image(image.file, image.page, reading), nodata).all():

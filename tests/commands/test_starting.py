@@ -265,8 +265,10 @@ TINY = ("--width", 8, "--batch-size", 2, "--crop", 32, "--evaluations", 1, "--lo
 
 @pytest.fixture
 def unlabelled(tmp_path: Path) -> Path:
-    for i, image in enumerate(phantom_stack(4, (40, 48), seed=7)[0]):
-        write_image(tmp_path / f"unlabelled/{i}.png", image)
+    """Four images, two of one name."""
+    names = ("0", "day 1/0", "day 1/1", "day 2/2")
+    for name, image in zip(names, phantom_stack(4, (40, 48), seed=7)[0], strict=True):
+        write_image(tmp_path / f"unlabelled/{name}.png", image)
     return tmp_path / "unlabelled"
 
 
@@ -351,6 +353,11 @@ def test_unlabelled_images_come_first(data: Path, unlabelled: Path, tmp_path: Pa
     assert "no state is saved" not in told  # which is for runs that were killed
     assert all(f"{n} step" in told for n in (3, 1, 2))
     assert "labelled 4 images" in told
+    labels = tmp_path / "one/teacher/labels"
+    of = {file.relative_to(unlabelled).as_posix() for file in unlabelled.rglob("*.png")}
+    assert {f.relative_to(labels).as_posix() for f in labels.rglob("*.tif")} == {
+        f"{name}.tif" for name in of
+    }
     assert "own labels" in told
     assert DiffusionUNet.from_pretrained(tmp_path / "one/pretraining/model").config.time
     assert run_seg(*given, "--out", tmp_path / "one") == 2
@@ -410,6 +417,7 @@ def test_a_diffusion_model_that_is_there_is_not_learnt_again(
         (("--best-by", "ap"), "ap"),
         (("--crop", 64), "too few for a crop of 64"),
         (("--unlabelled", "COLOUR"), "RGB uint8 in the unlabelled"),
+        (("--unlabelled", "MASKED"), "holds masks or predictions as well, such as "),
         (("--unlabelled", "nowhere"), "no such file or folder"),
     ],
 )
@@ -419,6 +427,8 @@ def test_unlabelled_images_that_do_not_go_with_the_labelled_ones_are_refused(
     write_image(tmp_path / "colour/0.png", np.zeros((64, 64, 3), np.uint8))
     write_image(tmp_path / "large/0.png", np.zeros((64, 64), np.uint8))
     whole = (unlabelled / "0.png").read_bytes()
+    write_image(tmp_path / "masked/0.png", np.zeros((64, 64), np.uint8))
+    write_image(tmp_path / "masked/masks/0.png", np.zeros((64, 64), np.uint8))
     (tmp_path / "cut").mkdir()
     (tmp_path / "cut/0.png").write_bytes(whole[: len(whole) // 2])
     diffusion_model(tmp_path / "model")
