@@ -8,12 +8,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from segmentation.data.layouts import IMAGE_FOLDERS, MASK_FOLDERS
 from unet.errors import InputError
 from unet.files.images import files_below, is_image_file, list_images
 from unet.files.volumes import is_volume_file
 from unet.words import counted
 
+IMAGE_FOLDERS = (
+    *("image", "images", "img", "imgs", "imagestr", "jpegimages", "leftimg8bit", "raw", "img_dir"),
+    *("input", "inputs"),
+)
+MASK_FOLDERS = (
+    *("label", "labels", "mask", "masks", "labelstr", "annotation", "annotations", "gt", "gtfine"),
+    *("groundtruth", "ground_truth", "segmentation", "segmentations", "segmentationclass"),
+    *("target", "targets", "manual", "1st_manual", "ann_dir"),
+)
 _MADE = re.compile(r"_(mask|probability|overlay|labels|entropy|disagreement|sample_[0-9]+)$")
 
 

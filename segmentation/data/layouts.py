@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PureWindowsPath
 
 from segmentation.data.classes import some
+from segmentation.data.inputs import IMAGE_FOLDERS, MASK_FOLDERS, predictions
 from segmentation.data.masks import VOID
 from segmentation.data.polygons import (
     BACKGROUND,
@@ -25,22 +26,13 @@ from segmentation.data.polygons import (
     read_labelme,
 )
 from unet.errors import InputError
-from unet.files.images import files_below, is_image_file, list_images, natural_key
+from unet.files.images import files_below, images_below, is_image_file, list_images, natural_key
 from unet.files.pages import SUFFIXES
 from unet.files.shards import find_shards, key_of, read_shards
 from unet.files.volumes import is_volume, is_volume_file, volume_name
 from unet.files.writing import read_json
 from unet.words import counted
 
-IMAGE_FOLDERS = (
-    *("image", "images", "img", "imgs", "imagestr", "jpegimages", "leftimg8bit", "raw", "img_dir"),
-    *("input", "inputs"),
-)
-MASK_FOLDERS = (
-    *("label", "labels", "mask", "masks", "labelstr", "annotation", "annotations", "gt", "gtfine"),
-    *("groundtruth", "ground_truth", "segmentation", "segmentations", "segmentationclass"),
-    *("target", "targets", "manual", "1st_manual", "ann_dir"),
-)
 TRAIN_FOLDERS, VAL_FOLDERS = ("train", "training"), ("val", "valid", "validation")
 _STACKS = ("train-volume.tif", "train-labels.tif")  # of ISBI 2012
 _CELLPOSE = re.compile(r"(_seg\.npy|_cp_output\.\w+|_flows\.\w+|_outlines\.\w+|_superpixels\.\w+)$")
@@ -450,7 +442,7 @@ def _labelme(images: Path, jsons: Path) -> list[Match]:
 
 
 def _has_images(folder: Path) -> bool:
-    return any(is_volume_file(file) for file in folder.glob("*")) or bool(_below(folder))
+    return any(is_image_file(file) or is_volume_file(file) for file in files_below(folder))
 
 
 def _mentions(file: Path, *words: bytes) -> bool:
@@ -497,6 +489,8 @@ def _across(images: Path, masks: Path, listed: Mapping[str, str] | None = None) 
     deep = [_below(folder) for folder in (images, masks)]
     if all(len(inside) > len(files) for inside, files in zip(deep, found, strict=True)):
         found = deep  # both have images beside subfolders of images
+    made = predictions(found[0])
+    found[0] = [file for file in found[0] if file not in made] or found[0]
     for ending in _CITYSCAPES:
         if meant := [file for file in found[1] if stem_of(file).endswith(ending)]:
             found[1] = meant
@@ -542,12 +536,12 @@ def _annotated(images: Sequence[Path], masks: Sequence[Path], masked: Path) -> l
 
 
 def _tree(folder: Path) -> list[Path]:
-    """Image files of a folder, or if it has none itself, of the folders below it."""
+    """Images of a folder, or if it has none itself, of the folders below it; or volumes."""
     inside = [path for path in folder.glob("*") if is_image_file(path)]
     volumes = (is_volume_file(path) for path in folder.glob("*"))
     if inside or not folder.is_dir() or any(volumes):
         return list_images(folder)
-    return _below(folder) or list_images(folder)
+    return images_below(folder)
 
 
 def _below(folder: Path) -> list[Path]:

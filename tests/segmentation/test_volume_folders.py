@@ -49,6 +49,24 @@ def nnunet(tmp_path: Path) -> Path:
     return folder
 
 
+def test_volumes_of_one_name_lie_in_a_folder_a_patient(nnunet, tmp_path):
+    for i in range(4):
+        for place, file in (
+            (f"images/p{i}/scan.nii.gz", f"imagesTr/case_{i}_0000.nii.gz"),
+            (f"masks/p{i}/scan.nii.gz", f"labelsTr/case_{i}.nii.gz"),
+        ):
+            (tmp_path / place).parent.mkdir(parents=True)
+            (nnunet / file).rename(tmp_path / place)
+    shutil.rmtree(nnunet)
+    pairs = find_pairs(tmp_path)
+    assert [p.name for p in pairs][2:5] == ["p0_scan_2", "p1_scan_0", "p1_scan_1"]
+    for pair, image, mask in zip(
+        pairs, IMAGES.reshape(12, 40, 48), MASKS.reshape(12, 40, 48), strict=True
+    ):
+        assert np.array_equal(pair.read_image()[..., 0], image)
+        assert np.array_equal(pair.read_mask(), mask > 0)
+
+
 def test_volumes_are_split_whole(nnunet):
     pairs = find_pairs(nnunet)
     assert [p.name for p in pairs][:4] == ["case_0_0", "case_0_1", "case_0_2", "case_1_0"]

@@ -79,7 +79,14 @@ WHOLE = {  # where the images and masks of a folder lie
 }
 PASSED_OVER = {  # what lies beside them
     "files beside folders": ("images/.hidden/0.png", "masks/a/._0.png"),
-    "patients": ("images/.ipynb_checkpoints/0.png", "__MACOSX/0.png"),
+    "patients": (
+        *("images/.ipynb_checkpoints/0.png", "__MACOSX/0.png", "images/out/legend.png"),
+        *(
+            f"images/out/p{i}/scan_{k}.png"
+            for i in (0, 1)
+            for k in ("mask", "probability", "overlay")
+        ),
+    ),
     "unpacked": ("__MACOSX/images/0.png",),
     "Cityscapes": tuple(f"gtFine/a_{i}_gtFine_{k}.png" for i in range(4) for k in ("color", "x")),
 }
