@@ -36,13 +36,14 @@ def judge(*arguments: object) -> int:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Images and masks that a run has, others that it has not, and its models."""
+    """Images and masks that a run has, others in folders that it has not, and its models."""
     path = tmp_path_factory.mktemp("judged")
     for part, count in (("own", 12), ("other", 6)):
         for i in range(count):
             image = RNG.integers(0, 256, (SIDE, SIDE), np.uint8)
-            write_image(path / part / f"image/{i}.png", image)
-            write_image(path / part / f"mask/{i}.png", np.uint8(image > 99) * np.uint8(7))
+            name = f"{i}" if part == "own" else f"day {i % 2}/{i // 2}"
+            write_image(path / part / f"image/{name}.png", image)
+            write_image(path / part / f"mask/{name}.png", np.uint8(image > 99) * np.uint8(7))
     for said in ("lowres:4", "hole", str(path / "own/mask")):
         condition = find_condition(said, 1)
         config = UNetConfig(

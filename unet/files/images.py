@@ -419,6 +419,8 @@ def _open(path: Path, reading: Reading) -> Iterator[GetPage]:
         source: Path | BytesIO = path
         if is_member(path):
             source = BytesIO(read_member(path))
+        elif path.is_dir():
+            raise InputError("it is a folder: give one of its images")
         elif not path.is_file():
             raise InputError("no such file")
         start = _start(source)
