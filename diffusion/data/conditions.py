@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -424,24 +424,26 @@ def partners(
     Raises:
         InputError: an image without one, with several, or that is the file itself.
     """
-    files = images_below(folder)
-    places = _by_key(files, lambda file: _place(file, folder))
-    names = _by_key(files, lambda file: file.stem)
+    here = os.path.join(os.curdir, "")  # which a walk puts before names, and Path does not
+    images = [image.removeprefix(here) for image in images]
+    files = [str(file) for file in images_below(folder)]
+    ends = _places(files, folder)
+    places, names = _by_key(ends, files), _by_key(map(os.path.basename, ends), files)
     found, alone = [], []
-    for image in map(Path, images):
-        place = None if root is None else _place(image, root)
-        file = places.get(place, names.get(image.stem))
+    for image, place in zip(images, _places(images, root), strict=True):
+        name = os.path.basename(place)
+        file = places.get(place, names.get(name))
         if file is None:
-            alone.append(image.name)
+            alone.append(os.path.basename(image))
         elif not file:
             one, other = [
-                str(f)
-                for f in files
-                if f.stem == image.stem and (place not in places or _place(f, folder) == place)
+                file
+                for file, end in zip(files, ends, strict=True)
+                if end == place or (place not in places and os.path.basename(end) == name)
             ][:2]
             raise InputError(
-                f"{one!r} and {other!r} could both be the {what} of {str(image)!r}: give each the "
-                "name of its image, in a folder of the same name"
+                f"{one!r} and {other!r} could both be the {what} of {image!r}: give each the name "
+                "of its image, in a folder of the same name"
             )
         else:
             found.append(file)
@@ -450,21 +452,22 @@ def partners(
             f"{str(folder)!r} has no {what} for {counted(len(alone), 'image')}, such as "
             f"{alone[0]}: it has the name of its image"
         )
-    if own := next((a for a, b in zip(images, found, strict=True) if Path(a) == Path(b)), None):
+    if own := next((a for a, b in zip(images, found, strict=True) if a == b), None):
         raise InputError(
             f"{own!r} would be the {what} of itself: let --data name the folder of the images alone"
         )
     return found
 
 
-def _place(file: Path, root: Path) -> Path:
-    return file.relative_to(root).with_suffix("")
+def _places(files: Sequence[str], root: Path | None) -> list[str]:
+    """The paths of files from a folder, without their endings; None: as they are."""
+    start = 0 if root is None else len(str(root / "_")) - 1
+    return [os.path.splitext(file[start:])[0] for file in files]
 
 
-def _by_key(files: Sequence[Path], key: Callable[[Path], Hashable]) -> dict[Hashable, str]:
+def _by_key(keys: Iterable[str], files: Sequence[str]) -> dict[str, str]:
     """The file of each key, "" where several have it."""
-    found: dict[Hashable, str] = {}
-    for file in files:
-        at = key(file)
-        found[at] = "" if at in found else str(file)
+    found: dict[str, str] = {}
+    for key, file in zip(keys, files, strict=True):
+        found[key] = "" if key in found else file
     return found

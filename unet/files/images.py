@@ -113,8 +113,11 @@ def walk(root: Path) -> Iterator[tuple[str, list[str]]]:
 
 def files_below(folder: Path) -> list[Path]:
     """What `walk` meets, in natural order of the paths."""
-    found = [Path(place, name) for place, names in walk(folder) for name in names]
-    return sorted(found, key=lambda path: [natural_key(part) for part in path.parts])
+    found = []
+    for place, names in walk(folder):
+        above = [natural_key(part) for part in Path(place).parts]
+        found += [([*above, natural_key(name)], Path(place, name)) for name in names]
+    return [path for _, path in sorted(found)]
 
 
 def images_below(folder: Path) -> list[Path]:
