@@ -278,7 +278,9 @@ class WholeImages:
 
     def _leave_out(self, image: int, error: InputError) -> None:
         if not self._skip_bad:
-            raise error
+            raise InputError(
+                f"{error} (a training with --skip-bad leaves such files out)"
+            ) from error
         self.left_out.add(image)
         print(f"left out: {error}", file=sys.stderr)
 
