@@ -242,7 +242,7 @@ def read_config(folder: Path, weights: str = WEIGHTS) -> dict[str, Any]:
     described = read_json(folder / CONFIG)
     kinds = {"task": str, "out_channels": int, "unet": dict, "info": dict}
     for name, kind in kinds.items():
-        if not isinstance(described.get(name), kind):
+        if type(described.get(name)) is not kind:  # True is an int as well
             raise InputError(
                 f"{folder / CONFIG} lacks a valid {name!r}: it is no config of this project"
             )

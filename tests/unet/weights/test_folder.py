@@ -200,6 +200,7 @@ def test_a_config_that_is_none(folder: Path, text: str) -> None:
         ({"unet": {"multipliers": [[1]]}}, "multipliers="),
         ({"out_channels": 0}, "out_channels=0 must be from 1"),
         ({"out_channels": "1"}, "lacks a valid 'out_channels'"),
+        ({"out_channels": True}, "lacks a valid 'out_channels'"),
         ({"info": None}, "lacks a valid 'info'"),
         ({"task": "poetry"}, "for poetry, but segmentation is asked for"),
     ],
