@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from segmentation.data.classes import ClassTable
 from segmentation.data.depths import Depth
-from segmentation.data.inputs import find_inputs
+from segmentation.data.inputs import Inputs
 from segmentation.data.layouts import stem_of
 from segmentation.data.regions import file_name
 from segmentation.data.slices import Layers, Place, around_each
@@ -32,7 +32,7 @@ from unet.files.images import Blocks, image_info, write_image
 from unet.files.pages import AS_STORED, Array, ImageInfo, Reading
 from unet.files.pictures import key
 from unet.files.rasters import open_raster, writing_bands
-from unet.files.volumes import is_volume, volume_name
+from unet.files.volumes import volume_name
 from unet.training.task import Processes
 from unet.words import counted
 
@@ -225,14 +225,14 @@ def as_16_bit(probability: Probability) -> NDArray[np.uint16]:
 
 def predict_files(
     predictor: FilePredictor,
-    source: Path,
+    inputs: Inputs,
     out: Path,
     *,
     overwrite: bool = False,
     processes: Processes | None = None,
 ) -> list[str]:
-    """Predicts a file, or the images of a folder and of those below it, into a tree of the same
-    folders; what the overlays' colours mean is in legend.png.
+    """Predicts images, into a tree of the folders that they lie in; what the overlays' colours mean
+    is in legend.png.
 
     Args:
         processes: share the images.
@@ -241,11 +241,11 @@ def predict_files(
         What went wrong with the images that failed, a sentence each; the others are written.
 
     Raises:
-        InputError: no image, or files in the way, before anything is predicted.
+        InputError: files in the way, before anything is predicted.
     """
     processes = processes or Processes()
     segmenter = predictor.segmenter
-    slices, failed = find_slices(source, predictor.reading, segmenter.check, segmenter.slices, out)
+    slices, failed = find_slices(inputs, predictor.reading, segmenter.check, segmenter.slices)
     count = len(slices) + len(failed)
     check_free([(image, predictor.files(image, out)) for image in slices], overwrite=overwrite)
     processes.wait()  # lest one finds what another has written already
@@ -310,42 +310,35 @@ def _predict_each(
 
 
 def find_slices(
-    source: Path,
+    inputs: Inputs,
     reading: Reading = AS_STORED,
     check: Callable[[ImageInfo, str], None] | None = None,
     together: int = 1,
-    out: Path | None = None,
 ) -> tuple[list[Slice], list[str]]:
-    """The images of a file or volume, or of a folder and those below it, a stack page by page, and
-    what is wrong with others.
+    """The images of files or volumes, a stack page by page, and what is wrong with others.
 
     Args:
         reading: what is said of the files beside what they say themselves.
         check: raises InputError for what is none of the images that can be predicted.
         together: neighbouring slices that the model takes; see `with_neighbours`.
-        out: see `find_inputs`.
 
     Raises:
-        InputError: no such file or folder, nothing in it, or a single file that is no image; single
-            images, where neighbouring slices are taken together.
+        InputError: a single file that is no image; single images, where neighbouring slices are
+            taken together.
     """
-    alone = is_volume(source) or source.is_file()
-    if not (alone or source.exists()):
-        raise InputError(f"--input {source} does not exist: give an image or a folder of images")
     slices: list[Slice] = []
     failed: list[str] = []
-    for path in [source] if alone else find_inputs(source, out).files:
+    for path in inputs.files:
         try:
             info = image_info(path, reading)
             if check:
                 check(info, repr(str(path)))
         except InputError as error:
-            if alone:
+            if inputs.root is None:
                 raise
             failed.append(str(error))
             continue
-        place = Path() if alone else path.parent.relative_to(source)
-        name = (place / volume_name(path)).as_posix()
+        name = (inputs.place(path) / volume_name(path)).as_posix()
         if info.pages == 1:
             slices.append(Slice(name=name, path=path, info=info))
             continue

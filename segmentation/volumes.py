@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from segmentation.data.inputs import find_inputs
+from segmentation.data.inputs import Inputs
 from segmentation.data.slices import Layers, near, near_page
 from segmentation.output import AT_ONCE, FilePredictor, as_16_bit
 from segmentation.predict import Predictor, Probability
@@ -26,7 +26,7 @@ from segmentation.segmenter import RasterSource
 from unet.errors import InputError, with_extras
 from unet.files.images import Blocks
 from unet.files.pages import ALL, CHANNELS, Array, ImageInfo, Stored, Volume, as_read, naming
-from unet.files.volumes import is_volume, open_volume, volume_name
+from unet.files.volumes import open_volume, volume_name
 from unet.files.writing import write_text
 from unet.training.task import Processes
 from unet.words import counted
@@ -142,34 +142,19 @@ class _Told:
         print(f"{done:,} of {slabs} are there, {minutes} left", flush=True)
 
 
-def find_volumes(source: Path, out: Path | None = None) -> list[Path]:
-    """The volume that a path is, or those of a folder and below it where it holds no images.
-
-    Args:
-        out: see `find_inputs`.
-    """
-    if is_volume(source):
-        return [source]
-    found = find_inputs(source, out).files if source.is_dir() else []
-    return [path for path in found if is_volume(path)]
-
-
 def predict_volumes(
     predictor: FilePredictor,
-    volumes: Sequence[Path],
+    inputs: Inputs,
     out: Path,
     *,
-    root: Path | None = None,
     overwrite: bool = False,
     processes: Processes | None = None,
 ) -> list[str]:
-    """Predicts volumes one after the other; see `predict_volume`.
+    """Predicts volumes one after the other, into a tree of the folders that they lie in; see
+    `predict_volume`.
 
     All that are to be predicted get an empty NAME_progress first, so that an interrupted prediction
     goes on with those that have one, and leaves the others as they are.
-
-    Args:
-        root: the folder in or below which they lie: results are in folders of the same names.
 
     Returns:
         What went wrong with the volumes or slices that failed, a sentence each.
@@ -178,7 +163,8 @@ def predict_volumes(
         InputError: two volumes of one name; results in the way.
     """
     processes = processes or Processes()
-    folders = [out / path.parent.relative_to(root) if root else out for path in volumes]
+    volumes = inputs.volumes
+    folders = [out / inputs.place(path) for path in volumes]
     names = [place / volume_name(path) for place, path in zip(folders, volumes, strict=True)]
     if twins := [path for path, name in zip(volumes, names, strict=True) if names.count(name) > 1]:
         raise InputError(f"{twins[0]} and {twins[1]} would have results of one name: rename one")

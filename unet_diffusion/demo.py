@@ -56,6 +56,7 @@ def main(options: DemoOptions) -> None:
 
 def segment(options: DemoOptions, run: Path) -> None:
     """A segmentation of membranes: trained, and judged on images that it has not seen."""
+    from segmentation.data.inputs import find_inputs
     from segmentation.data.phantom import phantom_stack
     from segmentation.judging.isbi import IsbiMetrics
     from segmentation.output import FilePredictor, predict_files
@@ -75,7 +76,7 @@ def segment(options: DemoOptions, run: Path) -> None:
     print("\nPredicting images that the model has not seen:", flush=True)
     models, table, threshold = load_models([str(run / "model")])
     predictor = FilePredictor(Predictor(models), table, threshold)
-    predict_files(predictor, run / "unseen", run / "predictions")
+    predict_files(predictor, find_inputs(run / "unseen"), run / "predictions")
 
     metrics = IsbiMetrics()
     for i, label in enumerate(labels):

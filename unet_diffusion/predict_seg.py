@@ -6,11 +6,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from unet.errors import InputError
 from unet.training.cli import run_script, say_next
 from unet.training.options import ReadingOptions, check_paths
+
+if TYPE_CHECKING:
+    from segmentation.data.inputs import Inputs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,10 +102,11 @@ class PredictOptions(ReadingOptions):
 
 
 def main(options: PredictOptions) -> int:
+    from segmentation.data.inputs import find_inputs
     from segmentation.output import FilePredictor, predict_files
     from segmentation.predict import Predictor
     from segmentation.segmenter import load_models
-    from segmentation.volumes import find_volumes, predict_volumes
+    from segmentation.volumes import predict_volumes
     from unet.memory import PREDICTED, keep_freed_memory
     from unet.training.task import Processes
     from unet.weights.folder import read_config
@@ -135,54 +139,49 @@ def main(options: PredictOptions) -> int:
         uncertainty=options.uncertainty,
         reading=options.reading,
     )
-    volumes = find_volumes(options.input, options.out)
-    if processes.main:
-        tell_of_masks(options)
-    how: dict[str, Any] = {"overwrite": options.overwrite, "processes": processes}
-    if volumes:
-        root = None if volumes == [options.input] else options.input
-        failed = predict_volumes(predictor, volumes, options.out, root=root, **how)
-    else:
-        failed = predict_files(predictor, options.input, options.out, **how)
-    if failed:
+    inputs = find_inputs(options.input, options.out)
+    if processes.main and inputs.remark:
+        print(inputs.remark, file=sys.stderr)
+    predicted = predict_volumes if inputs.volumes else predict_files
+    if predicted(predictor, inputs, options.out, overwrite=options.overwrite, processes=processes):
         return 1
-    if processes.main and not volumes:
-        print(f"masks: {options.out / '*_mask.*'}, probabilities and overlays beside them")
+    if processes.main and not inputs.volumes:
+        masks = where(inputs, options.out, "*_mask.*")
+        print(f"masks: {masks}, probabilities and overlays beside them")
     labelled = ("--data", "labelled_images", "--out", "scores")
     say_next("eval-seg", "--model", *options.model, *labelled)
     return 0
 
 
-def tell_of_masks(options: PredictOptions) -> None:
-    """Says which folders are taken for those of masks, which are left out."""
-    from segmentation.data.inputs import find_inputs
-    from unet.files.volumes import is_volume
-
-    if not options.input.is_dir() or is_volume(options.input):
-        return
-    if remark := find_inputs(options.input, options.out).remark:
-        print(remark, file=sys.stderr)
+def where(inputs: Inputs, out: Path, names: str) -> Path:
+    """Where the results of images are, in a pattern: in a tree as theirs where that is deep."""
+    deep = any(inputs.place(file) != Path() for file in inputs.files)
+    return out / "**" / names if deep else out / names
 
 
 def sampled_main(options: PredictOptions) -> int:
     """Predicts by samples of a diffusion model."""
     from diffusion.options import SamplingOptions
+    from segmentation.data.inputs import find_inputs
     from unet_diffusion.sampled import MaskSampler, predict_samples
 
     settings = SamplingOptions(
         seed=options.seed, device=options.device, precision=options.precision
     )
     sampler = MaskSampler(options.model[0], options.samples, settings)
-    tell_of_masks(options)
+    inputs = find_inputs(options.input, options.out)
+    if inputs.remark:
+        print(inputs.remark, file=sys.stderr)
     failed = predict_samples(
         sampler,
-        options.input,
+        inputs,
         options.out,
         threshold=0.5 if options.threshold is None else options.threshold,
         keep=options.keep_samples,
         overwrite=options.overwrite,
     )
-    print(f"masks: {options.out / '*_mask.png'}, probabilities and entropies beside them")
+    masks = where(inputs, options.out, "*_mask.png")
+    print(f"masks: {masks}, probabilities and entropies beside them")
     return 1 if failed else 0
 
 

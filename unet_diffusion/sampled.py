@@ -14,6 +14,7 @@ from diffusion.options import SamplingOptions
 from diffusion.process.schedule import NoiseSchedule
 from diffusion.sampling import ImageSampler, load_for_sampling
 from segmentation.data.classes import ClassTable
+from segmentation.data.inputs import Inputs
 from segmentation.output import Slice, as_16_bit, check_free, find_slices
 from segmentation.pictures import grey_or_rgb, overlay, overlay_legend
 from segmentation.predict import Probability, classes
@@ -89,15 +90,15 @@ class MaskSampler:
 
 def predict_samples(
     sampler: MaskSampler,
-    source: Path,
+    inputs: Inputs,
     out: Path,
     *,
     threshold: float = 0.5,
     keep: bool = False,
     overwrite: bool = False,
 ) -> list[str]:
-    """Samples masks of an image, or of each of a folder and of those below it, and writes what they
-    say together, into a tree of the same folders.
+    """Samples masks of each image, and writes what they say together, into a tree of the folders
+    that the images lie in.
 
     Of an image NAME: NAME_mask.png, the most probable class or the second of two above the
     threshold; NAME_probability.png and NAME_entropy.png, 16-bit; NAME_overlay.png; legend.png.
@@ -109,10 +110,10 @@ def predict_samples(
         What went wrong with the images that failed, a sentence each.
 
     Raises:
-        InputError: no image, a stack, two images of one name, or files in the way, before anything
+        InputError: a stack, two images of one name, or files in the way, before anything
             is predicted.
     """
-    slices, failed = find_slices(source, out=out)
+    slices, failed = find_slices(inputs)
     digits = len(str(sampler.count - 1))
     names = ["mask", "probability", "entropy", "overlay"]
     names += [f"sample_{i:0{digits}d}" for i in range(sampler.count)] * keep

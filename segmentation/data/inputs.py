@@ -1,4 +1,4 @@
-"""Which files of a folder, and of those below it, are images to predict, or to start from."""
+"""What is to be predicted, or to start from: a file, or those of a folder and below it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from unet.errors import InputError
 from unet.files.images import files_below, is_image_file, list_images
-from unet.files.volumes import is_volume_file
+from unet.files.volumes import is_volume, is_volume_file
 from unet.words import counted
 
 IMAGE_FOLDERS = (
@@ -27,15 +27,26 @@ _MADE = re.compile(r"_(mask|probability|overlay|labels|entropy|disagreement|samp
 
 @dataclass(frozen=True)
 class Inputs:
-    """What is found in a folder and below it.
+    """A file or volume, or what is found in a folder and below it.
 
     Attributes:
         files: images in natural order; volumes where there is no image.
+        root: the folder in or below which they lie; None: a single one, which was named itself.
         masks: folders of masks, whose images lie beside or above them, and are left out.
     """
 
     files: Sequence[Path]
-    masks: Sequence[Path]
+    root: Path | None = None
+    masks: Sequence[Path] = ()
+
+    @property
+    def volumes(self) -> Sequence[Path]:
+        """The files where they are volumes, which are predicted one by one."""
+        return [file for file in self.files if is_volume(file)]
+
+    def place(self, file: Path) -> Path:
+        """The folder of a file below the root, into which its results go below theirs."""
+        return file.parent.relative_to(self.root) if self.root else Path()
 
     @property
     def remark(self) -> str:
@@ -48,17 +59,21 @@ class Inputs:
         )
 
 
-def find_inputs(folder: Path, out: Path | None = None) -> Inputs:
-    """The images of a folder and of those below it, without those that are hidden, masks, or
-    written by this project: predictions, runs and evaluations.
+def find_inputs(source: Path, out: Path | None = None) -> Inputs:
+    """A file or volume, or the images of a folder and of those below it, without those that are
+    hidden, masks, or written by this project: predictions, runs and evaluations.
 
     Args:
         out: the folder of the predictions; what is called like one in or below it is left out.
 
     Raises:
-        InputError: no such folder, or no image in it.
+        InputError: no such file or folder, or no image in it.
     """
-    every = files_below(folder)
+    if is_volume(source) or source.is_file():
+        return Inputs([source])
+    if not source.exists():
+        raise InputError(f"{str(source)!r} does not exist: give an image or a folder of images")
+    folder, every = source, files_below(source)
     images = [file for file in every if is_image_file(file)]
     volumes = [file for file in every if is_volume_file(file)]
     if not (images or volumes):
@@ -72,7 +87,7 @@ def find_inputs(folder: Path, out: Path | None = None) -> Inputs:
     masks = _mask_folders([file for files in kept for file in files], folder)
     for files in kept:
         if meant := [file for file in files if not any(map(file.is_relative_to, masks))]:
-            return Inputs(meant, masks)
+            return Inputs(meant, folder, masks)
     raise InputError(
         f"{str(folder)!r}: nothing but masks and predictions is in it: name the folder of the "
         "images"

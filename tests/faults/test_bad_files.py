@@ -31,9 +31,9 @@ from safetensors.torch import load, save
 from diffusion.data.images import DiffusionData
 from diffusion.model import DiffusionUNet
 from diffusion.stable.folder import read_unet
+from segmentation.data.inputs import find_inputs
 from segmentation.data.pairs import find_pairs
 from segmentation.model import SegmentationUNet
-from segmentation.output import find_slices
 from tests.faults.bad_files import GREY, READERS, Bench, picture, refusal, write_model
 from tests.faults.damage import HOSTILE, ZEROS, mutated, tiff
 from tests.faults.harness import ROOT, run
@@ -129,7 +129,7 @@ def test_a_link_to_itself_is_as_good_as_missing(bench: Bench, name: str) -> None
     [
         DiffusionData,
         find_pairs,
-        find_slices,
+        find_inputs,
         SegmentationUNet.from_pretrained,
         DiffusionUNet.from_pretrained,
         read_unet,

@@ -18,7 +18,7 @@ from scipy import ndimage
 
 from segmentation import output
 from segmentation.data.classes import ClassTable
-from segmentation.data.inputs import predictions
+from segmentation.data.inputs import find_inputs, predictions
 from segmentation.data.instances import INSTANCE_NAMES
 from segmentation.data.phantom import phantom_stack
 from segmentation.model import SegmentationUNet
@@ -73,7 +73,7 @@ def test_labels_number_the_parts_of_the_mask(folder, tmp_path):
     write_image(tmp_path / "x.png", phantom_stack(1, (48, 40))[0][0])
     models, table, threshold = load_models([folder])
     predictor = FilePredictor(Predictor(models), table, threshold, labels=True, min_size=4)
-    assert predict_files(predictor, tmp_path / "x.png", tmp_path / "out") == []
+    assert predict_files(predictor, find_inputs(tmp_path / "x.png"), tmp_path / "out") == []
     labels = read_image(tmp_path / "out/x_labels.tif")[..., 0]
     mask = read_image(tmp_path / "out/x_mask.png")[..., 0]
     assert np.array_equal(labels > 0, mask == 255)
@@ -87,9 +87,9 @@ def test_a_legend_lies_beside_the_overlays(folder, tmp_path):
     predictor = FilePredictor(Predictor(models), table, threshold)
     out, legend = tmp_path / "out", tmp_path / "out/legend.png"
     write_image(legend, np.zeros((5, 6, 3), np.uint8))
-    assert predict_files(predictor, tmp_path / "in", out) == []
+    assert predict_files(predictor, find_inputs(tmp_path / "in"), out) == []
     assert image_info(legend).width == 6  # nothing is written over unless asked for
-    assert predict_files(predictor, tmp_path / "in", out, overwrite=True) == []
+    assert predict_files(predictor, find_inputs(tmp_path / "in"), out, overwrite=True) == []
     colours = set(map(tuple, read_image(legend).reshape(-1, 3).tolist()))
     assert overlay_legend(table)[0][1] in colours
     assert read_image(out / "a_overlay.png").shape == (48, 40, 3)
@@ -100,7 +100,7 @@ def test_overlays_show_instances_where_there_are_some(folder, tmp_path):
     write_image(tmp_path / "x.png", image)
     models, table, threshold = load_models([folder])
     predictor = FilePredictor(Predictor(models), table, threshold, labels=True)
-    assert predict_files(predictor, tmp_path / "x.png", tmp_path / "out") == []
+    assert predict_files(predictor, find_inputs(tmp_path / "x.png"), tmp_path / "out") == []
     labels = read_image(tmp_path / "out/x_labels.tif")[..., 0]
     shown = instance_overlay(np.repeat(image.reshape(48, 40, 1), 3, 2), labels)
     assert np.array_equal(read_image(tmp_path / "out/x_overlay.png"), shown)
@@ -188,9 +188,9 @@ def test_files_are_written_while_the_next_image_is_predicted(folder, tmp_path, m
             return checked
 
     monkeypatch.setattr(output, "AT_ONCE", 2000)  # pixels: a few images wait, no more
-    predict_files(predictor, tmp_path / "in", tmp_path / "all")
+    predict_files(predictor, find_inputs(tmp_path / "in"), tmp_path / "all")
     failed = predict_files(
-        Checked(Predictor(models), table, 0.5), tmp_path / "in", tmp_path / "out"
+        Checked(Predictor(models), table, 0.5), find_inputs(tmp_path / "in"), tmp_path / "out"
     )
     assert [(f.split("/")[-1]) for f in failed] == [
         "03.png': nor this",
@@ -214,7 +214,11 @@ def test_a_full_disk_ends_the_prediction_of_many_images(folder, tmp_path, monkey
     monkeypatch.setattr(output, "write_image", full)
     models, table, _ = load_models([folder])
     with pytest.raises(OSError, match="no space left"):
-        predict_files(FilePredictor(Predictor(models), table, 0.5), tmp_path / "in", tmp_path / "o")
+        predict_files(
+            FilePredictor(Predictor(models), table, 0.5),
+            find_inputs(tmp_path / "in"),
+            tmp_path / "o",
+        )
 
 
 def test_images_that_would_be_written_to_one_file_are_refused(folder, tmp_path):
@@ -222,7 +226,11 @@ def test_images_that_would_be_written_to_one_file_are_refused(folder, tmp_path):
         write_image(tmp_path / "in" / name, np.zeros((20, 20), np.uint8))
     models, table, _ = load_models([folder])
     with pytest.raises(InputError, match=r"a\.png and .*a\.tif would both be written"):
-        predict_files(FilePredictor(Predictor(models), table, 0.5), tmp_path / "in", tmp_path / "o")
+        predict_files(
+            FilePredictor(Predictor(models), table, 0.5),
+            find_inputs(tmp_path / "in"),
+            tmp_path / "o",
+        )
     assert not (tmp_path / "o").exists()
 
 
@@ -248,6 +256,7 @@ def test_a_tree_of_images_becomes_a_tree_of_masks(folder, tmp_path, capsys):
             assert predict_seg.command([*argv, *again]) == 0
             said = capsys.readouterr()
             assert f"4 of 4 images predicted, in {out}" in said.out
+            assert f"masks: {out / '**' / '*_mask.*'}, " in said.out
             assert f"1 folder of masks, such as {data / 'p2' / 'masks'}" in said.err
             for name in names:
                 alone = tmp_path / "alone" / name

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from segmentation import volumes
+from segmentation.data.inputs import find_inputs
 from segmentation.data.pairs import find_pairs
 from segmentation.data.phantom import phantom_stack
 from segmentation.data.slices import channel_names, near, near_page, with_neighbours
@@ -107,8 +108,8 @@ def test_the_model_remembers_and_every_way_gives_the_same(run, tmp_path, monkeyp
     assert json.loads(named) == ["slice -1", "slice 0", "slice +1"]
 
     folder = files(tmp_path / "new", masks=False) / "image"
-    assert predict_files(predictor(run), folder, tmp_path / "files") == []
-    assert predict_files(predictor(run), stack, tmp_path / "pages") == []
+    assert predict_files(predictor(run), find_inputs(folder), tmp_path / "files") == []
+    assert predict_files(predictor(run), find_inputs(stack), tmp_path / "pages") == []
     for i in range(6):
         for name in (f"files/s{i:02d}_mask.png", f"pages/x_{i}_mask.png"):
             assert (read_image(tmp_path / name)[..., 0] == expected[i]).all()
@@ -177,7 +178,7 @@ def test_a_single_image_is_refused_in_predicting(run, tmp_path, capsys):
         load(run / "model", device="cpu")(IMAGES[0])
     assert run_predict("--model", run / "model", "--input", tmp_path, "--out", tmp_path / "o") == 2
     assert "a is a single image" in capsys.readouterr().err
-    assert find_slices(tmp_path)[0][0].around == ()
+    assert find_slices(find_inputs(tmp_path))[0][0].around == ()
 
 
 def test_data_have_as_many_slices_as_are_asked_for(tmp_path):

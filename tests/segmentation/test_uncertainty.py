@@ -11,6 +11,7 @@ import torch
 from scipy.stats import entropy as scipy_entropy
 
 from segmentation import load, output
+from segmentation.data.inputs import find_inputs
 from segmentation.data.phantom import phantom_stack
 from segmentation.model import SegmentationUNet
 from segmentation.output import FilePredictor, predict_files
@@ -72,7 +73,7 @@ def test_maps_are_written_as_probabilities_are_at_once_in_bands_and_of_volumes(
     models, table, threshold = load_models(folders)
     predict = Predictor(models, tile=32, overlap=8)
     predictor = FilePredictor(predict, table, threshold, uncertainty=True, labels=False)
-    assert predict_files(predictor, tmp_path / "x.tif", tmp_path / "once") == []
+    assert predict_files(predictor, find_inputs(tmp_path / "x.tif"), tmp_path / "once") == []
     segmenter = load(*folders, tile=32, overlap=8)
     names = {"entropy": segmenter.uncertainty, "disagreement": segmenter.disagreement}
     for name, find in names.items():
@@ -83,7 +84,7 @@ def test_maps_are_written_as_probabilities_are_at_once_in_bands_and_of_volumes(
     zarr.create_array(tmp_path / "v.zarr", data=image)
     assert predict_volume(predictor, tmp_path / "v.zarr", tmp_path / "out") == []
     monkeypatch.setattr(output, "AT_ONCE", 100)
-    assert predict_files(predictor, tmp_path / "x.tif", tmp_path / "bands") == []
+    assert predict_files(predictor, find_inputs(tmp_path / "x.tif"), tmp_path / "bands") == []
     for name in names:
         once = read_image(tmp_path / f"once/x_1_{name}.png")
         assert np.array_equal(once, read_image(tmp_path / f"bands/x_1_{name}.tif"))

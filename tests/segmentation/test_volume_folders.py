@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from segmentation.data.classes import ClassTable
+from segmentation.data.inputs import find_inputs
 from segmentation.data.pairs import find_pairs
 from segmentation.data.phantom import phantom_stack
 from segmentation.data.slices import with_neighbours
@@ -17,7 +18,6 @@ from segmentation.data.splits import split_pairs
 from segmentation.judging.surface import surface_scores
 from segmentation.model import SegmentationUNet
 from segmentation.segmenter import load
-from segmentation.volumes import find_volumes
 from tests.commands.test_seg_commands import run_crossval
 from tests.forks import SCRIPTS, run_forked
 from tests.segmentation.test_seg_training import SMALL, run_predict, run_train
@@ -110,7 +110,7 @@ def test_other_kinds_and_layouts(tmp_path):
     assert (pairs[4].read_image()[..., 0] == IMAGES[0, 1]).all()
     write_image(tmp_path / "0.png", IMAGES[0, 0])  # beside images volumes are passed over
     assert list_images(tmp_path) == [tmp_path / "0.png"]
-    assert find_volumes(tmp_path) == []
+    assert find_inputs(tmp_path).volumes == []
 
 
 def test_from_cases_to_masks_and_scores(nnunet, tmp_path, capsys):

@@ -17,6 +17,7 @@ import pytest
 from diffusion.data.images import DiffusionData
 from segmentation import output, volumes
 from segmentation.data.dataset import SegmentationData
+from segmentation.data.inputs import find_inputs
 from segmentation.data.pairs import find_pairs
 from segmentation.data.phantom import phantom_stack
 from segmentation.model import SegmentationUNet
@@ -87,7 +88,12 @@ def levels(out: Path) -> list[Any]:
 
 def expected(folder: str, tmp_path: Path, images: Any = IMAGES) -> list[Any]:
     """The masks and probabilities of the slices as files."""
-    assert predict_files(predictor(folder), pngs(tmp_path / "png", images), tmp_path / "as") == []
+    assert (
+        predict_files(
+            predictor(folder), find_inputs(pngs(tmp_path / "png", images)), tmp_path / "as"
+        )
+        == []
+    )
     kinds = ("mask", "probability")
     read = [
         [read_image(tmp_path / f"as/{i}_{k}.png")[..., 0] for i in range(len(images))]
@@ -128,7 +134,7 @@ def test_a_diffusion_model_sees_the_slices(tmp_path):
 def test_a_segmenter_takes_the_slices_as_a_batch(folder, tmp_path):
     save(tmp_path / "x.zarr", IMAGES, "ZYX", (3, 16, 16))
     assert np.array_equal(load(folder)(tmp_path / "x.zarr"), load(folder)(IMAGES))
-    slices, failed = find_slices(tmp_path / "x.zarr")
+    slices, failed = find_slices(find_inputs(tmp_path / "x.zarr"))
     assert [s.name for s in slices] == [f"x_{i}" for i in range(7)]
     assert failed == []
 

@@ -18,6 +18,7 @@ from scipy import ndimage
 
 from segmentation.data.classes import IGNORE, class_names
 from segmentation.data.depths import Depth
+from segmentation.data.inputs import Inputs
 from segmentation.output import AT_ONCE, FilePredictor, Slice, find_slices
 from segmentation.pictures import (
     class_colours,
@@ -201,7 +202,9 @@ def found_slices(page: Page, name: str, files: Sequence[str]) -> tuple[Labelled,
     pixels = 0
     for file in map(Path, files):
         try:
-            found, _ = find_slices(file, predictor.reading, segmenter.check, segmenter.slices)
+            found, _ = find_slices(
+                Inputs([file]), predictor.reading, segmenter.check, segmenter.slices
+            )
         except InputError as error:
             text = str(error).replace(str(file), file.name)
             wrong.append(text if file.name in text else f"'{file.name}': {text}")
