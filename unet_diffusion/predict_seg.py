@@ -182,8 +182,10 @@ def sampled_main(options: PredictOptions) -> int:
         keep=options.keep_samples,
         overwrite=options.overwrite,
     )
+    if failed:
+        return 1
     print(f"masks: {options.out / '*_mask.png'}, probabilities and entropies beside them")
-    return 1 if failed else 0
+    return 0
 
 
 def _draws_masks(config: Mapping[str, Any]) -> bool:

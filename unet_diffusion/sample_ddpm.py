@@ -222,8 +222,13 @@ def write_pictures(
 
 def given_conditions(options: SampleOptions, sampler: ImageSampler) -> tuple[Wanted, list[str]]:
     """The pictures of --condition, each as often as it is asked for, with the class or prompt of
-    each in turn, and the names of the files; of which headers are read now, pixels when due.
+    each in turn, and the names of the files.
+
+    Pixels are read when they are due, and of the first CHECKED now as well: a bad one stops it
+    before anything of an earlier run is replaced.
     """
+    from diffusion.data.whole import CHECKED
+
     path = options.condition
     assert path is not None
     condition = sampler.model.condition
@@ -241,6 +246,8 @@ def given_conditions(options: SampleOptions, sampler: ImageSampler) -> tuple[Wan
             )
         made[name] = file
         picture = sampler.made_from(file, resize=bool(options.init or options.inpaint))
+        if len(made) <= CHECKED:
+            picture.read()
         for i in range(options.each):
             pictures.append(picture)
             names.append(f"{name}_{i}" if options.each > 1 else name)

@@ -75,7 +75,7 @@ def find_inputs(folder: Path, out: Path | None = None) -> Inputs:
             return Inputs(meant, masks)
     raise InputError(
         f"{str(folder)!r}: nothing but masks and predictions is in it: name the folder of the "
-        "images"
+        "images, or one of these files by itself"
     )
 
 
