@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from unet.errors import InputError
 from unet.training.cli import run_script, say_next
 from unet.training.config_file import load_config
 from unet.training.options import check_paths
-from unet.words import counted
+from unet.words import counted, listed
 
 SHOWN = 16  # images in the GIF and of whose attention there are pictures, at most
 
@@ -289,6 +290,9 @@ def condition_files(options: SampleOptions, *, masks: bool) -> list[Path]:
             files = [file for file in files if not file.is_relative_to(place)]
             if not files:
                 raise InputError(f"--condition {path}: nothing but --out {options.out} is in it")
+        tops = (file.relative_to(path).parts[0] for file in files if file.parent != path)
+        if (below := Counter(tops)) and is_main_process():
+            print(f"in folders below {path}: {listed(below)}")
     for folder in {file.parent for file in files}:
         if any(folder.resolve().is_relative_to(out / name) for name in FOLDERS):
             raise InputError(
