@@ -21,6 +21,7 @@ from unet.training.task import Processes
 from unet.words import counted
 
 FOLDERS = ("images", "image", "label", "attention")  # of files an image
+FILES = ("grid.png", "samples.npz", "appearing.gif")  # of all
 IN_GRID = 100  # images in grid.png, at most
 
 
@@ -80,7 +81,7 @@ class SampleFolder:
             for old in (self.path / folder).glob("*"):
                 if re.fullmatch(r"[0-9]{5,}\.(png|tif)", old.name):
                     old.unlink()
-        for name in ("grid.png", "samples.npz", "appearing.gif"):
+        for name in FILES:
             (self.path / name).unlink(missing_ok=True)
 
     def _tell_of_others(self) -> None:

@@ -266,7 +266,7 @@ def condition_files(options: SampleOptions, *, masks: bool) -> list[Path]:
         InputError: no image; images beside masks, where these are meant; an --out whose files would
             take the places of conditions.
     """
-    from diffusion.output import FOLDERS
+    from diffusion.output import FILES, FOLDERS
     from segmentation.data.inputs import find_inputs
     from unet.training.run import is_main_process
 
@@ -287,7 +287,8 @@ def condition_files(options: SampleOptions, *, masks: bool) -> list[Path]:
         files = found.files
         if out.is_relative_to(path.resolve()):
             place = path / out.relative_to(path.resolve())
-            files = [file for file in files if not file.is_relative_to(place)]
+            made = {place / name for name in (*FOLDERS, *FILES)}
+            files = [file for file in files if made.isdisjoint((file, *file.parents))]
             if not files:
                 raise InputError(f"--condition {path}: nothing but --out {options.out} is in it")
         tops = (file.relative_to(path).parts[0] for file in files if file.parent != path)

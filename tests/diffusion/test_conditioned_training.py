@@ -276,14 +276,18 @@ def test_a_tree_of_pictures_becomes_a_tree_of_images(
     wanted = load(folder / "run/model", device="cpu")(pictures=pictures, steps=1)
     model = ("--model", folder / "run/model", "--steps", 1, "--batch-size", 4)
     sample = (sample_ddpm, sample_ddpm.SampleOptions, *model, "--condition")
-    for out in (folder / "made", tree / "a/made"):
-        for again in ((), ("--overwrite",)):
+    for out in (folder / "made", tree / "a", tree / "a/made"):
+        for _ in range(2):
+            again = ("--overwrite",) if out.is_dir() else ()
             assert run(*sample, tree, "--out", out, *again) == 0
             assert "stay" not in capsys.readouterr().err
             written = {f.relative_to(out / "images") for f in (out / "images").rglob("*.png")}
             assert written == {Path(f"{name}.png") for name in names}
             for name, image in zip(names, wanted, strict=True):
                 assert np.array_equal(read_image(out / f"images/{name}.png"), image)
+        if out == tree / "a":  # where pictures lie as well
+            shutil.rmtree(out / "images")
+            (out / "grid.png").unlink()
     shutil.copytree(folder / "masks", folder / "label/images")
     shutil.copytree(folder / "masks", folder / "label/label")
     write_image(folder / "twins/a/0.png", read_image(folder / "masks/0.png"))
