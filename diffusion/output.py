@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,12 +14,14 @@ from torch import Tensor
 from diffusion.attention_maps import attention_figure
 from diffusion.pictures import Images, fewer_pixels, grid, write_gif
 from unet.errors import InputError
-from unet.files.images import read_image, write_image
+from unet.files.images import files_below, read_image, write_image
 from unet.files.pages import Array
 from unet.files.writing import replacing
 from unet.training.task import Processes
+from unet.words import counted
 
 FOLDERS = ("images", "image", "label", "attention")  # of files an image
+FILES = ("grid.png", "samples.npz", "appearing.gif")  # of all
 IN_GRID = 100  # images in grid.png, at most
 
 
@@ -68,6 +71,7 @@ class SampleFolder:
         processes.wait()  # lest one finds what another has written already
         if processes.main:
             self._empty()
+            self._tell_of_others()
         processes.wait()
 
     def _empty(self) -> None:
@@ -77,8 +81,19 @@ class SampleFolder:
             for old in (self.path / folder).glob("*"):
                 if re.fullmatch(r"[0-9]{5,}\.(png|tif)", old.name):
                     old.unlink()
-        for name in ("grid.png", "samples.npz", "appearing.gif"):
+        for name in FILES:
             (self.path / name).unlink(missing_ok=True)
+
+    def _tell_of_others(self) -> None:
+        """Says what lies among the images that was not removed, and that these do not replace."""
+        ours = {file for number in range(len(self.names or ())) for file in self.files(number)}
+        below = (file for name in FOLDERS for file in files_below(self.path / name))
+        if others := [file for file in below if file not in ours]:
+            print(
+                f"note: {counted(len(others), 'file')} in --out {self.path} stay that this run "
+                f"does not write, such as {others[0]}: delete them if they are of an earlier one",
+                file=sys.stderr,
+            )
 
     def add(self, images: Array, first: int) -> None:
         """Writes images (N, H, W, C), the first of them under this number."""

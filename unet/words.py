@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 
 def counted(count: float, thing: str) -> str:
@@ -10,6 +10,12 @@ def counted(count: float, thing: str) -> str:
     number = f"{count:g}" if count % 1 else f"{int(count):,}"
     plural = "es" if thing.endswith("s") else "s"
     return f"{number} {thing}{plural if count != 1 else ''}"
+
+
+def listed(counts: Mapping[str, int]) -> str:
+    """Names with a count each, the first ten of many and the last: "a (6), b (1,200)"."""
+    said = [f"{name} ({count:,})" for name, count in counts.items()]
+    return ", ".join(said if len(said) <= 12 else [*said[:10], "...", said[-1]])
 
 
 def channels_said(count: int, names: Sequence[str] = ()) -> str:

@@ -15,6 +15,7 @@ from unet.errors import InputError
 from unet.training.cli import run_script, say_next
 from unet.training.config_file import load_config
 from unet.training.options import check_paths
+from unet.words import counted
 
 if TYPE_CHECKING:
     from diffusion.data.images import DiffusionData
@@ -192,7 +193,8 @@ def judge_and_pairs(
     if not copies:
         judge.notes.append("copies are not looked for: what the model was trained on is not here")
     if pairs is not None and len({*pairs.chosen}) < options.count:
-        judge.notes.append(f"the samples are made from {len({*pairs.chosen}):,} pictures, in turn")
+        pictures = counted(len({*pairs.chosen}), "picture")
+        judge.notes.append(f"the samples are made from {pictures}, in turn")
     if pairs is not None and pairs.hole is not None:
         judge.notes.append("PSNR and SSIM are of the hole alone, as what is around it is given")
     return judge, pairs

@@ -180,9 +180,11 @@ def sampled_main(options: PredictOptions) -> int:
         keep=options.keep_samples,
         overwrite=options.overwrite,
     )
+    if failed:
+        return 1
     masks = where(inputs, options.out, "*_mask.png")
     print(f"masks: {masks}, probabilities and entropies beside them")
-    return 1 if failed else 0
+    return 0
 
 
 def _draws_masks(config: Mapping[str, Any]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from unet.errors import InputError
 from unet.training.cli import run_script, say_next
 from unet.training.config_file import load_config
 from unet.training.options import check_paths
-from unet.words import counted
+from unet.words import counted, listed
 
 SHOWN = 16  # images in the GIF and of whose attention there are pictures, at most
 
@@ -222,8 +223,13 @@ def write_pictures(
 
 def given_conditions(options: SampleOptions, sampler: ImageSampler) -> tuple[Wanted, list[str]]:
     """The pictures of --condition, each as often as it is asked for, with the class or prompt of
-    each in turn, and the names of the files; of which headers are read now, pixels when due.
+    each in turn, and the names of the files.
+
+    Pixels are read when they are due, and of the first CHECKED now as well: a bad one stops it
+    before anything of an earlier run is replaced.
     """
+    from diffusion.data.whole import CHECKED
+
     path = options.condition
     assert path is not None
     condition = sampler.model.condition
@@ -241,6 +247,8 @@ def given_conditions(options: SampleOptions, sampler: ImageSampler) -> tuple[Wan
             )
         made[name] = file
         picture = sampler.made_from(file, resize=bool(options.init or options.inpaint))
+        if len(made) <= CHECKED:
+            picture.read()
         for i in range(options.each):
             pictures.append(picture)
             names.append(f"{name}_{i}" if options.each > 1 else name)
@@ -258,14 +266,15 @@ def condition_files(options: SampleOptions, *, masks: bool) -> list[Path]:
         InputError: no image; images beside masks, where these are meant; an --out whose files would
             take the places of conditions.
     """
-    from diffusion.output import FOLDERS
+    from diffusion.output import FILES, FOLDERS
     from segmentation.data.inputs import find_inputs
+    from unet.files.volumes import is_volume
     from unet.training.run import is_main_process
 
     path, out = options.condition, options.out.resolve()
     assert path is not None
     files: Sequence[Path] = [path]
-    if path.is_dir():
+    if path.is_dir() and not is_volume(path):
         if out == path.resolve():
             raise InputError(f"--out {options.out} is the folder of --condition: give another one")
         found = find_inputs(path)
@@ -279,9 +288,13 @@ def condition_files(options: SampleOptions, *, masks: bool) -> list[Path]:
         files = found.files
         if out.is_relative_to(path.resolve()):
             place = path / out.relative_to(path.resolve())
-            files = [file for file in files if not file.is_relative_to(place)]
+            made = {place / name for name in (*FOLDERS, *FILES)}
+            files = [file for file in files if made.isdisjoint((file, *file.parents))]
             if not files:
                 raise InputError(f"--condition {path}: nothing but --out {options.out} is in it")
+        tops = (file.relative_to(path).parts[0] for file in files if file.parent != path)
+        if (below := Counter(tops)) and is_main_process():
+            print(f"in folders below {path}: {listed(below)}")
     for folder in {file.parent for file in files}:
         if any(folder.resolve().is_relative_to(out / name) for name in FOLDERS):
             raise InputError(

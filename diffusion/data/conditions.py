@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -415,7 +416,7 @@ def partners(
     """The file of a folder that goes with each image: of the same name, whatever its ending.
 
     It lies at the place below the folder where the image lies below its own, or is the only one of
-    that name.
+    that name that lies at the place of no image.
 
     Args:
         what: these files are, for people.
@@ -427,19 +428,26 @@ def partners(
     here = os.path.join(os.curdir, "")  # which a walk puts before names, and Path does not
     images = [image.removeprefix(here) for image in images]
     files = [str(file) for file in images_below(folder)]
-    ends = _places(files, folder)
-    places, names = _by_key(ends, files), _by_key(map(os.path.basename, ends), files)
+    own = set(images).intersection(files)
+    files = [file for file in files if file not in own]
+    of_images, ends = _places(images, root), _places(files, folder)
+    # Of trees of recurring names, one that lacks a file must not take that of another image.
+    taken = set(of_images).intersection(ends)
+    free = {
+        file: os.path.basename(e) for file, e in zip(files, ends, strict=True) if e not in taken
+    }
+    places, names = _by_key(ends, files), _by_key(free.values(), list(free))
     found, alone = [], []
-    for image, place in zip(images, _places(images, root), strict=True):
+    for image, place in zip(images, of_images, strict=True):
         name = os.path.basename(place)
         file = places.get(place, names.get(name))
         if file is None:
-            alone.append(os.path.basename(image))
+            alone.append(image)
         elif not file:
             one, other = [
                 file
                 for file, end in zip(files, ends, strict=True)
-                if end == place or (place not in places and os.path.basename(end) == name)
+                if end == place or (place not in places and free.get(file) == name)
             ][:2]
             raise InputError(
                 f"{one!r} and {other!r} could both be the {what} of {image!r}: give each the name "
@@ -447,22 +455,26 @@ def partners(
             )
         else:
             found.append(file)
+    if itself := next((image for image in alone if image in own), None):
+        raise InputError(
+            f"{itself!r} would be the {what} of itself: let --data name the folder of the images "
+            "alone"
+        )
     if alone:
         raise InputError(
             f"{str(folder)!r} has no {what} for {counted(len(alone), 'image')}, such as "
-            f"{alone[0]}: it has the name of its image"
-        )
-    if own := next((a for a, b in zip(images, found, strict=True) if a == b), None):
-        raise InputError(
-            f"{own!r} would be the {what} of itself: let --data name the folder of the images alone"
+            f"{alone[0]!r}: it has the name of its image, in folders like those of the image"
         )
     return found
 
 
 def _places(files: Sequence[str], root: Path | None) -> list[str]:
-    """The paths of files from a folder, without their endings; None: as they are."""
+    """The paths of files from a folder, without their endings, with letters as one character each;
+    None: as they are.
+    """
     start = 0 if root is None else len(str(root / "_")) - 1
-    return [os.path.splitext(file[start:])[0] for file in files]
+    ends = (os.path.splitext(file[start:])[0].removesuffix(".ome") for file in files)
+    return [unicodedata.normalize("NFC", end) for end in ends]
 
 
 def _by_key(keys: Iterable[str], files: Sequence[str]) -> dict[str, str]:

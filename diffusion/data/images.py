@@ -26,7 +26,7 @@ from diffusion.data.splits import grid_places, split, whole_places
 from diffusion.data.whole import WholeImages
 from unet.errors import InputError
 from unet.symmetries import Symmetries, find_symmetries
-from unet.words import counted
+from unet.words import counted, listed
 
 
 class DiffusionData:
@@ -235,9 +235,10 @@ class DiffusionData:
         lines = self._whole.lines()
         if self.labels is not None and self.channels > self.codes:
             counts = np.bincount(self.labels, minlength=len(self.classes)).tolist()
-            shown = [f"{name} ({n:,})" for name, n in zip(self.classes, counts, strict=True)]
-            shown = shown if len(shown) <= 12 else [*shown[:10], "...", shown[-1]]
-            lines.append(f"{counted(len(counts), 'class')}: {', '.join(shown)}")
+            shown = listed(dict(zip(self.classes, counts, strict=True)))
+            lines.append(f"{counted(len(counts), 'class')}: {shown}")
+        elif self.source.below:
+            lines.append(f"of these in folders below: {listed(self.source.below)}")
         if self.source.captioned:
             like = f"such as {self.caption(self.train[0])!r}" if self.captioned else "not used"
             lines.append(f"captions, {like}{self.source.note}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -67,6 +68,7 @@ class Source:
     kind: ImageInfo | None = None  # of all images; None: each is a file with a header of its own
     files: Sequence[str] = ()
     root: Path | None = None  # the folder that the files are in or below
+    below: Mapping[str, int] = field(default_factory=dict)  # images in folders, some beside these
     how: HowToRead = field(default_factory=HowToRead)
     classes: tuple[str, ...] = ()
     labels: NDArray[np.int64] | None = None
@@ -220,7 +222,9 @@ def _in_files(path: Path, captions: bool, how: HowToRead) -> Source:
     )
     if captions and source.captioned:
         source = replace(source, caption=read_captions(files, tables, how.caption_key).__getitem__)
-    if "" in folders or len(set(folders)) < 2:
+    if "" in folders:
+        return replace(source, below=Counter(filter(None, folders)))
+    if len(set(folders)) < 2:
         return source
     return _classified(source, folders)
 

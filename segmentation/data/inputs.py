@@ -85,12 +85,13 @@ def find_inputs(source: Path, out: Path | None = None) -> Inputs:
         made |= {f for f in every if f.is_relative_to(place) and _MADE.search(f.stem)}
     kept = [[f for f in files if f not in made] for files in (images, volumes)]
     masks = _mask_folders([file for files in kept for file in files], folder)
+    beside = set(masks)
     for files in kept:
-        if meant := [file for file in files if not any(map(file.is_relative_to, masks))]:
+        if meant := [file for file in files if beside.isdisjoint(file.parents)]:
             return Inputs(meant, folder, masks)
     raise InputError(
         f"{str(folder)!r}: nothing but masks and predictions is in it: name the folder of the "
-        "images"
+        "images, or one of these files by itself"
     )
 
 

@@ -573,7 +573,16 @@ def _matched(
                 for place, of in by_folder[0].items()
                 for match in _matched(of, by_folder[1][place], where / place, masked / place)
             ]
-        raise InputError(f"{times} images of {str(where)!r} are named {name!r}; rename all but one")
+        said = f"{times} images of {str(where)!r} are named {name!r}; rename all but one"
+        places, others = map(dict.keys, by_folder)
+        if len(places) == 1:
+            raise InputError(said)
+        bare = (sorted(places - others) or sorted(others - places))[0]
+        what, root = ("mask", masked) if bare in places else ("image", where)
+        raise InputError(
+            f"{said}, or put each mask into a folder like that of its image: there is no {what} in "
+            f"{str(root / bare)!r}"
+        )
     for image_names in _readings(images):
         for mask_names in _readings(masks):
             of = dict(zip(mask_names, masks, strict=True))
@@ -601,6 +610,10 @@ def _matched(
         list(free.values()),
         "a mask is named as its image, but for an ending that all masks share, such as _mask",
     )
+    stem, times = Counter(map(stem_of, masks)).most_common(1)[0]
+    if times > 1:
+        one, other = [str(mask) for mask in masks if stem_of(mask) == stem][:2]
+        raise InputError(f"{one!r} and {other!r} could both be the mask of {stem!r}: keep one")
     raise InputError(
         f"the masks of {str(masked)!r} cannot be told to belong to the images of {str(where)!r}: "
         "give each mask the name of its image"

@@ -276,13 +276,18 @@ def test_a_tree_of_pictures_becomes_a_tree_of_images(
     wanted = load(folder / "run/model", device="cpu")(pictures=pictures, steps=1)
     model = ("--model", folder / "run/model", "--steps", 1, "--batch-size", 4)
     sample = (sample_ddpm, sample_ddpm.SampleOptions, *model, "--condition")
-    for out in (folder / "made", tree / "a/made"):
-        for again in ((), ("--overwrite",)):
+    for out in (folder / "made", tree / "a", tree / "a/made"):
+        for _ in range(2):
+            again = ("--overwrite",) if out.is_dir() else ()
             assert run(*sample, tree, "--out", out, *again) == 0
+            assert "stay" not in capsys.readouterr().err
             written = {f.relative_to(out / "images") for f in (out / "images").rglob("*.png")}
             assert written == {Path(f"{name}.png") for name in names}
             for name, image in zip(names, wanted, strict=True):
                 assert np.array_equal(read_image(out / f"images/{name}.png"), image)
+        if out == tree / "a":  # where pictures lie as well
+            shutil.rmtree(out / "images")
+            (out / "grid.png").unlink()
     shutil.copytree(folder / "masks", folder / "label/images")
     shutil.copytree(folder / "masks", folder / "label/label")
     write_image(folder / "twins/a/0.png", read_image(folder / "masks/0.png"))
@@ -298,12 +303,15 @@ def test_a_tree_of_pictures_becomes_a_tree_of_images(
         assert run(*sample, given, "--out", out, "--overwrite") == 2
         assert told in capsys.readouterr().err
     assert sorted(folder.rglob("*")) == before
+    one = (folder / "masks/1.png", "--out", folder / "made", "--overwrite")
+    assert run(*sample, *one) == 0
+    assert "note: 4 files in --out" in capsys.readouterr().err
 
 
 def test_pictures_are_read_batch_by_batch(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Headers before anything is made, so that a bad one stops it all; pixels when they are due."""
+    """Once before anything is made, so that a bad one stops it all, and again when they are due."""
     data = ("--data", folder / "images", "--condition", folder / "masks")
     assert run(train_ddpm, DiffusionOptions, *data, *TINY, "--out", folder / "run") == 0
     events: list[str] = []
@@ -322,9 +330,13 @@ def test_pictures_are_read_batch_by_batch(
     made = ("--condition", folder / "masks", "--steps", 1, "--batch-size", 4, "--out")
     sample = (sample_ddpm, sample_ddpm.SampleOptions, "--model", folder / "run/model", *made)
     assert run(*sample, folder / "made") == 0
-    assert events == ["0", "1", "2", "3", "network", "4", "5", "6", "7", "network"]
-    write_image(folder / "masks/7.png", np.zeros((SIDE, SIDE, 3), np.uint8))
-    events.clear()
-    assert run(*sample, folder / "other") == 2
-    assert "7.png': it holds colours, where the conditions are numbers" in capsys.readouterr().err
-    assert events == []
+    assert events[:8] == [*"01234567"]
+    assert events[8:] == [*"0123", "network", *"4567", "network"]
+    before = (folder / "made/grid.png").stat()
+    for shape, told in (((SIDE, SIDE, 3), "it holds colours, where"), ((SIDE, SIDE), "values [9]")):
+        write_image(folder / "masks/7.png", np.full(shape, 9, np.uint8))
+        events.clear()
+        assert run(*sample, folder / "made", "--overwrite") == 2
+        assert told in capsys.readouterr().err
+        assert "network" not in events
+    assert (folder / "made/grid.png").stat() == before

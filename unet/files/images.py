@@ -70,7 +70,8 @@ def list_images(folder: Path) -> list[Path]:
     """
     try:
         if not folder.is_dir():
-            raise InputError(f"{str(folder)!r}: no such folder")
+            said = "it is a file: give a folder" if folder.exists() else "no such folder"
+            raise InputError(f"{str(folder)!r}: {said}")
         shown = [path for path in folder.iterdir() if not path.name.startswith(".")]
         files = [path for path in shown if is_image_file(path)]
         files = files or [path for path in shown if is_volume_file(path)]

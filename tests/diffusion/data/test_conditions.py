@@ -54,7 +54,11 @@ def test_a_picture_is_cut_and_mirrored_as_its_image(
 
 
 @pytest.mark.parametrize(
-    ("images", "masks"), [("{}/x", "{}/x"), ("{0}/{0}", "{}"), ("{}", "a/{0}/{0}"), ("{}", "{}")]
+    ("images", "masks"),
+    [
+        *(("{}/x", "{}/x"), ("{0}/{0}", "{}"), ("{}", "a/{0}/{0}"), ("{}", "{}")),
+        ("ü/{}.ome", "u\u0308/{}"),  # as other programs and systems write them
+    ],
 )
 def test_a_picture_lies_where_its_image_lies_or_has_its_name_alone(
     tmp_path: Path, images: str, masks: str
@@ -205,10 +209,21 @@ def test_a_recipe_that_is_none_is_refused(said: str, told: str) -> None:
         find_condition(said, 1)
 
 
+@pytest.mark.parametrize("flag", ["condition", "joint"])
+def test_an_image_gets_no_picture_of_another_image(tmp_path: Path, flag: str) -> None:
+    for place in ("image/a/0.png", "image/b/0.png", "mask/b/0.png"):
+        write_image(tmp_path / place, IMAGES[0] // 200)
+    with pytest.raises(InputError, match=r"no \w+ for 1 image, such as '.*image/a/0\.png': it has"):
+        DiffusionData(tmp_path / "image", **{flag: str(tmp_path / "mask")})
+    for images in ("", "image"):
+        with pytest.raises(InputError, match=r"/image/\w/0.png' would be the \w+ of itself: let"):
+            DiffusionData(tmp_path / images, **{flag: str(tmp_path / "image")})
+
+
 def test_a_folder_that_does_not_fit_is_one_sentence(folders: tuple[Path, Path, Path]) -> None:
     image, _, mask = folders
     (mask / "2.png").unlink()
-    with pytest.raises(InputError, match=r"no condition for 1 image, such as 2\.png"):
+    with pytest.raises(InputError, match=r"no condition for 1 image, such as '.*/2\.png'"):
         DiffusionData(image, condition=str(mask))
     write_image(mask / "2.png", np.zeros((5, 5), np.uint8))
     with pytest.raises(InputError, match="is 5 x 5, but its image 20 x 24"):

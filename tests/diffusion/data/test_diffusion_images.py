@@ -169,7 +169,10 @@ def test_there_are_no_classes_unless_all_images_lie_in_two_or_more(
     if also:
         save(tmp_path / "other")
         write_image(tmp_path / also, COLOUR[0])
-    assert DiffusionData(tmp_path).classes == ()
+    data = DiffusionData(tmp_path)
+    assert data.classes == ()
+    if also:
+        assert "of these in folders below: only (40), other (40)\n" in data.describe()
     with pytest.raises(InputError, match="has no classes: put the images"):
         DiffusionData(tmp_path, classes=True)
 

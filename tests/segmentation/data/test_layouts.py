@@ -109,6 +109,32 @@ def test_an_ending_that_all_masks_share_is_the_ending(tmp_path: Path, kind: str)
     check(find_pairs(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("gone", "twins", "told"),
+    [
+        ("masks/p2", (), r"like that of its image: there is no mask in '.*masks/p2'"),
+        ("images/p2", (), r"like that of its image: there is no image in '.*images/p2'"),
+        ("masks/p2/scan.png", ("masks/p2/other.png",), r"1 image without mask: scan\.png"),
+        (
+            "",
+            ("masks/p2/scan.tif",),
+            r"scan\.png' and '.*/scan\.tif' could both be the mask of",
+        ),
+    ],
+)
+def test_a_partner_that_is_missing_or_double_is_named(
+    tmp_path: Path, gone: str, twins: tuple[str, ...], told: str
+) -> None:
+    for i in range(4):
+        for folder, arrays in (("images", IMAGES), ("masks", MASKS)):
+            save(tmp_path, [f"{folder}/p{i}/scan.png"], arrays[i : i + 1])
+    if gone:
+        (tmp_path / gone).rename(tmp_path / "gone")
+    save(tmp_path, twins, MASKS[: len(twins)])
+    with pytest.raises(InputError, match=told):
+        find_pairs(tmp_path)
+
+
 @pytest.mark.parametrize("ending", ["_mask", "_masks", "_segmentation", "-GT", "_anything at all"])
 def test_images_and_masks_lie_side_by_side(tmp_path: Path, ending: str) -> None:
     save(tmp_path, [f"a{i}.png" for i in range(4)], IMAGES)
