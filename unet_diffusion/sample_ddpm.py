@@ -263,8 +263,8 @@ def condition_files(options: SampleOptions, *, masks: bool) -> list[Path]:
         masks: the model makes images from masks.
 
     Raises:
-        InputError: no image; images beside masks, where these are meant; an --out whose files would
-            take the places of conditions.
+        InputError: no image, or a volume; images beside masks, where these are meant; an --out
+            whose files would take the places of conditions.
     """
     from diffusion.output import FILES, FOLDERS
     from segmentation.data.inputs import find_inputs
@@ -274,7 +274,11 @@ def condition_files(options: SampleOptions, *, masks: bool) -> list[Path]:
     path, out = options.condition, options.out.resolve()
     assert path is not None
     files: Sequence[Path] = [path]
-    if path.is_dir() and not is_volume(path):
+    if path.is_dir():
+        if is_volume(path):
+            raise InputError(
+                f"--condition {path} is a volume: save its slices as images, such as PNG files"
+            )
         if out == path.resolve():
             raise InputError(f"--out {options.out} is the folder of --condition: give another one")
         found = find_inputs(path)

@@ -290,6 +290,8 @@ def test_a_tree_of_pictures_becomes_a_tree_of_images(
             (out / "grid.png").unlink()
     shutil.copytree(folder / "masks", folder / "label/images")
     shutil.copytree(folder / "masks", folder / "label/label")
+    (folder / "volume.zarr").mkdir()
+    (folder / "volume.zarr/zarr.json").touch()
     write_image(folder / "twins/a/0.png", read_image(folder / "masks/0.png"))
     write_image(folder / "twins/a/0.tif", read_image(folder / "masks/0.png"))
     before = sorted(folder.rglob("*"))
@@ -298,6 +300,7 @@ def test_a_tree_of_pictures_becomes_a_tree_of_images(
         (folder / "label/label", folder / "label", "would be written over what is in"),
         (tree / "a/made", tree / "a/made", "is the folder of --condition"),
         (folder / "label", folder / "new", "holds images beside masks"),
+        (folder / "volume.zarr", folder / "new", "volume.zarr is a volume: save its slices"),
         (folder / "twins", folder / "new", "would both be written to 'a/0'"),
     ):
         assert run(*sample, given, "--out", out, "--overwrite") == 2
