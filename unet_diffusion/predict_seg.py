@@ -142,10 +142,11 @@ def main(options: PredictOptions) -> int:
     inputs = find_inputs(options.input, options.out)
     if processes.main and inputs.remark:
         print(inputs.remark, file=sys.stderr)
-    predicted = predict_volumes if inputs.volumes else predict_files
+    volumes = bool(inputs.volumes)  # which looks at each file
+    predicted = predict_volumes if volumes else predict_files
     if predicted(predictor, inputs, options.out, overwrite=options.overwrite, processes=processes):
         return 1
-    if processes.main and not inputs.volumes:
+    if processes.main and not volumes:
         masks = where(inputs, options.out, "*_mask.*")
         print(f"masks: {masks}, probabilities and overlays beside them")
     labelled = ("--data", "labelled_images", "--out", "scores")
