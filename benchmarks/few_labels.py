@@ -1,11 +1,13 @@
 """What unlabelled images are worth where labels are few: few_labels.py --isbi FOLDER --out DIR.
 
-For each amount of labels and each seed, which chooses the slices and the corner, three
-segmentations of the same network on the same labels: from random weights for the whole budget; with
---unlabelled, the diffusion model of the unlabelled slices and all, within the same budget; and with
-the whole budget behind that model, as where it is there already. Slices 24 to 29 are scored by the
-last weights, so nothing is chosen on them. Each figure is written when it is there, and a run that
-is started again goes on.
+For each amount of labels and each seed, which chooses the slices and the corner, segmentations of
+the same network on the same labels: from random weights for the whole budget; with --unlabelled,
+the diffusion model of the unlabelled slices and all, within the same budget; and with the whole
+budget behind that model, as where it is there already. The last two beside generated images and
+masks as well (--synthetic), of a joint diffusion model that starts from that of the unlabelled
+slices and learns from the labels; its steps, as many again, are in no budget. Slices 24 to 29 are
+scored by the last weights, so nothing is chosen on them. Each figure is written when it is there,
+and a run that is started again goes on.
 """
 
 from __future__ import annotations
@@ -37,6 +39,8 @@ from unet.errors import InputError  # noqa: E402
 from unet.files.images import list_images, read_image, write_image  # noqa: E402
 from unet.training.cli import run_script  # noqa: E402
 from unet_diffusion.pretraining import train_with_unlabelled  # noqa: E402
+from unet_diffusion.sample_ddpm import SampleOptions  # noqa: E402
+from unet_diffusion.sample_ddpm import main as sample  # noqa: E402
 
 FIRST_HELD_OUT = 24  # slices from here on are scored
 UNLABELLED = 7  # a mask value that no class has
@@ -44,6 +48,8 @@ WAYS = {
     "random": ("#d55e00", "from random weights"),
     "unlabelled": ("#0072b2", "with unlabelled slices, all within the same budget"),
     "given": ("#009e73", "the same budget, the diffusion model done before"),
+    "synthetic": ("#cc79a7", "from random weights, beside generated pairs"),
+    "both": ("#e69f00", "the diffusion model done before, and generated pairs"),
 }
 FIGURES = {
     "v_rand": "V_Rand",
@@ -83,7 +89,10 @@ class Options:
     """Side of the training crops, on both sides."""
 
     ways: tuple[str, ...] = tuple(WAYS)
-    """Which of random, unlabelled and given to run."""
+    """Which of random, unlabelled, given, synthetic and both to run."""
+
+    count: int = 100
+    """Generated pairs, of the size of a crop."""
 
     threads: int = 2
     """Threads of the computation."""
@@ -153,6 +162,42 @@ def pretrained(options: Options) -> Path:
     return run / "model"
 
 
+def generated(options: Options, folder: Path, drawn: Path, seed: int) -> Path:
+    """Images and masks that a joint diffusion model makes, which has learnt from these labels."""
+    run, made = folder / "joint", folder / "made"
+    if not (made / "grid.png").exists():
+        pairs = folder / "turned"
+        for pair in find_pairs(folder):
+            image, mask = pair.read_image(), pair.read_mask()
+            rows, columns = (np.flatnonzero((mask != UNLABELLED).any(axis)) for axis in (1, 0))
+            labelled = np.ix_(rows, columns)  # a corner, or all
+            for turn in range(8):  # all are learnt from, though some of the files are held out
+                for kind, pixels in (("image", image), ("label", mask)):
+                    turned = np.rot90(pixels[labelled], turn)[:, :: 1 if turn < 4 else -1]
+                    write_image(pairs / kind / f"{pair.name}-{turn}.png", turned)
+        if not (run / "report.png").exists():
+            train_diffusion(
+                DiffusionOptions(
+                    out=run,
+                    data=pairs / "image",
+                    joint=pairs / "label",
+                    init=str(drawn),
+                    crops=True,
+                    size=options.crop,
+                    batch_size=4,
+                    seed=seed,
+                    resume=(run / "config.yaml").exists(),
+                    **options.budget(1),
+                )
+            )
+        sample(
+            SampleOptions(
+                model=str(run / "model"), out=made, count=options.count, seed=seed, overwrite=True
+            )
+        )
+    return made
+
+
 def write_labels(folder: Path, pairs: list[Pair], amount: str, seed: int) -> None:
     """Images and masks of which a corner of one is labelled, or some as a whole."""
     rng = np.random.default_rng(seed)
@@ -187,12 +232,12 @@ def segmented(
         seed=seed,
         resume=(run / "config.yaml").exists(),
     )
-    if way == "random":
-        train_segmentation(
-            replace(settings, network=options.network, **options.budget(1)),
-        )
+    if way in ("synthetic", "both"):
+        settings = replace(settings, synthetic=generated(options, folder, drawn, seed))
+    if way in ("random", "synthetic"):
+        train_segmentation(replace(settings, network=options.network, **options.budget(1)))
     else:
-        share = 1 if way == "given" else 1 - PARTS["pretraining"]
+        share = 1 - PARTS["pretraining"] if way == "unlabelled" else 1
         more = {"init": str(drawn), "unlabelled": options.out / "unlabelled"}
         train_with_unlabelled(replace(settings, **more, **options.budget(share)))
     models, classes, _ = load_models([str(run / "model")])

@@ -107,6 +107,7 @@ def decide(options: DiffusionOptions, data: Data) -> DiffusionPlan:
         told_batch(options, fit),
         told_optimizer,
         told_budget(options),
+        *([] if data.val else [Decision("kept weights", "the last ones", "nothing is held out")]),
     )
     info["training"] = {"data": data.describe().splitlines(), "run": told(decisions)}
     # Also the width of an automatic network, which a resumed run must not choose anew.

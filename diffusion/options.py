@@ -66,7 +66,8 @@ class DiffusionOptions(ReadingOptions, FitOptions):
     from their mirror images, and not with --classes or --captions."""
 
     val: float = 0.02
-    """Images that are held out from training: below 1 a share, from 1 on a number."""
+    """Images that are held out from training: below 1 a share, from 1 on a number; 0: none, and
+    the last weights are kept."""
 
     skip_bad: bool = False
     """Leave out images that cannot be read, naming them, instead of stopping."""

@@ -102,7 +102,7 @@ def train(options: DiffusionOptions) -> dict[str, float]:
                 finish=Timesteps.of(plan),
                 loss=task.loss,
                 save=save_lora if plan.options.trained == "lora" else DiffusionUNet.save_pretrained,
-                evaluate=task.evaluate,
+                evaluate=task.evaluate if data.val else None,
                 first_pictures=task.forward_pictures,
                 pictures=task.pictures,
             ),
@@ -144,7 +144,7 @@ def load_prior(options: DiffusionOptions, data: Data) -> Data | None:
     if options.prior is None:
         return None
     ranges, dtype = _kept(data)
-    prior = load_data(replace(options, data=options.prior, val=1), latents="prior", ranges=ranges)
+    prior = load_data(replace(options, data=options.prior, val=0), latents="prior", ranges=ranges)
     if (prior.size, prior.channels) != (data.size, data.channels):
         raise InputError(
             f"--prior {options.prior} has images of another size or other channels than --data "
@@ -517,7 +517,8 @@ class DiffusionTask:
         return {"forward": table(rows, titles)}
 
     def pictures(self, model: DiffusionUNet) -> Mapping[str, Image.Image]:
-        """Samples of fixed seeds, and the noise in a held-out image beside what is predicted."""
+        """Samples of fixed seeds, and the noise in an image beside what is predicted: in one that
+        was held out, if any was."""
         return {"samples": grid(self._samples(model)), "noise": self._noise_table(model)}
 
     def _samples(self, model: DiffusionUNet) -> Any:
@@ -534,10 +535,11 @@ class DiffusionTask:
 
     def _noise_table(self, model: DiffusionUNet) -> Image.Image:
         device = next(model.parameters()).device
-        x0 = self.data.batch(self.data.val[:1])[0].to(device)
+        example = (self.data.val or self.data.train)[:1]
+        x0 = self.data.batch(example)[0].to(device)
         noise = NoiseSource([self.plan.fit.seed]).draw(x0.shape[1:]).to(device)
         denoiser = Denoiser(model, self.schedule, self.prediction)
-        given = model.conditioning(self.data.conditions(self.data.val[:1]))
+        given = model.conditioning(self.data.conditions(example))
         last = self.schedule.steps - 1
         levels = np.linspace(0, last, SHOWN_LEVELS + 2).round().astype(int).tolist()[1:-1]
         names = ("noisy image", "noise added", "noise predicted", "image predicted")

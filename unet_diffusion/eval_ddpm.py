@@ -180,17 +180,24 @@ def judge_and_pairs(
     trained_on = run.get("data", options.data)
     own = bool(run) and Path(trained_on).resolve() == Path(options.data).resolve()
     data = read_images(options, run, sampler, options.data, own)
+    if not data.val and (options.bits or sampler.model.condition is not None):
+        raise InputError(
+            f"{options.model} was trained on all of {options.data} (--val 0), and this is judged "
+            "on images that it has not seen: give others as --data"
+        )
     pairs, trained = None, None
     if sampler.model.condition is not None:
         unseen = data.val if own else [*data.val, *data.train]
         pairs = Pairs.of(data, unseen, options.count, sampler)
         trained = data if own else images_of_run(options, run, sampler)
-    copies = pairs is None or trained is not None
+    copies = bool(data.val) and (pairs is None or trained is not None)
     seen = None if own else trained
     judge = Judge(data, extractor, sampler.classes, trained=seen, copies=copies)
     if pairs is None and trained_on != options.data:
         judge.notes.append(f"copies are looked for in {options.data}, not in {trained_on}")
-    if not copies:
+    if not data.val:
+        judge.notes.append("copies are not looked for: no image was held out to compare with")
+    elif not copies:
         judge.notes.append("copies are not looked for: what the model was trained on is not here")
     if pairs is not None and len({*pairs.chosen}) < options.count:
         pictures = counted(len({*pairs.chosen}), "picture")
@@ -247,7 +254,7 @@ def read_images(
         )
     height, width = sampler.height, sampler.width
     val = run.get("val", DiffusionOptions.val)
-    if val >= 1 and not own:  # as many may be more than there are
+    if not (own or 0 < val < 1):  # as many may be more than there are
         val = DiffusionOptions.val
     data = DiffusionData(
         where,

@@ -50,8 +50,8 @@ class DiffusionData:
             their mirror images, and never with `captions` or `classes`, in which left may mean
             something.
         val: held-out images: below 1 a share, but at least 16 (of a small set a quarter) and at
-            most 1,000; from 1 on a number. The seed chooses them; with crops, the last images, or
-            of a single one the lowest rows of crops.
+            most 1,000; from 1 on a number; 0: none. The seed chooses them; with crops, the last
+            images, or of a single one the lowest rows of crops.
         skip_bad: leave out files that cannot be read, saying so once, instead of stopping.
         captions: samples have captions, and the data must.
         classes: the data must have classes; samples have labels wherever there are classes.
@@ -146,7 +146,7 @@ class DiffusionData:
         self._held_out = np.isin(np.arange(len(self._places)), self.val)
         # Row below which all is held out, where the crops are of a single image.
         alone = crops and len(np.unique(self._places[:, 0])) == 1
-        self._end = int(self._places[self.val, 1].min()) if alone else None
+        self._end = int(self._places[self.val, 1].min()) if alone and self.val else None
         self.labels = None if source.labels is None else source.labels[self._places[:, 0]]
         if flips is not None:
             chosen = Symmetries("mirror" if flips else False, "as asked for")
@@ -247,7 +247,8 @@ class DiffusionData:
         lines.append(f"{counted(len(self.train), unit)} to train on, {mirrored}")
         if self.condition is not None:
             lines.append(f"condition: {self.condition.said()}")
-        return "\n".join([*lines, f"{counted(len(self.val), unit)} held out"])
+        held_out = f"{counted(len(self.val), unit)} held out" if self.val else "none held out"
+        return "\n".join([*lines, held_out])
 
     def _find_places(self) -> NDArray[np.int64]:
         """Place (image, top, left) of each index, (N, 3)."""

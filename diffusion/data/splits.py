@@ -50,27 +50,29 @@ def split(
     Raises:
         InputError: a number that is none; nothing is left to train on.
     """
-    if val <= 0 or (val >= 1 and val != int(val)):
-        raise InputError(f"val {val}: give a share between 0 and 1, or a number of images")
-    if crops and len(np.unique(places[:, 0])) == 1:
+    if not 0 <= val < np.inf or (val >= 1 and val != int(val)):
+        raise InputError(
+            f"val {val}: give a share between 0 and 1, a number of images, or 0 to hold out none"
+        )
+    if val and crops and len(np.unique(places[:, 0])) == 1:
         return _split_rows(places, val)
     of: dict[int, list[int]] = {}  # group -> its places
     for place, number in enumerate(group[places[:, 0]].tolist()):
         of.setdefault(number, []).append(place)
     count = len(of)
     least = 1 if crops else max(1, min(LEAST_VAL, count // 4))
-    held_out = int(val) if val >= 1 else min(max(round(val * count), least), MOST_VAL)
+    held_out = int(val) if val >= 1 or not val else min(max(round(val * count), least), MOST_VAL)
     if held_out >= count:
         raise InputError(
-            f"{held_out} of {counted(count, 'image')} held out leave none to train "
-            "on: give more images"
+            f"{held_out} of {counted(count, 'image')} held out leave none to train on: give more "
+            "images, or hold out none (val 0)"
         )
     groups = list(of)
     if not crops:
         groups = [groups[i] for i in np.random.default_rng(seed).permutation(count).tolist()]
     train, held = (
         [place for number in part for place in of[number]]
-        for part in (groups[:-held_out], groups[-held_out:])
+        for part in (groups[: count - held_out], groups[count - held_out :])
     )
     return (sorted(train), sorted(held)) if crops else (train, held)
 
@@ -83,8 +85,8 @@ def _split_rows(places: NDArray[np.int64], val: float) -> tuple[list[int], list[
     if held_out >= len(rows):
         raise InputError(
             f"a single image with {counted(len(rows), 'row')} of crops of which {held_out} "
-            "are held out leaves none to train on: give more or larger images, or a smaller "
-            "size"
+            "are held out leaves none to train on: give more or larger images or a smaller "
+            "size, or hold out none (val 0)"
         )
     last = tops >= rows[-held_out]
     return np.flatnonzero(~last).tolist(), np.flatnonzero(last).tolist()

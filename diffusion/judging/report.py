@@ -106,7 +106,8 @@ def level_errors(model: DiffusionUNet, data: Data, together: int) -> dict[str, l
     held-out images and on as many training images, with the same noise.
 
     Returns:
-        t, its signal and noise rates, and the errors "held_out" and "training".
+        t, its signal and noise rates, and the errors "training" and, where images were held out,
+        "held_out".
     """
     device = next(model.parameters()).device
     schedule = NoiseSchedule.from_dict(model.info["schedule"])
@@ -115,8 +116,10 @@ def level_errors(model: DiffusionUNet, data: Data, together: int) -> dict[str, l
     found: dict[str, list[float]] = {"t": levels}
     found["signal"] = [schedule.level(t).signal for t in levels]
     found["noise"] = [schedule.level(t).noise for t in levels]
-    val = data.val[:JUDGED]
-    for name, indices in (("held_out", val), ("training", spread(data.train, len(val)))):
+    judged = {"training": spread(data.train, min(JUDGED, len(data.val) or JUDGED))}
+    if data.val:
+        judged["held_out"] = list(data.val[:JUDGED])
+    for name, indices in judged.items():
         total = torch.zeros(LEVELS, device=device)
         for start in range(0, len(indices), together):
             part = indices[start : start + together]
@@ -149,9 +152,11 @@ def _figure(run: Path, errors: dict[str, list[float]], samples: Images, data: Da
 
 
 def shown_conditions(data: Data, count: int) -> Wanted:
-    """What `count` samples are to show: held-out captions, or every class in order."""
+    """What `count` samples are to show: captions, held-out ones if there are any, or every class in
+    order."""
     if data.captioned or getattr(data, "condition", None) is not None:
-        return data.conditions([data.val[i % len(data.val)] for i in range(count)])
+        asked = data.val or data.train
+        return data.conditions([asked[i % len(asked)] for i in range(count)])
     return [i * len(data.classes) // count if data.classes else None for i in range(count)]
 
 
@@ -200,10 +205,11 @@ def _levels(axes: Axes, errors: dict[str, list[float]]) -> None:
         ("training", "training images", TRAINING),
         ("held_out", "held out", HELD_OUT),
     ):
-        axes.plot(errors["t"], errors[key], "o-", color=colour, label=name)
+        if key in errors:
+            axes.plot(errors["t"], errors[key], "o-", color=colour, label=name)
     _finish(
         axes,
-        [*errors["training"], *errors["held_out"]],
+        [*errors["training"], *errors.get("held_out", [])],
         "mean squared error of the predicted noise",
         "noise level t",
     )

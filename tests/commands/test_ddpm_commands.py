@@ -322,6 +322,24 @@ def test_a_run_in_the_default_folder_goes_on_with_its_own_settings(
     assert (trained / "run/metrics.jsonl").read_bytes() == log  # where it was before
 
 
+def test_all_images_are_trained_on_where_none_is_held_out(tmp_path, reports, capsys) -> None:
+    np.savez(tmp_path / "one.npz", images=discs(2, 16)[1:])
+    data = ("--data", tmp_path / "one.npz")
+    train = (*data, *SMALL, "--steps", 2, "--val", 0, "--out", tmp_path / "run")
+    assert run_train(*train, "--evaluations", 2) == 0
+    log = read_log(tmp_path / "run/metrics.jsonl")
+    assert [line["step"] for line in log if line.get("kept")] == [1, 2]  # the last weights
+    assert not any("val_loss" in line for line in log)
+    assert "held_out" not in json.loads((tmp_path / "run/errors.json").read_text())
+    assert "kept weights" in (said := capsys.readouterr().out)
+    assert "none held out" in said
+    judge = ("--model", tmp_path / "run/model", *data, "--count", 4, "--steps", 2)
+    assert run_eval(*judge) == 0
+    assert "no image was held out to compare with" in capsys.readouterr().out
+    assert run_eval(*judge, "--bits", 1) == 2
+    assert "give others as --data" in capsys.readouterr().err
+
+
 def test_five_images_are_enough(tmp_path, reports) -> None:
     for i, image in enumerate(discs(5)):
         write_image(tmp_path / f"images/{i}.png", image)

@@ -140,6 +140,14 @@ def test_small_images_are_judged_by_the_images_held_out(folder: Path, capsys: An
     config.with_suffix(".away").rename(config)
     assert "what the model was trained on is not here" in (said := capsys.readouterr().out)
     assert "likely copies" not in said
+    # Where none was held out there is none to judge by but others.
+    kept = config.read_text()
+    config.write_text(kept.replace("val: 8", "val: 0"))
+    assert judge(*model, "--data", folder / "own/image", "--count", 6) == 2
+    assert "give others as --data" in capsys.readouterr().err
+    assert judge(*model, "--data", folder / "other/image", "--count", 6) == 0
+    assert "likely copies" in capsys.readouterr().out
+    config.write_text(kept)
 
 
 def test_of_images_with_a_hole_it_is_told_that_the_hole_is_judged(folder: Path, capsys: Any):

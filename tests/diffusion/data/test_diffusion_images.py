@@ -507,6 +507,21 @@ def test_a_micrograph_too_small_to_hold_out_a_part_is_refused(tmp_path: Path) ->
     write_image(tmp_path / "one.png", np.zeros((20, 70), np.uint8))
     with pytest.raises(InputError, match="a single image with 1 row of crops of which 1"):
         DiffusionData(tmp_path, size=16, crops=True)
+    assert len(DiffusionData(tmp_path, size=16, crops=True, val=0).train) == 4
+
+
+@pytest.mark.parametrize("crops", [False, True])
+@pytest.mark.parametrize("count", [1, 3])
+def test_nothing_need_be_held_out(tmp_path: Path, count: int, crops: bool) -> None:
+    rows = np.repeat(np.arange(64, dtype=np.uint8)[:, None], 64, axis=1)  # says its own row
+    for i in range(count):
+        write_image(tmp_path / f"{i}.png", rows)
+    data = DiffusionData(tmp_path, size=16 if crops else None, crops=crops, val=0)
+    assert (sorted(data.train), list(data.val)) == (list(range(count * (16 if crops else 1))), [])
+    samples = data.samples(0)
+    shown = [to_uint8(samples[e, i]["image"]) for e in range(9) for i in range(len(samples))]
+    assert max(int(image.max()) for image in shown) >= 60  # the lowest rows as well
+    assert "none held out" in data.describe()
 
 
 def test_crops_larger_than_an_image_are_refused(stack: Path) -> None:
@@ -569,7 +584,7 @@ def test_held_out_images_are_a_seeded_choice(
         assert data.val != sorted(data.val)  # so that its first ones are of all classes
 
 
-@pytest.mark.parametrize("val", [0, -0.1, 1.5, 40, 100, 0.999])
+@pytest.mark.parametrize("val", [-0.1, 1.5, 40, 100, 0.999, np.nan, np.inf])
 def test_a_split_must_leave_both_sides(tmp_path: Path, val: float) -> None:
     path = archive(tmp_path, images=np.zeros((40, 2, 2), np.uint8))
     with pytest.raises(InputError, match=r"held out|give a share"):
