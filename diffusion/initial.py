@@ -125,7 +125,7 @@ def fitting(start: Start, images: int, info: Mapping[str, Any]) -> Start:
 
     That is a condition, or the codes of a mask that is made with the image. Where it is another one
     than the start's, its weights are zero: the network gives at first what the start gives of the
-    noisy image with nothing beside it.
+    noisy image with nothing beside it, and zeros for the codes.
 
     Args:
         info: of the model that is started, where it has "condition" or "joint".
@@ -136,13 +136,22 @@ def fitting(start: Start, images: int, info: Mapping[str, Any]) -> Start:
     theirs = image_channels(start)
     if theirs == images and alike(info, start.info):
         return start
+    patch, codes = start.config.patch**2, 0
     for name in _beside(start.info):
-        start = start.for_inputs(theirs, 0, f"without the first weights of its {name[0]}")
+        start = start.for_inputs(theirs, 0, f"without the {_weights(name)} of its {name[0]}")
     start = start.for_channels(images)
     for name, channels in _beside(info).items():
-        done = f"its first weights with zeros for {counted(channels, 'channel')} of the {name[0]}"
-        start = start.for_inputs(images, channels, done)
+        zeros = f"zeros for {counted(channels, 'channel')} of the {name[0]}"
+        start = start.for_inputs(images, channels, f"its {_weights(name)} with {zeros}")
+        codes = channels if "joint" in info else 0
+    if "joint" in info or "joint" in start.info:
+        start = start.for_outputs(images * patch if theirs == images else 0, codes * patch)
     return start
+
+
+def _weights(beside: tuple[Any, ...]) -> str:
+    """Which weights belong to what is beside the image; codes of masks come out again."""
+    return "first and last weights" if beside[0] == "masks" else "first weights"
 
 
 def _beside(info: Mapping[str, Any]) -> dict[tuple[Any, ...], int]:

@@ -147,35 +147,40 @@ def randomised(model: torch.nn.Module) -> None:
         p.data = 0.1 * torch.randn_like(p)
 
 
-@pytest.mark.parametrize("how", ["condition", "joint", "dropped"])
+@pytest.mark.parametrize("how", ["condition", "joint", "dropped", "unjoined"])
 def test_what_is_beside_the_image_starts_at_zero(folder: Path, how: str, capsys) -> None:
     """The network is what it was, whatever is beside the noisy image."""
-    before = options(folder, condition="grey" if how == "dropped" else None)
+    joint, variance = {"joint": folder / "masks"}, {"learn_variance": how == "joint"}
+    given = {"dropped": {"condition": "grey"}, "unjoined": joint, "joint": variance}
+    before = options(folder, **given.get(how, {}))
     teacher = make_model(decide(before, load_data(before)))
     randomised(teacher)
     teacher.save_pretrained(folder / "teacher")
-    more: dict[str, Any] = {"condition": str(folder / "masks")}
-    more = {"joint": folder / "masks"} if how == "joint" else {} if how == "dropped" else more
-    asked = options(folder, init=str(folder / "teacher"), **more)
+    more = {"condition": {"condition": str(folder / "masks")}, "joint": joint}
+    asked = options(folder, init=str(folder / "teacher"), **more.get(how, {}))
     data = load_data(asked)
     student = make_model(decide(asked, data)).eval()
     told = capsys.readouterr().out
-    zeros = "its first weights with zeros for {} of the {}"
     wanted = {
-        "condition": zeros.format("2 channels", "condition"),
-        "joint": zeros.format("1 channel", "masks"),
+        "condition": "its first weights with zeros for 2 channels of the condition",
+        "joint": "its first and last weights with zeros for 1 channel of the masks",
         "dropped": "without the first weights of its condition",
+        "unjoined": "without the first and last weights of its masks",
     }
     assert wanted[how] in told
+    assert "anew" not in told
     x, t = torch.randn(2, student.config.in_channels, SIDE, SIDE), torch.tensor([5, 700])
     seen = x[:, :3]
-    if how == "dropped":
+    if how in ("dropped", "unjoined"):
         seen = torch.cat([seen, torch.zeros(2, 1, SIDE, SIDE)], dim=1)
     with torch.no_grad():
         ours, theirs = student.trunk(x, t), teacher.eval().trunk(seen, t)
         torch.testing.assert_close(ours, theirs)
-        if how != "joint":  # whose head makes more
-            torch.testing.assert_close(student.head(ours), teacher.head(theirs))
+        made, before = student.head(ours), teacher.head(theirs)
+        rows = 3 * student.config.patch**2
+        torch.testing.assert_close(made[:, :rows], before[:, :rows])
+        assert not made[:, rows:].any()  # the codes of a mask
+        assert (made.shape[1] > rows) == (how == "joint")
 
 
 def test_the_same_condition_keeps_its_weights_and_lora_needs_it(folder: Path, capsys) -> None:

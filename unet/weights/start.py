@@ -17,6 +17,7 @@ from unet.weights.crossing import Trunk, check_channels, with_channels, with_inp
 from unet.weights.folder import FolderModel, load_strictly, read_config, read_weights
 
 _TRUNK = "trunk."
+_LAST = "head.conv"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +89,23 @@ class Start:
             lambda config, trunk: with_inputs(config, trunk, kept, more),
             done,
         )
+
+    def for_outputs(self, kept: int, more: int) -> Start:
+        """The same start with other outputs of its head behind the first ones, zero for whatever.
+
+        Args:
+            kept: rows of the last convolution that are kept; 0: it starts anew.
+            more: rows after them.
+        """
+
+        def read() -> Mapping[str, Tensor]:
+            state = dict(self.read())
+            for key in (f"{_LAST}.weight", f"{_LAST}.bias"):
+                if key in state and (rows := state.pop(key)[:kept]).numel():
+                    state[key] = torch.cat([rows, rows.new_zeros(more, *rows.shape[1:])])
+            return state
+
+        return replace(self, read=read)
 
 
 def read_start(path: str) -> Start:
