@@ -145,7 +145,8 @@ def fitting(start: Start, images: int, info: Mapping[str, Any]) -> Start:
         start = start.for_inputs(images, channels, f"its {_weights(name)} with {zeros}")
         codes = channels if "joint" in info else 0
     if "joint" in info or "joint" in start.info:
-        start = start.for_outputs(images * patch if theirs == images else 0, codes * patch)
+        drawn = theirs == images and not start.crossed
+        start = start.for_outputs(images * patch if drawn else 0, codes * patch)
     return start
 
 

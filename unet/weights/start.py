@@ -91,7 +91,7 @@ class Start:
         )
 
     def for_outputs(self, kept: int, more: int) -> Start:
-        """The same start with other outputs of its head behind the first ones, zero for whatever.
+        """The same start with other outputs of its head behind the first ones, which give zeros.
 
         Args:
             kept: rows of the last convolution that are kept; 0: it starts anew.
