@@ -223,6 +223,8 @@ class DiffusionUNet(FolderModel):
                 "made to be sampled in 1, 2 or 4 (--sampler jump, the default), with guidance "
                 f"{info['few_steps']} built in"
             )
+        if "steps" in info:
+            facts["Steps"] = f"{info['steps']} by default, which keep the contrast of more"
         if "coupling" in info:
             facts["Coupling"] = "noise was given to images near it: sample without fresh noise"
         if {"text", "text_encoder"} & info.keys():

@@ -37,7 +37,7 @@ from unet.files.pages import Array, Reading
 from unet.training.task import Processes
 
 Images = Array  # (N, H, W, C), of the type of the training images
-STEPS, FEW_STEPS = 20, 4  # where none are given
+STEPS, FEW_STEPS = 20, 4  # where none are given, and the model's info has none
 
 
 def load_for_sampling(folder: str | Path, device: str, loras: Sequence[str] = ()) -> DiffusionUNet:
@@ -394,14 +394,23 @@ class ImageSampler:
 def with_defaults(options: SamplingOptions, model: DiffusionUNet) -> SamplingOptions:
     """The options with the usual sampler and steps of a model, where none are given."""
     sampler, steps = options.sampler, options.steps
-    if sampler is None and "few_steps" in model.info:
-        sampler = "jump"
-    elif sampler is None:
+    usual = STEPS
+    if sampler is None:
+        usual = _steps_of(model)
         sampler = "dpmpp-2m" if "coupling" in model.info else "dpmpp-2m-sde"
+        sampler = "jump" if "few_steps" in model.info else sampler
     if steps is None:
         most = NoiseSchedule.from_dict(_saved(model, "schedule")).steps
-        steps = min(FEW_STEPS if sampler == "jump" else STEPS, most)
+        steps = min(FEW_STEPS if sampler == "jump" else usual, most)
     return replace(options, sampler=sampler, steps=steps)
+
+
+def _steps_of(model: DiffusionUNet) -> int:
+    """The steps that were found to be enough for the model with its usual sampler, or STEPS."""
+    steps = model.info.get("steps", STEPS)
+    if type(steps) is not int or steps < 1:
+        raise InputError(f"the model's steps, {steps!r:.200}, are no number: take them out")
+    return steps
 
 
 def sampler_options(options: SamplingOptions) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from diffusion.initial import (
     take_over,
 )
 from diffusion.judging.report import SHOWN, preview_sampler, shown_conditions, spread, write_report
+from diffusion.judging.steps import SAMPLED, needs_deciding, note_steps
 from diffusion.model import DiffusionUNet, noted_path
 from diffusion.options import CHANNELS, DiffusionOptions
 from diffusion.pictures import grid, table
@@ -120,6 +121,9 @@ def _finish(plan: DiffusionPlan, data: Data, model: DiffusionUNet) -> None:
     if plan.clip:
         best.text = model.text  # as saved models do not hold it
     whole = plan.options.trained != "lora"
+    if whole and needs_deciding(best):
+        sampler = preview_sampler(best, plan.fit.seed, plan.fit.together())
+        print(note_steps(sampler, shown_conditions(data, SAMPLED)))
     # What is made from pictures would show these, which may be nobody else's.
     picture = run / "model" / SAMPLES if whole and best.condition is None else None
     report = write_report(run, best, data, plan.fit.seed, plan.fit.together(), picture)
