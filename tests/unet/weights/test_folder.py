@@ -286,7 +286,9 @@ def test_a_file_on_the_hub_has_a_limit(monkeypatch: pytest.MonkeyPatch, size: in
 
 
 def test_a_hub_that_cannot_be_reached_is_asked_once(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"no such model \(it cannot be reached: no connection\): g"):
+    with pytest.raises(
+        InputError, match=r"no such model \(it cannot be reached: no connection\): g"
+    ):
         SegmentationUNet.from_pretrained("someone/cells", cache_dir=tmp_path)
 
 
