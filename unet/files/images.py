@@ -135,8 +135,8 @@ def images_below(folder: Path) -> list[Path]:
 
 
 def is_image_file(path: Path) -> bool:
-    """Whether a file has the name of an image."""
-    return path.suffix.lower() in SUFFIXES and path.is_file()
+    """Whether a file has the name of an image; so has a link to nothing, which cannot be read."""
+    return path.suffix.lower() in SUFFIXES and not path.is_dir()
 
 
 def natural_key(name: str) -> tuple[list[str | tuple[int, str]], str]:

@@ -36,11 +36,13 @@ def is_volume(path: Path) -> bool:
 
 
 def is_volume_file(path: Path) -> bool:
-    """Whether a file or folder is a whole volume by its own name, as they lie in a folder."""
+    """Whether a file or folder is a whole volume by its own name, as they lie in a folder; so is a
+    link to nothing, which cannot be read.
+    """
     name = path.name.lower()
     if name.endswith(".zarr"):
-        return path.is_dir()
-    return bool(_HDF5.fullmatch(name) or _NIFTI.fullmatch(name)) and path.is_file()
+        return not path.is_file()
+    return bool(_HDF5.fullmatch(name) or _NIFTI.fullmatch(name)) and not path.is_dir()
 
 
 def volume_name(path: Path) -> str:

@@ -255,14 +255,20 @@ def test_a_damaged_file_is_named_or_left_out_once(
     with pytest.raises(InputError, match=r"8\.png.*--skip-bad"):  # by its header, first
         DiffusionData(tmp_path)
     (tmp_path / "8.png").unlink()
+    (tmp_path / "8.png").symlink_to("gone.png")
+    with pytest.raises(InputError, match=r"8\.png': a link to 'gone\.png', where.*--skip-bad"):
+        DiffusionData(tmp_path)
+    (tmp_path / "8.png").unlink()
     with pytest.raises(InputError, match=r"7\.png.*--skip-bad"):
         DiffusionData(tmp_path)
+    (tmp_path / "8.png").symlink_to("gone.png")
     data = DiffusionData(tmp_path, skip_bad=True)
     assert len(everything(data)) == 38
-    assert not any(Path(data.name(i)).name == "7.png" for i in everything(data))
+    assert not any(Path(data.name(i)).name in ("7.png", "8.png") for i in everything(data))
     data.images(everything(data))
     said = capsys.readouterr().err
-    assert said.count("left out") == said.count("7.png") == 1
+    assert said.count("left out") == 2
+    assert said.count("7.png") == said.count("8.png") == 1
     assert data.describe().startswith("38 images")
 
 
