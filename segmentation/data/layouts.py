@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PureWindowsPath
 
 from segmentation.data.classes import some
-from segmentation.data.inputs import IMAGE_FOLDERS, MASK_FOLDERS, predictions
+from segmentation.data.inputs import IMAGE_FOLDERS, MASK_FOLDERS
 from segmentation.data.masks import VOID
 from segmentation.data.polygons import (
     BACKGROUND,
@@ -26,7 +26,14 @@ from segmentation.data.polygons import (
     read_labelme,
 )
 from unet.errors import InputError
-from unet.files.images import files_below, images_below, is_image_file, list_images, natural_key
+from unet.files.images import (
+    files_below,
+    images_below,
+    is_image_file,
+    list_images,
+    natural_key,
+    predictions,
+)
 from unet.files.pages import SUFFIXES
 from unet.files.shards import find_shards, key_of, read_shards
 from unet.files.volumes import is_volume, is_volume_file, volume_name

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from io import BytesIO
@@ -47,10 +48,16 @@ from unet.files.shards import is_member, read_member
 from unet.files.tiff import open_tiff
 from unet.files.volumes import is_volume, is_volume_file, open_volume
 from unet.files.writing import replacing
+from unet.words import left_out
 
 Colour: TypeAlias = tuple[int, int, int]
 
-_OURS = (("metrics.jsonl", "config.yaml"), ("scores.json", "scores.csv"))  # a run, an evaluation
+SAMPLES = "unet-samples.txt"  # marks a folder of images that a model made
+OURS = "folder of runs, evaluations or samples"
+_MARKS = (("metrics.jsonl", "config.yaml"), ("scores.json", "scores.csv"), (SAMPLES,))
+PREDICTED = re.compile(
+    r"_(mask|probability|overlay|labels|entropy|disagreement|sample_[0-9]+)$"
+)  # the ends of names
 _ORIENTATION = 274  # the tag of EXIF
 
 
@@ -78,31 +85,45 @@ def list_images(folder: Path) -> list[Path]:
     except OSError as error:
         raise InputError(f"{str(folder)!r}: cannot be read ({error.strerror})") from error
     if not files:
-        if series := [path.name for path in shown if is_volume(path)]:
-            raise InputError(
-                f"{str(folder)!r}: {min(series)} in it is a DICOM series: name one such folder by "
-                "itself, or make a NIfTI file of each (dcm2niix -z y -f %f -o OUT FOLDER)"
-            )
-        deeper = next((path.parent for path in files_below(folder) if is_image_file(path)), None)
-        where = (
-            "" if deeper is None else f", but in {str(deeper)!r}: name one such folder at a time"
-        )
-        raise InputError(f"{str(folder)!r}: no image in this folder ({', '.join(SUFFIXES)}){where}")
+        raise no_images(folder)
     return sorted(files, key=lambda path: natural_key(path.name))
 
 
-def walk(root: Path) -> Iterator[tuple[str, list[str]]]:
+def no_images(folder: Path) -> InputError:
+    """What to say of a folder that has no images, or none where they are looked for."""
+    said = f"{str(folder)!r}: no image in this folder ({', '.join(SUFFIXES)})"
+    ours: list[Path] = []
+    files = files_below(folder, ours)
+    shown = sorted(path for path in folder.glob("*") if path.is_dir() and path.name[0] != ".")
+    if series := [path.name for path in shown if is_volume(path) and not is_volume_file(path)]:
+        return InputError(
+            f"{str(folder)!r}: {series[0]} in it is a DICOM series: name one such folder by "
+            "itself, or make a NIfTI file of each (dcm2niix -z y -f %f -o OUT FOLDER)"
+        )
+    if deeper := next((path.parent for path in files if is_image_file(path)), None):
+        return InputError(f"{said}, but in {str(deeper)!r}: name one such folder at a time")
+    if volume := next((path for path in files if is_volume_file(path)), None):
+        return InputError(f"{said}, but the volume {str(volume)!r}: name it by itself")
+    return InputError(f"{said}; {left_out({OURS: ours})}" if ours else said)
+
+
+def walk(root: Path, ours: list[Path] | None = None) -> Iterator[tuple[str, list[str]]]:
     """A folder and those below it, each with the names of its files, in no order.
 
     Hidden ones are passed over, what archives add (`__MACOSX`), and below `root` the folders of
-    this project's runs and evaluations. Links are followed, to each folder once. A Zarr store
-    counts as a file.
+    this project's runs, evaluations and samples. Links are followed, to each folder once. A Zarr
+    store counts as a file.
+
+    Args:
+        ours: a list that these folders of this project are added to.
     """
     seen: set[str] = set()  # folders, to which links may lead back
     for folder, subfolders, names in os.walk(root, followlinks=True):
         place = os.path.realpath(folder)
-        ours = Path(folder) != root and any(map(set(names).issuperset, _OURS))
-        if place in seen or ours:
+        is_ours = Path(folder) != root and any(map(set(names).issuperset, _MARKS))
+        if is_ours and ours is not None:
+            ours.append(Path(folder))
+        if place in seen or is_ours:
             subfolders.clear()
             continue
         seen.add(place)
@@ -112,10 +133,10 @@ def walk(root: Path) -> Iterator[tuple[str, list[str]]]:
         yield folder, stores + [name for name in names if not name.startswith(".")]
 
 
-def files_below(folder: Path) -> list[Path]:
+def files_below(folder: Path, ours: list[Path] | None = None) -> list[Path]:
     """What `walk` meets, in natural order of the paths."""
     found = []
-    for place, names in walk(folder):
+    for place, names in walk(folder, ours):
         above = [natural_key(part) for part in Path(place).parts]
         found += [([*above, natural_key(name)], Path(place, name)) for name in names]
     return [path for _, path in sorted(found)]
@@ -132,6 +153,29 @@ def images_below(folder: Path) -> list[Path]:
     every = files_below(folder)
     files = [path for path in every if is_image_file(path)]
     return files or [path for path in every if is_volume_file(path)] or list_images(folder)
+
+
+def predictions(files: Sequence[Path]) -> set[Path]:
+    """Those of the files that a prediction wrote: NAME_mask, NAME_probability, and what else is
+    called NAME_... beside them; legend.png beside or above these.
+    """
+    stems: defaultdict[Path, set[str]] = defaultdict(set)
+    for file in files:
+        stems[file.parent].add(file.stem)
+    predicted = {
+        place: {stem.removesuffix("_mask") for stem in of if stem.endswith("_mask")}
+        & {stem.removesuffix("_probability") for stem in of if stem.endswith("_probability")}
+        for place, of in stems.items()
+    }
+
+    def of_prediction(file: Path) -> bool:
+        names, beside = predicted[file.parent], stems[file.parent]
+        cuts = (m.start() for m in re.finditer("_", file.stem) if file.stem[: m.start()] in names)
+        return any(file.stem[:cut] not in beside or PREDICTED.match(file.stem, cut) for cut in cuts)
+
+    made = {file for file in files if predicted[file.parent] and of_prediction(file)}
+    above = {place for file in made for place in file.parents}
+    return made | {file for file in files if file.name == "legend.png" and file.parent in above}
 
 
 def is_image_file(path: Path) -> bool:
