@@ -48,7 +48,6 @@ from unet.files.shards import is_member, read_member
 from unet.files.tiff import open_tiff
 from unet.files.volumes import is_volume, is_volume_file, open_volume
 from unet.files.writing import replacing
-from unet.words import left_out
 
 Colour: TypeAlias = tuple[int, int, int]
 
@@ -104,7 +103,9 @@ def no_images(folder: Path) -> InputError:
         return InputError(f"{said}, but in {str(deeper)!r}: name one such folder at a time")
     if volume := next((path for path in files if is_volume_file(path)), None):
         return InputError(f"{said}, but the volume {str(volume)!r}: name it by itself")
-    return InputError(f"{said}; {left_out({OURS: ours})}" if ours else said)
+    if ours:
+        said += f", but in a {OURS}, {str(min(ours))!r}: name one by itself if it is meant"
+    return InputError(said)
 
 
 def walk(root: Path, ours: list[Path] | None = None) -> Iterator[tuple[str, list[str]]]:
