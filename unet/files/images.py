@@ -24,7 +24,7 @@ import numpy as np
 import tifffile
 from PIL import Image, UnidentifiedImageError
 
-from unet.errors import InputError
+from unet.errors import InputError, not_there
 from unet.files.pages import (
     ALL,
     AS_STORED,
@@ -58,6 +58,7 @@ PREDICTED = re.compile(
     r"_(mask|probability|overlay|labels|entropy|disagreement|sample_[0-9]+)$"
 )  # the ends of names
 _ORIENTATION = 274  # the tag of EXIF
+_ARCHIVES = (b"PK\3\4", b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf", b"Rar!")  # how they begin
 
 
 def white(dtype: str) -> int:
@@ -76,7 +77,7 @@ def list_images(folder: Path) -> list[Path]:
     """
     try:
         if not folder.is_dir():
-            said = "it is a file: give a folder" if folder.exists() else "no such folder"
+            said = "it is a file: give a folder" if folder.exists() else not_there(folder, "folder")
             raise InputError(f"{str(folder)!r}: {said}")
         shown = [path for path in folder.iterdir() if not path.name.startswith(".")]
         files = [path for path in shown if is_image_file(path)]
@@ -395,7 +396,8 @@ def read_mask(
 
 
 def write_image(path: Path, array: Array, palette: bytes | None = None) -> None:
-    """Writes (H, W) or (H, W, C) as PNG (uint8, uint16; C = 1, 3 or 4) or TIFF (and float32).
+    """Writes (H, W) or (H, W, C) as PNG (uint8, uint16; C = 1, 3 or 4) or TIFF (and other whole
+    numbers of up to 32 bits, and float32).
 
     The fourth channel of a PNG is alpha; in a TIFF all but three channels are as good as any other.
 
@@ -413,7 +415,10 @@ def write_image(path: Path, array: Array, palette: bytes | None = None) -> None:
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
     shaped = array.ndim == 2 or (array.ndim == 3 and (tiff or array.shape[2] in (3, 4)))
-    typed = array.dtype.name in ("uint8", "uint16") or (tiff and array.dtype == np.float32)
+    whole = array.dtype.kind in "iu" and array.dtype.itemsize <= 4
+    typed = array.dtype.name in ("uint8", "uint16") or (
+        tiff and (whole or array.dtype == np.float32)
+    )
     if not ((png or tiff) and shaped and typed and array.size):
         raise InputError(
             f"{str(path)!r}: cannot write {array.dtype} {array.shape} here; write uint8 or uint16 "
@@ -474,7 +479,7 @@ def _open(path: Path, reading: Reading) -> Iterator[GetPage]:
             raise InputError("no such file")
         start = _start(source)
         if not start:
-            raise InputError("the file is empty (0 bytes)")
+            raise InputError("the file is empty (0 bytes): copy it anew, or leave it out")
         if start.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
             reader = open_tiff(source, reading)
         elif start.startswith(b"\x93NUMPY"):
@@ -497,6 +502,8 @@ def _open_pillow(source: Path | BytesIO, start: bytes) -> Iterator[GetPage]:
     try:
         picture = Image.open(source, formats=("PNG", "JPEG", "BMP", "GIF", "WEBP"))
     except UnidentifiedImageError as error:
+        if start.startswith(_ARCHIVES):
+            raise InputError("an archive: unpack it, and name what comes out of it") from error
         raise InputError(f"not an image that can be read ({', '.join(SUFFIXES)})") from error
     except Image.DecompressionBombError as error:  # Pillow's own bound, above MAX_PIXELS
         raise InputError(f"more than {MAX_PIXELS:,} pixels; cut it into tiles") from error
