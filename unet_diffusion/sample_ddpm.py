@@ -403,13 +403,13 @@ def picture(path: Path, sampler: ImageSampler) -> Tensor:
 
 def white(path: Path, sampler: ImageSampler) -> Tensor:
     """Where a picture is white, (1, 1, H, W), whatever the images are: resized and cropped as they
-    are.
+    are. What is transparent is not white: nothing was painted there.
     """
     from diffusion.data.pixels import fitted
     from diffusion.data.sources import HowToRead
     from unet.files.pages import naming
 
-    pixels = HowToRead().image(path)
+    pixels = HowToRead(background=(0, 0, 0)).image(path)
     with naming(path):
         found = fitted(pixels, (sampler.height, sampler.width), 1)
     return (found[None] > 0).to(sampler.device)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from diffusion.data.captions import TABLES, has_text_files, read_captions
 from diffusion.data.shapes import HELD_OUT, SIDE, example, example_caption
-from unet.errors import InputError
+from unet.errors import InputError, not_there
 from unet.files.images import (
     OURS,
     Colour,
@@ -95,7 +95,7 @@ def check_source(data: str | Path) -> None:
     path = Path(data)
     # exists is False for an impossible name, too
     if str(data) != "shapes" and not (os.path.exists(path) or is_volume(path) or find_shards(path)):
-        raise InputError(f"'{data}': no such file or folder")
+        raise InputError(f"'{data}': {not_there(data)}")
 
 
 def open_source(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from unet.errors import InputError
+from unet.errors import InputError, not_there
 from unet.files.images import (
     OURS,
     PREDICTED,
@@ -78,7 +78,7 @@ def find_inputs(source: Path, out: Path | None = None) -> Inputs:
     if is_volume(source) or source.is_file():
         return Inputs([source])
     if not source.exists():
-        raise InputError(f"{str(source)!r} does not exist: give an image or a folder of images")
+        raise InputError(f"{str(source)!r}: {not_there(source)}")
     ours: list[Path] = []
     folder, every = source, files_below(source, ours)
     images = [file for file in every if is_image_file(file)]

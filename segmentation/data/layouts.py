@@ -25,7 +25,7 @@ from segmentation.data.polygons import (
     read_coco,
     read_labelme,
 )
-from unet.errors import InputError
+from unet.errors import InputError, not_there
 from unet.files.images import (
     files_below,
     images_below,
@@ -132,7 +132,7 @@ def _in_folder(data: Path) -> Layout:
             "images and the masks with --images and --masks"
         )
     if not data.is_dir():
-        raise InputError(f"{str(data)!r}: no such folder")
+        raise InputError(f"{str(data)!r}: {not_there(data, 'folder')}")
     stacks = data / _STACKS[0], data / _STACKS[1]
     if all(os.path.isfile(stack) for stack in stacks):
         return Layout(matches=[_pair(*stacks)])

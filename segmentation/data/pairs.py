@@ -200,7 +200,7 @@ def find_pairs(
             continue
         of_mask = image_info(match.mask[0])
         if (info.height, info.width, info.pages) != (of_mask.height, of_mask.width, of_mask.pages):
-            hint = ""
+            hint = ": save each mask in the size of its image"
             unsaid = "I" in info.axes or match.image[0].suffix.lower() == ".npy"
             if info.pages != of_mask.pages and unsaid and info.pages <= 8:
                 hint = f": are its {info.pages} pages channels? Then give --axes CYX"

@@ -577,7 +577,7 @@ ZEROS = bytes(10**7)
 BAD: dict[str, tuple[bytes, str]] = {
     "0 bytes": (b"", "empty"),
     "text": (b"this is not an image", "not an image that can be read"),
-    "zip": (b"PK\x03\x04" + bytes(99), "not an image"),
+    "zip": (b"PK\x03\x04" + bytes(99), "an archive: unpack it"),
     "svg": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image"),
     "huge png": (png(10**5, 10**5), "pixels; cut it into tiles"),
     "huge 16-bit png": (png(10**5, 10**5, 16, 2), "pixels; cut it into tiles"),
