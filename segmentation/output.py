@@ -68,10 +68,10 @@ class FilePredictor:
     (a TIFF where these are negative or large), NAME_probability.png (of the second of two classes,
     or of the chosen class of more; 16-bit, 65535 is 1), NAME_overlay.png, and on request
     NAME_labels.tif, NAME_entropy.png and, where several predictions are averaged,
-    NAME_disagreement.png (16-bit, too; see `segmentation.uncertainty`). Of regions NAME_REGION.png is 255 where each is. The overlay has
-    the image's size and shows instances, numbered, where the model or `labels` makes them, else
-    classes. Of an image with more than AT_ONCE pixels all but the overlay are TIFFs, written in
-    bands, and the overlay is small and shows classes.
+    NAME_disagreement.png (16-bit, too; see `segmentation.uncertainty`). Of regions NAME_REGION.png
+    is 255 where each is. The overlay has the image's size and shows instances, numbered, where the
+    model or `labels` makes them, else classes. Of an image with more than AT_ONCE pixels all but
+    the overlay are TIFFs, written in bands, and the overlay is small and shows classes.
 
     Args:
         min_size: connected parts of fewer pixels become the class that surrounds them, and
