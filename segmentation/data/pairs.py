@@ -381,9 +381,9 @@ def _check_alike(pair: Pair, first: Pair) -> None:
         for p in (pair, first)
     )
     if (info.channels, info.dtype) != (wanted.channels, wanted.dtype):
+        chosen = "" if info.channels == wanted.channels else ", or choose --channels that all have"
         raise InputError(
-            f"{kind(info)} in {where}, but {kind(wanted)} in {other}; save all images alike, or "
-            "choose --channels that all have"
+            f"{kind(info)} in {where}, but {kind(wanted)} in {other}; save all images alike{chosen}"
         )
     if info.names != wanted.names and sorted(info.names) == sorted(wanted.names):
         raise InputError(

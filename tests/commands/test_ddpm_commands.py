@@ -606,7 +606,7 @@ def test_a_mistake_is_one_sentence_before_sampling(
         (("--eta", "0.5"), "--eta 0.5 is for --sampler ddim, not dpmpp-2m"),
         (("--count", "3"), "--count 3"),
         (("--out", "no/such/found.json"), "found.json: give a file in a folder"),
-        (("--out", "MODEL"), "model: give a file in a folder"),
+        (("--out", "MODEL"), "model is a folder: give a file"),
         (("--data", "no/such.npz"), "no/such.npz"),
         (("--classifier", "a", "--inception", "b"), "give one"),
         (("--classifier", "MODEL"), "diffusion"),
