@@ -14,14 +14,17 @@ from torch import Tensor
 from diffusion.attention_maps import attention_figure
 from diffusion.pictures import Images, fewer_pixels, grid, write_gif
 from unet.errors import InputError
-from unet.files.images import files_below, read_image, write_image
+from unet.files.images import SAMPLES, files_below, read_image, write_image
 from unet.files.pages import Array
-from unet.files.writing import replacing
+from unet.files.writing import replacing, write_text
 from unet.training.task import Processes
 from unet.words import counted
 
 FOLDERS = ("images", "image", "label", "attention")  # of files an image
 FILES = ("grid.png", "samples.npz", "appearing.gif")  # of all
+_MARK = """A model made these images. They are left out where a folder above this one is read: name
+it, or images/ in it, where they are meant. Without this file they are not left out.
+"""
 IN_GRID = 100  # images in grid.png, at most
 
 
@@ -83,6 +86,7 @@ class SampleFolder:
                     old.unlink()
         for name in FILES:
             (self.path / name).unlink(missing_ok=True)
+        write_text(self.path / SAMPLES, _MARK)
 
     def _tell_of_others(self) -> None:
         """Says what lies among the images that was not removed, and that these do not replace."""

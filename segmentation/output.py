@@ -64,14 +64,14 @@ class Slice:
 class FilePredictor:
     """Predicts image files and writes what was found beside each other in one folder.
 
-    For an image NAME, or NAME_PAGE of a stack: NAME_mask.png with the values of the training masks,
-    NAME_probability.png (of the second of two classes, or of the chosen class of more; 16-bit,
-    65535 is 1), NAME_overlay.png, and on request NAME_labels.tif, NAME_entropy.png and, where
-    several predictions are averaged, NAME_disagreement.png (16-bit, too; see
-    `segmentation.uncertainty`). Of regions NAME_REGION.png is 255 where each is. The overlay has
-    the image's size and shows instances, numbered, where the model or `labels` makes them, else
-    classes. Of an image with more than AT_ONCE pixels all but the overlay are TIFFs, written in
-    bands, and the overlay is small and shows classes.
+    For an image NAME, or NAME_PAGE of a stack: NAME_mask.png with the values of the training masks
+    (a TIFF where these are negative or large), NAME_probability.png (of the second of two classes,
+    or of the chosen class of more; 16-bit, 65535 is 1), NAME_overlay.png, and on request
+    NAME_labels.tif, NAME_entropy.png and, where several predictions are averaged,
+    NAME_disagreement.png (16-bit, too; see `segmentation.uncertainty`). Of regions NAME_REGION.png
+    is 255 where each is. The overlay has the image's size and shows instances, numbered, where the
+    model or `labels` makes them, else classes. Of an image with more than AT_ONCE pixels all but
+    the overlay are TIFFs, written in bands, and the overlay is small and shows classes.
 
     Args:
         min_size: connected parts of fewer pixels become the class that surrounds them, and
@@ -116,7 +116,8 @@ class FilePredictor:
     def files(self, image: Slice, out: Path) -> list[Path]:
         """The files that `run` writes."""
         kind = "png" if image.info.height * image.info.width <= AT_ONCE else "tif"
-        names = [f"mask.{kind}", f"probability.{kind}", "overlay.png"]
+        mask = self.segmenter.table.suffix if kind == "png" else kind
+        names = [f"mask.{mask}", f"probability.{kind}", "overlay.png"]
         names += [f"{name}.{kind}" for name in (*self.unsure, *self.regions)]
         return [out / f"{image.name}_{n}" for n in [*names, *["labels.tif"] * self.labels]]
 
@@ -196,12 +197,11 @@ class FilePredictor:
                 "which know no connected parts: leave out --min-size and --labels"
             )
         h, w = source.shape
-        values = table.decode(np.zeros((1, 1), np.uint8))
         step = -(-max(h, w) // PREVIEW)
         small: list[NDArray[np.uint8]] = []
         with contextlib.ExitStack() as stack:
-            shape = (h, w, *values.shape[2:])
-            masks = stack.enter_context(writing_bands(mask, shape, values.dtype, table.palette))
+            shape = (h, w, *np.shape(table.values[0]))
+            masks = stack.enter_context(writing_bands(mask, shape, table.dtype, table.palette))
             probabilities, *unsure = (
                 stack.enter_context(writing_bands(file, (h, w), dtype))
                 for file, dtype in zip((probability, *others), self.dtypes, strict=True)

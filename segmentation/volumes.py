@@ -327,7 +327,7 @@ class _Work:
         self.name = volume_name(source)
         names = ("mask", "probability", *predictor.unsure, *predictor.regions)
         self.results = [out / f"{self.name}_{name}.zarr" for name in names]
-        self.dtype = self.segmenter.table.decode(np.zeros((1, 1), np.uint8)).dtype
+        self.dtype = self.segmenter.table.dtype
         self.slices = [i for i, axis in enumerate(stored.axes) if axis not in "YX" + CHANNELS]
         self.kept = [i for i, axis in enumerate(stored.axes) if axis not in CHANNELS]
         self.depths = self._depths()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -68,6 +69,25 @@ def with_extras() -> Iterator[None]:
         raise InputError(
             f'it takes the package {name}, {lacks}: {install} "unet-diffusion[{_EXTRAS[name]}]"'
         ) from error
+
+
+def is_address(path: object) -> bool:
+    """Whether a path begins like an address, https://... or s3://..., and not like a drive, C:/."""
+    return re.match(r"[a-z][a-z0-9+]+:/", str(path), re.IGNORECASE) is not None
+
+
+def not_there(path: object, what: str = "file or folder") -> str:
+    """What to say of a path that names nothing: an address on the Web, or a home folder that no
+    shell wrote out, as behind a =, is told to be one.
+    """
+    if is_address(path):
+        return "an address elsewhere, and only files here are read: download it"
+    if str(path).startswith("~"):
+        home = os.path.expanduser(str(path))
+        return (
+            f"no such {what}: ~ stands for a home folder where a shell reads it, so give {home!r}"
+        )
+    return f"no such {what}"
 
 
 class RunError(RuntimeError):

@@ -24,3 +24,19 @@ def channels_said(count: int, names: Sequence[str] = ()) -> str:
     if names:
         return f"{known} ({', '.join(names)})"
     return {1: f"grey ({known})", 3: f"RGB ({known})"}.get(count, known)
+
+
+def left_out(found: Mapping[str, Sequence[object]]) -> str:
+    """What is left out of a folder that is walked, with the first of each kind; "" for nothing.
+
+    Args:
+        found: files or folders by what they are, such as "folder of masks".
+    """
+    said = []
+    for what, paths in found.items():
+        thing, _, more = what.partition(" ")
+        if paths:
+            first = min(map(str, paths))
+            said.append(f"{counted(len(paths), thing)} {more}, such as {first}")
+    names = "; name one by itself if it is meant"
+    return f"left out: {', and '.join(said)}{names}" if said else ""

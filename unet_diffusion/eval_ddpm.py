@@ -85,7 +85,9 @@ class EvalOptions(SamplingOptions):
             raise InputError(f"--bits {self.bits} must be 0 or more")
         if self.out:
             folder = self.out.absolute().parent
-            if self.out.is_dir() or not (folder.is_dir() and os.access(folder, os.W_OK)):
+            if self.out.is_dir():
+                raise InputError(f"--out {self.out} is a folder: give a file, such as scores.json")
+            if not (folder.is_dir() and os.access(folder, os.W_OK)):
                 raise InputError(f"--out {self.out}: give a file in a folder that can be written")
         if self.classifier and self.inception:
             raise InputError("--classifier and --inception each give the features: give one")

@@ -183,7 +183,7 @@ def sampled_main(options: PredictOptions) -> int:
     )
     if failed:
         return 1
-    masks = where(inputs, options.out, "*_mask.png")
+    masks = where(inputs, options.out, "*_mask.*")
     print(f"masks: {masks}, probabilities and entropies beside them")
     return 0
 

@@ -36,7 +36,7 @@ from segmentation.training import load_data
 from segmentation.training import train as learn_to_label
 from unet import PRESETS
 from unet.errors import InputError
-from unet.files.images import image_info, images_below, read_image, read_mask, write_image
+from unet.files.images import image_info, read_image, read_mask, write_image
 from unet.files.pages import ImageInfo, Reading, missing
 from unet.training.config_file import save_config
 from unet.training.run import RunFolder, check_first, is_main_process
@@ -156,19 +156,19 @@ class Unlabelled(NamedTuple):
     ignored: Value | None
 
 
-def find_unlabelled(folder: Path) -> list[Path]:
+def find_unlabelled(folder: Path) -> Sequence[Path]:
     """The images of a folder and of those below it, all of which the diffusion model learns from.
 
     Raises:
         InputError: no image, or also masks or predictions.
     """
-    files, meant = images_below(folder), set(find_inputs(folder).files)
-    if other := next((file for file in files if file not in meant), None):
+    found = find_inputs(folder)
+    if found.left:
         raise InputError(
-            f"--unlabelled {folder} holds masks or predictions as well, such as {other}: name a "
-            "folder of images alone"
+            f"--unlabelled {folder} holds masks or predictions as well, such as {found.left[0]}: "
+            "name a folder of images alone"
         )
-    return files
+    return found.files
 
 
 def to_label(files: Sequence[Path], reading: Reading, folder: Path) -> list[Slice]:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from diffusion.output import SampleFolder
     from diffusion.plans import Plan, Wanted
     from diffusion.sampling import Images, ImageSampler
+    from segmentation.data.inputs import Inputs
     from unet.training.task import Processes
 
 
@@ -230,17 +231,13 @@ def given_conditions(options: SampleOptions, sampler: ImageSampler) -> tuple[Wan
     """
     from diffusion.data.whole import CHECKED
 
-    path = options.condition
-    assert path is not None
     condition = sampler.model.condition
-    files = condition_files(options, masks=condition is not None and condition.kind == "mask")
+    found = find_conditions(options, masks=condition is not None and condition.kind == "mask")
     pictures: list[Picture] = []
     names: list[str] = []
     made: dict[str, Path] = {}  # from which file each is
-    for file in files:
-        name = file.stem
-        if path.is_dir():
-            name = file.relative_to(path).with_suffix("").as_posix()
+    for file in found.files:
+        name = (found.place(file) / file.stem).as_posix()
         if name in made:
             raise InputError(
                 f"{made[name]} and {file} would both be written to {name!r}: rename one"
@@ -256,56 +253,45 @@ def given_conditions(options: SampleOptions, sampler: ImageSampler) -> tuple[Wan
     return sampler.wanted(numbers, options.class_, options.prompt, pictures), names
 
 
-def condition_files(options: SampleOptions, *, masks: bool) -> list[Path]:
-    """The files of --condition, in it and below it, without what was written to an --out in there.
+def find_conditions(options: SampleOptions, *, masks: bool) -> Inputs:
+    """The files of --condition, in it and below it.
 
     Args:
         masks: the model makes images from masks.
 
     Raises:
-        InputError: no image, or a volume; images beside masks, where these are meant; an --out
-            whose files would take the places of conditions.
+        InputError: no image, or a volume; images beside masks, where these are meant; an --out that
+            holds conditions, whose places its files could take.
     """
-    from diffusion.output import FILES, FOLDERS
     from segmentation.data.inputs import find_inputs
     from unet.files.volumes import is_volume
     from unet.training.run import is_main_process
 
     path, out = options.condition, options.out.resolve()
     assert path is not None
-    files: Sequence[Path] = [path]
-    if path.is_dir():
-        if is_volume(path):
+    if path.is_dir() and is_volume(path):
+        raise InputError(
+            f"--condition {path} is a volume: save its slices as images, such as PNG files"
+        )
+    found = find_inputs(path)
+    if masks and found.masks:
+        raise InputError(
+            f"--condition {path} holds images beside masks, such as those of "
+            f"{found.masks[0]}: name a folder of masks alone"
+        )
+    for folder in dict.fromkeys(file.parent for file in found.files):
+        if folder.resolve().is_relative_to(out):
             raise InputError(
-                f"--condition {path} is a volume: save its slices as images, such as PNG files"
+                f"--out {options.out} holds conditions, in {folder}, that samples could be written "
+                "over: give another folder"
             )
-        if out == path.resolve():
-            raise InputError(f"--out {options.out} is the folder of --condition: give another one")
-        found = find_inputs(path)
-        if masks and found.masks:
-            raise InputError(
-                f"--condition {path} holds images beside masks, such as those of "
-                f"{found.masks[0]}: name a folder of masks alone"
-            )
-        if found.remark and is_main_process():
+    if is_main_process():
+        if found.remark:
             print(found.remark, file=sys.stderr)
-        files = found.files
-        if out.is_relative_to(path.resolve()):
-            place = path / out.relative_to(path.resolve())
-            made = {place / name for name in (*FOLDERS, *FILES)}
-            files = [file for file in files if made.isdisjoint((file, *file.parents))]
-            if not files:
-                raise InputError(f"--condition {path}: nothing but --out {options.out} is in it")
-        tops = (file.relative_to(path).parts[0] for file in files if file.parent != path)
-        if (below := Counter(tops)) and is_main_process():
+        tops = (place.parts[0] for place in map(found.place, found.files) if place.parts)
+        if below := Counter(tops):
             print(f"in folders below {path}: {listed(below)}")
-    for folder in {file.parent for file in files}:
-        if any(folder.resolve().is_relative_to(out / name) for name in FOLDERS):
-            raise InputError(
-                f"--out {options.out} would be written over what is in {folder}, which --condition "
-                "names: give another one"
-            )
-    return [*files]
+    return found
 
 
 def check_sizes(options: SampleOptions, sampler: ImageSampler, wanted: Wanted) -> None:
@@ -417,13 +403,13 @@ def picture(path: Path, sampler: ImageSampler) -> Tensor:
 
 def white(path: Path, sampler: ImageSampler) -> Tensor:
     """Where a picture is white, (1, 1, H, W), whatever the images are: resized and cropped as they
-    are.
+    are. What is transparent is not white: nothing was painted there.
     """
     from diffusion.data.pixels import fitted
     from diffusion.data.sources import HowToRead
     from unet.files.pages import naming
 
-    pixels = HowToRead().image(path)
+    pixels = HowToRead(background=(0, 0, 0)).image(path)
     with naming(path):
         found = fitted(pixels, (sampler.height, sampler.width), 1)
     return (found[None] > 0).to(sampler.device)

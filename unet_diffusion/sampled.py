@@ -115,11 +115,12 @@ def predict_samples(
     """
     slices, failed = find_slices(inputs)
     digits = len(str(sampler.count - 1))
-    names = ["mask", "probability", "entropy", "overlay"]
-    names += [f"sample_{i:0{digits}d}" for i in range(sampler.count)] * keep
+    kind = sampler.table.suffix
+    names = [f"mask.{kind}", "probability.png", "entropy.png", "overlay.png"]
+    names += [f"sample_{i:0{digits}d}.{kind}" for i in range(sampler.count)] * keep
     if stack := next((image.path for image in slices if image.page is not None), None):
         raise InputError(f"{str(stack)!r} is a stack: give --samples images of one page")
-    writes = [(image, [out / f"{image.name}_{name}.png" for name in names]) for image in slices]
+    writes = [(image, [out / f"{image.name}_{name}" for name in names]) for image in slices]
     check_free(writes, overwrite=overwrite)
     for image, files in tqdm(writes, unit="image", disable=None):
         try:

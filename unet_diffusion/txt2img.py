@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from diffusion.stable.recipe import Recipe, TextSampler, merged, write_picture
-from unet.errors import InputError
+from unet.errors import InputError, not_there
 from unet.training.cli import run_script, say_next
 from unet.words import counted
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from diffusion.stable.pipeline import StableDiffusion
+    from unet.files.images import Colour
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +123,7 @@ def main(options: Txt2ImgOptions) -> None:
         raise InputError(f"--merged {options.merged} is there already: give --overwrite")
     for flag, named in (("init", recipe.init), ("inpaint", recipe.inpaint), ("mask", recipe.mask)):
         if named is not None and not os.path.exists(named):
-            raise InputError(f"--{flag} {named!r}: no such file or folder")
+            raise InputError(f"--{flag} {named!r}: {not_there(named)}")
     count = options.count or (1 if options.from_png else 4)
     last = dataclasses.replace(recipe, seed=recipe.seed + count - 1).seed  # checks it
 
@@ -148,7 +149,7 @@ def main(options: Txt2ImgOptions) -> None:
     height, width = model.pixels(recipe)
     recipe = dataclasses.replace(recipe, size=f"{width}x{height}")
     image = picture(recipe.init or recipe.inpaint, model, recipe)
-    mask = picture(recipe.mask, model, recipe)
+    mask = picture(recipe.mask, model, recipe, background=(0, 0, 0))  # not painted is not white
     mask = None if mask is None else (mask.mean(dim=1, keepdim=True) > 0).float()
     steps = len(model.timesteps(recipe, image=image is not None, mask=mask is not None)[0])
     if processes.main:
@@ -193,14 +194,16 @@ def chosen_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
     return dtypes[auto if recipe.precision == "auto" else recipe.precision]
 
 
-def picture(file: str | None, model: StableDiffusion, recipe: Recipe) -> Tensor | None:
+def picture(
+    file: str | None, model: StableDiffusion, recipe: Recipe, background: Colour = (255, 255, 255)
+) -> Tensor | None:
     """An image file as the model takes it, (1, 3, H, W) in [-1, 1]: resized and cropped."""
     if file is None:
         return None
     from diffusion.data.pixels import fitted
     from unet.files.images import read_image
 
-    image = read_image(Path(file), background=(255, 255, 255))
+    image = read_image(Path(file), background=background)
     return fitted(image, model.pixels(recipe), 3)[None].to(model.device)
 
 

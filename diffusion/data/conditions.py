@@ -11,7 +11,8 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -433,28 +434,24 @@ def partners(
     of_images, ends = _places(images, root), _places(files, folder)
     # Of trees of recurring names, one that lacks a file must not take that of another image.
     taken = set(of_images).intersection(ends)
-    free = {
-        file: os.path.basename(e) for file, e in zip(files, ends, strict=True) if e not in taken
-    }
-    places, names = _by_key(ends, files), _by_key(free.values(), list(free))
+    places: defaultdict[str, list[str]] = defaultdict(list)
+    names: defaultdict[str, list[str]] = defaultdict(list)
+    for file, end in zip(files, ends, strict=True):
+        places[end].append(file)
+        if end not in taken:
+            names[os.path.basename(end)].append(file)
     found, alone = [], []
     for image, place in zip(images, of_images, strict=True):
-        name = os.path.basename(place)
-        file = places.get(place, names.get(name))
-        if file is None:
-            alone.append(image)
-        elif not file:
-            one, other = [
-                file
-                for file, end in zip(files, ends, strict=True)
-                if end == place or (place not in places and free.get(file) == name)
-            ][:2]
+        fitting = places.get(place) or names.get(os.path.basename(place), [])
+        if len(fitting) > 1:
             raise InputError(
-                f"{one!r} and {other!r} could both be the {what} of {image!r}: give each the name "
-                "of its image, in a folder of the same name"
+                f"{fitting[0]!r} and {fitting[1]!r} could both be the {what} of {image!r}: give "
+                "each the name of its image, in a folder of the same name"
             )
+        if fitting:
+            found += fitting
         else:
-            found.append(file)
+            alone.append(image)
     if itself := next((image for image in alone if image in own), None):
         raise InputError(
             f"{itself!r} would be the {what} of itself: let --data name the folder of the images "
@@ -475,11 +472,3 @@ def _places(files: Sequence[str], root: Path | None) -> list[str]:
     start = 0 if root is None else len(str(root / "_")) - 1
     ends = (os.path.splitext(file[start:])[0].removesuffix(".ome") for file in files)
     return [unicodedata.normalize("NFC", end) for end in ends]
-
-
-def _by_key(keys: Iterable[str], files: Sequence[str]) -> dict[str, str]:
-    """The file of each key, "" where several have it."""
-    found: dict[str, str] = {}
-    for key, file in zip(keys, files, strict=True):
-        found[key] = "" if key in found else file
-    return found

@@ -8,6 +8,7 @@ of larger sets every image is read when it is needed. Networks see [-1, 1]: see
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from diffusion.data.splits import grid_places, split, whole_places
 from diffusion.data.whole import WholeImages
 from unet.errors import InputError
 from unet.symmetries import Symmetries, find_symmetries
+from unet.training.run import is_main_process
 from unet.words import counted, listed
 
 
@@ -109,6 +111,8 @@ class DiffusionData:
         if how is None:
             how = HowToRead(background=None) if channels == 4 else HowToRead()
         self.source = source = open_source(data, captions, size, seed, how)
+        if source.left and is_main_process():
+            print(source.left, file=sys.stderr)
         if captions and not source.captioned:
             raise InputError(
                 f"'{data}' has no captions: put a .txt beside each image, or a metadata.jsonl of "

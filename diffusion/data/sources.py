@@ -16,13 +16,16 @@ from numpy.typing import NDArray
 
 from diffusion.data.captions import TABLES, has_text_files, read_captions
 from diffusion.data.shapes import HELD_OUT, SIDE, example, example_caption
-from unet.errors import InputError
+from unet.errors import InputError, not_there
 from unet.files.images import (
+    OURS,
     Colour,
     array_pages,
     check_slices,
     image_info,
     natural_key,
+    no_images,
+    predictions,
     read_image,
     read_page,
     walk,
@@ -30,7 +33,7 @@ from unet.files.images import (
 from unet.files.pages import AS_STORED, SUFFIXES, Array, ImageInfo, Reading, naming
 from unet.files.shards import find_shards, read_shards
 from unet.files.volumes import is_volume
-from unet.words import counted
+from unet.words import counted, left_out
 
 DRAWN = 20_000  # pictures of shapes
 _ARRAYS = ("images.npy", "labels.npy")  # of an .npz
@@ -69,6 +72,7 @@ class Source:
     files: Sequence[str] = ()
     root: Path | None = None  # the folder that the files are in or below
     below: Mapping[str, int] = field(default_factory=dict)  # images in folders, some beside these
+    left: str = ""  # what is said of files and folders that are left out
     how: HowToRead = field(default_factory=HowToRead)
     classes: tuple[str, ...] = ()
     labels: NDArray[np.int64] | None = None
@@ -91,7 +95,7 @@ def check_source(data: str | Path) -> None:
     path = Path(data)
     # exists is False for an impossible name, too
     if str(data) != "shapes" and not (os.path.exists(path) or is_volume(path) or find_shards(path)):
-        raise InputError(f"'{data}': no such file or folder")
+        raise InputError(f"'{data}': {not_there(data)}")
 
 
 def open_source(
@@ -192,7 +196,7 @@ def _in_files(path: Path, captions: bool, how: HowToRead) -> Source:
     Of a million files no more is kept than their names, as strings.
     """
     alone = is_volume(path) or not path.is_dir()
-    files, folders, tables = ([str(path)], [""], []) if alone else _walk(path)
+    files, folders, tables, left = ([str(path)], [""], [], "") if alone else _walk(path)
     stacks = {}  # file -> its pages, where it has several
     for file in files:
         if alone or file.lower().endswith((".tif", ".tiff", ".npy")):
@@ -217,6 +221,7 @@ def _in_files(path: Path, captions: bool, how: HowToRead) -> Source:
         read=partial(_read_page, files, pages, how),
         files=files,
         root=path.parent if alone else path,
+        left=left,
         how=how,
         captioned=bool(tables) or has_text_files(files),
     )
@@ -265,13 +270,15 @@ def _read_page(
     return how.image(Path(files[image]), pages[image] if pages else None)
 
 
-def _walk(root: Path) -> tuple[list[str], list[str], list[Path]]:
-    """Images in natural order, in a folder and below, without hidden ones; the subfolder of each,
-    "" for none or a part of a split such as train/; and every table of captions.
+def _walk(root: Path) -> tuple[list[str], list[str], list[Path], str]:
+    """Images in natural order, in a folder and below, without hidden ones and what this project
+    wrote; the subfolder of each, "" for none or a part of a split such as train/; every table of
+    captions; and what is said of what is left out.
     """
     images: list[tuple[Any, str, tuple[str, ...]]] = []
-    tables = []
-    for folder, names in walk(root):
+    tables: list[Path] = []
+    ours: list[Path] = []
+    for folder, names in walk(root, ours):
         parts = Path(folder).relative_to(root).parts
         inside = [natural_key(part) for part in parts]
         start = "" if folder == "." else folder
@@ -280,10 +287,19 @@ def _walk(root: Path) -> tuple[list[str], list[str], list[Path]]:
                 tables.append(Path(folder, name))
             elif name.lower().endswith(SUFFIXES):
                 images.append(([*inside, natural_key(name)], os.path.join(start, name), parts))
+    predicted: set[str] = set()
+    if any("_probability." in path for _, path, _ in images):
+        predicted = set(map(str, predictions([Path(path) for _, path, _ in images])))
+        images = [image for image in images if str(Path(image[1])) not in predicted]
+    if predicted and not images:
+        raise InputError(
+            f"{str(root)!r}: nothing but predictions is in it: name the folder of the images"
+        )
     if not images:
-        raise InputError(f"'{root}': no image in this folder ({', '.join(SUFFIXES)})")
+        raise no_images(root)
     images.sort()
     # Not of a class of that name: all images are in such folders, or none is in a split's.
     split = all(parts and parts[0].lower() in _SPLITS for _, _, parts in images)
     tops = ["".join(parts[split : split + 1]) for _, _, parts in images]
-    return [path for _, path, _ in images], tops, tables
+    left = left_out({"file of predictions": [*predicted], OURS: ours})
+    return [path for _, path, _ in images], tops, tables, left

@@ -277,6 +277,8 @@ class WholeImages:
             )
 
     def _leave_out(self, image: int, error: InputError) -> None:
+        if not self._skip_bad and len(self) == 1:
+            raise error
         if not self._skip_bad:
             raise InputError(
                 f"{error} (a training with --skip-bad leaves such files out)"

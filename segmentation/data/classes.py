@@ -101,7 +101,10 @@ class ClassTable:
                 "or each class one value"
             )
         if len(+found) < 2:
-            raise InputError(f"all mask pixels have the value {listed(+found)}; two are needed")
+            raise InputError(
+                f"all mask pixels have the value {listed(+found)}, and two are needed: give masks "
+                "in which what is to be found has a value of its own"
+            )
         total, ordered = sum(found.values()), sorted(found, key=_as_colour)
         return cls(
             values=tuple(ordered),
@@ -152,7 +155,7 @@ class ClassTable:
         return indices
 
     def decode(self, indices: Array) -> Array:
-        """Mask values (H, W) or (H, W, 3) of class indices (H, W), in the smallest integer type."""
+        """Mask values (H, W) or (H, W, 3) of class indices (H, W)."""
         known = np.arange(256) < len(self.values)
         values = np.zeros((256, *np.shape(self.values[0])), np.int64)
         values[known] = self.values
@@ -160,8 +163,19 @@ class ClassTable:
             known[IGNORE], values[IGNORE] = True, self.ignore_value
         if not known[indices].all():
             raise ValueError(f"class indices {np.unique(indices)} with {len(self.values)} classes")
-        dtype = np.min_scalar_type(values.max()) if values.min() >= 0 else values.dtype
-        return values.astype(dtype)[indices]
+        return values.astype(self.dtype)[indices]
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """A small integer type that holds all values, the ignored one among them."""
+        ignored = () if self.ignore_value is None else (self.ignore_value,)
+        values = np.array([*self.values, *ignored], np.int64)
+        return np.result_type(*map(np.min_scalar_type, (values.min(), values.max())))
+
+    @property
+    def suffix(self) -> str:
+        """Of the file of a mask: a PNG holds no values below 0 or above 65,535."""
+        return "png" if self.dtype in ("uint8", "uint16") else "tif"
 
     def lines(self) -> list[str]:
         """The table as text: value, class, share of the pixels."""

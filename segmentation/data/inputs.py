@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from unet.errors import InputError
-from unet.files.images import files_below, is_image_file, list_images
+from unet.errors import InputError, not_there
+from unet.files.images import (
+    OURS,
+    PREDICTED,
+    files_below,
+    is_image_file,
+    no_images,
+    predictions,
+)
 from unet.files.volumes import is_volume, is_volume_file
-from unet.words import counted
+from unet.words import left_out
 
 IMAGE_FOLDERS = (
     *("image", "images", "img", "imgs", "imagestr", "jpegimages", "leftimg8bit", "raw", "img_dir"),
@@ -22,7 +28,6 @@ MASK_FOLDERS = (
     *("groundtruth", "ground_truth", "segmentation", "segmentations", "segmentationclass"),
     *("target", "targets", "manual", "1st_manual", "ann_dir"),
 )
-_MADE = re.compile(r"_(mask|probability|overlay|labels|entropy|disagreement|sample_[0-9]+)$")
 
 
 @dataclass(frozen=True)
@@ -33,11 +38,15 @@ class Inputs:
         files: images in natural order; volumes where there is no image.
         root: the folder in or below which they lie; None: a single one, which was named itself.
         masks: folders of masks, whose images lie beside or above them, and are left out.
+        left: files that are left out, as masks or predictions.
+        ours: folders that are left out, as what this project wrote.
     """
 
     files: Sequence[Path]
     root: Path | None = None
     masks: Sequence[Path] = ()
+    left: Sequence[Path] = ()
+    ours: Sequence[Path] = ()
 
     @property
     def volumes(self) -> Sequence[Path]:
@@ -50,18 +59,15 @@ class Inputs:
 
     @property
     def remark(self) -> str:
-        """What is to be said of the masks; nothing, where there are none."""
-        if not self.masks:
-            return ""
-        return (
-            f"left out: {counted(len(self.masks), 'folder')} of masks, such as {self.masks[0]}; "
-            "name one by itself if it is meant"
-        )
+        """What is to be said of what is left out; nothing, where that is nothing."""
+        predicted = [file for file in self.left if set(self.masks).isdisjoint(file.parents)]
+        found = {"folder of masks": self.masks, "file of predictions": predicted, OURS: self.ours}
+        return left_out(found)
 
 
 def find_inputs(source: Path, out: Path | None = None) -> Inputs:
     """A file or volume, or the images of a folder and of those below it, without those that are
-    hidden, masks, or written by this project: predictions, runs and evaluations.
+    hidden, masks, or written by this project: predictions, runs, evaluations and samples.
 
     Args:
         out: the folder of the predictions; what is called like one in or below it is left out.
@@ -72,50 +78,30 @@ def find_inputs(source: Path, out: Path | None = None) -> Inputs:
     if is_volume(source) or source.is_file():
         return Inputs([source])
     if not source.exists():
-        raise InputError(f"{str(source)!r} does not exist: give an image or a folder of images")
-    folder, every = source, files_below(source)
+        raise InputError(f"{str(source)!r}: {not_there(source)}")
+    ours: list[Path] = []
+    folder, every = source, files_below(source, ours)
     images = [file for file in every if is_image_file(file)]
     volumes = [file for file in every if is_volume_file(file)]
     if not (images or volumes):
-        list_images(folder)  # which says what there is instead
+        raise no_images(folder)
     made = predictions([*images, *volumes])
     if out is not None and out.resolve().is_relative_to(folder.resolve()):
         # Of one that was interrupted there may be less, and images may lie here as well.
         place = folder / out.resolve().relative_to(folder.resolve())
-        made |= {f for f in every if f.is_relative_to(place) and _MADE.search(f.stem)}
+        made |= {f for f in every if f.is_relative_to(place) and PREDICTED.search(f.stem)}
     kept = [[f for f in files if f not in made] for files in (images, volumes)]
     masks = _mask_folders([file for files in kept for file in files], folder)
     beside = set(masks)
     for files in kept:
         if meant := [file for file in files if beside.isdisjoint(file.parents)]:
-            return Inputs(meant, folder, masks)
+            read = set(meant)
+            left = [file for file in images or volumes if file not in read]
+            return Inputs(meant, folder, masks, left, ours)
     raise InputError(
         f"{str(folder)!r}: nothing but masks and predictions is in it: name the folder of the "
         "images, or one of these files by itself"
     )
-
-
-def predictions(files: Sequence[Path]) -> set[Path]:
-    """Those of the files that a prediction wrote: NAME_mask, NAME_probability, and what else is
-    called NAME_... beside them; legend.png beside or above these.
-    """
-    stems: defaultdict[Path, set[str]] = defaultdict(set)
-    for file in files:
-        stems[file.parent].add(file.stem)
-    predicted = {
-        place: {stem.removesuffix("_mask") for stem in of if stem.endswith("_mask")}
-        & {stem.removesuffix("_probability") for stem in of if stem.endswith("_probability")}
-        for place, of in stems.items()
-    }
-
-    def of_prediction(file: Path) -> bool:
-        names, beside = predicted[file.parent], stems[file.parent]
-        cuts = (m.start() for m in re.finditer("_", file.stem) if file.stem[: m.start()] in names)
-        return any(file.stem[:cut] not in beside or _MADE.match(file.stem, cut) for cut in cuts)
-
-    made = {file for file in files if predicted[file.parent] and of_prediction(file)}
-    above = {place for file in made for place in file.parents}
-    return made | {file for file in files if file.name == "legend.png" and file.parent in above}
 
 
 def _mask_folders(files: Sequence[Path], folder: Path) -> list[Path]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PureWindowsPath
 
 from segmentation.data.classes import some
-from segmentation.data.inputs import IMAGE_FOLDERS, MASK_FOLDERS, predictions
+from segmentation.data.inputs import IMAGE_FOLDERS, MASK_FOLDERS
 from segmentation.data.masks import VOID
 from segmentation.data.polygons import (
     BACKGROUND,
@@ -25,8 +25,15 @@ from segmentation.data.polygons import (
     read_coco,
     read_labelme,
 )
-from unet.errors import InputError
-from unet.files.images import files_below, images_below, is_image_file, list_images, natural_key
+from unet.errors import InputError, not_there
+from unet.files.images import (
+    files_below,
+    images_below,
+    is_image_file,
+    list_images,
+    natural_key,
+    predictions,
+)
 from unet.files.pages import SUFFIXES
 from unet.files.shards import find_shards, key_of, read_shards
 from unet.files.volumes import is_volume, is_volume_file, volume_name
@@ -125,7 +132,7 @@ def _in_folder(data: Path) -> Layout:
             "images and the masks with --images and --masks"
         )
     if not data.is_dir():
-        raise InputError(f"{str(data)!r}: no such folder")
+        raise InputError(f"{str(data)!r}: {not_there(data, 'folder')}")
     stacks = data / _STACKS[0], data / _STACKS[1]
     if all(os.path.isfile(stack) for stack in stacks):
         return Layout(matches=[_pair(*stacks)])

@@ -200,7 +200,7 @@ def find_pairs(
             continue
         of_mask = image_info(match.mask[0])
         if (info.height, info.width, info.pages) != (of_mask.height, of_mask.width, of_mask.pages):
-            hint = ""
+            hint = ": save each mask in the size of its image"
             unsaid = "I" in info.axes or match.image[0].suffix.lower() == ".npy"
             if info.pages != of_mask.pages and unsaid and info.pages <= 8:
                 hint = f": are its {info.pages} pages channels? Then give --axes CYX"
@@ -381,9 +381,9 @@ def _check_alike(pair: Pair, first: Pair) -> None:
         for p in (pair, first)
     )
     if (info.channels, info.dtype) != (wanted.channels, wanted.dtype):
+        chosen = "" if info.channels == wanted.channels else ", or choose --channels that all have"
         raise InputError(
-            f"{kind(info)} in {where}, but {kind(wanted)} in {other}; save all images alike, or "
-            "choose --channels that all have"
+            f"{kind(info)} in {where}, but {kind(wanted)} in {other}; save all images alike{chosen}"
         )
     if info.names != wanted.names and sorted(info.names) == sorted(wanted.names):
         raise InputError(

@@ -452,15 +452,20 @@ def test_images_can_be_edited(trained, tmp_path) -> None:
     mask = np.zeros((12, 12), np.uint8)
     mask[:, 6:] = 255
     write_image(tmp_path / "mask.png", mask)
+    layer = np.dstack([np.full((12, 12, 3), 255, np.uint8), mask])  # white on nothing
+    write_image(tmp_path / "painted.png", layer)
     common = ("--model", trained / "run/model", "--steps", 4, "--count", 2)
     first, last = tmp_path / "0.png", tmp_path / "1.png"
     for name, options in (
         ("init", ("--init", first, "--strength", 0.5)),
         ("inpaint", ("--inpaint", first, "--mask", tmp_path / "mask.png")),
+        ("painted", ("--inpaint", first, "--mask", tmp_path / "painted.png")),
         ("between", ("--interpolate", first, last)),
     ):
         assert run_sample(*common, "--out", tmp_path / name, *options) == 0
-    kept = read_image(tmp_path / "inpaint/images/00001.png")[:, :6].astype(int)
+    images = [read_image(tmp_path / f"{n}/images/00001.png") for n in ("inpaint", "painted")]
+    assert np.array_equal(*images)
+    kept = images[0][:, :6].astype(int)
     whole = np.asarray(Image.open(first).resize((12, 12), Image.Resampling.LANCZOS))[:, :6, None]
     assert abs(kept - whole).max() <= 1
 
@@ -619,7 +624,7 @@ def test_a_mistake_is_one_sentence_before_sampling(
         (("--eta", "0.5"), "--eta 0.5 is for --sampler ddim, not dpmpp-2m"),
         (("--count", "3"), "--count 3"),
         (("--out", "no/such/found.json"), "found.json: give a file in a folder"),
-        (("--out", "MODEL"), "model: give a file in a folder"),
+        (("--out", "MODEL"), "model is a folder: give a file"),
         (("--data", "no/such.npz"), "no/such.npz"),
         (("--classifier", "a", "--inception", "b"), "give one"),
         (("--classifier", "MODEL"), "diffusion"),

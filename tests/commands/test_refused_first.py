@@ -108,6 +108,20 @@ def test_every_path_that_is_not_there(name: str, kind: type, capsys: Any) -> Non
     assert not Path("run").exists()
 
 
+@pytest.mark.parametrize("name", TRAINERS)
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        ("https://example.org/x.zip", "an address elsewhere, and only files here are read"),
+        ("~/nowhere", "~ stands for a home folder where a shell reads it, so give "),
+        ("", "--data is empty, as of a variable that is not set"),
+    ],
+)
+def test_data_that_are_not_here_for_a_reason(name: str, data: str, why: str, capsys: Any) -> None:
+    assert why in told(capsys, TRAINERS[name][0], "--data", data, "--out", "run")
+    assert not Path("run").exists()
+
+
 @pytest.mark.parametrize(
     ("name", "given", "said"),
     [

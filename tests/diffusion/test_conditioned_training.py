@@ -269,8 +269,8 @@ def test_images_have_the_size_of_their_pictures(folder: Path) -> None:
 def test_a_tree_of_pictures_becomes_a_tree_of_images(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of masks, wherever --out is; what would be written over a picture, or two into one file, is
-    refused before anything is written, and nothing is lost.
+    """Of masks, wherever --out is, and whatever was made before; what could be written over a
+    picture, or two into one file, is refused before anything is written, and nothing is lost.
     """
     data = ("--data", folder / "images", "--condition", folder / "masks")
     assert run(train_ddpm, DiffusionOptions, *data, *TINY, "--out", folder / "run") == 0
@@ -281,18 +281,20 @@ def test_a_tree_of_pictures_becomes_a_tree_of_images(
     wanted = load(folder / "run/model", device="cpu")(pictures=pictures, steps=1)
     model = ("--model", folder / "run/model", "--steps", 1, "--batch-size", 4)
     sample = (sample_ddpm, sample_ddpm.SampleOptions, *model, "--condition")
-    for out in (folder / "made", tree / "a", tree / "a/made"):
+    made = (folder / "made", tree / "made", tree / "a/made")
+    for out in made:
         for _ in range(2):
             again = ("--overwrite",) if out.is_dir() else ()
+            there = sum(other.is_dir() for other in made[1:])
             assert run(*sample, tree, "--out", out, *again) == 0
-            assert "stay" not in capsys.readouterr().err
+            said = capsys.readouterr().err
+            assert "stay" not in said
+            assert ("left out: " in said) == bool(there)
+            assert ("2 folders of runs, evaluations or samples, such as" in said) == (there == 2)
             written = {f.relative_to(out / "images") for f in (out / "images").rglob("*.png")}
             assert written == {Path(f"{name}.png") for name in names}
             for name, image in zip(names, wanted, strict=True):
                 assert np.array_equal(read_image(out / f"images/{name}.png"), image)
-        if out == tree / "a":  # where pictures lie as well
-            shutil.rmtree(out / "images")
-            (out / "grid.png").unlink()
     shutil.copytree(folder / "masks", folder / "label/images")
     shutil.copytree(folder / "masks", folder / "label/label")
     (folder / "volume.zarr").mkdir()
@@ -301,9 +303,14 @@ def test_a_tree_of_pictures_becomes_a_tree_of_images(
     write_image(folder / "twins/a/0.tif", read_image(folder / "masks/0.png"))
     before = sorted(folder.rglob("*"))
     for given, out, told in (
-        (tree, tree, "is the folder of --condition"),
-        (folder / "label/label", folder / "label", "would be written over what is in"),
-        (tree / "a/made", tree / "a/made", "is the folder of --condition"),
+        (tree, tree, f"holds conditions, in {tree}, that samples could be written over"),
+        (tree, tree / "a", f"holds conditions, in {tree / 'a'}, that"),
+        (
+            folder / "label/label",
+            folder / "label",
+            f"holds conditions, in {folder / 'label/label'}",
+        ),
+        (tree / "a/made/images", tree / "a/made", "holds conditions, in"),
         (folder / "label", folder / "new", "holds images beside masks"),
         (folder / "volume.zarr", folder / "new", "volume.zarr is a volume: save its slices"),
         (folder / "twins", folder / "new", "would both be written to 'a/0'"),

@@ -27,7 +27,7 @@ from segmentation.pictures import instance_overlay, overlay_legend
 from segmentation.predict import Predictor
 from segmentation.segmenter import load_models, without_specks
 from unet import InputError, UNetConfig
-from unet.files.images import image_info, read_image, write_image
+from unet.files.images import image_info, read_image, read_mask, write_image
 from unet.files.rasters import open_raster, writing_bands
 from unet_diffusion import predict_seg
 
@@ -67,6 +67,28 @@ def test_a_speck_becomes_what_surrounds_it():
     assert cleaned[1, 1] == 0
     assert cleaned[6, 6] == 2
     assert (cleaned[2:4, 5:7] == 1).all()
+
+
+@pytest.mark.parametrize("at_once", [output.AT_ONCE, 100])
+@pytest.mark.parametrize(
+    ("values", "ignored", "suffix"),
+    [((0, 1), -1, "tif"), ((-1, 0), None, "tif"), ((0, 70000), 255, "tif"), ((0, 999), 7, "png")],
+)
+def test_masks_of_all_values_are_written(
+    folder, tmp_path, monkeypatch, values, ignored, suffix, at_once
+):
+    """Those of pixels without a label are often -1."""
+    monkeypatch.setattr(output, "AT_ONCE", at_once)
+    write_image(tmp_path / "x.png", phantom_stack(1, (48, 40))[0][0])
+    models, plain, threshold = load_models([folder])
+    table = ClassTable(values=values, shares=(0.5, 0.5), ignore_value=ignored)
+    for name, known in (("plain", plain), ("out", table)):
+        predictor = FilePredictor(Predictor(models), known, threshold)
+        assert predict_files(predictor, find_inputs(tmp_path / "x.png"), tmp_path / name) == []
+    large = at_once == 100
+    mask = read_mask(tmp_path / f"out/x_mask.{'tif' if large else suffix}")
+    found = read_mask(tmp_path / f"plain/x_mask.{'tif' if large else 'png'}") == 255
+    assert np.array_equal(mask, np.array(values)[found.astype(int)])
 
 
 def test_labels_number_the_parts_of_the_mask(folder, tmp_path):

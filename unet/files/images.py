@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from io import BytesIO
@@ -23,7 +24,7 @@ import numpy as np
 import tifffile
 from PIL import Image, UnidentifiedImageError
 
-from unet.errors import InputError
+from unet.errors import InputError, not_there
 from unet.files.pages import (
     ALL,
     AS_STORED,
@@ -50,8 +51,14 @@ from unet.files.writing import replacing
 
 Colour: TypeAlias = tuple[int, int, int]
 
-_OURS = (("metrics.jsonl", "config.yaml"), ("scores.json", "scores.csv"))  # a run, an evaluation
+SAMPLES = "unet-samples.txt"  # marks a folder of images that a model made
+OURS = "folder of runs, evaluations or samples"
+_MARKS = (("metrics.jsonl", "config.yaml"), ("scores.json", "scores.csv"), (SAMPLES,))
+PREDICTED = re.compile(
+    r"_(mask|probability|overlay|labels|entropy|disagreement|sample_[0-9]+)$"
+)  # the ends of names
 _ORIENTATION = 274  # the tag of EXIF
+_ARCHIVES = (b"PK\3\4", b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf", b"Rar!")  # how they begin
 
 
 def white(dtype: str) -> int:
@@ -70,7 +77,7 @@ def list_images(folder: Path) -> list[Path]:
     """
     try:
         if not folder.is_dir():
-            said = "it is a file: give a folder" if folder.exists() else "no such folder"
+            said = "it is a file: give a folder" if folder.exists() else not_there(folder, "folder")
             raise InputError(f"{str(folder)!r}: {said}")
         shown = [path for path in folder.iterdir() if not path.name.startswith(".")]
         files = [path for path in shown if is_image_file(path)]
@@ -78,31 +85,47 @@ def list_images(folder: Path) -> list[Path]:
     except OSError as error:
         raise InputError(f"{str(folder)!r}: cannot be read ({error.strerror})") from error
     if not files:
-        if series := [path.name for path in shown if is_volume(path)]:
-            raise InputError(
-                f"{str(folder)!r}: {min(series)} in it is a DICOM series: name one such folder by "
-                "itself, or make a NIfTI file of each (dcm2niix -z y -f %f -o OUT FOLDER)"
-            )
-        deeper = next((path.parent for path in files_below(folder) if is_image_file(path)), None)
-        where = (
-            "" if deeper is None else f", but in {str(deeper)!r}: name one such folder at a time"
-        )
-        raise InputError(f"{str(folder)!r}: no image in this folder ({', '.join(SUFFIXES)}){where}")
+        raise no_images(folder)
     return sorted(files, key=lambda path: natural_key(path.name))
 
 
-def walk(root: Path) -> Iterator[tuple[str, list[str]]]:
+def no_images(folder: Path) -> InputError:
+    """What to say of a folder that has no images, or none where they are looked for."""
+    said = f"{str(folder)!r}: no image in this folder ({', '.join(SUFFIXES)})"
+    ours: list[Path] = []
+    files = files_below(folder, ours)
+    shown = sorted(path for path in folder.glob("*") if path.is_dir() and path.name[0] != ".")
+    if series := [path.name for path in shown if is_volume(path) and not is_volume_file(path)]:
+        return InputError(
+            f"{str(folder)!r}: {series[0]} in it is a DICOM series: name one such folder by "
+            "itself, or make a NIfTI file of each (dcm2niix -z y -f %f -o OUT FOLDER)"
+        )
+    if deeper := next((path.parent for path in files if is_image_file(path)), None):
+        return InputError(f"{said}, but in {str(deeper)!r}: name one such folder at a time")
+    if volume := next((path for path in files if is_volume_file(path)), None):
+        return InputError(f"{said}, but the volume {str(volume)!r}: name it by itself")
+    if ours:
+        said += f", but in a {OURS}, {str(min(ours))!r}: name one by itself if it is meant"
+    return InputError(said)
+
+
+def walk(root: Path, ours: list[Path] | None = None) -> Iterator[tuple[str, list[str]]]:
     """A folder and those below it, each with the names of its files, in no order.
 
     Hidden ones are passed over, what archives add (`__MACOSX`), and below `root` the folders of
-    this project's runs and evaluations. Links are followed, to each folder once. A Zarr store
-    counts as a file.
+    this project's runs, evaluations and samples. Links are followed, to each folder once. A Zarr
+    store counts as a file.
+
+    Args:
+        ours: a list that these folders of this project are added to.
     """
     seen: set[str] = set()  # folders, to which links may lead back
     for folder, subfolders, names in os.walk(root, followlinks=True):
         place = os.path.realpath(folder)
-        ours = Path(folder) != root and any(map(set(names).issuperset, _OURS))
-        if place in seen or ours:
+        is_ours = Path(folder) != root and any(map(set(names).issuperset, _MARKS))
+        if is_ours and ours is not None:
+            ours.append(Path(folder))
+        if place in seen or is_ours:
             subfolders.clear()
             continue
         seen.add(place)
@@ -112,10 +135,10 @@ def walk(root: Path) -> Iterator[tuple[str, list[str]]]:
         yield folder, stores + [name for name in names if not name.startswith(".")]
 
 
-def files_below(folder: Path) -> list[Path]:
+def files_below(folder: Path, ours: list[Path] | None = None) -> list[Path]:
     """What `walk` meets, in natural order of the paths."""
     found = []
-    for place, names in walk(folder):
+    for place, names in walk(folder, ours):
         above = [natural_key(part) for part in Path(place).parts]
         found += [([*above, natural_key(name)], Path(place, name)) for name in names]
     return [path for _, path in sorted(found)]
@@ -134,9 +157,32 @@ def images_below(folder: Path) -> list[Path]:
     return files or [path for path in every if is_volume_file(path)] or list_images(folder)
 
 
+def predictions(files: Sequence[Path]) -> set[Path]:
+    """Those of the files that a prediction wrote: NAME_mask, NAME_probability, and what else is
+    called NAME_... beside them; legend.png beside or above these.
+    """
+    stems: defaultdict[Path, set[str]] = defaultdict(set)
+    for file in files:
+        stems[file.parent].add(file.stem)
+    predicted = {
+        place: {stem.removesuffix("_mask") for stem in of if stem.endswith("_mask")}
+        & {stem.removesuffix("_probability") for stem in of if stem.endswith("_probability")}
+        for place, of in stems.items()
+    }
+
+    def of_prediction(file: Path) -> bool:
+        names, beside = predicted[file.parent], stems[file.parent]
+        cuts = (m.start() for m in re.finditer("_", file.stem) if file.stem[: m.start()] in names)
+        return any(file.stem[:cut] not in beside or PREDICTED.match(file.stem, cut) for cut in cuts)
+
+    made = {file for file in files if predicted[file.parent] and of_prediction(file)}
+    above = {place for file in made for place in file.parents}
+    return made | {file for file in files if file.name == "legend.png" and file.parent in above}
+
+
 def is_image_file(path: Path) -> bool:
-    """Whether a file has the name of an image."""
-    return path.suffix.lower() in SUFFIXES and path.is_file()
+    """Whether a file has the name of an image; so has a link to nothing, which cannot be read."""
+    return path.suffix.lower() in SUFFIXES and not path.is_dir()
 
 
 def natural_key(name: str) -> tuple[list[str | tuple[int, str]], str]:
@@ -350,7 +396,8 @@ def read_mask(
 
 
 def write_image(path: Path, array: Array, palette: bytes | None = None) -> None:
-    """Writes (H, W) or (H, W, C) as PNG (uint8, uint16; C = 1, 3 or 4) or TIFF (and float32).
+    """Writes (H, W) or (H, W, C) as PNG (uint8, uint16; C = 1, 3 or 4) or TIFF (and other whole
+    numbers of up to 32 bits, and float32).
 
     The fourth channel of a PNG is alpha; in a TIFF all but three channels are as good as any other.
 
@@ -368,7 +415,10 @@ def write_image(path: Path, array: Array, palette: bytes | None = None) -> None:
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
     shaped = array.ndim == 2 or (array.ndim == 3 and (tiff or array.shape[2] in (3, 4)))
-    typed = array.dtype.name in ("uint8", "uint16") or (tiff and array.dtype == np.float32)
+    whole = array.dtype.kind in "iu" and array.dtype.itemsize <= 4
+    typed = array.dtype.name in ("uint8", "uint16") or (
+        tiff and (whole or array.dtype == np.float32)
+    )
     if not ((png or tiff) and shaped and typed and array.size):
         raise InputError(
             f"{str(path)!r}: cannot write {array.dtype} {array.shape} here; write uint8 or uint16 "
@@ -429,7 +479,7 @@ def _open(path: Path, reading: Reading) -> Iterator[GetPage]:
             raise InputError("no such file")
         start = _start(source)
         if not start:
-            raise InputError("the file is empty (0 bytes)")
+            raise InputError("the file is empty (0 bytes): copy it anew, or leave it out")
         if start.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
             reader = open_tiff(source, reading)
         elif start.startswith(b"\x93NUMPY"):
@@ -452,6 +502,8 @@ def _open_pillow(source: Path | BytesIO, start: bytes) -> Iterator[GetPage]:
     try:
         picture = Image.open(source, formats=("PNG", "JPEG", "BMP", "GIF", "WEBP"))
     except UnidentifiedImageError as error:
+        if start.startswith(_ARCHIVES):
+            raise InputError("an archive: unpack it, and name what comes out of it") from error
         raise InputError(f"not an image that can be read ({', '.join(SUFFIXES)})") from error
     except Image.DecompressionBombError as error:  # Pillow's own bound, above MAX_PIXELS
         raise InputError(f"more than {MAX_PIXELS:,} pixels; cut it into tiles") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -374,6 +375,9 @@ def naming(path: Path) -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            if path.is_symlink() and not path.exists():
+                target = os.readlink(path)
+                raise InputError(f"a link to {target!r}, where nothing is: mend it, or delete it")
             yield
     except InputError as error:
         raise InputError(f"{str(path)!r}: {error}") from error.__cause__

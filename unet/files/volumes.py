@@ -16,14 +16,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from unet.errors import InputError, with_extras
+from unet.errors import InputError, is_address, not_there, with_extras
 from unet.files.pages import Volume
 
 _HDF5 = re.compile(r"(?P<file>.*\.(?:h5|hdf5|hdf))(?::/*(?P<inside>.*))?", re.IGNORECASE)
 _NIFTI = re.compile(r".*\.nii(\.gz)?", re.IGNORECASE)
 _ALIKE = 0.9  # cosine of an angle that scanners are tilted by, 26 degrees, and no turn
 _AS_THEY_LIE = (False, False, False)
-_ADDRESS = re.compile(r"[a-z][a-z0-9+]+:/", re.IGNORECASE)
 
 
 def is_volume(path: Path) -> bool:
@@ -36,11 +35,13 @@ def is_volume(path: Path) -> bool:
 
 
 def is_volume_file(path: Path) -> bool:
-    """Whether a file or folder is a whole volume by its own name, as they lie in a folder."""
+    """Whether a file or folder is a whole volume by its own name, as they lie in a folder; so is a
+    link to nothing, which cannot be read.
+    """
     name = path.name.lower()
     if name.endswith(".zarr"):
-        return path.is_dir()
-    return bool(_HDF5.fullmatch(name) or _NIFTI.fullmatch(name)) and path.is_file()
+        return not path.is_file()
+    return bool(_HDF5.fullmatch(name) or _NIFTI.fullmatch(name)) and not path.is_dir()
 
 
 def volume_name(path: Path) -> str:
@@ -79,8 +80,8 @@ def open_volume(path: Path) -> Iterator[Volume]:
     Raises:
         InputError: there is none, or several; a package that reads it is not installed.
     """
-    if _ADDRESS.match(str(path)):
-        raise InputError("it is an address elsewhere, and only files here are read: download it")
+    if is_address(path):
+        raise InputError(not_there(path))
     with with_extras():
         reader = _reader(_kind(path))
     with reader(path) as volume:

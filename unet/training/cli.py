@@ -48,6 +48,7 @@ COMPLETION = ("--tyro-print-completion", "--tyro-write-completion")
 SHELLS = ("bash", "zsh", "fish")
 
 _SMALLER = ("batch_size", "tile", "size", "crop")  # options that take memory
+_TEXTS = {"prompt", "negative"}  # options that may be empty
 _CONFIG_HELP = (
     "--config FILE.yaml sets options from a file, such as the config.yaml of an earlier run; "
     "the options given beside it win."
@@ -82,6 +83,7 @@ def parse(
         complete(completable(cls, recipes), argv, Path(words[0]).stem)
     argv, values = _base(cls, argv, recipes)
     _check_names(cls, argv)
+    _check_given(cls, argv)
     default: Any = _unchecked(cls, values) if values else tyro.MISSING_NONPROP
     text = f"{description or ''}\n\n{_CONFIG_HELP}".strip()
     if recipes is not None:
@@ -328,6 +330,16 @@ def _check_names(cls: type, argv: Iterable[str]) -> None:
             raise InputError(f"there is no option {option}{nearest(option, valid)}")
 
 
+def _check_given(cls: type, argv: list[str]) -> None:
+    """InputError for an empty value, as of a variable of a shell that is not set, which as a path
+    would be the current folder; a text may be empty.
+    """
+    for name in field_types(cls).keys() - _TEXTS:
+        option = f"--{name.rstrip('_').replace('_', '-')}"
+        if "" in (_values(argv, option) or ()):
+            raise InputError(f"{option} is empty, as of a variable that is not set: give a value")
+
+
 def _unchecked(cls: type, values: dict[str, Any]) -> Any:
     """A `cls` that holds `values` and defaults, made without ``__init__``.
 
@@ -376,6 +388,10 @@ def _diagnosis(cls: type, argv: list[str], box: str) -> str:
     lines = [line.strip("│ ") for line in text.splitlines() if not line.startswith(("╭", "╰"))]
     rule = next((i for i, line in enumerate(lines) if line.startswith("─")), len(lines))
     text = " ".join(line for line in lines[:rule] if line)
+    unknown = re.search(r"Unrecognized options: (\S+)", text)
+    if unknown and unknown[1] in argv[1:]:
+        before = argv[argv.index(unknown[1], 1) - 1]
+        return f"'{unknown[1]}' behind '{before}' is of no option (--help lists the options)"
     for name, hint in field_types(cls).items():
         option = f"--{name.replace('_', '-')}"
         given = _values(argv, option)

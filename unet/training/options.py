@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from unet.errors import InputError
+from unet.errors import InputError, not_there
 
 if TYPE_CHECKING:
     from unet.files.pages import Reading
@@ -209,4 +209,4 @@ def check_paths(options: Any, made: Sequence[str] = ("out",)) -> None:
                 continue
             if not (is_volume(path) or find_shards(path)):
                 flag = name.replace("_", "-")
-                raise InputError(f"--{flag} {str(path)!r}: no such file or folder")
+                raise InputError(f"--{flag} {str(path)!r}: {not_there(path)}")

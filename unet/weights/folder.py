@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -323,13 +324,17 @@ def check_fit(model: Mapping[str, Tensor], state: Mapping[str, Tensor], where: s
 
 
 def _download(repo_id: str, **options: Any) -> Path:
-    if not options.get("local_files_only"):
-        _check_sizes(repo_id, options)
+    where = f"{repo_id} is no folder here"
+    print(f"note: {where}: it is looked up on the Hugging Face Hub", file=sys.stderr, flush=True)
+    reason = None if options.get("local_files_only") else _unreached(repo_id, options)
+    if reason:  # what was fetched before is used at once, where hf_hub_download would try again
+        options["local_files_only"] = True
     try:
         files = [hf_hub_download(repo_id, name, **options) for name in (CONFIG, WEIGHTS)]
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise InputError(
-            f"{repo_id} is neither a folder here nor a model that the Hub gives: {said(error)}"
+            f"{where}, and the Hub gives no such model ({reason or said(error)}): give a model "
+            "folder, such as RUN/model, or OWNER/NAME of a model on the Hub"
         ) from error
     return Path(files[0]).parent
 
@@ -361,16 +366,23 @@ def _told(repo_id: str) -> Iterator[None]:
         raise InputError(f"the Hub does not take the model for {repo_id}: {reason}") from error
 
 
-def _check_sizes(repo_id: str, options: Mapping[str, Any]) -> None:
-    """Raises an InputError for files that are too large to be a model's."""
+def _unreached(repo_id: str, options: Mapping[str, Any]) -> str:
+    """Why the Hub, which is asked once, does not answer; nothing where it does.
+
+    Raises:
+        InputError: files that are too large to be a model's.
+    """
     for name, most in _MOST_BYTES.items():
         try:
             url = hf_hub_url(repo_id, name, revision=options.get("revision"))
             size = get_hf_file_metadata(url, token=options.get("token")).size
-        except Exception:  # whatever its transport raises: the download says what is wrong
-            return
+        except Exception as error:  # whatever its transport raises
+            status = getattr(getattr(error, "response", None), "status_code", 500)
+            # Of a repository that it does not give, the download says what is wrong.
+            return f"it cannot be reached: {said(error)}" if status >= 500 else ""
         if size is None or size > most:
             raise InputError(
                 f"{name} of {repo_id} has {size or 'an unknown number of'} bytes on the Hub, "
                 f"but at most {most:,} are fetched"
             )
+    return ""

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ from diffusion.data.pixels import fitted, to_uint8, to_unit
 from diffusion.data.ranges import RangeFinder
 from diffusion.data.shapes import example, example_caption, held_out, parse
 from diffusion.data.sources import HowToRead
+from diffusion.output import SampleFolder
 from unet.errors import InputError
-from unet.files.images import laid_over, write_image
+from unet.files.images import images_below, laid_over, list_images, write_image
 from unet.files.pages import Reading
 from unet.training.batches import BatchKeys, make_batches
+from unet.training.task import Processes
 
 RNG = np.random.default_rng(0)
 COLOUR = RNG.integers(0, 256, (40, 12, 16, 3), np.uint8)
@@ -255,14 +258,20 @@ def test_a_damaged_file_is_named_or_left_out_once(
     with pytest.raises(InputError, match=r"8\.png.*--skip-bad"):  # by its header, first
         DiffusionData(tmp_path)
     (tmp_path / "8.png").unlink()
+    (tmp_path / "8.png").symlink_to("gone.png")
+    with pytest.raises(InputError, match=r"8\.png': a link to 'gone\.png', where.*--skip-bad"):
+        DiffusionData(tmp_path)
+    (tmp_path / "8.png").unlink()
     with pytest.raises(InputError, match=r"7\.png.*--skip-bad"):
         DiffusionData(tmp_path)
+    (tmp_path / "8.png").symlink_to("gone.png")
     data = DiffusionData(tmp_path, skip_bad=True)
     assert len(everything(data)) == 38
-    assert not any(Path(data.name(i)).name == "7.png" for i in everything(data))
+    assert not any(Path(data.name(i)).name in ("7.png", "8.png") for i in everything(data))
     data.images(everything(data))
     said = capsys.readouterr().err
-    assert said.count("left out") == said.count("7.png") == 1
+    assert said.count("left out") == 2
+    assert said.count("7.png") == said.count("8.png") == 1
     assert data.describe().startswith("38 images")
 
 
@@ -406,6 +415,42 @@ def test_parts_of_a_split_are_no_classes_and_links_are_followed(tmp_path: Path) 
     (tmp_path / "birds/back").symlink_to(tmp_path / "data/Train")
     data = DiffusionData(tmp_path / "data")
     assert (data.classes, len(data.source.names)) == (("bird", "cat", "train"), 25)
+
+
+def test_what_this_project_wrote_among_the_images_is_left_out_which_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder of it that is named itself is read."""
+    for i, image in enumerate(COLOUR):
+        write_image(tmp_path / f"{'ab'[i % 2]}/{i}.png", image)
+    classes = DiffusionData(tmp_path).classes
+    folder = SampleFolder(tmp_path / "made")
+    folder.begin(Processes())
+    folder.add(COLOUR[:8], 0)
+    folder.write_grid(range(8))
+    write_image(tmp_path / "run/samples/1.png", COLOUR[0])
+    for name in ("metrics.jsonl", "config.yaml"):
+        (tmp_path / "run" / name).touch()
+    for name in ("a/0_mask", "a/0_probability", "a/0_overlay", "legend"):
+        write_image(tmp_path / f"{name}.png", COLOUR[0])
+    assert capsys.readouterr().err == ""
+    data = DiffusionData(tmp_path)
+    assert (data.classes, len(everything(data))) == (classes, len(COLOUR))
+    assert capsys.readouterr().err == (
+        f"left out: 4 files of predictions, such as {tmp_path / 'a/0_mask.png'}, and 2 folders of "
+        f"runs, evaluations or samples, such as {tmp_path / 'made'}; name one by itself if it is "
+        "meant\n"
+    )
+    assert len(everything(DiffusionData(tmp_path / "made/images"))) == 8
+    assert len(DiffusionData(tmp_path / "made", size=8).source.names) == 9
+    shutil.rmtree(tmp_path / "a")
+    shutil.rmtree(tmp_path / "b")
+    (tmp_path / "legend.png").unlink()
+    for read in (DiffusionData, list_images, images_below):
+        with pytest.raises(
+            InputError, match=r"no image in this folder .*, but in a folder of r.*made"
+        ):
+            read(tmp_path)
 
 
 @pytest.mark.parametrize("axes", [None, "CYX", "ZYX"])

@@ -25,6 +25,7 @@ from PIL import Image, ImageOps
 from unet.errors import InputError
 from unet.files.images import (
     image_info,
+    images_below,
     list_images,
     natural_key,
     read_image,
@@ -110,8 +111,20 @@ def test_files_are_listed_in_natural_order_without_hidden_ones(tmp_path: Path) -
     for name in [*reversed(names), ".hidden.png", "notes.txt", "._0.png"]:
         (tmp_path / name).touch()
     (tmp_path / "folder.png").mkdir()
-    (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
     assert [path.name for path in list_images(tmp_path)] == names
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.nii.gz", "x.h5", "x.zarr"])
+@pytest.mark.parametrize("target", ["nothing.here", None])
+def test_a_link_to_nothing_is_listed_and_named_when_it_is_read(
+    tmp_path: Path, name: str, target: str | None
+) -> None:
+    (tmp_path / name).symlink_to(target or name)
+    for listing in (list_images, images_below):
+        assert listing(tmp_path) == [tmp_path / name]
+    for read in (image_info, read_image, read_mask):
+        with pytest.raises(InputError, match=f"{name}': a link to '{target or name}', where noth"):
+            read(tmp_path / name)
 
 
 @given(st.lists(st.integers(0, 10**6), unique=True))
@@ -564,7 +577,7 @@ ZEROS = bytes(10**7)
 BAD: dict[str, tuple[bytes, str]] = {
     "0 bytes": (b"", "empty"),
     "text": (b"this is not an image", "not an image that can be read"),
-    "zip": (b"PK\x03\x04" + bytes(99), "not an image"),
+    "zip": (b"PK\x03\x04" + bytes(99), "an archive: unpack it"),
     "svg": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image"),
     "huge png": (png(10**5, 10**5), "pixels; cut it into tiles"),
     "huge 16-bit png": (png(10**5, 10**5, 16, 2), "pixels; cut it into tiles"),
@@ -613,7 +626,9 @@ def test_a_bad_file_is_one_sentence_that_names_it(tmp_path: Path, kind: str) -> 
 )
 def test_only_regular_files_are_opened(tmp_path: Path, make: Callable[[Path], None]) -> None:
     make(tmp_path / "x.png")
-    with pytest.raises(InputError, match=r"x\.png': (no such file|it is a folder: give one)"):
+    with pytest.raises(
+        InputError, match=r"x\.png': (no such file|a link to|it is a folder: give one)"
+    ):
         image_info(tmp_path / "x.png")
 
 

@@ -255,7 +255,9 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(unet.weights.folder, "get_hf_file_metadata", ask)
 
 
-def test_a_repository_on_the_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_repository_that_was_fetched_before_needs_no_hub(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     asked = []
 
     def download(repo_id: str, name: str, **options: Any) -> str:
@@ -265,9 +267,10 @@ def test_a_repository_on_the_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(unet.weights.folder, "hf_hub_download", download)
     model = SegmentationUNet.from_pretrained("someone/cells", revision="v1")
     assert model.config == PLAIN
-    assert asked == [
-        ("someone/cells", n, {"revision": "v1"}) for n in ("config.json", "model.safetensors")
-    ]
+    options = {"revision": "v1", "local_files_only": True}
+    assert asked == [("someone/cells", n, options) for n in ("config.json", "model.safetensors")]
+    note = "note: someone/cells is no folder here: it is looked up on the Hugging Face Hub\n"
+    assert capsys.readouterr().err == note
 
 
 @pytest.mark.parametrize("size", [2**40, None])
@@ -282,15 +285,11 @@ def test_a_file_on_the_hub_has_a_limit(monkeypatch: pytest.MonkeyPatch, size: in
         SegmentationUNet.from_pretrained("someone/cells")
 
 
-def test_a_repository_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    def download(*args: Any, **options: Any) -> str:
-        raise OSError("no connection")
-
-    monkeypatch.setattr(unet.weights.folder, "hf_hub_download", download)
+def test_a_hub_that_cannot_be_reached_is_asked_once(tmp_path: Path) -> None:
     with pytest.raises(
-        InputError, match=r"someone/cells is neither a folder here .* no connection"
+        InputError, match=r"no such model \(it cannot be reached: no connection\): g"
     ):
-        SegmentationUNet.from_pretrained("someone/cells")
+        SegmentationUNet.from_pretrained("someone/cells", cache_dir=tmp_path)
 
 
 def test_a_mistyped_path_is_not_looked_up_on_the_hub(tmp_path, monkeypatch):

@@ -143,7 +143,10 @@ def test_a_card_that_was_edited_goes_up_and_stays(session: Session) -> None:
         ("another owner", "for nobody/other: your token has no right to write there"),
         ("an impossible name", "for a b: Repo id must use alphanumeric chars"),
         ("no network", "for someone/other: it cannot be reached ("),
-        ("nothing there", "someone/nothing is neither a folder here nor a model that the Hub"),
+        (
+            "nothing there",
+            "someone/nothing is no folder here, and the Hub gives no such model (404",
+        ),
     ],
 )
 def test_what_goes_wrong_is_one_sentence(session: Session, what: str, told: str) -> None:
