@@ -352,24 +352,30 @@ def millions(parameters: Iterable[Parameter]) -> str:
 def chosen_fit(options: DiffusionOptions, start: Start | None = None) -> tuple[FitPlan, Decision]:
     """Optimizer, rate and batch where none is named.
 
-    What a segmentation starts has everything to learn about noise: there adamw's steps are as much
-    too small as for random weights (docs/experiments.md).
+    What a segmentation starts has everything to learn about noise, and what a model of images
+    starts, about the masks that are made with them: there adamw's steps are as much too small as
+    for random weights (docs/experiments.md).
     At a high rate a network learns the look of images, but not what a text says of places, which
     shows in the noisiest levels alone.
     """
+    new = ""  # what the start knows nothing of
+    if start and start.crossed:
+        new = "noise"
+    elif start and options.joint and "joint" not in start.info:
+        new = "masks"
     optimizer, why = choose_optimizer(
         options,
         {
             "with captions muon is untried": options.captions,
             "muon's steps would move the weights of --init far": (
-                options.init and options.few_steps is None and not (start and start.crossed)
+                options.init and options.few_steps is None and not new
             ),
         },
     )
     if optimizer == "muon" and options.few_steps is not None and not options.optimizer:
         why = "in small steps, as for what has learnt already"
     elif optimizer == "muon" and options.init and not options.optimizer:
-        why = "as for random weights: it has everything to learn about noise"
+        why = f"as for random weights: it has everything to learn about {new}"
     lr, beta2 = (7e-4, 0.99) if options.captions else (2e-3, 0.999)
     if options.trained == "lora" and clip_folder(options):
         lr = 1e-4  # as is usual for Stable Diffusion
