@@ -111,7 +111,8 @@ def test_what_is_painted_raises_the_score_on_held_out_images(tab, served, tmp_pa
     tab.fill("#learn-minutes input[type=number]", "0.2")
     tab.click("#learn")
     tab.wait_for_function(
-        "/is used|kept the old/.test(document.querySelector('#verdict').innerText)", timeout=240_000
+        "/is better|kept the old/.test(document.querySelector('#verdict').innerText)",
+        timeout=240_000,
     )
     verdict = tab.inner_text("#verdict")
     old, new = map(float, re.search(r"from ([\d.]+) to ([\d.]+)", verdict).groups())
@@ -177,7 +178,14 @@ def test_a_picture_is_made_from_the_one_that_is_given(tab, served, tmp_path, mod
     given = square(50)[model == "from-masks"]
     write_image(tmp_path / "given.png", given)
     go(tab, "Draw")
+    held: list = []  # what is asked of the server
+    tab.route("**/queue/join*", lambda route: held.append(route))
     choose(tab, "draw-model", model)
+    for field in ("#draw", "#draw-model input", "#sampler input", "#steps input[type=number]"):
+        tab.wait_for_selector(f"{field}:disabled")  # lest what is chosen is overwritten
+    tab.unroute_all()
+    for route in held:
+        route.continue_()
     tab.wait_for_selector("#condition")
     for name, value in (("count", 2), ("steps", 3)):
         tab.fill(f"#{name} input[type=number]", str(value))

@@ -115,17 +115,19 @@ def tab(page: Page) -> None:
     @sentences
     def look(given: str | None, before: Any) -> Any:
         found = shown_runs(page)
-        listed = gr.update(choices=list(found))
+        names, old = before or (None, None)
+        listed = gr.skip() if names == list(found) else gr.update(choices=list(found))
         if given not in found:
             text = f"{len(found)} runs" if found else f"there is no run in {page.runs.name}/ yet"
-            return listed, text, gr.skip(), gr.skip(), None
+            text = f"{given} is no longer there: {text}" if given else text
+            return listed, text, gr.skip(), gr.skip(), (list(found), None)
         run = found[given]
         shown = [run / "report.png", run / "metrics.jsonl", *(run / "samples").glob("*.png")]
         stamp = (given, [(p.name, p.stat().st_mtime) for p in shown if p.exists()])
         text = f"**{given}**: {state_of(run)}"
-        if stamp == before:
-            return gr.skip(), text, gr.skip(), gr.skip(), before
-        return listed, text, curve(run), pictures(run), stamp
+        if stamp == old:
+            return listed, text, gr.skip(), gr.skip(), (list(found), old)
+        return listed, text, curve(run), pictures(run), (list(found), stamp)
 
     @sentences
     def resume(given: str, budget: float | None, request: gr.Request) -> str:
