@@ -183,9 +183,9 @@ def test_a_picture_is_made_from_the_one_that_is_given(tab, served, tmp_path, mod
     choose(tab, "draw-model", model)
     for field in ("#draw", "#draw-model input", "#sampler input", "#steps input[type=number]"):
         tab.wait_for_selector(f"{field}:disabled")  # lest what is chosen is overwritten
-    tab.unroute_all()
     for route in held:
         route.continue_()
+    tab.unroute_all()
     tab.wait_for_selector("#condition")
     for name, value in (("count", 2), ("steps", 3)):
         tab.fill(f"#{name} input[type=number]", str(value))

@@ -14,6 +14,7 @@ from PIL import Image
 
 from unet.errors import InputError
 from unet.files.images import natural_key
+from unet.words import counted
 from unet_diffusion.page.learn import curve
 from unet_diffusion.page.shared import Page, sentences
 
@@ -118,8 +119,12 @@ def tab(page: Page) -> None:
         names, old = before or (None, None)
         listed = gr.skip() if names == list(found) else gr.update(choices=list(found))
         if given not in found:
-            text = f"{len(found)} runs" if found else f"there is no run in {page.runs.name}/ yet"
-            text = f"{given} is no longer there: {text}" if given else text
+            text = (
+                counted(len(found), "run") if found else f"there is no run in {page.runs.name}/ yet"
+            )
+            if given:  # a value that is not listed would be refused at each tick
+                gr.Warning(f"{given} is no longer there")
+                listed = gr.update(choices=list(found), value=None)
             return listed, text, gr.skip(), gr.skip(), (list(found), None)
         run = found[given]
         shown = [run / "report.png", run / "metrics.jsonl", *(run / "samples").glob("*.png")]
