@@ -71,8 +71,8 @@ def tab(page: Page, blocks: gr.Blocks) -> None:
                 label="Files", file_count="multiple", interactive=False, elem_id="draw-downloads"
             )
 
-    fields = [model, kind, prompt, negative, condition, guidance, attention, steps, sampler, draw]
-    for field in fields:
+    fields = [kind, prompt, negative, condition, guidance, attention, steps, sampler, draw]
+    for field in (model, *fields):
         field.interactive = False  # until it fits the model
 
     def ready(**more: Any) -> Any:
@@ -86,7 +86,6 @@ def tab(page: Page, blocks: gr.Blocks) -> None:
         usual = with_defaults(SamplingOptions(), known)
         wanted = f"Draw from {known.condition.said()}" if known.condition else ""
         return (
-            ready(),
             ready(choices=[ANY, *known.classes], value=ANY, visible=bool(known.classes)),
             ready(visible=text, value=""),
             ready(visible=text, value=""),
@@ -153,9 +152,10 @@ def tab(page: Page, blocks: gr.Blocks) -> None:
 
     hidden: dict[str, Any] = {"api_visibility": "private"}
     if names:
-        model.input(**interactive(fields, False))
+        model.input(**interactive([model, *fields], False))
         fitted = gr.on([blocks.load, model.input], fit, model, fields, **hidden)
-        fitted.failure(**interactive([model], True))
+        for ended in (fitted.success, fitted.failure):  # `then` is not called after an error
+            ended(**interactive([model], True))
     begun = draw.click(
         run,
         [

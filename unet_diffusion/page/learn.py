@@ -345,14 +345,13 @@ def tab(page: Page, current: gr.State, model: gr.Dropdown) -> None:
         return (
             new,
             kept,
-            gr.update(choices=names, value=image.name, interactive=True),
+            gr.update(choices=names, value=image.name),
             swatches(colours),
             gr.update(
                 value={"background": value, "layers": [], "composite": None},
                 brush=brush,
                 canvas_size=value.shape[1::-1],
             ),
-            *[gr.update(interactive=True)] * 2,
         )
 
     @sentences
@@ -428,13 +427,16 @@ def tab(page: Page, current: gr.State, model: gr.Dropdown) -> None:
     locked = [shown, learn, take]
     for asked in (take.click, shown.input):
         asked(**interactive(locked, False))
-    gr.on(
+    begun = gr.on(
         [take.click, shown.input],
         begin,
         [current, shown, see, sheet, editor, sheets],
-        [sheet, sheets, shown, legend, editor, learn, take],
+        [sheet, sheets, shown, legend, editor],
+        show_progress_on=editor,
         **work,
-    ).failure(**interactive(locked, True))
+    )
+    for ended in (begun.success, begun.failure):  # once the editor has the new sheet
+        ended(**interactive(locked, True))
     learn.click(
         study,
         [sheet, model, editor, sheets, lesson, minutes],
