@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,10 +24,10 @@ from unet.files.images import read_image, read_mask, write_image
 from unet.training.cli import parse
 from unet_diffusion.interactive import write_example
 from unet_diffusion.page import shared
-from unet_diffusion.page.label import Labelled, found_slices, zoomed
+from unet_diffusion.page.label import Labelled, found_slices, picture, zoomed
 from unet_diffusion.page.learn import (
     Sheet,
-    Sheets,
+    canvas,
     check_teachable,
     command_line,
     mask_values,
@@ -103,6 +104,13 @@ def labelled(page: Page, model: str, *files: Path) -> Labelled:
     return done
 
 
+def drawn_on(sheet: Sheet, *layers: np.ndarray) -> dict[str, Any]:
+    """What the editor gives back: of other colours by a rounding, enlarged, and with an alpha."""
+    levels = np.minimum(sheet.picture, 254) + np.uint8(1)
+    background = np.dstack([levels, np.full_like(levels[..., 0], 255)])
+    return {"background": canvas(background), "layers": [*layers], "composite": None}
+
+
 def test_what_is_painted_on_each_image_is_learnt_from_until_it_is_taken_back(tmp_path) -> None:
     """Two uploads of one name are two images, and a sheet that is left keeps its strokes."""
     rng = np.random.default_rng(0)
@@ -110,26 +118,35 @@ def test_what_is_painted_on_each_image_is_learnt_from_until_it_is_taken_back(tmp
     saved(tmp_path / "cells/model", [0, 1], names=("ground", "cell"))
     known = known_model(tmp_path / "cells/model", "cells")
     page = Page(tmp_path / "page", {"cells": known}, tmp_path, held_out=tmp_path / "held")
-    sheets: Sheets = {}
+    sheets: list[Sheet] = []
+    strokes: list[np.ndarray] = []
     for i in range(2):
         write_image(tmp_path / f"upload-{i}/x.png", rng.integers(0, 255, (32, 48), np.uint8))
         done = labelled(page, "cells", tmp_path / f"upload-{i}/x.png")
-        stroke = np.zeros((32, 48, 4), np.uint8)
-        stroke[4 * i : 4 * i + 3] = (*palette(done.predictor.segmenter.table)[i][1], 255)
-        sheet = Sheet(done, done.images[0], np.full((32, 48), IGNORE, np.uint8))
-        sheets = put_by(sheets, sheet, {"layers": [stroke]})
-    lesson = save_lesson(page, None, known, [*sheets.values()])
+        seen = picture(done, done.images[0], "overlay", 0.5)
+        sheets.append(Sheet(done, done.images[0], np.full((32, 48), IGNORE, np.uint8), seen))
+        strokes.append(np.zeros((32, 48, 4), np.uint8))
+        strokes[i][4 * i : 4 * i + 3] = (*palette(sheets[i].segmenter.table)[i][1], 255)
+    first, second = sheets
+    kept = put_by({}, first, drawn_on(first, strokes[0]))
+    # The second is shown, but the editor still holds the first, or its Undo has brought it back.
+    kept = put_by(kept, second, drawn_on(first, strokes[0]))
+    assert [*kept] == [first.key]
+    with pytest.warns(UserWarning, match="not on the picture of x do not count"):
+        assert put_by({}, second, drawn_on(first, strokes[0])) == {}
+    kept = put_by(kept, second, drawn_on(second, strokes[1]))
+    lesson = save_lesson(page, None, known, [*kept.values()])
     pairs = {pair.name: pair for pair in find_pairs(lesson.folder / "labelled")}
     for i, pair in enumerate((pairs["x"], pairs["x-2"])):
         drawn = pair.read_mask()
         assert (drawn[4 * i : 4 * i + 3] == i).all()
         assert (drawn != 255).sum() == 3 * 48
         assert (pair.read_image() == read_image(tmp_path / f"upload-{i}/x.png")).all()
-    _, *line = map(str, command_line(known, lesson, tmp_path / "run", 1, sheet))
+    _, *line = map(str, command_line(known, lesson, tmp_path / "run", 1, second))
     options = parse(SegmentationOptions, line)
     assert (options.class_names, options.ignore_value) == (("ground", "cell"), 255)
-    sheets = put_by(sheets, sheet, {"layers": []})  # the last strokes are rubbed out
-    assert save_lesson(page, lesson, known, [*sheets.values()]) == lesson
+    kept = put_by(kept, second, drawn_on(second))  # the last strokes are rubbed out
+    assert save_lesson(page, lesson, known, [*kept.values()]) == lesson
     assert [pair.name for pair in find_pairs(lesson.folder / "labelled")] == ["x"]
 
 

@@ -152,8 +152,8 @@ def tab(page: Page, blocks: gr.Blocks) -> None:
 
     hidden: dict[str, Any] = {"api_visibility": "private"}
     if names:
-        model.input(**interactive([model, *fields], False))
-        fitted = gr.on([blocks.load, model.input], fit, model, fields, **hidden)
+        model.select(**interactive([model, *fields], False))
+        fitted = gr.on([blocks.load, model.select], fit, model, fields, **hidden)
         for ended in (fitted.success, fitted.failure):  # `then` is not called after an error
             ended(**interactive([model], True))
     begun = draw.click(

@@ -332,7 +332,7 @@ def tab(page: Page, current: gr.State, model: gr.Dropdown) -> None:
     threshold.release(
         decide, [current, threshold], [current, threshold, table, downloads], **work, **hidden
     ).success(look, looked, [view, box, legend], **hidden)
-    for changed in (shown.input, layer.input, opacity.release, zoom.release):
+    for changed in (shown.select, layer.input, opacity.release, zoom.release):
         changed(look, looked, [view, box, legend], **work, **hidden)
     view.select(move, [current, shown, box], middle, **hidden).then(
         look, looked, [view, box, legend], **hidden

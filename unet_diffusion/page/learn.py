@@ -51,6 +51,7 @@ from unet_diffusion.page.shared import (
 
 CANVAS = 640  # pixels a side to which small images are enlarged to be painted on
 SURE = 250  # of a stroke's alpha: its soft edge says nothing
+NEAR = 3  # levels by which a browser may change a colour
 SCORES = {"ap": "mean AP", "v_rand": "V_Rand", "dice": "mean Dice"}  # the first that there is
 
 
@@ -62,11 +63,13 @@ class Sheet:
         done: what was labelled, by which model.
         image: one of its images.
         classes: indices (H, W) of what was painted on it so far; elsewhere IGNORE.
+        picture: what the editor shows of it (H, W, 3).
     """
 
     done: Labelled
     image: Slice
     classes: NDArray[np.uint8]
+    picture: RGB
 
     @property
     def segmenter(self) -> Segmenter:
@@ -78,21 +81,38 @@ class Sheet:
         place = self.image.path, self.image.page
         return base_of(self.done.model), self.segmenter.table.values, place
 
-    def painted(self, drawn: Mapping[str, Any] | None) -> Sheet:
+    def under(self, drawn: Mapping[str, Any]) -> bool:
+        """Whether it is this sheet that is drawn on in the editor."""
+        if drawn["background"] is None:
+            return False
+        shown = of_size(drawn["background"], self.classes.shape)[..., :3]
+        return bool((abs(shown.astype(np.int16) - self.picture) <= NEAR).all())
+
+    def painted(self, drawn: Mapping[str, Any]) -> Sheet:
         """The sheet with what is drawn over it in the editor."""
-        layers = (drawn or {}).get("layers") or []
         brush = palette(self.segmenter.table)
-        return replace(self, classes=painted(layers, self.classes, brush))
+        return replace(self, classes=painted(drawn["layers"], self.classes, brush))
 
 
 Sheets = Mapping[Hashable, Sheet]
 
 
-def put_by(sheets: Sheets, sheet: Sheet | None, drawn: Mapping[str, Any] | None) -> Sheets:
-    """The sheets with the one that is in the editor; those on which nothing is painted left out."""
-    if sheet is None:
+def put_by(sheets: Sheets, shown: Sheet | None, drawn: Mapping[str, Any] | None) -> Sheets:
+    """The sheets with what is drawn in the editor; those on which nothing is painted left out.
+
+    It belongs to the sheet whose picture is under it: the editor may still hold the one before
+    `shown`, or have it again by its Undo.
+    """
+    if shown is None or drawn is None:
         return sheets
-    found = {**sheets, sheet.key: sheet.painted(drawn)}
+    found = {**sheets, shown.key: shown}
+    if sheet := next((one for one in (shown, *sheets.values()) if one.under(drawn)), None):
+        found[sheet.key] = sheet.painted(drawn)
+    elif any(layer[..., 3].any() for layer in drawn["layers"]):
+        gr.Warning(
+            f"strokes that are not on the picture of {shown.image.name} do not count: show the "
+            "image, and paint on it"
+        )
     return {key: one for key, one in found.items() if (one.classes != IGNORE).any()}
 
 
@@ -127,6 +147,14 @@ def palette(table: ClassTable) -> Legend:
     return [*found, ("don't know", (GREY, GREY, GREY))]
 
 
+def of_size(image: Array, size: tuple[int, ...]) -> Array:
+    """An image (H, W, channels), which may have been enlarged, with the height and width given."""
+    if image.shape[:2] == size:
+        return image
+    small = Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.NEAREST)
+    return np.asarray(small)
+
+
 def painted(layers: Sequence[Array], before: NDArray[np.uint8], brush: Legend) -> NDArray[np.uint8]:
     """Class indices (H, W) of what was painted in the colours of `palette`.
 
@@ -139,12 +167,10 @@ def painted(layers: Sequence[Array], before: NDArray[np.uint8], brush: Legend) -
     found, size = before.copy(), before.shape
     colours = np.array([colour for _, colour in brush[:-1]], np.int64)
     for layer in layers:
-        if layer.shape[:2] != size:
-            small = Image.fromarray(layer).resize(size[::-1], Image.Resampling.NEAREST)
-            layer = np.asarray(small)
+        layer = of_size(layer, size)
         distance = abs(layer[..., None, :3].astype(np.int64) - colours).max(axis=-1)
         nearest, touched = distance.argmin(axis=-1), layer[..., 3] > 0
-        clear = (layer[..., 3] >= SURE) & (distance.min(axis=-1) <= 3)
+        clear = (layer[..., 3] >= SURE) & (distance.min(axis=-1) <= NEAR)
         found[touched] = np.where(clear, nearest, IGNORE)[touched]
     return found
 
@@ -308,9 +334,7 @@ def tab(page: Page, current: gr.State, model: gr.Dropdown) -> None:
     )
     with gr.Row():
         minutes = gr.Slider(0.1, 60, 2, step=0.1, label="Minutes", elem_id="learn-minutes", scale=3)
-        learn = gr.Button(
-            "Learn from this", variant="primary", elem_id="learn", scale=1, interactive=False
-        )
+        learn = gr.Button("Learn from this", variant="primary", elem_id="learn", scale=1)
         stop = gr.Button("Stop", elem_id="learn-stop", scale=1)
     verdict = gr.Markdown(elem_id="verdict")
     plot = gr.LinePlot(x="step", y="loss", color="images", height=260)
@@ -330,16 +354,15 @@ def tab(page: Page, current: gr.State, model: gr.Dropdown) -> None:
         segmenter = done.predictor.segmenter
         check_teachable(segmenter)
         kept = put_by(kept, before, drawn)
-        blank = np.full((image.info.height, image.info.width), IGNORE, np.uint8)
-        new = Sheet(done, image, blank)
+        seen = picture(done, image, "overlay", opacity)
+        new = Sheet(done, image, np.full(seen.shape[:2], IGNORE, np.uint8), seen)
         if old := kept.get(new.key):
             new = replace(new, classes=old.classes)
         colours = palette(segmenter.table)
         codes = [f"rgb({r}, {g}, {b})" for _, (r, g, b) in colours]
-        seen = picture(done, image, "overlay", opacity)
         for i, (_, colour) in enumerate(colours[:-1]):
-            seen[new.classes == i] = colour
-        value = canvas(seen)
+            new.picture[new.classes == i] = colour
+        value = canvas(new.picture)
         brush = gr.Brush(12, colors=codes, default_color=codes[0], color_mode="fixed")
         names = [one.name for one in done.images]
         return (
@@ -424,18 +447,19 @@ def tab(page: Page, current: gr.State, model: gr.Dropdown) -> None:
         return gr.update(choices=listed, **({"value": new} if chosen == old else {}))
 
     work: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": 1}
-    locked = [shown, learn, take]
-    for asked in (take.click, shown.input):
+    locked = [shown, take]
+    # A list is chosen from by `select`: its `input` comes again when it loses the focus.
+    for asked in (take.click, shown.select):
         asked(**interactive(locked, False))
     begun = gr.on(
-        [take.click, shown.input],
+        [take.click, shown.select],
         begin,
         [current, shown, see, sheet, editor, sheets],
         [sheet, sheets, shown, legend, editor],
         show_progress_on=editor,
         **work,
     )
-    for ended in (begun.success, begun.failure):  # once the editor has the new sheet
+    for ended in (begun.success, begun.failure):
         ended(**interactive(locked, True))
     learn.click(
         study,

@@ -163,7 +163,7 @@ def tab(page: Page) -> None:
 
     hidden: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
     outputs = [name, said, plot, gallery, seen]
-    for event in (timer.tick, name.input):
+    for event in (timer.tick, name.select):
         event(look, [name, seen], outputs, **hidden)
     again.click(
         resume, [name, minutes], said, concurrency_id="training", concurrency_limit=1, **hidden
