@@ -16,6 +16,7 @@ import numpy as np
 from unet.errors import InputError, RunError
 from unet.files.images import write_image
 from unet.files.pages import Array
+from unet.files.writing import file_trouble
 from unet.memory import ran_out_of_memory
 
 PATIENCE = 60.0  # seconds in which a command that is to end saves its state
@@ -76,9 +77,9 @@ def sentence(error: Exception) -> str:
         return str(error)
     if ran_out_of_memory(error):
         return "the memory ran out: give smaller images, or fewer at a time"
+    if isinstance(error, OSError) and (trouble := file_trouble(error)):
+        return trouble
     traceback.print_exception(error)
-    if isinstance(error, OSError):
-        return f"a file cannot be used: {error.strerror or error}"
     return f"{type(error).__name__}, which is our mistake: the terminal has the details"
 
 

@@ -89,17 +89,62 @@ def paint(tab, colour: int, lines: list[tuple[float, float, float]]) -> None:
         tab.mouse.up()
 
 
+def shown_on_the_brush(tab) -> None:
+    """Waits for the editor with an image in it."""
+    tab.wait_for_selector("#editor canvas")
+    tab.wait_for_function("document.querySelector('#editor').innerText.includes('%')")
+    time.sleep(1)  # the editor fits the image into its place
+
+
+def test_strokes_count_on_the_image_they_are_painted_on(tab, served: Served, tmp_path) -> None:
+    """Learn is pressed as soon as another image is chosen, before the editor holds that."""
+    for i in range(2):
+        write_image(tmp_path / f"stroke-{i}.png", square(60 + i)[0])
+    drop(tab, *(tmp_path / f"stroke-{i}.png" for i in range(2)))
+    tab.wait_for_selector("a[download='all.zip']")
+    before = {*(served.folder / "lessons").glob("*")}
+    go(tab, "Correct and learn")
+    tab.click("#learn-show")
+    shown_on_the_brush(tab)
+    paint(tab, 1, [(SIDE / 2, 8, SIDE - 8)])
+    held: list = []  # what is asked of the server, with what is in the editor
+
+    def hold(route) -> None:
+        held.append(route) if '"background"' in route.request.post_data else route.continue_()
+
+    def wait_for_held(count: int) -> None:
+        while len(held) < count:
+            tab.wait_for_timeout(50)
+
+    tab.route("**/queue/join*", hold)
+    choose(tab, "learn-image", "stroke-1")
+    wait_for_held(1)
+    tab.click("#learn")
+    wait_for_held(2)
+    tab.wait_for_selector("#learn-image input:disabled")
+    held[0].continue_()
+    tab.wait_for_selector("#learn-image input:not(:disabled)")
+    assert len(held) == 2  # one choice is one question
+    held[1].continue_()
+    tab.unroute_all()
+    tab.wait_for_function("document.querySelector('#verdict').innerText.includes('learns from')")
+    said = tab.inner_text("#verdict")
+    tab.click("#learn-stop")
+    assert "of stroke-0" in said
+    (lesson,) = {*(served.folder / "lessons").glob("*")} - before
+    assert [pair.name for pair in find_pairs(lesson / "labelled")] == ["stroke-0"]
+
+
 def test_what_is_painted_raises_the_score_on_held_out_images(tab, served, tmp_path) -> None:
     image, mask = square(30)
     rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
     write_image(tmp_path / "painted.png", image)
     drop(tab, tmp_path / "painted.png")
     tab.wait_for_selector("a[download='all.zip']")
+    before = {*(served.folder / "lessons").glob("*")}
     go(tab, "Correct and learn")
     tab.click("#learn-show")
-    tab.wait_for_selector("#editor canvas")
-    tab.wait_for_function("document.querySelector('#editor').innerText.includes('%')")
-    time.sleep(1)  # the editor fits the image into its place
+    shown_on_the_brush(tab)
     brushes = tab.locator("#editor button.color")
     tab.click("#editor button[title='Color']")
     assert brushes.count() == 3
@@ -111,12 +156,13 @@ def test_what_is_painted_raises_the_score_on_held_out_images(tab, served, tmp_pa
     tab.fill("#learn-minutes input[type=number]", "0.2")
     tab.click("#learn")
     tab.wait_for_function(
-        "/is used|kept the old/.test(document.querySelector('#verdict').innerText)", timeout=240_000
+        "/is better|kept the old/.test(document.querySelector('#verdict').innerText)",
+        timeout=240_000,
     )
     verdict = tab.inner_text("#verdict")
     old, new = map(float, re.search(r"from ([\d.]+) to ([\d.]+)", verdict).groups())
     assert new > old + 0.1, verdict
-    (lesson,) = (served.folder / "lessons").iterdir()
+    (lesson,) = {*(served.folder / "lessons").glob("*")} - before
     (pair,) = find_pairs(lesson / "labelled")
     drawn = pair.read_mask()
     assert (pair.read_image()[..., 0] == image).all()
@@ -177,7 +223,14 @@ def test_a_picture_is_made_from_the_one_that_is_given(tab, served, tmp_path, mod
     given = square(50)[model == "from-masks"]
     write_image(tmp_path / "given.png", given)
     go(tab, "Draw")
+    held: list = []  # what is asked of the server
+    tab.route("**/queue/join*", lambda route: held.append(route))
     choose(tab, "draw-model", model)
+    for field in ("#draw", "#draw-model input", "#sampler input", "#steps input[type=number]"):
+        tab.wait_for_selector(f"{field}:disabled")  # lest what is chosen is overwritten
+    for route in held:
+        route.continue_()
+    tab.unroute_all()
     tab.wait_for_selector("#condition")
     for name, value in (("count", 2), ("steps", 3)):
         tab.fill(f"#{name} input[type=number]", str(value))

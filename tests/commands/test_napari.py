@@ -123,6 +123,23 @@ def test_masks_are_those_of_a_call(
     assert np.array_equal(found.scale, [2.0] * len(shape))
 
 
+def test_of_neighbouring_slices_each_is_predicted_with_those_of_its_stack(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "model", [0, 255], RGB, slices=3)
+    stacks = RNG.integers(0, 256, (2, 3, 40, 56), dtype=np.uint8)
+    steps = predict_module.predicted(Path(folder), Planes(Image(stacks), channels_first=False))
+    results = []
+
+    def followed() -> Iterator[int]:
+        results.append((yield from steps))
+
+    assert [*followed()] == [1, 2, 3, 4, 5, 6]
+    model = load(folder, device="cpu")
+    assert np.array_equal(results[0][1], np.stack([model(stack) for stack in stacks]))
+    steps = predict_module.predicted(Path(folder), Planes(Image(STACK[0]), channels_first=False))
+    with pytest.raises(InputError, match="is a single image: choose the stack"):
+        next(steps)
+
+
 @pytest.mark.slow  # two trainings, each in a process of its own
 def test_a_painted_stack_becomes_a_run_whose_model_predicts(
     make_napari_viewer, qtbot, errors, plugin, tmp_path
@@ -229,6 +246,12 @@ def test_mistakes_are_sentences(make_napari_viewer, qtbot, errors, tmp_path, mon
     assert "the labels go from 3 to 70000" in said(learn.start)
     painted.data = np.ones((9, 9), int)
     assert "has the shape (9, 9), but the images of 'x' (40, 56)" in said(learn.start)
+    learn.image.value = viewer.add_image(STACK, name="channels")
+    painted.data = np.ones((40, 56), int)
+    assert "or tick 'first axis is channels'" in said(learn.start)
+    painted.data[:9] = 2
+    learn.channels.value, learn.out.value = True, MANIFEST
+    assert f"cannot use '{MANIFEST}" in said(learn.start)
     assert not (tmp_path / "out").exists()
 
 

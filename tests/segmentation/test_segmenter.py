@@ -41,11 +41,13 @@ def saved(
     names: tuple[str, ...] = (),
     seed: int = 0,
     objects: bool = False,
+    slices: int = 1,
 ) -> str:
     torch.manual_seed(seed)
     config = UNetConfig(in_channels=len(normalisation["mean"]), channels=4, multipliers=(1, 2))
     info = {"classes": table(values, names), "normalisation": normalisation, "threshold": 0.47}
     info |= {"objects": "depth"} if objects else {}
+    info |= {"slices": slices} if slices > 1 else {}
     model = SegmentationUNet(config, 2 if objects else 1 if len(values) == 2 else len(values), info)
     with torch.no_grad():  # so that a random network finds every class
         weight, bias = model.head.conv.weight, model.head.conv.bias

@@ -20,6 +20,18 @@ DISK_FULL = {errno.ENOSPC, errno.EDQUOT}  # of an OSError
 JSON_BYTES = 2**24  # no config is larger
 
 
+def file_trouble(error: OSError) -> str | None:
+    """What is wrong with which file or disk; None: the error is about neither."""
+    if error.filename is None and error.errno not in DISK_FULL:
+        return None
+    text = error.strerror or str(error)
+    if error.filename is not None:
+        text = f"cannot use '{os.fsdecode(error.filename)}': {text}"
+    if error.errno in DISK_FULL:
+        text += "; free some space or choose a folder on another disk"
+    return text
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` to write to; at the end it takes the place of `path`.

@@ -37,7 +37,7 @@ from typing import Any, Literal, TypeVar
 import tyro
 
 from unet.errors import InputError, Interrupted, RunError
-from unet.files.writing import DISK_FULL
+from unet.files.writing import file_trouble
 from unet.memory import keep_freed_memory, ran_out_of_memory
 from unet.training.config_file import expected, field_types, load_config, nearest
 from unet.training.options import BUDGETS
@@ -249,13 +249,9 @@ def _status(
     except OSError as error:
         if isinstance(error, BrokenPipeError) and stdout_is_closed():
             return 141
-        if error.filename is None and error.errno not in DISK_FULL:
+        if (trouble := file_trouble(error)) is None:
             raise
-        message, status = error.strerror or str(error), 2
-        if error.filename is not None:
-            message = f"cannot use '{os.fsdecode(error.filename)}': {message}"
-        if error.errno in DISK_FULL:
-            message += "; free some space or choose a folder on another disk"
+        message, status = trouble, 2
     except Exception as error:
         if not ran_out_of_memory(error):
             raise

@@ -11,6 +11,7 @@ from napari.layers import Image, Labels
 from napari.qt.threading import GeneratorWorker, create_worker
 from napari.utils.notifications import show_error
 
+from segmentation.data.slices import near
 from unet.errors import InputError
 from unet.files.images import laid_over
 from unet.files.pages import Array
@@ -49,6 +50,23 @@ class Planes:
     def place(self, number: int) -> tuple[int, ...]:
         """Where on the axes before height and width an image is."""
         return tuple(map(int, np.unravel_index(number, self.shape[:-2])))
+
+    def around(self, number: int, slices: int) -> list[int]:
+        """An image, in the middle of those next to it on the axis before height and width.
+
+        Raises:
+            InputError: a single image, of which several are wanted.
+        """
+        if slices == 1:
+            return [number]
+        if len(self) == 1:
+            raise InputError(
+                f"the model takes {slices} neighbouring slices together, and '{self.name}' is a "
+                "single image: choose the stack that it is of"
+            )
+        count = self.shape[-3]
+        first = number // count * count
+        return [first + i for i in near(number - first, count, slices)]
 
     def read(self, number: int, *, opaque: bool) -> Array:
         """An image (H, W, C), as stored.

@@ -61,7 +61,7 @@ class LearnWidget(Container):
         self.stopped = threading.Event()
         self.model: Path | None = None
         self.start.changed.connect(lambda _: told(self.learn))
-        self.stop.changed.connect(lambda _: self.stopped.set())
+        self.stop.changed.connect(lambda _: self.halt())
         self.use.changed.connect(lambda _: told(self.predict))
 
     def learn(self) -> None:
@@ -101,6 +101,11 @@ class LearnWidget(Container):
         )
         self.start.enabled, self.stop.enabled, self.use.enabled = False, True, False
 
+    def halt(self) -> None:
+        """Lets the training end, which can take a minute."""
+        self.stopped.set()
+        self.stop.enabled, self.said.value = False, "stopping, once the state is saved"
+
     def done(self, model: Path) -> None:
         """A model was trained: it can be used."""
         self.model, self.said.value = model, f"trained: {model}"
@@ -130,9 +135,12 @@ def painted_on(planes: Planes, labels: Labels) -> Array:
     if planes.channels_first and found.shape == (planes.channels, *planes.shape):
         found = found.max(axis=0)
     if found.shape != planes.shape:
+        cure = "choose the labels that were painted on this image"
+        if found.shape == planes.shape[1:]:
+            cure += ", or tick 'first axis is channels'"
         raise InputError(
             f"'{labels.name}' has the shape {found.shape}, but the images of '{planes.name}' "
-            f"{planes.shape}: choose the labels that were painted on this image"
+            f"{planes.shape}: {cure}"
         )
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -102,15 +103,20 @@ def predicted(folder: Path, planes: Planes) -> Generator[int, None, Found]:
     opaque = segmenter.channels != 4
     given = 3 if planes.rgb and opaque else planes.channels
     if given != segmenter.channels:
+        tick = "untick" if planes.channels_first else "tick"
         raise InputError(
             f"'{planes.name}' gives {channels_said(given)} images, but the model takes "
-            f"{channels_said(segmenter.channels)} ones: choose another layer or model, or "
-            f"{'untick' if planes.channels_first else 'tick'} 'first axis is channels'"
+            f"{channels_said(segmenter.channels)} ones: choose another layer or model"
+            + ("" if planes.rgb else f", or {tick} 'first axis is channels'")
         )
+    slices = segmenter.slices
     masks: list[Array] = []
     probabilities = []
     for number in range(len(planes)):
-        (source,), _ = segmenter.sources(planes.read(number, opaque=opaque))
+        # Of a model of neighbouring slices it is the middle one of those around it.
+        around = [planes.read(i, opaque=opaque) for i in planes.around(number, slices)]
+        sources, _ = segmenter.sources(around[0] if len(around) == 1 else np.stack(around))
+        source = next(itertools.islice(sources, slices // 2, None))
         found, depth = segmenter.predict.found(source)
         decided = segmenter.decided(found, source)
         if segmenter.instances:

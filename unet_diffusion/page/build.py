@@ -30,7 +30,7 @@ def build(page: Page) -> gr.Blocks:
         with gr.Tab("Correct and learn", elem_id="tab-learn"):
             learn.tab(page, current, model)
         with gr.Tab("Draw", elem_id="tab-draw"):
-            draw.tab(page)
+            draw.tab(page, blocks)
         with gr.Tab("Runs", elem_id="tab-runs"):
             runs.tab(page)
 
@@ -38,6 +38,11 @@ def build(page: Page) -> gr.Blocks:
             page.ended(request.session_hash)
 
         blocks.unload(closed)
+
+        def learnt() -> Any:
+            return gr.update(choices=page.names(SEGMENTATION))
+
+        blocks.load(learnt, None, model, api_visibility="private", show_progress="hidden")
     return blocks
 
 

@@ -19,14 +19,15 @@ from diffusion.sampling import STEPS, Images, ImageSampler, with_defaults
 from unet.errors import InputError
 from unet.files.images import image_info
 from unet.training.task import Processes
-from unet_diffusion.page.shared import DIFFUSION, Page, packed, sentences
+from unet_diffusion.page.shared import DIFFUSION, Page, interactive, packed, sentences
 
 MOST, MOST_STEPS, FIGURES = 16, 250, 4  # pictures, steps, and pictures whose attention is shown
 ANY = "any"
+NONE = "No model draws here: `unet app --model RUN/model` gives one of `unet train-ddpm`."
 
 
-def tab(page: Page) -> None:
-    """Builds the tab."""
+def tab(page: Page, blocks: gr.Blocks) -> None:
+    """Builds the tab of the page `blocks`."""
     names = page.names(DIFFUSION)
     with gr.Row():
         with gr.Column(scale=1, min_width=300):
@@ -57,7 +58,7 @@ def tab(page: Page) -> None:
                 elem_id="drawn",
                 buttons=["fullscreen", "download"],
             )
-            said = gr.Markdown(elem_id="draw-said")
+            said = gr.Markdown("" if names else NONE, elem_id="draw-said")
             maps = gr.Gallery(
                 label="Where each word goes",
                 visible=False,
@@ -70,24 +71,30 @@ def tab(page: Page) -> None:
                 label="Files", file_count="multiple", interactive=False, elem_id="draw-downloads"
             )
 
+    fields = [kind, prompt, negative, condition, guidance, attention, steps, sampler, draw]
+    for field in (model, *fields):
+        field.interactive = False  # until it fits the model
+
+    def ready(**more: Any) -> Any:
+        return gr.update(interactive=True, **more)
+
     @sentences
     def fit(name: str | None) -> Any:
-        if not name:
-            return [gr.skip()] * 8
         known = page.drawer(name)
         text = "text_encoder" in known.info or known.text is not None
         led = bool(text or known.classes or known.condition)
         usual = with_defaults(SamplingOptions(), known)
         wanted = f"Draw from {known.condition.said()}" if known.condition else ""
         return (
-            gr.update(choices=[ANY, *known.classes], value=ANY, visible=bool(known.classes)),
-            gr.update(visible=text, value=""),
-            gr.update(visible=text, value=""),
-            gr.update(visible=known.condition is not None, label=wanted, value=None),
-            gr.update(visible=led, value=1),
-            gr.update(visible=text, value=False),
-            gr.update(value=usual.steps),
-            gr.update(value=usual.sampler),
+            ready(choices=[ANY, *known.classes], value=ANY, visible=bool(known.classes)),
+            ready(visible=text, value=""),
+            ready(visible=text, value=""),
+            ready(visible=known.condition is not None, label=wanted, value=None),
+            ready(visible=led, value=1),
+            ready(visible=text, value=False),
+            ready(value=usual.steps),
+            ready(value=usual.sampler),
+            ready(),
         )
 
     @sentences
@@ -144,8 +151,11 @@ def tab(page: Page) -> None:
         )
 
     hidden: dict[str, Any] = {"api_visibility": "private"}
-    knobs = [kind, prompt, negative, condition, guidance, attention, steps, sampler]
-    model.change(fit, model, knobs, **hidden)
+    if names:
+        model.select(**interactive([model, *fields], False))
+        fitted = gr.on([blocks.load, model.select], fit, model, fields, **hidden)
+        for ended in (fitted.success, fitted.failure):  # `then` is not called after an error
+            ended(**interactive([model], True))
     begun = draw.click(
         run,
         [
@@ -159,7 +169,6 @@ def tab(page: Page) -> None:
         **hidden,
     )
     stop.click(None, None, None, cancels=[begun], **hidden)
-    gr.on(None, fit, model, knobs, **hidden)  # as the page opens
 
 
 def asked(

@@ -34,7 +34,6 @@ from segmentation.uncertainty import entropy_map
 from unet.errors import InputError
 from unet.files.pages import AS_STORED
 from unet.files.pictures import RGB
-from unet.files.rasters import open_raster
 from unet.files.writing import write_text
 from unet.words import counted
 from unet_diffusion.page.shared import SEGMENTATION, Page, packed, sentences, swatches
@@ -55,8 +54,7 @@ class Labelled:
     rows: list[list[Any]] = field(default_factory=list)
 
     def source(self, image: Slice) -> RasterSource:
-        pixels = open_raster(image.path, image.page, image.info, self.predictor.reading)
-        return RasterSource(pixels, image.info.nodata)
+        return RasterSource(image.open(self.predictor.reading), image.info.nodata)
 
     def found(self, image: Slice) -> tuple[Probability, Depth | None]:
         with np.load(self._file(image), allow_pickle=False) as kept:
@@ -64,8 +62,6 @@ class Labelled:
 
     def predict(self, image: Slice) -> None:
         """Predicts an image, writes the files of `predict-seg`, and counts."""
-        if image.name in (before.name for before in self.images):
-            raise InputError(f"two images are named {image.name}: rename one")
         source = self.source(image)
         found, depth = self.predictor.segmenter.predict.found(source)
         kept = {"probability": found} if depth is None else {"probability": found, "depth": depth}
@@ -218,6 +214,10 @@ def found_slices(page: Page, name: str, files: Sequence[str]) -> tuple[Labelled,
                     f"(one of {AT_ONCE:,} at most, {page.most_pixels:,} together): label it with "
                     "unet predict-seg"
                 )
+        taken = {one.name for one in slices}
+        if twice := [one.name for one in found if one.name in taken]:
+            wrong.append(f"'{file.name}' is left out: another image is {twice[0]}, too; rename it")
+            continue
         slices += found
     if not slices:
         raise InputError(" | ".join(wrong))
@@ -283,10 +283,12 @@ def tab(page: Page, current: gr.State, model: gr.Dropdown) -> None:
             names = [one.name for one in done.images]
             segmenter = done.predictor.segmenter
             two = len(segmenter.table.values) == 2
-            yield (
+            first = gr.update(choices=names, value=names[0])
+            usual = gr.update(visible=two, value=round(segmenter.threshold, 2))
+            yield (  # after the first image others may be chosen while the rest is predicted
                 replace(done, images=list(done.images)),
-                gr.update(choices=names, value=names[0]),
-                gr.update(visible=two, value=round(segmenter.threshold, 2)),
+                gr.update(choices=names) if i else first,
+                gr.skip() if i else usual,
                 done.rows,
                 _given(done) if last else None,
             )
@@ -294,9 +296,9 @@ def tab(page: Page, current: gr.State, model: gr.Dropdown) -> None:
     @sentences
     def decide(done: Labelled | None, value: float) -> Any:
         if done is None:
-            return gr.skip(), gr.skip(), gr.skip()
+            return [gr.skip()] * 4
         done.decide(value)
-        return done, done.rows, _given(done)
+        return done, value, done.rows, _given(done)
 
     @sentences
     def look(
@@ -328,9 +330,9 @@ def tab(page: Page, current: gr.State, model: gr.Dropdown) -> None:
             look, looked, [view, box, legend], **hidden
         )
     threshold.release(
-        decide, [current, threshold], [current, table, downloads], **work, **hidden
+        decide, [current, threshold], [current, threshold, table, downloads], **work, **hidden
     ).success(look, looked, [view, box, legend], **hidden)
-    for changed in (shown.input, layer.input, opacity.release, zoom.release):
+    for changed in (shown.select, layer.input, opacity.release, zoom.release):
         changed(look, looked, [view, box, legend], **work, **hidden)
     view.select(move, [current, shown, box], middle, **hidden).then(
         look, looked, [view, box, legend], **hidden

@@ -7,7 +7,7 @@ The human stays in the loop, as in ilastik (Berg et al., Nature Methods 16, 2019
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,11 +40,80 @@ from unet.training.run import read_log
 from unet.words import counted
 from unet_diffusion.interactive import write_example
 from unet_diffusion.page.label import Labelled, chosen, picture
-from unet_diffusion.page.shared import SEGMENTATION, Known, Page, sentences, swatches
+from unet_diffusion.page.shared import (
+    SEGMENTATION,
+    Known,
+    Page,
+    interactive,
+    sentences,
+    swatches,
+)
 
 CANVAS = 640  # pixels a side to which small images are enlarged to be painted on
 SURE = 250  # of a stroke's alpha: its soft edge says nothing
+NEAR = 3  # levels by which a browser may change a colour
 SCORES = {"ap": "mean AP", "v_rand": "V_Rand", "dice": "mean Dice"}  # the first that there is
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """An image that is painted on.
+
+    Attributes:
+        done: what was labelled, by which model.
+        image: one of its images.
+        classes: indices (H, W) of what was painted on it so far; elsewhere IGNORE.
+        picture: what the editor shows of it (H, W, 3).
+    """
+
+    done: Labelled
+    image: Slice
+    classes: NDArray[np.uint8]
+    picture: RGB
+
+    @property
+    def segmenter(self) -> Segmenter:
+        return self.done.predictor.segmenter
+
+    @property
+    def key(self) -> Hashable:
+        """Alike for sheets of one image with the same classes, by whichever model of a base."""
+        place = self.image.path, self.image.page
+        return base_of(self.done.model), self.segmenter.table.values, place
+
+    def under(self, drawn: Mapping[str, Any]) -> bool:
+        """Whether it is this sheet that is drawn on in the editor."""
+        if drawn["background"] is None:
+            return False
+        shown = of_size(drawn["background"], self.classes.shape)[..., :3]
+        return bool((abs(shown.astype(np.int16) - self.picture) <= NEAR).all())
+
+    def painted(self, drawn: Mapping[str, Any]) -> Sheet:
+        """The sheet with what is drawn over it in the editor."""
+        brush = palette(self.segmenter.table)
+        return replace(self, classes=painted(drawn["layers"], self.classes, brush))
+
+
+Sheets = Mapping[Hashable, Sheet]
+
+
+def put_by(sheets: Sheets, shown: Sheet | None, drawn: Mapping[str, Any] | None) -> Sheets:
+    """The sheets with what is drawn in the editor; those on which nothing is painted left out.
+
+    It belongs to the sheet whose picture is under it: the editor may still hold the one before
+    `shown`, or have it again by its Undo.
+    """
+    if shown is None or drawn is None:
+        return sheets
+    found = {**sheets, shown.key: shown}
+    if sheet := next((one for one in (shown, *sheets.values()) if one.under(drawn)), None):
+        found[sheet.key] = sheet.painted(drawn)
+    elif any(layer[..., 3].any() for layer in drawn["layers"]):
+        gr.Warning(
+            f"strokes that are not on the picture of {shown.image.name} do not count: show the "
+            "image, and paint on it"
+        )
+    return {key: one for key, one in found.items() if (one.classes != IGNORE).any()}
 
 
 @dataclass(frozen=True)
@@ -78,24 +147,30 @@ def palette(table: ClassTable) -> Legend:
     return [*found, ("don't know", (GREY, GREY, GREY))]
 
 
-def painted(layers: Sequence[Array], size: tuple[int, int], brush: Legend) -> NDArray[np.uint8]:
-    """Class indices (H, W) of what was painted in the colours of `palette`; elsewhere IGNORE.
+def of_size(image: Array, size: tuple[int, ...]) -> Array:
+    """An image (H, W, channels), which may have been enlarged, with the height and width given."""
+    if image.shape[:2] == size:
+        return image
+    small = Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.NEAREST)
+    return np.asarray(small)
+
+
+def painted(layers: Sequence[Array], before: NDArray[np.uint8], brush: Legend) -> NDArray[np.uint8]:
+    """Class indices (H, W) of what was painted in the colours of `palette`.
 
     Args:
         layers: (h, w, 4), the later ones above; of the size of the image or of its enlargement.
-        size: height and width of the image.
+        before: class indices (H, W) where nothing is painted.
         brush: the colours in the order of the classes, the last one 'don't know'. Any other colour,
             such as that of a soft edge between two strokes, is IGNORE, too.
     """
-    found = np.full(size, IGNORE, np.uint8)
+    found, size = before.copy(), before.shape
     colours = np.array([colour for _, colour in brush[:-1]], np.int64)
     for layer in layers:
-        if layer.shape[:2] != size:
-            small = Image.fromarray(layer).resize(size[::-1], Image.Resampling.NEAREST)
-            layer = np.asarray(small)
+        layer = of_size(layer, size)
         distance = abs(layer[..., None, :3].astype(np.int64) - colours).max(axis=-1)
         nearest, touched = distance.argmin(axis=-1), layer[..., 3] > 0
-        clear = (layer[..., 3] >= SURE) & (distance.min(axis=-1) <= 3)
+        clear = (layer[..., 3] >= SURE) & (distance.min(axis=-1) <= NEAR)
         found[touched] = np.where(clear, nearest, IGNORE)[touched]
     return found
 
@@ -174,28 +249,53 @@ def canvas(image: RGB) -> RGB:
     return image.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
-def save_lesson(
-    page: Page, lesson: Lesson | None, done: Labelled, image: Slice, classes: NDArray[np.uint8]
-) -> Lesson:
-    """Adds an image with its painted pixels to the folder, which is made at the first one."""
-    segmenter, known = done.predictor.segmenter, page.known(done.model, SEGMENTATION)
-    if lesson is None or lesson.base != base_of(known):
+def save_lesson(page: Page, lesson: Lesson | None, known: Known, sheets: Sequence[Sheet]) -> Lesson:
+    """Writes the images of the sheets, with what is painted, into the folder of the lesson.
+
+    It is made at the first time, and holds no image of which all that was painted was taken back.
+    """
+    if lesson is None or lesson.base != base_of(known.name):
         pairs = judges(page, known)
         place = page.folder / "lessons"
         place.mkdir(parents=True, exist_ok=True)
         number = 1 + len(list(place.iterdir()))
         folder = place / f"{time.strftime('%Y%m%d-%H%M%S')}-{number}"
-        lesson = Lesson(folder, free_value(segmenter), base_of(known))
+        lesson = Lesson(folder, free_value(sheets[0].segmenter), base_of(known.name))
         write_pairs(pairs, folder / "held-out")
-    values = mask_values(classes, segmenter.table, lesson.ignore, instances=segmenter.instances)
-    pixels = read_image(image.path, image.page, done.predictor.reading)
-    write_example(lesson.folder / "labelled", image.name, pixels, values)
+    names: list[str] = []
+    for sheet in sheets:
+        image, of = sheet.image, sheet.segmenter
+        name, number = image.name, 1
+        while name in names:  # two files of one name
+            number += 1
+            name = f"{image.name}-{number}"
+        names.append(name)
+        pixels = read_image(image.path, image.page, sheet.done.predictor.reading)
+        values = mask_values(sheet.classes, of.table, lesson.ignore, instances=of.instances)
+        write_example(lesson.folder / "labelled", name, pixels, values)
+    for file in (lesson.folder / "labelled").glob("*/*"):
+        if file.stem not in names:
+            file.unlink()
     return lesson
 
 
-def base_of(known: Known) -> str:
+def base_of(name: str) -> str:
     """The name of the model that a model has learnt on from, its own if it has not."""
-    return known.name.partition(" + ")[0]
+    return name.partition(" + ")[0]
+
+
+def check_teachable(segmenter: Segmenter) -> None:
+    """Refuses a model that strokes on single images do not teach, as they have one class each."""
+    what = ""
+    if segmenter.of_regions:
+        what = "knows regions that overlap"
+    elif segmenter.slices > 1:
+        what = f"takes {segmenter.slices} neighbouring slices together"
+    if what:
+        raise InputError(
+            f"this model {what}, which strokes on single images do not teach: train it on by unet "
+            "train-seg --init"
+        )
 
 
 def curve(run: Path) -> pd.DataFrame:
@@ -209,10 +309,11 @@ def curve(run: Path) -> pd.DataFrame:
 
 def tab(page: Page, current: gr.State, model: gr.Dropdown) -> None:
     """Builds the tab; `current` holds what was labelled in the tab before, `model` is chosen."""
-    lesson = gr.State(None)
+    lesson, sheet, sheets, better = gr.State(None), gr.State(None), gr.State({}), gr.State(None)
     gr.Markdown(
         "Paint over what is wrong, in the colour of the class that it is. What is not painted, and "
-        "*don't know*, counts for nothing."
+        "*don't know*, counts for nothing. What you painted on other images, or before you showed "
+        "this one again, counts on."
     )
     with gr.Row():
         shown = gr.Dropdown([], label="Image", interactive=True, elem_id="learn-image", scale=2)
@@ -239,16 +340,34 @@ def tab(page: Page, current: gr.State, model: gr.Dropdown) -> None:
     plot = gr.LinePlot(x="step", y="loss", color="images", height=260)
 
     @sentences
-    def begin(done: Labelled | None, name: str, opacity: float) -> Any:
+    def begin(
+        done: Labelled | None,
+        name: str,
+        opacity: float,
+        before: Sheet | None,
+        drawn: dict[str, Any] | None,
+        kept: Sheets,
+    ) -> Any:
         image = chosen(done, name) or (done.images[0] if done and done.images else None)
         if done is None or image is None:
             raise InputError("label an image first: drop it into the tab Label")
-        colours = palette(done.predictor.segmenter.table)
+        segmenter = done.predictor.segmenter
+        check_teachable(segmenter)
+        kept = put_by(kept, before, drawn)
+        seen = picture(done, image, "overlay", opacity)
+        new = Sheet(done, image, np.full(seen.shape[:2], IGNORE, np.uint8), seen)
+        if old := kept.get(new.key):
+            new = replace(new, classes=old.classes)
+        colours = palette(segmenter.table)
         codes = [f"rgb({r}, {g}, {b})" for _, (r, g, b) in colours]
-        value = canvas(picture(done, image, "overlay", opacity))
+        for i, (_, colour) in enumerate(colours[:-1]):
+            new.picture[new.classes == i] = colour
+        value = canvas(new.picture)
         brush = gr.Brush(12, colors=codes, default_color=codes[0], color_mode="fixed")
         names = [one.name for one in done.images]
         return (
+            new,
+            kept,
             gr.update(choices=names, value=image.name),
             swatches(colours),
             gr.update(
@@ -260,38 +379,46 @@ def tab(page: Page, current: gr.State, model: gr.Dropdown) -> None:
 
     @sentences
     def study(
-        done: Labelled | None,
-        name: str,
+        shown: Sheet | None,
+        chosen: str | None,
         drawn: dict[str, Any] | None,
+        kept: Sheets,
         before: Lesson | None,
         length: float,
         request: gr.Request,
     ) -> Iterator[Any]:
-        image = chosen(done, name)
-        if done is None or image is None or drawn is None:
+        if shown is None:
             raise InputError("show an image first, and paint on it")
-        segmenter, known = done.predictor.segmenter, page.known(done.model, SEGMENTATION)
-        size = image.info.height, image.info.width
-        classes = painted(drawn.get("layers") or [], size, palette(segmenter.table))
-        count = int((classes != IGNORE).sum())
+        page.check_free()
+        page.learner = request.session_hash
+        base = base_of(shown.done.model)
+        # The model that is chosen learns, which may have learnt since the sheet was shown.
+        name = chosen if chosen and base_of(chosen) == base else shown.done.model
+        segmenter, known = shown.segmenter, page.known(name, SEGMENTATION)
+        painted_on = put_by(kept, shown, drawn).values()
+        mine = [one for one in painted_on if base_of(one.done.model) == base]
+        count = sum(int((one.classes != IGNORE).sum()) for one in mine)
         if not count:
             raise InputError(
                 "nothing is painted yet: choose the brush, and paint over what is wrong"
             )
-        lesson = save_lesson(page, before, done, image, classes)
+        lesson = save_lesson(page, before, known, mine)
         lesson = replace(lesson, runs=lesson.runs + 1)
         run, held = lesson.folder / f"run-{lesson.runs}", lesson.folder / "held-out"
-        said = f"learning from {counted(count, 'painted pixel')} of {image.name}"
-        yield lesson, f"{said}: scoring the model as it is", curve(run), gr.skip()
+        of = mine[0].image.name if len(mine) == 1 else counted(len(mine), "image")
+        said = f"{known.name} learns from {counted(count, 'painted pixel')} of {of}"
+        yield lesson, f"{said}: scoring the model as it is", curve(run), None
         figure, old = score(known.path, held, segmenter.table.ignore_value)
+        if page.learner != request.session_hash:
+            raise InputError("it was stopped before it began: what is painted stays")
         command = page.started(
-            request.session_hash, run, *command_line(known, lesson, run, length, segmenter)
+            request.session_hash, run, *command_line(known, lesson, run, length, shown)
         )
         end = time.monotonic() + 60 * length
         while command.running:
             left = max(0, end - time.monotonic())
             text = f"{said}: {figure} {old:.3f} on held-out images so far; {left:.0f} s left"
-            yield lesson, text, curve(run), gr.skip()
+            yield lesson, text, curve(run), None
             time.sleep(1)
         command.check()
         if not (run / "model").is_dir():
@@ -303,27 +430,45 @@ def tab(page: Page, current: gr.State, model: gr.Dropdown) -> None:
             text = (
                 f"**kept the old model**: {what} is {old:.3f} with it, {new:.3f} with the new one"
             )
-            yield lesson, f"{text}, which is in {place}", curve(run), gr.skip()
+            yield lesson, f"{text}, which is in {place}", curve(run), None
             return
         name = f"{lesson.base} + {lesson.folder.name.rpartition('-')[2]}.{lesson.runs}"
-        reading = known.reading or done.predictor.reading
+        reading = known.reading or shown.done.predictor.reading
         page.models[name] = Known(name, run / "model", SEGMENTATION, reading)
-        text = f"**the new model is used**: {what} rose from {old:.3f} to {new:.3f}"
-        choices = gr.update(choices=page.names(SEGMENTATION), value=name)
-        yield lesson, f"{text}; the run is {place}", curve(run), choices
+        text = f"**{name} is better**: {what} rose from {old:.3f} to {new:.3f}"
+        yield lesson, f"{text}; the run is {place}", curve(run), (known.name, name)
+
+    def adopt(chosen: str, found: tuple[str, str] | None) -> Any:
+        if found is None:
+            return gr.skip()
+        old, new = found
+        listed = page.names(SEGMENTATION)
+        # Whoever has chosen another model while this one learnt keeps it.
+        return gr.update(choices=listed, **({"value": new} if chosen == old else {}))
 
     work: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": 1}
-    training = {**work, "concurrency_id": "training"}
-    given = [current, shown, see]
-    for event in (take.click, shown.input):
-        event(begin, given, [shown, legend, editor], **work, concurrency_id="work")
+    locked = [shown, take]
+    # A list is chosen from by `select`: its `input` comes again when it loses the focus.
+    for asked in (take.click, shown.select):
+        asked(**interactive(locked, False))
+    begun = gr.on(
+        [take.click, shown.select],
+        begin,
+        [current, shown, see, sheet, editor, sheets],
+        [sheet, sheets, shown, legend, editor],
+        show_progress_on=editor,
+        **work,
+    )
+    for ended in (begun.success, begun.failure):
+        ended(**interactive(locked, True))
     learn.click(
         study,
-        [current, shown, editor, lesson, minutes],
-        [lesson, verdict, plot, model],
+        [sheet, model, editor, sheets, lesson, minutes],
+        [lesson, verdict, plot, better],
         show_progress="minimal",
-        **training,
-    )
+        concurrency_id="training",
+        **work,
+    ).success(adopt, [model, better], model, api_visibility="private")
 
     def halt(request: gr.Request) -> None:
         page.ended(request.session_hash)
@@ -332,11 +477,18 @@ def tab(page: Page, current: gr.State, model: gr.Dropdown) -> None:
 
 
 def command_line(
-    known: Known, lesson: Lesson, run: Path, minutes: float, segmenter: Segmenter
+    known: Known, lesson: Lesson, run: Path, minutes: float, sheet: Sheet
 ) -> list[object]:
     """The command that learns from a lesson; anybody can type it again."""
+    table, instances = sheet.segmenter.table, sheet.segmenter.instances
     value = lesson.ignore if isinstance(lesson.ignore, tuple) else (lesson.ignore,)
     words: list[object] = ["train-seg", "--data", lesson.folder / "labelled"]
     words += ["--val-data", lesson.folder / "held-out", "--ignore-value", *value]
     words += ["--init", known.path, "--out", run, "--max-minutes", minutes]
-    return [*words, "--instances"] if segmenter.instances else words
+    nodata = sheet.done.predictor.reading.nodata
+    words += [] if nodata is None else ["--nodata", nodata]
+    if instances:
+        return [*words, "--instances"]
+    if table.names and table.values in ((*range(len(table.values)),), (0, 255)):
+        words += ["--class-names", *table.names]
+    return words

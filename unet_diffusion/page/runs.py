@@ -14,6 +14,7 @@ from PIL import Image
 
 from unet.errors import InputError
 from unet.files.images import natural_key
+from unet.words import counted
 from unet_diffusion.page.learn import curve
 from unet_diffusion.page.shared import Page, sentences
 
@@ -115,17 +116,23 @@ def tab(page: Page) -> None:
     @sentences
     def look(given: str | None, before: Any) -> Any:
         found = shown_runs(page)
-        listed = gr.update(choices=list(found))
+        names, old = before or (None, None)
+        listed = gr.skip() if names == list(found) else gr.update(choices=list(found))
         if given not in found:
-            text = f"{len(found)} runs" if found else f"there is no run in {page.runs.name}/ yet"
-            return listed, text, gr.skip(), gr.skip(), None
+            text = (
+                counted(len(found), "run") if found else f"there is no run in {page.runs.name}/ yet"
+            )
+            if given:  # a value that is not listed would be refused at each tick
+                gr.Warning(f"{given} is no longer there")
+                listed = gr.update(choices=list(found), value=None)
+            return listed, text, gr.skip(), gr.skip(), (list(found), None)
         run = found[given]
         shown = [run / "report.png", run / "metrics.jsonl", *(run / "samples").glob("*.png")]
         stamp = (given, [(p.name, p.stat().st_mtime) for p in shown if p.exists()])
         text = f"**{given}**: {state_of(run)}"
-        if stamp == before:
-            return gr.skip(), text, gr.skip(), gr.skip(), before
-        return listed, text, curve(run), pictures(run), stamp
+        if stamp == old:
+            return listed, text, gr.skip(), gr.skip(), (list(found), old)
+        return listed, text, curve(run), pictures(run), (list(found), stamp)
 
     @sentences
     def resume(given: str, budget: float | None, request: gr.Request) -> str:
@@ -156,7 +163,7 @@ def tab(page: Page) -> None:
 
     hidden: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
     outputs = [name, said, plot, gallery, seen]
-    for event in (timer.tick, name.input):
+    for event in (timer.tick, name.select):
         event(look, [name, seen], outputs, **hidden)
     again.click(
         resume, [name, minutes], said, concurrency_id="training", concurrency_limit=1, **hidden

@@ -60,6 +60,7 @@ class Page:
         held_out: labelled images by which new models are judged; None: those of a model's run.
         most_pixels: of the images of one upload together.
         job: the training that was begun last; one is at work at a time.
+        learner: the session whose training is about to begin; None: it was stopped before.
     """
 
     folder: Path
@@ -68,6 +69,7 @@ class Page:
     held_out: Path | None = None
     most_pixels: int = 2**26
     job: Job | None = None
+    learner: str | None = None
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
@@ -111,18 +113,24 @@ class Page:
         place.mkdir(parents=True, exist_ok=True)
         return Path(tempfile.mkdtemp(dir=place))
 
+    def check_free(self) -> None:
+        """Refuses a second training at a time."""
+        if self.job is not None and self.job.command.running:
+            name = self.job.run.name
+            raise InputError(f"{name} is being trained: wait for its end, or stop it")
+
     def started(self, session: str | None, run: Path, *words: object) -> Command:
         """A training, as the job of a session."""
+        self.check_free()
         if self.job is not None:
-            if self.job.command.running:
-                name = self.job.run.name
-                raise InputError(f"{name} is being trained: wait for its end, or stop it")
             self.job.command.stop()  # it has ended: the end of the page has not to see to it
         self.job = Job(session, run, Command(*words))
         return self.job.command
 
     def ended(self, session: str | None) -> None:
-        """A tab was closed: its job ends, and is saved."""
+        """A tab was closed, or Stop pressed: its job ends, and is saved, or does not begin."""
+        if self.learner == session:
+            self.learner = None
         if self.job is not None and self.job.session == session is not None:
             self.job.command.stop()
 
@@ -139,6 +147,21 @@ def known_model(path: Path, name: str) -> Known:
             f"--model {path} is of the task {task!r}: give segmentations and diffusion"
         )
     return Known(name, path, str(task))
+
+
+def interactive(components: Sequence[Any], value: bool) -> dict[str, Any]:
+    """An event that locks components, or gives them back, in the browser, before any other answer.
+
+    Locked until an event has filled them in they take no choice that it would overwrite.
+    """
+    update = f"{{__type__: 'update', interactive: {str(value).lower()}}}"
+    return {
+        "fn": None,
+        "inputs": None,
+        "outputs": [*components],
+        "js": f"() => Array({len(components)}).fill({update})",
+        "api_visibility": "private",
+    }
 
 
 def sentences(work: Callable[..., Any]) -> Callable[..., Any]:
