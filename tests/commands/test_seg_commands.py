@@ -291,7 +291,7 @@ def spoil(kind: str, data: Path) -> None:
         ("", ("--val-names", "99"), "99"),
         ("", ("--pictures", "-1"), "--pictures -1"),
         ("", ("--images", "x"), "--images and --masks"),
-        ("", ("--data", ""), "is in no run folder"),
+        ("", ("--data", "None"), "is in no run folder"),
         ("", ("--split", "val"), "--val-names"),
     ],
 )
