@@ -224,7 +224,7 @@ class DiffusionUNet(FolderModel):
                 f"{info['few_steps']} built in"
             )
         if "steps" in info:
-            facts["Steps"] = f"{info['steps']} by default, which keep the contrast of more"
+            facts["Steps"] = f"{info['steps']} by default, with the contrast of more"
         if "coupling" in info:
             facts["Coupling"] = "noise was given to images near it: sample without fresh noise"
         if {"text", "text_encoder"} & info.keys():

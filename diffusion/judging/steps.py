@@ -1,7 +1,8 @@
-"""How many evaluations of the network a model's images need: by the contrast that they keep.
+"""How many evaluations of the network a model's images need: by the contrast that they have.
 
 A long step goes to the mean of what the image may be. Plain images gain by that, as it takes back
-what is unlikely; a texture loses its grain, and pale images their colours.
+what is unlikely; a texture loses its grain, and pale images their colours. After little training
+long steps leave noise instead.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from diffusion.process.schedule import NoiseSchedule
 from diffusion.sampling import STEPS, ImageSampler
 
 FEWER = 8  # steps that are tried beside the usual ones
-KEPT = 0.85  # share of the power that they have to keep at each wavelength
+ALIKE = 0.85  # least ratio of the powers of both at each wavelength, whichever is the smaller
 SAMPLED = 36  # images of each
 _EDGES = (-1, 1 / 16, 1 / 8, 1 / 4, 1)  # of the bands, in waves a pixel
 
@@ -33,8 +34,8 @@ def needs_deciding(model: DiffusionUNet) -> bool:
 
 
 def note_steps(sampler: ImageSampler, wanted: Wanted) -> str:
-    """Notes in the model's `info` that FEWER steps are its default, if these keep the contrast of
-    what STEPS make from the same noise, and says what was found.
+    """Notes in the model's `info` that FEWER steps are its default, if what these make has the
+    contrast of what STEPS make from the same noise, and says what was found.
 
     Args:
         sampler: of the model; whatever its steps are.
@@ -44,22 +45,27 @@ def note_steps(sampler: ImageSampler, wanted: Wanted) -> str:
     for steps in (FEWER, STEPS):
         way = sampler.with_options(replace(sampler.options, steps=steps))
         made.append(way(len(wanted), wanted))
-    share = kept_power(*made)
+    share = likeness(*made)
     sampler.model.info.pop("steps", None)  # of weights before these
-    power = f"{share:.0%} of the power of the images that {STEPS} make, where it is least"
-    if share < KEPT:
-        return f"samples are made in {STEPS} steps by default: {FEWER} keep {power}"
-    sampler.model.info["steps"] = FEWER
-    return f"samples are made in {FEWER} steps by default: they keep {power}"
+    steps = STEPS if share < ALIKE else FEWER
+    if steps == FEWER:
+        sampler.model.info["steps"] = FEWER
+    return (
+        f"samples are made in {steps} steps by default: at the wavelength where the images of "
+        f"{FEWER} and {STEPS} steps differ most, the power of the ones is {share:.0%} of that of "
+        "the others"
+    )
 
 
-def kept_power(images: NDArray[Any], others: NDArray[Any]) -> float:
-    """The power of images (N, H, W, C) as a share of that of others, the least over wavelengths
-    (above 16 pixels, 8 to 16, 4 to 8, below 4) and channels, at most 1.
+def likeness(images: NDArray[Any], others: NDArray[Any]) -> float:
+    """How much the power of images (N, H, W, C) is like that of others: the smaller as a share of
+    the larger, the least over wavelengths (above 16 pixels, 8 to 16, 4 to 8, below 4) and channels.
     """
     ours, theirs = band_powers(images), band_powers(others)
-    floor = 1e-4 * theirs.max() or 1.0  # of bands and channels in which there is nothing
-    return float(((ours + floor) / (theirs + floor)).clip(max=1).min())
+    # Where there is nothing in a band or channel, nothing is lost.
+    floor = 1e-4 * max(ours.max(), theirs.max()) or 1.0
+    ratio = (ours + floor) / (theirs + floor)
+    return float(np.minimum(ratio, 1 / ratio).min())
 
 
 def band_powers(images: NDArray[Any]) -> NDArray[np.float64]:

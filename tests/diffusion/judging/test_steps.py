@@ -10,7 +10,7 @@ import pytest
 from scipy.ndimage import gaussian_filter
 
 from diffusion.judging import steps
-from diffusion.judging.steps import FEWER, band_powers, kept_power, needs_deciding, note_steps
+from diffusion.judging.steps import FEWER, band_powers, likeness, needs_deciding, note_steps
 from diffusion.model import DiffusionUNet
 from diffusion.options import SamplingOptions
 from diffusion.process.schedule import NoiseSchedule
@@ -33,11 +33,12 @@ def model(**info: Any) -> DiffusionUNet:
 def test_power_follows_the_contrast_whatever_the_greys_are(shape: tuple[int, ...]) -> None:
     images = RNG.normal(size=shape)
     images -= images.mean(axis=(1, 2), keepdims=True)
-    assert kept_power(images, images) == 1
-    assert kept_power(0.5 * images + 9, images) == pytest.approx(
+    assert likeness(images, images) == 1
+    assert likeness(0.5 * images + 9, images) == pytest.approx(
         0.25 if images.any() else 1, rel=0.01
     )
-    assert kept_power(images, 0.5 * images) == 1  # more than there was is no loss
+    back = likeness(images, 0.5 * images + 9)  # as where noise is left
+    assert back == pytest.approx(likeness(0.5 * images, images))
 
 
 def test_a_loss_at_one_wavelength_or_in_one_channel_is_seen() -> None:
@@ -46,11 +47,11 @@ def test_a_loss_at_one_wavelength_or_in_one_channel_is_seen() -> None:
     powers = band_powers(blurred) / band_powers(images)
     assert (np.diff(powers, axis=0) < 0).all()  # grain goes first
     assert powers[0].min() > 0.8
-    assert kept_power(blurred, images) == pytest.approx(powers.min(), rel=0.02)
+    assert likeness(blurred, images) == pytest.approx(powers.min(), rel=0.02)
     pale = images * (1, 1, 0.8)
-    assert kept_power(pale, images) == pytest.approx(0.64, rel=0.01)
+    assert likeness(pale, images) == pytest.approx(0.64, rel=0.01)
     images[..., 2] = 5  # where nothing is, nothing is lost
-    assert kept_power(images + 1e-9 * RNG.normal(size=images.shape), images) == pytest.approx(1)
+    assert likeness(images + 1e-9 * RNG.normal(size=images.shape), images) == pytest.approx(1)
 
 
 @pytest.mark.parametrize(("kept", "found"), [(0.5, STEPS), (0.99, FEWER)])
@@ -64,7 +65,7 @@ def test_fewer_steps_are_taken_where_they_keep_the_contrast(
         compared.extend([images, others])
         return kept
 
-    monkeypatch.setattr(steps, "kept_power", share)
+    monkeypatch.setattr(steps, "likeness", share)
     sampler = ImageSampler(model(steps=FEWER), SamplingOptions(seed=3))  # as of earlier weights
     assert f"in {found} steps by default" in note_steps(sampler, [None] * 2)
     assert with_defaults(SamplingOptions(), sampler.model).steps == found
