@@ -3,11 +3,11 @@
 For each amount of labels and each seed, which chooses the slices and the corner, segmentations of
 the same network on the same labels: from random weights for the whole budget; with --unlabelled,
 the diffusion model of the unlabelled slices and all, within the same budget; and with the whole
-budget behind that model, as where it is there already. The last two beside generated images and
-masks as well (--synthetic), of a joint diffusion model that starts from that of the unlabelled
-slices and learns from the labels; its steps, as many again, are in no budget. Slices 24 to 29 are
-scored by the last weights, so nothing is chosen on them. Each figure is written when it is there,
-and a run that is started again goes on.
+budget behind that model, as where it is there already. The first and the last of these also beside
+generated images and masks (--synthetic), of a joint diffusion model that starts from that of the
+unlabelled slices and learns from the labels; its steps, as many again, are in no budget. Slices 24
+to 29 are scored by the last weights, so nothing is chosen on them. Each figure is written when it
+is there, and a run that is started again goes on.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from diffusion.initial import (
     take_over,
 )
 from diffusion.judging.report import SHOWN, preview_sampler, shown_conditions, spread, write_report
-from diffusion.judging.steps import SAMPLED, needs_deciding, note_steps
+from diffusion.judging.steps import needs_deciding, note_steps
 from diffusion.model import DiffusionUNet, noted_path
 from diffusion.options import CHANNELS, DiffusionOptions
 from diffusion.pictures import grid, table
@@ -121,12 +121,14 @@ def _finish(plan: DiffusionPlan, data: Data, model: DiffusionUNet) -> None:
     if plan.clip:
         best.text = model.text  # as saved models do not hold it
     whole = plan.options.trained != "lora"
+    samples = None
     if whole and needs_deciding(best):
         sampler = preview_sampler(best, plan.fit.seed, plan.fit.together())
-        print(note_steps(sampler, shown_conditions(data, SAMPLED)))
+        said, samples = note_steps(sampler, shown_conditions(data, SHOWN))
+        print(said)
     # What is made from pictures would show these, which may be nobody else's.
     picture = run / "model" / SAMPLES if whole and best.condition is None else None
-    report = write_report(run, best, data, plan.fit.seed, plan.fit.together(), picture)
+    report = write_report(run, best, data, plan.fit.seed, plan.fit.together(), picture, samples)
     print(f"report: {report}")
     if whole:
         best.save_info(run / "model")  # whose card shows the samples

@@ -13,7 +13,6 @@ SMALL = {
     "diffusion.training.SHOWN_LEVELS": 3,
     "diffusion.training.LEAST_JUDGED": 16,
     "diffusion.training.MOST_JUDGED": 16,
-    "diffusion.training.SAMPLED": 2,
     "diffusion.judging.report.SHOWN": 4,
     "diffusion.judging.report.FRAMES": 4,
     "diffusion.judging.report.JUDGED": 4,

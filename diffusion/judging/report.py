@@ -43,12 +43,14 @@ def write_report(
     seed: int,
     together: int,
     picture: Path | None = None,
+    samples: Images | None = None,
 ) -> Path:
     """Writes report.png, errors.json and samples/appearing.{png,gif} into a run folder.
 
     Args:
         together: images that go through the network at a time, at most.
         picture: where its samples go as a picture of their own.
+        samples: SHOWN of them, as the sampler of these pictures makes them; None: they are made.
 
     Returns:
         The path of the report.
@@ -58,7 +60,7 @@ def write_report(
     autoencoder = autoencoder_of(data)
     sampler = preview_sampler(model, seed, together, autoencoder=autoencoder)
     wanted = shown_conditions(data, SHOWN)
-    samples = sampler.shown(sampler(SHOWN, wanted))
+    samples = sampler.shown(sampler(SHOWN, wanted) if samples is None else samples)
     if picture:
         with replacing(picture) as temporary:
             grid(samples).save(temporary, format="png")

@@ -17,11 +17,10 @@ from numpy.typing import NDArray
 from diffusion.model import DiffusionUNet
 from diffusion.plans import Wanted
 from diffusion.process.schedule import NoiseSchedule
-from diffusion.sampling import STEPS, ImageSampler
+from diffusion.sampling import STEPS, Images, ImageSampler
 
 FEWER = 8  # steps that are tried beside the usual ones
 ALIKE = 0.85  # least ratio of the powers of both at each wavelength, whichever is the smaller
-SAMPLED = 36  # images of each
 _EDGES = (-1, 1 / 16, 1 / 8, 1 / 4, 1)  # of the bands, in waves a pixel
 
 
@@ -33,28 +32,32 @@ def needs_deciding(model: DiffusionUNet) -> bool:
     return schedule.kind == "flow" and schedule.steps >= STEPS and not others & model.info.keys()
 
 
-def note_steps(sampler: ImageSampler, wanted: Wanted) -> str:
+def note_steps(sampler: ImageSampler, wanted: Wanted) -> tuple[str, Images]:
     """Notes in the model's `info` that FEWER steps are its default, if what these make has the
-    contrast of what STEPS make from the same noise, and says what was found.
+    contrast of what STEPS make from the same noise.
 
     Args:
         sampler: of the model; whatever its steps are.
         wanted: see `ImageSampler`; so many images are made.
+
+    Returns:
+        What was found, for people, and the images in the steps that are its default.
     """
-    made = []
+    made: dict[int, Images] = {}
     for steps in (FEWER, STEPS):
         way = sampler.with_options(replace(sampler.options, steps=steps))
-        made.append(way(len(wanted), wanted))
-    share = likeness(*made)
+        made[steps] = way(len(wanted), wanted)
+    share = likeness(made[FEWER], made[STEPS])
     sampler.model.info.pop("steps", None)  # of weights before these
     steps = STEPS if share < ALIKE else FEWER
     if steps == FEWER:
         sampler.model.info["steps"] = FEWER
-    return (
+    said = (
         f"samples are made in {steps} steps by default: at the wavelength where the images of "
         f"{FEWER} and {STEPS} steps differ most, the power of the ones is {share:.0%} of that of "
         "the others"
     )
+    return said, made[steps]
 
 
 def likeness(images: NDArray[Any], others: NDArray[Any]) -> float:

@@ -67,7 +67,9 @@ def test_fewer_steps_are_taken_where_they_keep_the_contrast(
 
     monkeypatch.setattr(steps, "likeness", share)
     sampler = ImageSampler(model(steps=FEWER), SamplingOptions(seed=3))  # as of earlier weights
-    assert f"in {found} steps by default" in note_steps(sampler, [None] * 2)
+    said, made = note_steps(sampler, [None] * 2)
+    assert f"in {found} steps by default" in said
+    np.testing.assert_array_equal(made, compared[0 if found == FEWER else 1])
     assert with_defaults(SamplingOptions(), sampler.model).steps == found
     fewer = ImageSampler(sampler.model, SamplingOptions(seed=3, steps=FEWER))
     np.testing.assert_array_equal(compared[0], fewer(2))
