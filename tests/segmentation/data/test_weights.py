@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from scipy import ndimage
 from segmentation.data.classes import IGNORE
 from segmentation.data.phantom import phantom_stack
 from segmentation.data.weights import border_weights, find_cells
+from tests.costs import blurs
 from unet.errors import InputError
 from unet.files.images import read_mask
 
@@ -108,12 +108,11 @@ def test_turns_and_flips_with_the_mask(turn: int) -> None:
     np.testing.assert_allclose(border_weights(mask[:, ::-1]), weights[:, ::-1])
 
 
-def test_hundreds_of_cells_take_less_than_three_seconds() -> None:
+def test_hundreds_of_cells_cost_less_than_60_blurs() -> None:
     y, x = np.mgrid[:512, :512]
     mask = (y % 24 > 1) & (x % 24 > 1)
-    start = time.process_time()
+    assert blurs(border_weights, mask) < 60
     weights = border_weights(mask)
-    assert time.process_time() - start < 3
     assert ndimage.label(mask)[1] > 400
     tile = brute_force(ndimage.label(mask[:73, :73])[0], 10.0, 5.0)
     np.testing.assert_allclose(weights[:49, :49], 1 + tile[:49, :49], rtol=1e-6)
@@ -122,9 +121,7 @@ def test_hundreds_of_cells_take_less_than_three_seconds() -> None:
 def test_membranes_of_real_slices_are_heavier_than_their_cells(isbi2012: Path) -> None:
     for i in range(0, 30, 6):
         cells = np.asarray(Image.open(isbi2012 / f"label/{i}.png")) > 0
-        start = time.process_time()
         weights = border_weights(cells)
-        assert time.process_time() - start < 3
         assert weights[~cells].mean() > 2 * weights[cells].mean()
 
 

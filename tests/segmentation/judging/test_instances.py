@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from scipy.optimize import linear_sum_assignment
 
 from segmentation.data.instances import UNKNOWN, smallest_counted, without_small
 from segmentation.judging.instances import IOUS, Overlaps
+from tests.costs import blurs
 from unet.errors import InputError
 
 Array = NDArray[Any]
@@ -193,12 +193,11 @@ def test_images_of_other_sizes_are_refused() -> None:
         Overlaps.of(np.zeros((2, 2), int), np.zeros((2, 3), int))
 
 
-def test_a_thousand_objects_take_no_second() -> None:
+def test_a_thousand_objects_cost_less_than_60_blurs() -> None:
     true = np.arange(40 * 40).reshape(40, 40).repeat(32, 0).repeat(32, 1)
     found = np.roll(true, 5, axis=1)
-    start = time.perf_counter()
     assert Overlaps.of(found, true).scores()["ap50"] > 0.9
-    assert time.perf_counter() - start < 3  # 0.2 s on a quiet machine
+    assert blurs(lambda: Overlaps.of(found, true).scores()) < 60
 
 
 def test_the_smallest_object_that_counts() -> None:

