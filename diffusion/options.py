@@ -51,8 +51,8 @@ class DiffusionOptions(ReadingOptions, FitOptions):
     they are, RGB if any is."""
 
     background: tuple[int, int, int] = (255, 255, 255)
-    """Colour (red green blue, 0 to 255) that transparent pixels are laid over; not with --colour
-    rgba."""
+    """Colour (red green blue, 0 to 255) that transparent pixels are laid over, those of --condition
+    as well; not with --colour rgba."""
 
     caption_key: str | None = None
     """Key of the captions in a metadata.jsonl, or column of a metadata.csv; none given: text,

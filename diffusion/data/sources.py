@@ -19,6 +19,7 @@ from diffusion.data.shapes import HELD_OUT, SIDE, example, example_caption
 from unet.errors import InputError, not_there
 from unet.files.images import (
     OURS,
+    WHITE,
     Colour,
     array_pages,
     check_slices,
@@ -52,7 +53,7 @@ class HowToRead:
     """
 
     reading: Reading = AS_STORED
-    background: Colour | None = (255, 255, 255)
+    background: Colour | None = WHITE
     caption_key: str | None = None
 
     def image(self, path: Path, page: int | None = None) -> Array:
@@ -60,6 +61,20 @@ class HowToRead:
         if self.background is not None:
             return read_image(path, page, self.reading, background=self.background)
         return read_image(path, page, self.reading, alpha=True)
+
+
+def as_colour(saved: Any) -> Colour | None:
+    """A colour that a model's JSON says; None: it says none.
+
+    Raises:
+        ValueError: it is no colour.
+    """
+    match saved:
+        case None:
+            return None
+        case [int(red), int(green), int(blue)] if all(0 <= part <= 255 for part in saved):
+            return red, green, blue
+    raise ValueError(f"{saved!r:.200} is no colour of three numbers from 0 to 255")
 
 
 @dataclass(frozen=True, kw_only=True)
