@@ -16,7 +16,7 @@ from torch import Tensor
 from diffusion.attention_maps import recorded_attention
 from diffusion.data.conditions import Asked, ImageKind, Picture, Unread
 from diffusion.data.pixels import Pixels, known_ranges
-from diffusion.data.sources import as_colour
+from diffusion.data.sources import saved_colour
 from diffusion.initial import load_model
 from diffusion.model import DiffusionUNet
 from diffusion.options import SamplingOptions
@@ -274,7 +274,7 @@ class ImageSampler:
         if self.channels == 4:
             return None
         try:
-            return as_colour(self.model.info.get("background")) or WHITE
+            return saved_colour(self.model.info.get("background")) or WHITE
         except ValueError as error:
             raise InputError(f"the model's background is damaged: {error}") from error
 

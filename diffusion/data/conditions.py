@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffusion.data.masks import survey_of
 from diffusion.data.pixels import (
     Pixels,
     ValueRange,
@@ -32,14 +33,14 @@ from diffusion.data.pixels import (
     to_unit,
 )
 from diffusion.data.ranges import RangeFinder
-from diffusion.data.sources import HowToRead, as_colour
+from diffusion.data.sources import HowToRead, saved_colour
 from unet.errors import InputError
 from unet.files.images import WHITE, Colour, image_info, images_below, read_image, read_mask
+from unet.files.mask_values import MAX_CLASSES
 from unet.files.pages import Array, Reading
 from unet.words import counted
 
 RECIPES = ("lowres", "grey", "noise", "hole")
-MAX_VALUES = 32  # of a mask
 _LOOKED_AT = 50  # files that say what a folder holds
 
 
@@ -125,6 +126,8 @@ class Condition:
         fine: of a picture: whether it keeps more than 8 bits, as it does but in older models.
         background: of a picture: what transparent pixels are laid over; None: white, as no picture
             to learn from had any.
+        soft: of a picture: the values between which its edges are soft, but for which it would be a
+            mask.
     """
 
     kind: str
@@ -136,6 +139,7 @@ class Condition:
     high: float = 255.0
     fine: bool = False
     background: Colour | None = None
+    soft: tuple[int, ...] = ()
 
     def said(self) -> str:
         """What it is, for people."""
@@ -143,7 +147,9 @@ class Condition:
             return f"masks of the values {', '.join(map(str, self.values))}"
         if self.kind == "picture":
             over = f", transparent pixels over the colour {_said(self.background)}"
-            values = f"{self.low:g} to {self.high:g}{over if self.background else ''}"
+            edges = f", no masks, as the edges between {', '.join(map(str, self.soft))} are soft"
+            values = f"{self.low:g} to {self.high:g}"
+            values += (over if self.background else "") + (edges if self.soft else "")
             return f"pictures of {counted(self.channels, 'channel')}, {values}"
         words = {
             "lowres": f"the image, {self.amount:g} times smaller",
@@ -313,7 +319,8 @@ class Condition:
     def to_dict(self) -> dict[str, Any]:
         """JSON values, which `from_dict` reads back."""
         background = self.background and list(self.background)
-        return {**vars(self), "values": list(self.values), "background": background}
+        saved = {"values": list(self.values), "background": background, "soft": list(self.soft)}
+        return {**vars(self), **saved}
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> Condition:
@@ -328,7 +335,8 @@ class Condition:
                 low=float(saved["low"]),
                 high=float(saved["high"]),
                 fine=bool(saved.get("fine", False)),
-                background=as_colour(saved.get("background")),
+                background=saved_colour(saved.get("background")),
+                soft=tuple(map(int, saved.get("soft", ()))),
             )
             if found.kind not in (*RECIPES, "mask", "picture") or not 0 < found.channels < 1000:
                 raise ValueError(f"{found.kind!r} of {found.channels} channels")
@@ -384,7 +392,8 @@ def find_condition(
     Args:
         nodata: see `Condition.read`.
         said: "lowres:4", "grey", "noise:0.2", "hole", or a folder. Files there that all hold a few
-            whole numbers (or are indices of a palette) are masks, others are pictures.
+            whole numbers (or are indices of a palette) are masks, others are pictures, among them
+            such whose edges are soft.
         files: those of the folder that go with images; none given: all in it and below it.
         background: what transparent pixels of pictures are laid over, if something is left of all
             of these; else white, or black.
@@ -422,18 +431,15 @@ def _of_folder(
     for info in map(image_info, files):
         kinds[info.channels, info.dtype, info.palette, info.lossy] = None
         transparent |= info.has_alpha
-    values: set[int] = set()
     masks = all(
         (channels == 1 or palette is not None) and dtype != "float32" and not lossy
         for channels, dtype, palette, lossy in kinds
     )
-    for file in files if masks else []:
-        values |= set(np.unique(read_mask(file)).tolist())
-        if len(values) > MAX_VALUES:
-            masks = False
-            break
-    if masks and len(values) > 1:
-        return Condition(kind="mask", channels=len(values), values=tuple(sorted(values)))
+    survey = survey_of(files if masks else [])
+    values = sorted(value for value in survey.pixels if isinstance(value, int))
+    soft = len(values) <= MAX_CLASSES and survey.soft()
+    if 1 < len(values) <= MAX_CLASSES and not soft:
+        return Condition(kind="mask", channels=len(values), values=tuple(values))
     channels = {kind[0] for kind in kinds}
     if len(channels) > 1 and channels != {1, 3}:
         raise InputError(
@@ -457,6 +463,7 @@ def _of_folder(
         high=high[0],
         fine=dtype != "uint8",
         background=background if transparent else None,
+        soft=tuple(value for value in soft[0] if isinstance(value, int)) if soft else (),
     )
 
 

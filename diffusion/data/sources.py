@@ -63,7 +63,7 @@ class HowToRead:
         return read_image(path, page, self.reading, alpha=True)
 
 
-def as_colour(saved: Any) -> Colour | None:
+def saved_colour(saved: Any) -> Colour | None:
     """A colour that a model's JSON says; None: it says none.
 
     Raises:
