@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PureWindowsPath
 
-from segmentation.data.inputs import IMAGE_FOLDERS, MASK_FOLDERS
 from segmentation.data.masks import VOID
 from segmentation.data.polygons import (
     BACKGROUND,
@@ -25,6 +24,7 @@ from segmentation.data.polygons import (
     read_labelme,
 )
 from unet.errors import InputError, not_there
+from unet.files.folders import IMAGE_FOLDERS, MASK_FOLDERS
 from unet.files.images import (
     files_below,
     images_below,
