@@ -117,7 +117,8 @@ class DiffusionOptions(ReadingOptions, FitOptions):
 
     init: str | None = None
     """Model folder whose weights to start from, and whose network to take; what differs, such as a
-    head or the classes, starts anew. Or a diffusers pipeline, or its unet/."""
+    head or the classes, starts anew. Or OWNER/NAME of one on the Hugging Face Hub, a diffusers
+    pipeline, or its unet/."""
 
     trained: Literal["all", "attention", "lora"] = "all"
     """attention: of the network in --init, train the spatial transformers alone. lora: leave it as
