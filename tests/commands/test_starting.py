@@ -454,7 +454,7 @@ def test_a_diffusion_model_that_is_there_is_not_learnt_again(
         (("--network", "sd-v1"), "choose one of shared, diffusion, ddpm-cifar10, ddpm-256\n"),
         (("--unlabelled", "LARGE", "--crop", 0), "whole images, of 40 x 48 pixels"),
         (("--unlabelled", "CUT", "--init", "MODEL"), "image file is truncated"),
-        (("--init", "a/model"), "a/model"),
+        (("--init", "a/b/model"), "a/b/model"),
         (("--best-by", "ap"), "ap"),
         (("--crop", 64), "too few for a crop of 64"),
         (("--unlabelled", "COLOUR"), "RGB uint8 in the unlabelled"),
