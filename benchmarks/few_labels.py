@@ -229,7 +229,7 @@ def generated(options: Options, folder: Path, drawn: Path, seed: int) -> Path:
             image, mask = pair.read_image(), pair.read_mask()
             rows, columns = (np.flatnonzero((mask != UNLABELLED).any(axis)) for axis in (1, 0))
             labelled = np.ix_(rows, columns)  # a corner, or all
-            for turn in range(8):  # all are learnt from, though some of the files are held out
+            for turn in range(8):
                 for kind, pixels in (("image", image), ("label", mask)):
                     turned = np.rot90(pixels[labelled], turn)[:, :: 1 if turn < 4 else -1]
                     write_image(pairs / kind / f"{pair.name}-{turn}.tif", turned)
@@ -240,6 +240,7 @@ def generated(options: Options, folder: Path, drawn: Path, seed: int) -> Path:
                     data=pairs / "image",
                     joint=pairs / "label",
                     init=str(drawn),
+                    val=0,
                     crops=True,
                     size=options.crop,
                     batch_size=4,

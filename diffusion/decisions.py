@@ -35,6 +35,7 @@ from unet import PRESETS, UNetConfig
 from unet.attention import SpatialTransformer
 from unet.device import pick_device
 from unet.errors import InputError
+from unet.files.images import WHITE
 from unet.training.plan import (
     AS_ASKED,
     Decision,
@@ -205,6 +206,8 @@ def data_info(options: DiffusionOptions, data: Data) -> dict[str, Any]:
         info["ranges"] = {kind: [v.low, v.high] for kind, v in images.ranges.items()}
     if reading := options.reading.to_dict():
         info["reading"] = reading
+    if options.background != WHITE:
+        info["background"] = list(options.background)
     if autoencoder := autoencoder_of(data):
         info["autoencoder"] = str(autoencoder.folder)
     if images.condition is not None:

@@ -51,8 +51,8 @@ class DiffusionOptions(ReadingOptions, FitOptions):
     they are, RGB if any is."""
 
     background: tuple[int, int, int] = (255, 255, 255)
-    """Colour (red green blue, 0 to 255) that transparent pixels are laid over; not with --colour
-    rgba."""
+    """Colour (red green blue, 0 to 255) that transparent pixels are laid over, those of --condition
+    as well; not with --colour rgba."""
 
     caption_key: str | None = None
     """Key of the captions in a metadata.jsonl, or column of a metadata.csv; none given: text,
@@ -117,7 +117,8 @@ class DiffusionOptions(ReadingOptions, FitOptions):
 
     init: str | None = None
     """Model folder whose weights to start from, and whose network to take; what differs, such as a
-    head or the classes, starts anew. Or a diffusers pipeline, or its unet/."""
+    head or the classes, starts anew. Or OWNER/NAME of one on the Hugging Face Hub, a diffusers
+    pipeline, or its unet/."""
 
     trained: Literal["all", "attention", "lora"] = "all"
     """attention: of the network in --init, train the spatial transformers alone. lora: leave it as

@@ -16,6 +16,7 @@ from torch import Tensor
 from diffusion.attention_maps import recorded_attention
 from diffusion.data.conditions import Asked, ImageKind, Picture, Unread
 from diffusion.data.pixels import Pixels, known_ranges
+from diffusion.data.sources import saved_colour
 from diffusion.initial import load_model
 from diffusion.model import DiffusionUNet
 from diffusion.options import SamplingOptions
@@ -33,6 +34,7 @@ from diffusion.stable.lora import merge_loras
 from diffusion.text import TextEncoder
 from unet.device import computing_in, pick_device, trained_precision
 from unet.errors import InputError
+from unet.files.images import WHITE, Colour
 from unet.files.pages import Array, Reading
 from unet.training.task import Processes
 
@@ -255,6 +257,7 @@ class ImageSampler:
             ranges=known_ranges(self.model.info),
             fine=self.pixels.fine,
             nodata=self.reading.nodata,
+            background=self.background,
         )
         return condition.unread(file, images)
 
@@ -262,6 +265,18 @@ class ImageSampler:
     def reading(self) -> Reading:
         """How the training images were read, from the model's `info`."""
         return Reading.from_dict(self.model.info.get("reading", {}))
+
+    @property
+    def background(self) -> Colour | None:
+        """What transparent pixels of images are laid over, as in training; None: alpha is a
+        channel.
+        """
+        if self.channels == 4:
+            return None
+        try:
+            return saved_colour(self.model.info.get("background")) or WHITE
+        except ValueError as error:
+            raise InputError(f"the model's background is damaged: {error}") from error
 
     def sizes(self, wanted: Wanted) -> list[tuple[int, int]]:
         """Height and width of each image that is made."""

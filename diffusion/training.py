@@ -54,6 +54,7 @@ from unet.training.resuming import resumed
 from unet.training.run import RunFolder, check_first, is_main_process, run_folder, upload
 from unet.training.task import Batch, Processes, Task
 from unet.weights.card import SAMPLES
+from unet.weights.folder import start_folder
 
 _GOLDEN = (math.sqrt(5) - 1) / 2  # its multiples are spread evenly, and far from their neighbours
 SHOWN_LEVELS = 8  # of the pictures
@@ -234,7 +235,7 @@ def make_model(plan: DiffusionPlan) -> DiffusionUNet:
     options = plan.options
     goes_on = options.resume and RunFolder(options.out).state.exists()
     if options.trained == "lora" and plan.start:
-        base = noted_path(str(options.init), RunFolder(options.out).model)
+        base = noted_path(start_folder(str(options.init)), RunFolder(options.out).model)
         start_lora(model, plan.start, options.rank, base)
     # What is not trained is not in the state, either.
     elif plan.start and not (goes_on and options.trained == "all"):

@@ -123,8 +123,8 @@ class SegmentationOptions(LabelOptions, FitOptions):
     init: str | None = None
     """Model folder whose weights to start from: a segmentation, or a diffusion model, which becomes
     a network without a timestep. Its network and the scaling of its images come with them, and its
-    head where that fits. Or a checkpoint of milesial's Pytorch-UNet, or of
-    segmentation_models.pytorch's Unet with vgg13_bn."""
+    head where that fits. Or OWNER/NAME of one on the Hugging Face Hub, or a checkpoint of
+    milesial's Pytorch-UNet, or of segmentation_models.pytorch's Unet with vgg13_bn."""
 
     unlabelled: Path | None = None
     """Folder of images without labels, of the same kind, in it and below it. For the first half of

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor
 
-from segmentation.data.classes import IGNORE, ClassTable, Value
+from segmentation.data.classes import IGNORE, ClassTable
 from segmentation.data.depths import Depth, objects_from_depth
 from segmentation.data.instances import INSTANCE_NAMES, instances_from_classes, without_small
 from segmentation.data.normalisation import Normalisation
@@ -29,6 +29,7 @@ from segmentation.uncertainty import disagreement_map, entropy_map
 from unet.device import pick_device
 from unet.errors import InputError, as_keywords
 from unet.files.images import Blocks, image_info
+from unet.files.mask_values import Value
 from unet.files.pages import ALL, Array, ImageInfo, Reading, missing
 from unet.files.rasters import open_raster
 from unet.files.volumes import is_volume

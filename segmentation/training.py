@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -42,14 +43,17 @@ from segmentation.pictures import (
 from segmentation.predict import Predictor, TensorSource, classes
 from unet.device import pick_device
 from unet.errors import InputError
+from unet.files.images import OURS, files_below, is_image_file, predictions
 from unet.files.pages import AS_STORED, ImageInfo, Reading
 from unet.files.pictures import panel
+from unet.files.volumes import is_volume
 from unet.training.fit import fit
 from unet.training.resuming import resumed
 from unet.training.run import RunFolder, check_first, is_main_process, run_folder, upload
 from unet.training.task import Batch, Processes, Task
 from unet.weights.folder import read_config
 from unet.weights.start import Start, take_over
+from unet.words import left_out
 
 PHANTOM_SLICES, STAINED_SLICES, PHANTOM_SIZE = 30, 20, (256, 256)
 FIGURES = (
@@ -85,6 +89,7 @@ def train(
     data = load_data(options, start, also)
     plan = decide(options, data, start)
     model = make_model(plan)
+    say_left_out(options, data.pairs)
     if is_main_process():
         cut = any(data.pairs[i].window for i in data.val)
         parts = [
@@ -221,6 +226,22 @@ def find_data(options: SegmentationOptions) -> list[Pair]:
     published = options.data == "isbi2012" and not Path("isbi2012").is_dir()
     folder = isbi2012_folder() if published else Path(options.data)
     return _with_val(find_pairs(folder, **said), options)
+
+
+def say_left_out(options: SegmentationOptions, pairs: Sequence[Pair]) -> None:
+    """Tells, once for all processes, what this project wrote in folders that are read, and that is
+    none of the pairs.
+    """
+    data = Path(options.data) if options.images is None else options.images
+    more = (options.masks, options.synthetic, options.val_data)
+    folders = [data, *(folder for folder in more if folder is not None)]
+    if is_main_process():
+        used = {file for pair in pairs for file in pair.files}
+        ours: list[Path] = []
+        found = [file for f in folders if not is_volume(f) for file in files_below(f, ours)]
+        predicted = predictions([file for file in found if is_image_file(file)]) - used
+        if said := left_out({"file of predictions": sorted(predicted), OURS: sorted(set(ours))}):
+            print(said, file=sys.stderr, flush=True)
 
 
 def annotated_pairs(count: int, seed: int, size: tuple[int, int] = PHANTOM_SIZE) -> list[Pair]:

@@ -26,11 +26,14 @@ def channels_said(count: int, names: Sequence[str] = ()) -> str:
     return {1: f"grey ({known})", 3: f"RGB ({known})"}.get(count, known)
 
 
-def left_out(found: Mapping[str, Sequence[object]]) -> str:
+def left_out(
+    found: Mapping[str, Sequence[object]], cure: str = "name one by itself if it is meant"
+) -> str:
     """What is left out of a folder that is walked, with the first of each kind; "" for nothing.
 
     Args:
         found: files or folders by what they are, such as "folder of masks".
+        cure: what to do where they are meant.
     """
     said = []
     for what, paths in found.items():
@@ -38,5 +41,4 @@ def left_out(found: Mapping[str, Sequence[object]]) -> str:
         if paths:
             first = min(map(str, paths))
             said.append(f"{counted(len(paths), thing)} {more}, such as {first}")
-    names = "; name one by itself if it is meant"
-    return f"left out: {', and '.join(said)}{names}" if said else ""
+    return f"left out: {', and '.join(said)}; {cure}" if said else ""

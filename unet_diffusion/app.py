@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout
 
 from unet.errors import InputError, RunError
 from unet.training.cli import run_script, say_next
+from unet.training.options import check_paths
 
 if TYPE_CHECKING:
     from unet_diffusion.page.shared import Known
@@ -71,7 +72,12 @@ class AppOptions:
 
 
 def main(options: AppOptions) -> None:
+    check_paths(options, made=("folder", "runs"))
     password = read_password(options.password_file)
+    if options.held_out is not None:
+        from segmentation.data.pairs import find_pairs
+
+        find_pairs(options.held_out)  # which is read again by each training
     folder = options.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")

@@ -114,7 +114,7 @@ def build(name: str) -> tuple[FolderModel, dict[str, Any]]:
     """
     model, source, lora = _opened(name)
     weights = [v for v in model.state_dict().values() if v.is_floating_point()]
-    stored = name not in PRESETS and Path(name).is_dir() and not lora
+    stored = name not in PRESETS and not (Path(name).is_file() or lora)
     facts = {
         "name": name,
         "task": model.task,
@@ -135,13 +135,14 @@ def _opened(name: str) -> tuple[FolderModel, str, dict[str, Any]]:
 
     from diffusion.initial import described_lora, is_lora
     from diffusion.stable.lora import LORA
+    from unet.weights.folder import start_folder
     from unet_diffusion.starting import KINDS, read_model
 
     if preset := PRESETS.get(name):
         kind = KINDS["diffusion" if preset.config.time else "segmentation"]
         with torch.device("meta"):
             return kind(preset.config, preset.out_channels).eval(), preset.source, {}
-    if not Path(name).exists():
+    if not (folder := start_folder(name)).exists():
         raise InputError(
             f"'{name}' is neither a preset ({', '.join(PRESETS)}) nor a model folder or checkpoint"
         )
@@ -152,7 +153,7 @@ def _opened(name: str) -> tuple[FolderModel, str, dict[str, Any]]:
         state = load_file(Path(name, LORA))
         sizes = {"layers": len(state) // 2, "parameters": sum(v.numel() for v in state.values())}
         return model, "LoRA folder", lora | sizes
-    return read_model(Path(name)), "model folder", {}
+    return read_model(folder), "model folder", {}
 
 
 def _in_checkpoint(file: Path) -> tuple[FolderModel, str]:

@@ -264,7 +264,7 @@ def read_images(
         channels=sampler.channels,
         how=HowToRead(
             reading=Reading.from_dict(model.info.get("reading", {})),
-            background=None if run.get("colour") == "rgba" else DiffusionOptions.background,
+            background=sampler.background,
             caption_key=run.get("caption_key"),
         ),
         ranges=known_ranges(model.info),

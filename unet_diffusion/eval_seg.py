@@ -204,7 +204,7 @@ def chosen_pairs(options: EvalOptions, slices: int) -> tuple[SegmentationOptions
     from segmentation.data.slices import with_neighbours
     from segmentation.data.splits import split_pairs
     from segmentation.judging.labelled import held_out
-    from segmentation.training import find_data
+    from segmentation.training import find_data, say_left_out
 
     files = [Path(folder).parent / "config.yaml" for folder in options.model]
     runs = [SegmentationOptions(**load_config(SegmentationOptions, f)) for f in files if f.exists()]
@@ -219,6 +219,7 @@ def chosen_pairs(options: EvalOptions, slices: int) -> tuple[SegmentationOptions
     else:
         raise InputError(f"{options.model[0]} is in no run folder: name labelled images by --data")
     chosen = pairs = with_neighbours(find_data(source), slices)
+    say_left_out(source, pairs)
     place = Path(source.images or source.data).resolve()
     own = [run for run in runs if Path(run.images or run.data).resolve() == place]
     if options.val_names:

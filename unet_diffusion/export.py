@@ -60,15 +60,16 @@ class ExportOptions:
 
 
 def main(options: ExportOptions) -> None:
-    from unet.weights.folder import read_config
+    from unet.weights.folder import model_folder, read_config
 
     check_paths(options)
-    task = read_config(Path(options.model))["task"]
+    folder = model_folder(options.model)
+    task = read_config(folder)["task"]
     if task == "segmentation":
         from segmentation.export.bioimage import NAME
         from segmentation.segmenter import load
 
-        load(options.model, device="cpu").export(
+        load(folder, device="cpu").export(
             options.to,
             options.out,
             int8=options.int8,
@@ -88,7 +89,7 @@ def main(options: ExportOptions) -> None:
         from diffusion.export import exportable
         from diffusion.model import DiffusionUNet
 
-        model = DiffusionUNet.from_pretrained(options.model).float()
+        model = DiffusionUNet.from_pretrained(folder).float()
         exportable(model).write(options.to, options.out)
     print(f"written: {options.out}")
     say_next("describe", options.model)

@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 
 from diffusion.options import DiffusionOptions
 from diffusion.training import train as learn_to_draw
-from segmentation.data.classes import Value
 from segmentation.data.inputs import find_inputs
 from segmentation.data.pairs import Pair, kind
 from segmentation.decisions import (
@@ -37,6 +36,7 @@ from segmentation.training import train as learn_to_label
 from unet import PRESETS
 from unet.errors import InputError
 from unet.files.images import image_info, read_image, read_mask, write_image
+from unet.files.mask_values import Value
 from unet.files.pages import ImageInfo, Reading, missing
 from unet.training.config_file import save_config
 from unet.training.run import RunFolder, check_first, is_main_process

@@ -392,8 +392,7 @@ def picture(path: Path, sampler: ImageSampler) -> Tensor:
     from unet.files.pages import naming
 
     reading = sampler.reading
-    over = None if sampler.channels == 4 else HowToRead().background
-    pixels = HowToRead(reading=reading, background=over).image(path)
+    pixels = HowToRead(reading=reading, background=sampler.background).image(path)
     values = known_ranges(sampler.model.info).get(pixels.dtype.name)
     size, nodata = (sampler.height, sampler.width), image_info(path, reading).nodata
     with naming(path):

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffusion.data.masks import survey_of
 from diffusion.data.pixels import (
     Pixels,
     ValueRange,
@@ -32,13 +33,14 @@ from diffusion.data.pixels import (
     to_unit,
 )
 from diffusion.data.ranges import RangeFinder
+from diffusion.data.sources import HowToRead, saved_colour
 from unet.errors import InputError
-from unet.files.images import image_info, images_below, read_image, read_mask
+from unet.files.images import WHITE, Colour, image_info, images_below, read_image, read_mask
+from unet.files.mask_values import MAX_CLASSES
 from unet.files.pages import Array, Reading
 from unet.words import counted
 
 RECIPES = ("lowres", "grey", "noise", "hole")
-MAX_VALUES = 32  # of a mask
 _LOOKED_AT = 50  # files that say what a folder holds
 
 
@@ -91,6 +93,7 @@ class ImageKind:
         ranges: the values of each type that are -1 and 1 in images, where not all that it has.
         fine: whether images have more than 8 bits.
         nodata: see `Condition.read`.
+        background: what transparent pixels are laid over; None: alpha is a channel of its own.
     """
 
     size: tuple[int, int] | None
@@ -98,6 +101,7 @@ class ImageKind:
     ranges: Mapping[str, ValueRange] = field(default_factory=dict)
     fine: bool = False
     nodata: float | None = None
+    background: Colour | None = WHITE
 
     def levels(self, pixels: Array, channels: int, nodata: float | None) -> Pixels:
         """Pixels (H, W, C) as levels like those of the images, with so many channels."""
@@ -120,6 +124,10 @@ class Condition:
         values: of a mask: the value of each channel.
         dtype, low, high: of a picture: what becomes -1 and 1.
         fine: of a picture: whether it keeps more than 8 bits, as it does but in older models.
+        background: of a picture: what transparent pixels are laid over; None: white, as no picture
+            to learn from had any.
+        soft: of a picture: the values between which its edges are soft, but for which it would be a
+            mask.
     """
 
     kind: str
@@ -130,13 +138,19 @@ class Condition:
     low: float = 0.0
     high: float = 255.0
     fine: bool = False
+    background: Colour | None = None
+    soft: tuple[int, ...] = ()
 
     def said(self) -> str:
         """What it is, for people."""
         if self.kind == "mask":
             return f"masks of the values {', '.join(map(str, self.values))}"
         if self.kind == "picture":
-            return f"pictures of {counted(self.channels, 'channel')}, {self.low:g} to {self.high:g}"
+            over = f", transparent pixels over the colour {_said(self.background)}"
+            edges = f", no masks, as the edges between {', '.join(map(str, self.soft))} are soft"
+            values = f"{self.low:g} to {self.high:g}"
+            values += (over if self.background else "") + (edges if self.soft else "")
+            return f"pictures of {counted(self.channels, 'channel')}, {values}"
         words = {
             "lowres": f"the image, {self.amount:g} times smaller",
             "grey": "the greys of the image",
@@ -207,7 +221,8 @@ class Condition:
                 declares.
 
         Raises:
-            InputError: a mask with another value, a picture with other channels.
+            InputError: a mask with another value; a picture with other channels, or in the very
+                colour that its transparent pixels are laid over.
         """
         if self.kind == "mask":
             mask = read_mask(file)
@@ -221,7 +236,14 @@ class Condition:
                     f"{list(self.values)}"
                 )
             return ((mask[..., None] == np.array(self.values)) * np.uint8(255)).astype(np.uint8)
-        pixels, nodata = _read(file, nodata, background=(255, 255, 255))
+        background = self.background or WHITE
+        pixels, nodata = _read(file, nodata, background)
+        if _vanishes(file, pixels):
+            raise InputError(
+                f"{str(file)!r}: all that is painted in it has the colour {_said(background)}, "
+                "which its transparent pixels are laid over, so nothing of it is left: fill these "
+                "with another colour, or train with another --background"
+            )
         known_range = ValueRange(self.low, self.high) if pixels.dtype.name == self.dtype else None
         try:
             return as_levels(pixels, self.channels, known_range, nodata, fine=self.fine)
@@ -244,7 +266,8 @@ class Condition:
             if self.kind == "hole":
                 return _around_hole(file, images)
             channels = 1 if self.kind == "grey" else images.channels
-            read, nodata = _read(file, images.nodata, background=(255, 255, 255))
+            over = images.background or (WHITE if self.kind == "grey" else None)
+            read, nodata = _read(file, images.nodata, over)
             pixels = images.levels(read, channels, nodata)
         except InputError as error:
             said = str(error)
@@ -295,7 +318,9 @@ class Condition:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values, which `from_dict` reads back."""
-        return {**vars(self), "values": list(self.values)}
+        background = self.background and list(self.background)
+        saved = {"values": list(self.values), "background": background, "soft": list(self.soft)}
+        return {**vars(self), **saved}
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> Condition:
@@ -310,6 +335,8 @@ class Condition:
                 low=float(saved["low"]),
                 high=float(saved["high"]),
                 fine=bool(saved.get("fine", False)),
+                background=saved_colour(saved.get("background")),
+                soft=tuple(map(int, saved.get("soft", ()))),
             )
             if found.kind not in (*RECIPES, "mask", "picture") or not 0 < found.channels < 1000:
                 raise ValueError(f"{found.kind!r} of {found.channels} channels")
@@ -320,7 +347,7 @@ class Condition:
 
 def _around_hole(file: Path, images: ImageKind) -> Tensor:
     """The image in a file, nothing where it is transparent, and behind it where that is."""
-    pixels, nodata = _read(file, images.nodata, alpha=True)
+    pixels, nodata = _read(file, images.nodata, None)
     if not image_info(file).has_alpha:
         raise InputError("nothing in it is transparent, which says where the hole is")
     cover = images.resized(as_levels(pixels[..., -1:], 1))
@@ -330,31 +357,53 @@ def _around_hole(file: Path, images: ImageKind) -> Tensor:
     return torch.cat([image * (1 - hole), hole])
 
 
-def _read(file: Path, nodata: float | None, **how: Any) -> tuple[Array, float | None]:
+def _read(
+    file: Path, nodata: float | None, background: Colour | None
+) -> tuple[Array, float | None]:
     """The pixels of a file, and its value where nothing was measured: what is said, or what the
     file declares.
     """
     reading = Reading(nodata=nodata)
-    return read_image(file, reading=reading, **how), image_info(file, reading).nodata
+    pixels = HowToRead(reading=reading, background=background).image(file)
+    return pixels, image_info(file, reading).nodata
+
+
+def _vanishes(file: Path, pixels: Array) -> bool:
+    """Whether a file has something painted that its pixels over a colour (H, W, C) do not show."""
+    if (pixels != pixels[0, 0]).any() or not image_info(file).has_alpha:
+        return False
+    cover = read_image(file, alpha=True)[..., -1]
+    return bool((cover != cover[0, 0]).any())
+
+
+def _said(colour: Colour | None) -> str:
+    return " ".join(map(str, colour or ()))
 
 
 def find_condition(
-    said: str, channels: int, nodata: float | None = None, files: Sequence[str] = ()
+    said: str,
+    channels: int,
+    nodata: float | None = None,
+    files: Sequence[str] = (),
+    background: Colour = WHITE,
 ) -> Condition:
     """The condition that a recipe or a folder stands for, for images of so many channels.
 
     Args:
         nodata: see `Condition.read`.
         said: "lowres:4", "grey", "noise:0.2", "hole", or a folder. Files there that all hold a few
-            whole numbers (or are indices of a palette) are masks, others are pictures.
+            whole numbers (or are indices of a palette) are masks, others are pictures, among them
+            such whose edges are soft.
         files: those of the folder that go with images; none given: all in it and below it.
+        background: what transparent pixels of pictures are laid over, if something is left of all
+            of these; else white, or black.
 
     Raises:
         InputError: neither; an amount out of range; files that are no images.
     """
     name, _, amount = said.partition(":")
     if name not in RECIPES or os.path.isdir(said):
-        return _of_folder(Path(said), nodata, files)
+        return _of_folder(Path(said), nodata, files, background)
     if name in ("lowres", "noise"):
         least = 1.0 if name == "lowres" else 0.0
         number = float(amount) if re.fullmatch(r"[0-9]{1,4}(\.[0-9]{1,9})?", amount) else -1.0
@@ -369,35 +418,40 @@ def find_condition(
     return Condition(kind=name, channels=1 if name == "grey" else channels + 1)
 
 
-def _of_folder(folder: Path, nodata: float | None, given: Sequence[str]) -> Condition:
+def _of_folder(
+    folder: Path, nodata: float | None, given: Sequence[str], background: Colour
+) -> Condition:
     if not folder.is_dir():
         raise InputError(
             f"--condition {folder} is neither a folder nor one of lowres:4, grey, noise:0.2, hole"
         )
     files = [Path(file) for file in dict.fromkeys(given)] or images_below(folder)
-    infos = map(image_info, files)
-    kinds = list(dict.fromkeys((i.channels, i.dtype, i.palette, i.lossy) for i in infos))
-    values: set[int] = set()
+    kinds: dict[tuple[int, str, bytes | None, bool], None] = {}
+    transparent = False
+    for info in map(image_info, files):
+        kinds[info.channels, info.dtype, info.palette, info.lossy] = None
+        transparent |= info.has_alpha
     masks = all(
         (channels == 1 or palette is not None) and dtype != "float32" and not lossy
         for channels, dtype, palette, lossy in kinds
     )
-    for file in files if masks else []:
-        values |= set(np.unique(read_mask(file)).tolist())
-        if len(values) > MAX_VALUES:
-            masks = False
-            break
-    if masks and len(values) > 1:
-        return Condition(kind="mask", channels=len(values), values=tuple(sorted(values)))
+    survey = survey_of(files if masks else [])
+    values = sorted(value for value in survey.pixels if isinstance(value, int))
+    soft = len(values) <= MAX_CLASSES and survey.soft()
+    if 1 < len(values) <= MAX_CLASSES and not soft:
+        return Condition(kind="mask", channels=len(values), values=tuple(values))
     channels = {kind[0] for kind in kinds}
     if len(channels) > 1 and channels != {1, 3}:
         raise InputError(
             f"the pictures in {str(folder)!r} have {sorted(channels)} channels: save them alike"
         )
-    dtype = kinds[0][1]
+    looked_at = files[:: max(1, len(files) // _LOOKED_AT)]
+    if transparent:
+        background = _showing(looked_at, nodata, (background, WHITE, (0, 0, 0)))
+    dtype = next(iter(kinds))[1]
     finder = RangeFinder(dtype)
-    for file in files[:: max(1, len(files) // _LOOKED_AT)]:
-        pixels, unknown = _read(file, nodata)
+    for file in looked_at:
+        pixels, unknown = _read(file, nodata, background)
         if pixels.dtype.name == dtype:
             finder.add(pixels, str(file), unknown)
     low, high = finder.found().each(1)
@@ -408,7 +462,17 @@ def _of_folder(folder: Path, nodata: float | None, given: Sequence[str]) -> Cond
         low=low[0],
         high=high[0],
         fine=dtype != "uint8",
+        background=background if transparent else None,
+        soft=tuple(value for value in soft[0] if isinstance(value, int)) if soft else (),
     )
+
+
+def _showing(files: Sequence[Path], nodata: float | None, colours: Sequence[Colour]) -> Colour:
+    """The first colour over which something is left of all pictures; the first, if none is such."""
+    for colour in colours:
+        if not any(_vanishes(file, _read(file, nodata, colour)[0]) for file in files):
+            return colour
+    return colours[0]
 
 
 def partners(

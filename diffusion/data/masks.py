@@ -7,7 +7,7 @@ an image that is made with them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from diffusion.data.pixels import Pixels
 from unet.errors import InputError
 from unet.files.images import read_mask
+from unet.files.mask_values import MAX_CLASSES, Survey
 from unet.files.pages import Array
 
 Coding = Literal["bits", "one-hot"]
-MOST_VALUES = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +110,7 @@ class MaskCoding:
         if (
             not isinstance(values, list)
             or not all(type(value) is int and 0 <= value <= 255 for value in values)
-            or not 2 <= len(values) <= MOST_VALUES
+            or not 2 <= len(values) <= MAX_CLASSES
             or sorted(set(values)) != values
             or saved.get("coding") not in get_args(Coding)
         ):
@@ -122,19 +122,35 @@ def find_masks(files: Sequence[str], coding: Coding) -> MaskCoding:
     """The classes of mask files, all of which are read.
 
     Raises:
-        InputError: they are no masks: colours, values beyond 255, more than MOST_VALUES or one.
+        InputError: they are no masks: colours, values beyond 255, more than MAX_CLASSES or one;
+            values that contradict each other, or soft edges (`Survey.check`).
     """
-    values: set[int] = set()
-    for file in files:
-        mask = read_mask(Path(file))
-        if mask.ndim == 3:
-            raise InputError(f"{file!r} holds colours, where masks are made of numbers")
-        values |= set(np.unique(mask).tolist())
-        if len(values) > MOST_VALUES or max(values) > 255:
-            raise InputError(
-                f"the files up to {file!r} hold {len(values)} values up to {max(values)}, where "
-                f"masks have up to {MOST_VALUES} values of 0 to 255: name a folder of masks"
-            )
+    survey = survey_of(map(Path, files))
+    survey.check(cleaned=False)
+    values = sorted(value for value in survey.pixels if isinstance(value, int))
+    if len(values) > MAX_CLASSES or values[-1] > 255:
+        raise InputError(
+            f"the files up to {survey.first[values[-1]]} hold {len(values)} values up to "
+            f"{values[-1]}, where masks have up to {MAX_CLASSES} values of 0 to 255: name a folder "
+            "of masks"
+        )
     if len(values) < 2:
-        raise InputError(f"all pixels of the masks have the value {values}; two are needed")
-    return MaskCoding(values=tuple(sorted(values)), coding=coding)
+        raise InputError(f"all pixels of the masks have the value {values[0]}; two are needed")
+    return MaskCoding(values=tuple(values), coding=coding)
+
+
+def survey_of(files: Iterable[Path]) -> Survey:
+    """The values of mask files, read until there are more than classes can be.
+
+    Raises:
+        InputError: one that cannot be read, or holds colours.
+    """
+    survey = Survey()
+    for file in files:
+        mask = read_mask(file)
+        if mask.ndim == 3:
+            raise InputError(f"{str(file)!r} holds colours, where masks are made of numbers")
+        survey.add(repr(str(file)), mask)
+        if len(survey.pixels) > MAX_CLASSES:
+            break
+    return survey

@@ -17,8 +17,10 @@ from numpy.typing import NDArray
 from diffusion.data.captions import TABLES, has_text_files, read_captions
 from diffusion.data.shapes import HELD_OUT, SIDE, example, example_caption
 from unet.errors import InputError, not_there
+from unet.files.folders import mask_folders
 from unet.files.images import (
     OURS,
+    WHITE,
     Colour,
     array_pages,
     check_slices,
@@ -52,7 +54,7 @@ class HowToRead:
     """
 
     reading: Reading = AS_STORED
-    background: Colour | None = (255, 255, 255)
+    background: Colour | None = WHITE
     caption_key: str | None = None
 
     def image(self, path: Path, page: int | None = None) -> Array:
@@ -60,6 +62,20 @@ class HowToRead:
         if self.background is not None:
             return read_image(path, page, self.reading, background=self.background)
         return read_image(path, page, self.reading, alpha=True)
+
+
+def saved_colour(saved: Any) -> Colour | None:
+    """A colour that a model's JSON says; None: it says none.
+
+    Raises:
+        ValueError: it is no colour.
+    """
+    match saved:
+        case None:
+            return None
+        case [int(red), int(green), int(blue)] if all(0 <= part <= 255 for part in saved):
+            return red, green, blue
+    raise ValueError(f"{saved!r:.200} is no colour of three numbers from 0 to 255")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,6 +266,7 @@ def _in_shards(shards: Sequence[Path], captions: bool, how: HowToRead) -> Source
         names=found.images,
         read=partial(_read_page, found.images, None, how),
         files=found.images,
+        left=left_out({"folder of masks": found.left}, "unpack it if one is meant"),
         how=how,
         captioned=found.caption is not None,
     )
@@ -271,9 +288,9 @@ def _read_page(
 
 
 def _walk(root: Path) -> tuple[list[str], list[str], list[Path], str]:
-    """Images in natural order, in a folder and below, without hidden ones and what this project
-    wrote; the subfolder of each, "" for none or a part of a split such as train/; every table of
-    captions; and what is said of what is left out.
+    """Images in natural order, in a folder and below, without hidden ones, folders of masks and
+    what this project wrote; the subfolder of each, "" for none or a part of a split such as train/;
+    every table of captions; and what is said of what is left out.
     """
     images: list[tuple[Any, str, tuple[str, ...]]] = []
     tables: list[Path] = []
@@ -291,6 +308,10 @@ def _walk(root: Path) -> tuple[list[str], list[str], list[Path], str]:
     if any("_probability." in path for _, path, _ in images):
         predicted = set(map(str, predictions([Path(path) for _, path, _ in images])))
         images = [image for image in images if str(Path(image[1])) not in predicted]
+    masks = mask_folders({Path(root, *parts) for _, _, parts in images}, root)
+    if masks:
+        below = [folder.relative_to(root).parts for folder in masks]
+        images = [i for i in images if not any(i[2][: len(of)] == of for of in below)]
     if predicted and not images:
         raise InputError(
             f"{str(root)!r}: nothing but predictions is in it: name the folder of the images"
@@ -301,5 +322,5 @@ def _walk(root: Path) -> tuple[list[str], list[str], list[Path], str]:
     # Not of a class of that name: all images are in such folders, or none is in a split's.
     split = all(parts and parts[0].lower() in _SPLITS for _, _, parts in images)
     tops = ["".join(parts[split : split + 1]) for _, _, parts in images]
-    left = left_out({"file of predictions": [*predicted], OURS: ours})
+    left = left_out({"folder of masks": masks, "file of predictions": [*predicted], OURS: ours})
     return [path for _, path, _ in images], tops, tables, left

@@ -16,6 +16,7 @@ from diffusion.data.pixels import WHOLE, Pixels, ValueRange, as_levels, resized
 from diffusion.data.ranges import find_ranges
 from diffusion.data.sources import HowToRead, Source
 from unet.errors import InputError
+from unet.files.images import WHITE
 from unet.files.pages import ImageInfo
 from unet.words import counted
 
@@ -89,7 +90,8 @@ class WholeImages:
             self.partners = self._named_as_images("--condition", Path(pictures), "condition")
         if isinstance(condition, str):
             known = how.reading.nodata
-            condition = find_condition(condition, self.channels, known, self.partners)
+            over = how.background or WHITE
+            condition = find_condition(condition, self.channels, known, self.partners, over)
         self.condition = condition
         self.size = self._find_size(size)
         self._keeps = self._bytes() <= CACHE_BYTES

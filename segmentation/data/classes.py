@@ -5,20 +5,27 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from einops import repeat
 from numpy.typing import NDArray
 
 from unet.errors import InputError
+from unet.files.mask_values import (
+    MAX_CLASSES,
+    Value,
+    as_colour,
+    code_values,
+    codes_of,
+    listed,
+    some,
+    value_codes,
+)
 from unet.files.pages import Array
 from unet.words import counted
 
-Value: TypeAlias = "int | tuple[int, ...]"  # of a mask pixel: a number or an RGB colour
-
 IGNORE = 255  # the class index of pixels that count neither in training nor in a score
-MAX_CLASSES = 32
 DTYPES = ("uint8", "uint16", "float32")  # of images
 
 
@@ -77,11 +84,11 @@ class ClassTable:
         if any(isinstance(value, tuple) for value in found):
             colours: Counter[Value] = Counter()
             for value, count in found.items():
-                colours[_as_colour(value)] += count
-            known = {_as_colour(value): name for value, name in known.items()}
+                colours[as_colour(value)] += count
+            known = {as_colour(value): name for value, name in known.items()}
             found, ignore_value = (
                 colours,
-                None if ignore_value is None else _as_colour(ignore_value),
+                None if ignore_value is None else as_colour(ignore_value),
             )
         ignored = 0
         if ignore_value is not None:
@@ -105,7 +112,7 @@ class ClassTable:
                 f"all mask pixels have the value {listed(+found)}, and two are needed: give masks "
                 "in which what is to be found has a value of its own"
             )
-        total, ordered = sum(found.values()), sorted(found, key=_as_colour)
+        total, ordered = sum(found.values()), sorted(found, key=as_colour)
         return cls(
             values=tuple(ordered),
             shares=tuple(found[value] / total for value in ordered),
@@ -121,7 +128,7 @@ class ClassTable:
         Raises:
             InputError: the value is that of a class.
         """
-        ignored = _as_colour(value) if isinstance(self.values[0], tuple) else value
+        ignored = as_colour(value) if isinstance(self.values[0], tuple) else value
         if ignored in self.values:
             raise InputError(
                 f"ignore value {value} is a class of the model; its classes are "
@@ -138,12 +145,12 @@ class ClassTable:
         colour = isinstance(self.values[0], tuple)
         if colour and mask.ndim == 2:
             mask = repeat(mask, "h w -> h w c", c=3)
-        codes, table = value_codes(mask), _codes(np.array(self.values), colour)
+        codes, table = value_codes(mask), codes_of(np.array(self.values), colour)
         indices = np.searchsorted(table, codes).clip(max=len(table) - 1).astype(np.uint8)
         comparable = colour == (mask.ndim == 3)
         unknown = (table[indices] != codes) | (not comparable)
         if self.ignore_value is not None and comparable:
-            ignored = codes == _codes(np.array(self.ignore_value), colour)
+            ignored = codes == codes_of(np.array(self.ignore_value), colour)
             indices[ignored] = IGNORE
             unknown &= ~ignored
         if unknown.any():
@@ -209,7 +216,7 @@ class ClassTable:
             names = tuple(str(name) for name in saved.get("names", ()))
             numbers = np.array(values if ignore_value is None else [*values, ignore_value])
             fits = 2 <= len(values) == len(shares) <= MAX_CLASSES and numbers.dtype == np.int64
-            rising = np.diff(_codes(numbers, numbers.ndim == 2)[: len(values)]) > 0
+            rising = np.diff(codes_of(numbers, numbers.ndim == 2)[: len(values)]) > 0
             named = len(names) in (0, len(values))
             if not (fits and named and rising.all()) or numbers.shape[1:] not in ((), (3,)):
                 raise ValueError(f"values {some(values)}, {len(shares)} shares, {len(names)} names")
@@ -232,37 +239,3 @@ def class_names(table: ClassTable) -> list[str]:
     if table.names:
         return list(table.names)
     return [",".join(map(str, v)) if isinstance(v, tuple) else str(v) for v in table.values]
-
-
-def value_codes(mask: Array) -> NDArray[np.int64]:
-    """One number (H, W) for each mask value (H, W) or colour (H, W, 3), in their order."""
-    return _codes(mask, mask.ndim == 3)
-
-
-def _codes(values: Array, colour: bool) -> NDArray[np.int64]:
-    """One number for each value, in the order of the values."""
-    values = values.astype(np.int64)
-    return values @ np.array([2**32, 2**16, 1]) if colour else values
-
-
-def code_values(codes: NDArray[np.int64], colour: bool) -> list[Value]:
-    """The values that `value_codes` made these numbers of."""
-    if not colour:
-        return list(codes.tolist())
-    return [(code >> 32, code >> 16 & 0xFFFF, code & 0xFFFF) for code in codes.tolist()]
-
-
-def _as_colour(value: Value) -> tuple[int, ...]:
-    return value if isinstance(value, tuple) else (value, value, value)
-
-
-def listed(values: Iterable[Value]) -> str:
-    """Some values in order, for a sentence."""
-    ordered: list[Value] = sorted(values, key=_as_colour)
-    return some(ordered)
-
-
-def some(values: Iterable[object]) -> str:
-    """The first few of them and the last, for a sentence."""
-    texts = [str(value) for value in values]
-    return ", ".join(texts if len(texts) <= 9 else [*texts[:7], "...", texts[-1]])

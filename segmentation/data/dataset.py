@@ -9,12 +9,13 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from segmentation.data.classes import IGNORE, ClassTable, Value, some
+from segmentation.data.classes import IGNORE, ClassTable
 from segmentation.data.instances import UNKNOWN, object_numbers
 from segmentation.data.labels import find_labels
 from segmentation.data.normalisation import Normalisation, find_normalisation
 from segmentation.data.pairs import Pair, kind
 from unet.errors import InputError
+from unet.files.mask_values import Value, some
 from unet.files.pages import Array
 from unet.words import counted
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from unet.errors import InputError, not_there
+from unet.files.folders import mask_folders
 from unet.files.images import (
     OURS,
     PREDICTED,
@@ -18,16 +18,6 @@ from unet.files.images import (
 )
 from unet.files.volumes import is_volume, is_volume_file
 from unet.words import left_out
-
-IMAGE_FOLDERS = (
-    *("image", "images", "img", "imgs", "imagestr", "jpegimages", "leftimg8bit", "raw", "img_dir"),
-    *("input", "inputs"),
-)
-MASK_FOLDERS = (
-    *("label", "labels", "mask", "masks", "labelstr", "annotation", "annotations", "gt", "gtfine"),
-    *("groundtruth", "ground_truth", "segmentation", "segmentations", "segmentationclass"),
-    *("target", "targets", "manual", "1st_manual", "ann_dir"),
-)
 
 
 @dataclass(frozen=True)
@@ -91,7 +81,7 @@ def find_inputs(source: Path, out: Path | None = None) -> Inputs:
         place = folder / out.resolve().relative_to(folder.resolve())
         made |= {f for f in every if f.is_relative_to(place) and PREDICTED.search(f.stem)}
     kept = [[f for f in files if f not in made] for files in (images, volumes)]
-    masks = _mask_folders([file for files in kept for file in files], folder)
+    masks = mask_folders((file.parent for files in kept for file in files), folder)
     beside = set(masks)
     for files in kept:
         if meant := [file for file in files if beside.isdisjoint(file.parents)]:
@@ -102,18 +92,3 @@ def find_inputs(source: Path, out: Path | None = None) -> Inputs:
         f"{str(folder)!r}: nothing but masks and predictions is in it: name the folder of the "
         "images, or one of these files by itself"
     )
-
-
-def _mask_folders(files: Sequence[Path], folder: Path) -> list[Path]:
-    """Folders of masks, beside those of their images or below them."""
-    inside: defaultdict[Path, set[str]] = defaultdict(set)  # folders in each; "" is a file
-    for file in files:
-        parts = ("", *file.parent.relative_to(folder).parts, "")
-        for depth, name in enumerate(parts[1:], 1):
-            inside[folder.joinpath(*parts[1:depth])].add(name)
-    return [
-        place / name
-        for place, names in inside.items()
-        for name in sorted(names)
-        if name.lower() in MASK_FOLDERS and any(n.lower() in ("", *IMAGE_FOLDERS) for n in names)
-    ]

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from skimage.segmentation import watershed
 
-from segmentation.data.classes import IGNORE, Value, value_codes
+from segmentation.data.classes import IGNORE
+from unet.files.mask_values import Value, value_codes
 from unet.files.pages import Array
 
 BACKGROUND, CELL, BORDER = range(3)

@@ -14,15 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from segmentation.data.classes import (
-    IGNORE,
-    MAX_CLASSES,
-    ClassTable,
-    Value,
-    code_values,
-    some,
-    value_codes,
-)
+from segmentation.data.classes import IGNORE, ClassTable
 from segmentation.data.instances import (
     INSTANCE_NAMES,
     OBJECT_NAMES,
@@ -30,12 +22,13 @@ from segmentation.data.instances import (
     object_classes,
 )
 from segmentation.data.layouts import class_values
-from segmentation.data.masks import VOID, Survey, are_instances, is_void
+from segmentation.data.masks import VOID, are_instances, is_void
 from segmentation.data.pairs import Pair
 from segmentation.data.polygons import Drawing
 from segmentation.data.regions import Regions
 from segmentation.data.slices import shown
 from unet.errors import InputError
+from unet.files.mask_values import MAX_CLASSES, Survey, Value, code_values, some, value_codes
 from unet.files.pages import Array, missing
 from unet.words import counted
 
@@ -245,7 +238,7 @@ def _of_classes(
     """The classes of surveyed masks; `others` are the values where nothing was measured."""
     notes, pixels = [*notes, *_told_drawings(pairs, "classes")], Counter(survey.pixels)
     if not _drawings(pairs):
-        survey.check()
+        survey.check(cleaned=True)
         if ignore_value is None and is_void(survey, (p.read_mask() for p in pairs[:JUDGED])):
             ignore_value = VOID
             notes.append(

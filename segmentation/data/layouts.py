@@ -15,8 +15,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PureWindowsPath
 
-from segmentation.data.classes import some
-from segmentation.data.inputs import IMAGE_FOLDERS, MASK_FOLDERS
 from segmentation.data.masks import VOID
 from segmentation.data.polygons import (
     BACKGROUND,
@@ -26,6 +24,7 @@ from segmentation.data.polygons import (
     read_labelme,
 )
 from unet.errors import InputError, not_there
+from unet.files.folders import IMAGE_FOLDERS, MASK_FOLDERS
 from unet.files.images import (
     files_below,
     images_below,
@@ -34,6 +33,7 @@ from unet.files.images import (
     natural_key,
     predictions,
 )
+from unet.files.mask_values import some
 from unet.files.pages import SUFFIXES
 from unet.files.shards import find_shards, key_of, read_shards
 from unet.files.volumes import is_volume, is_volume_file, volume_name

@@ -11,11 +11,12 @@ import numpy as np
 from einops import rearrange
 from numpy.typing import NDArray
 
-from segmentation.data.classes import DTYPES, IGNORE, some
+from segmentation.data.classes import DTYPES, IGNORE
 from segmentation.data.pairs import Pair
 from segmentation.data.slices import shown
 from unet.errors import InputError
 from unet.files.images import white
+from unet.files.mask_values import some
 from unet.files.pages import Array, missing
 from unet.words import counted
 

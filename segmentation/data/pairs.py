@@ -124,6 +124,12 @@ class Pair:
         return (str(self.image) if known else id(self.image)), self.page
 
     @property
+    def files(self) -> list[Path]:
+        """The files that it is read from."""
+        parts = (part if isinstance(part, tuple) else (part,) for part in (self.image, self.mask))
+        return [file for part in parts for file in part if isinstance(file, Path)]
+
+    @property
     def where(self) -> str:
         """The mask's file, for a sentence."""
         if isinstance(self.mask, Drawing):

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from segmentation.data.classes import IGNORE, ClassTable, listed, some
+from segmentation.data.classes import IGNORE, ClassTable
 from unet.errors import InputError
+from unet.files.mask_values import listed, some
 
 # What predict-seg calls its other files.
 _TAKEN = ("mask", "probability", "overlay", "labels", "entropy", "disagreement", "progress")

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from segmentation.data.classes import some
 from segmentation.data.layouts import stem_of
 from segmentation.data.pairs import Pair
 from unet.errors import InputError
 from unet.files.images import Blocks
+from unet.files.mask_values import some
 from unet.files.pages import Array, ImageInfo
 from unet.words import counted
 

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from segmentation.data.classes import Value
 from segmentation.data.layouts import stem_of
 from segmentation.data.pairs import Pair
 from unet.errors import InputError
+from unet.files.mask_values import Value
 from unet.words import counted
 
 THINNEST = 16  # pixels of a strip

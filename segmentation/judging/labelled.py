@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from segmentation.data.classes import ClassTable, Value
+from segmentation.data.classes import ClassTable
 from segmentation.data.dataset import SegmentationData
 from segmentation.data.instances import INSTANCE_NAMES
 from segmentation.data.normalisation import Normalisation
@@ -15,6 +15,7 @@ from segmentation.data.weights import find_cells
 from segmentation.model import SegmentationUNet
 from segmentation.options import SegmentationOptions
 from unet.errors import InputError
+from unet.files.mask_values import Value
 from unet.words import counted
 
 

@@ -17,14 +17,18 @@ from unet_diffusion.app import command
         (["--port", "0"], "--port 0 must be from 1 to 65535"),
         (["--max-upload", "0"], "--max-upload 0 must be at least 1"),
         (["--password-file", "empty.txt"], "its first line is empty"),
-        (["--password-file", "none.txt"], "none.txt"),
+        (["--password-file", "none.txt"], "--password-file 'none.txt': no such file"),
+        (["--held-out", "none"], "--held-out 'none': no such file or folder"),
+        (["--held-out", "images"], "'images': needs one folder of images"),
     ],
 )
 def test_a_mistake_is_a_sentence(tmp_path: Path, monkeypatch, capsys, said, sentence) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "images/image").mkdir(parents=True)
     assert command(said) == 2
     assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "unet-app").exists()
 
 
 def test_without_gradio_it_says_how_to_get_it(tmp_path: Path, monkeypatch, capsys) -> None:

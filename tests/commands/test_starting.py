@@ -30,7 +30,8 @@ from unet import UNet, UNetConfig
 from unet.errors import RunError
 from unet.files.images import read_mask, write_image
 from unet.training.cli import run_script
-from unet.weights.folder import FolderModel
+from unet.weights.folder import CONFIG as CONFIG_FILE
+from unet.weights.folder import WEIGHTS, FolderModel, start_folder
 from unet_diffusion import describe, eval_seg, train_ddpm, train_seg
 from unet_diffusion.pretraining import without_number
 from unet_diffusion.starting import TIMESTEP, segmentation_start
@@ -103,6 +104,46 @@ def test_a_diffusion_model_starts_a_segmentation(data: Path, tmp_path: Path, cap
     with torch.no_grad():
         found = student.trunk(torch.from_numpy(seen)[None])
         assert torch.allclose(found, teacher.trunk(shown[None], torch.tensor([t])), atol=1e-5)
+
+
+def test_a_model_on_the_hub_starts_both_and_the_hub_is_asked_once(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """Whatever is fetched before is used where there is no network, as by all that load models."""
+    diffusion_model(tmp_path / "kept")
+    asked = []
+
+    def kept(repo_id: str, name: str, **options: Any) -> str:
+        asked.append((repo_id, name, options))
+        if repo_id != "someone/model":
+            raise OSError("not fetched before")
+        return str(tmp_path / "kept" / name)
+
+    def no_network(*_: Any, **__: Any) -> None:
+        raise OSError("no connection")
+
+    monkeypatch.setattr("unet.weights.folder.hf_hub_download", kept)
+    monkeypatch.setattr("unet.weights.folder.get_hf_file_metadata", no_network)
+    note = "someone/model is no folder here: it is looked up on the Hugging Face Hub"
+    for command, images in ((run_seg, data), (run_ddpm, data / "image")):
+        start_folder.cache_clear()
+        asked.clear()
+        out = tmp_path / command.__name__
+        given = ("--data", images, "--init", "someone/model", "--out", out)
+        assert command(*given, *SHORT, *(("--size", 16) if command is run_ddpm else ())) == 0
+        said = capsys.readouterr()
+        assert said.err.count(note) == 1
+        assert " of someone/model" in said.out
+        offline = {"local_files_only": True}
+        assert asked == [("someone/model", n, offline) for n in (CONFIG_FILE, WEIGHTS)]
+        assert command(*given[:3], "other/model", "--out", tmp_path / "none") == 2
+        told = (
+            "other/model is no folder here, and the Hub gives no such model (it cannot be reached"
+        )
+        assert told in capsys.readouterr().err
+    start_folder.cache_clear()
+    assert run(describe, describe.Options, "someone/model") == 0
+    assert "unet-train-seg --init someone/model" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", ["flow", "edm"])
@@ -413,7 +454,7 @@ def test_a_diffusion_model_that_is_there_is_not_learnt_again(
         (("--network", "sd-v1"), "choose one of shared, diffusion, ddpm-cifar10, ddpm-256\n"),
         (("--unlabelled", "LARGE", "--crop", 0), "whole images, of 40 x 48 pixels"),
         (("--unlabelled", "CUT", "--init", "MODEL"), "image file is truncated"),
-        (("--init", "a/model"), "a/model"),
+        (("--init", "a/b/model"), "a/b/model"),
         (("--best-by", "ap"), "ap"),
         (("--crop", 64), "too few for a crop of 64"),
         (("--unlabelled", "COLOUR"), "RGB uint8 in the unlabelled"),

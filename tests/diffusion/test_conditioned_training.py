@@ -17,6 +17,7 @@ from diffusion.data.shapes import example, example_caption
 from diffusion.decisions import decide
 from diffusion.model import DiffusionUNet
 from diffusion.options import DiffusionOptions, SamplingOptions
+from diffusion.sampling import ImageSampler
 from diffusion.training import NoisedSamples, load_data, make_model
 from segmentation.data.normalisation import Normalisation
 from segmentation.model import SegmentationUNet
@@ -145,6 +146,20 @@ def randomised(model: torch.nn.Module) -> None:
     torch.manual_seed(1)
     for p in model.parameters():
         p.data = 0.1 * torch.randn_like(p)
+
+
+@pytest.mark.parametrize("over", [(255, 255, 255), (0, 0, 0)])
+def test_a_given_image_is_laid_over_what_those_of_training_were(
+    folder: Path, over: tuple[int, int, int]
+) -> None:
+    asked = options(folder, background=over)
+    model = make_model(decide(asked, load_data(asked)))
+    write_image(folder / "clear.png", np.full((SIDE, SIDE, 4), (9, 9, 9, 0), np.uint8))
+    image = sample_ddpm.picture(folder / "clear.png", ImageSampler(model, SamplingOptions()))
+    assert (image == over[0] / 127.5 - 1).all()
+    model.info["background"] = [0, 0]
+    with pytest.raises(InputError, match="background is damaged"):
+        sample_ddpm.picture(folder / "clear.png", ImageSampler(model, SamplingOptions()))
 
 
 @pytest.mark.parametrize("how", ["condition", "joint", "dropped", "unjoined"])

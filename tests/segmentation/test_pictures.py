@@ -11,7 +11,7 @@ from hypothesis.extra.numpy import arrays
 from scipy import ndimage
 from skimage.color import deltaE_ciede2000, rgb2lab
 
-from segmentation.data.classes import MAX_CLASSES, ClassTable
+from segmentation.data.classes import ClassTable
 from segmentation.pictures import (
     COLOURS,
     GREY,
@@ -26,6 +26,7 @@ from segmentation.pictures import (
     overlay,
     overlay_legend,
 )
+from unet.files.mask_values import MAX_CLASSES
 
 # What a reader without one kind of cones sees, on linear RGB: Machado, Oliveira and Fernandes, "A
 # Physiologically-based Model for Simulation of Color Vision Deficiency", 2009, severity 1.

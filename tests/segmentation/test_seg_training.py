@@ -107,6 +107,26 @@ def corner(tmp_path: Path) -> Path:
     return tmp_path / "corner"
 
 
+def test_what_this_project_wrote_among_the_data_is_left_out_which_is_said(folder, tmp_path, capsys):
+    given = ("--data", folder, "--out", tmp_path / "run", *SMALL)
+    assert run_train(*given) == 0
+    assert "left out" not in capsys.readouterr().err
+    (tmp_path / "run").rename(folder / "old")
+    for name in ("mask", "probability", "overlay"):
+        write_image(folder / "image" / f"2_{name}.png", np.zeros((40, 56), np.uint8))
+    told = (
+        f"left out: 3 files of predictions, such as {folder / 'image/2_mask.png'}, and 1 folder of "
+        f"runs, evaluations or samples, such as {folder / 'old'}; name one by itself if it is meant"
+    )
+    assert run_train(*given) == 0
+    said = capsys.readouterr()
+    assert said.err.splitlines().count(told) == 1
+    assert "6 images of 40 x 56" in said.out
+    score = ("--model", folder / "old/model", "--data", folder, "--out", tmp_path / "scores")
+    assert run_script(eval_seg.main, eval_seg.EvalOptions, list(map(str, score))) == 0
+    assert told in capsys.readouterr().err
+
+
 def test_one_labelled_corner_is_enough(corner, tmp_path, capsys):
     """A strip of the corner is held out, and scoring finds the same strip again."""
     run = tmp_path / "run"
@@ -627,7 +647,7 @@ def test_bad_data_is_one_sentence_before_anything_is_written(folder, tmp_path, c
         (("--images", "x"), "--images and --masks"),
         (("--fold", "6/5"), "6/5"),
         (("--val-names", "99"), "99"),
-        (("--init", "no/model"), "no/model is no folder"),
+        (("--init", "no/such/model"), "no/such/model is no folder"),
         (("--batch-size", "3", "--accumulate", "2"), "--batch-size 3"),
         (("--steps", "1", "--epochs", "1"), "both budgets"),
         (("--balance", "--class-weights", "1", "2"), "--balance and --class-weights"),

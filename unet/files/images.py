@@ -51,6 +51,7 @@ from unet.files.writing import replacing
 
 Colour: TypeAlias = tuple[int, int, int]
 
+WHITE: Colour = (255, 255, 255)
 SAMPLES = "unet-samples.txt"  # marks a folder of images that a model made
 OURS = "folder of runs, evaluations or samples"
 _MARKS = (("metrics.jsonl", "config.yaml"), ("scores.json", "scores.csv"), (SAMPLES,))

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from unet.errors import InputError, with_extras
+from unet.files.folders import mask_folders
 from unet.files.pages import SUFFIXES
 
 ENDINGS = (".tar", ".parquet", ".arrow")
@@ -79,6 +80,7 @@ class Sharded:
         images, masks: the member of each sample; no masks where none were asked for.
         parts: "train" or "val", where the names of the shards say it.
         label, caption: what says the class and the caption, where the first sample has it.
+        left: folders of masks, whose samples are left out.
     """
 
     images: list[str]
@@ -86,6 +88,7 @@ class Sharded:
     parts: list[str]
     label: Field | None
     caption: Field | None
+    left: list[str]
 
 
 def find_shards(data: Path) -> list[Path]:
@@ -122,7 +125,8 @@ def read_shards(files: Sequence[Path], *, masks: bool, caption_key: str | None =
     """What the shards hold. Files that are named test are left out, where others are named train.
 
     Args:
-        masks: every sample has a mask, too; else shards for validation are left out as well.
+        masks: every sample has a mask, too; else shards for validation are left out as well, and
+            what lies in folders of masks beside images, as where a data folder was packed.
 
     Raises:
         InputError: a shard that cannot be read, a sample without an image or mask, or with several.
@@ -138,13 +142,25 @@ def read_shards(files: Sequence[Path], *, masks: bool, caption_key: str | None =
     images: list[str] = []
     targets: list[str] = []
     parts: list[str] = []
+    left: list[str] = []
     first: tuple[str, Shard, tuple[str, ...]] | None = None
     for file, part in zip(files, named, strict=True):
         try:
             shard = _opened(file)
             chosen: dict[tuple[str, ...], tuple[str, str]] = {}
             count = len(images)
+            folders = {key.rpartition("/")[0] for key, _ in shard.samples()}
+            of_masks = [folder.as_posix() for folder in mask_folders(map(Path, folders), Path())]
+            if of_masks and masks:
+                raise InputError(
+                    f"the masks in it lie in a folder of their own, {of_masks[0]}, where a sample "
+                    "has its image and its mask under one name: unpack it, and name the folder "
+                    "that comes out of it"
+                )
+            left += [f"{file}/{folder}" for folder in of_masks]
             for key, found in shard.samples():
+                if any(key.startswith(f"{folder}/") for folder in of_masks):
+                    continue
                 if found not in chosen:
                     chosen[found] = _pictures(shard, key, found, masks)
                 images.append(f"{file}/{key}.{chosen[found][0]}")
@@ -164,6 +180,7 @@ def read_shards(files: Sequence[Path], *, masks: bool, caption_key: str | None =
         parts=parts,
         label=_field(*first, _CLASSES),
         caption=_field(*first, captions),
+        left=left,
     )
 
 

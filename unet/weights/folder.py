@@ -9,6 +9,7 @@ import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -193,11 +194,7 @@ class FolderModel(nn.Module, ABC):
             InputError: no such folder; a file is missing or unreadable; the model of another task;
                 weights that do not fit the config.
         """
-        folder = Path(path)
-        # A path into a folder that is here was meant for this machine, mistyped as it may be.
-        here = folder.exists() or folder.parent.exists()
-        if not here and re.fullmatch(_REPO, str(path)):
-            folder = _download(str(path), revision=revision, **download)
+        folder = model_folder(path, revision=revision, **download)
         described = read_config(folder)
         if described["task"] != cls.task:
             raise InputError(
@@ -210,6 +207,31 @@ class FolderModel(nn.Module, ABC):
             model = cls(config, described["out_channels"], info)
         load_strictly(model, read_weights(folder), str(folder / WEIGHTS))
         return model.eval()
+
+
+def model_folder(path: str | Path, **download: Any) -> Path:
+    """The folder of a model: itself, or where what a repository on the Hub holds is kept.
+
+    Args:
+        download: what else `huggingface_hub.hf_hub_download` takes.
+
+    Raises:
+        InputError: the Hub gives no such model.
+    """
+    folder = Path(path)
+    # A path into a folder that is here was meant for this machine, mistyped as it may be.
+    here = folder.exists() or folder.parent.exists()
+    if here or not re.fullmatch(_REPO, str(path)):
+        return folder
+    return _download(str(path), **download)
+
+
+@cache
+def start_folder(path: str) -> Path:
+    """The folder of a model that a training starts from, which is read several times: the Hub is
+    asked once.
+    """
+    return model_folder(path)
 
 
 def make_repository(repo_id: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from unet.config import UNetConfig
 from unet.model import UNet
 from unet.weights.checkpoints import read_checkpoint
 from unet.weights.crossing import Trunk, check_channels, with_channels, with_inputs
-from unet.weights.folder import FolderModel, load_strictly, read_config, read_weights
+from unet.weights.folder import FolderModel, load_strictly, read_config, read_weights, start_folder
 
 _TRUNK = "trunk."
 _LAST = "head.conv"
@@ -109,12 +108,14 @@ class Start:
 
 
 def read_start(path: str) -> Start:
-    """The model of a folder, of whatever task, or of another project's checkpoint.
+    """The model of a folder or a repository on the Hub, of whatever task, or of another project's
+    checkpoint.
 
     Raises:
-        InputError: no such folder or file; a checkpoint of another network: see `read_checkpoint`.
+        InputError: no such folder, repository or file; a checkpoint of another network: see
+            `read_checkpoint`.
     """
-    folder = Path(path)
+    folder = start_folder(path)
     if folder.is_file():
         found = read_checkpoint(folder)
         where = f"{path} ({found.what})"

@@ -13,11 +13,10 @@ from napari.utils.notifications import show_error
 
 from segmentation.data.slices import near
 from unet.errors import InputError
-from unet.files.images import laid_over
+from unet.files.images import WHITE, laid_over
 from unet.files.pages import Array
 from unet_diffusion.interactive import sentence
 
-WHITE = (255, 255, 255)
 PLUGIN = "unet-diffusion"  # its name in napari.yaml
 
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
 
-from segmentation.data.classes import IGNORE, ClassTable, Value, class_names
+from segmentation.data.classes import IGNORE, ClassTable, class_names
 from segmentation.data.instances import CELL, INSTANCE_NAMES
 from segmentation.data.pairs import Pair, find_pairs
 from segmentation.data.splits import split_pairs
@@ -33,6 +33,7 @@ from segmentation.segmenter import Segmenter, load_models
 from segmentation.training import find_data
 from unet.errors import InputError
 from unet.files.images import read_image
+from unet.files.mask_values import Value
 from unet.files.pages import Array
 from unet.files.pictures import RGB, Legend
 from unet.training.config_file import load_config

@@ -146,6 +146,74 @@ def test_a_transparent_hole_is_the_hole(tmp_path: Path) -> None:
         find_condition("hole", 3).given(tmp_path / "y.png", COLOUR)
 
 
+def drawing(path: Path, colour: int, where: slice = slice(4, 9)) -> None:
+    """Rows of a colour, the first of them half transparent, on nothing."""
+    rgba = np.zeros((20, 24, 4), np.uint8)
+    rgba[where] = (colour, colour, colour, 255)
+    rgba[where.start, :, 3] = 128
+    write_image(path, rgba)
+
+
+@pytest.mark.parametrize(
+    ("painted", "background", "over"),
+    [
+        (255, (255, 255, 255), (0, 0, 0)),
+        (0, (255, 255, 255), (255, 255, 255)),
+        (0, (0, 0, 0), (255, 255, 255)),
+        (255, (0, 0, 0), (0, 0, 0)),
+        (7, (7, 7, 7), (255, 255, 255)),
+    ],
+)
+def test_what_is_painted_on_nothing_is_seen_and_the_colour_below_is_told(
+    tmp_path: Path,
+    painted: int,
+    background: tuple[int, int, int],
+    over: tuple[int, int, int],
+) -> None:
+    for i, image in enumerate(IMAGES):
+        write_image(tmp_path / f"image/{i}.png", image)
+        drawing(tmp_path / f"drawn/{i}.png", painted)
+    write_image(tmp_path / "drawn/5.png", np.zeros((20, 24, 4), np.uint8))  # nothing is painted
+    how = HowToRead(background=background)
+    data = DiffusionData(tmp_path / "image", condition=str(tmp_path / "drawn"), how=how)
+    assert f"transparent pixels over the colour {over[0]} {over[1]} {over[2]}" in data.describe()
+    condition = data.condition
+    assert condition is not None
+    assert Condition.from_dict(condition.to_dict()) == condition
+    seen = condition.given(tmp_path / "drawn/0.png", ImageKind(size=None, channels=1))
+    blank, full = over[0] / 127.5 - 1, painted / 127.5 - 1
+    want = torch.full((20,), blank)
+    want[5:9], want[4] = full, (blank + full) / 2
+    assert torch.allclose(seen, want[:, None].expand(3, 20, 24), atol=0.01)
+    drawing(tmp_path / "later.png", over[0])
+    said = f"later.png': all that is painted in it has the colour {over[0]} {over[0]} {over[0]}, "
+    with pytest.raises(InputError, match=said):
+        condition.given(tmp_path / "later.png", ImageKind(size=None, channels=1))
+
+
+def test_drawings_that_no_colour_below_shows_are_refused(tmp_path: Path) -> None:
+    for i, image in enumerate(IMAGES):
+        write_image(tmp_path / f"image/{i}.png", image)
+        drawing(tmp_path / f"drawn/{i}.png", 255 * (i % 2))
+    with pytest.raises(InputError, match="or train with another --background"):
+        DiffusionData(tmp_path / "image", condition=str(tmp_path / "drawn"))
+    how = HowToRead(background=(128, 128, 128))
+    DiffusionData(tmp_path / "image", condition=str(tmp_path / "drawn"), how=how)
+
+
+def test_a_file_for_a_recipe_is_laid_over_what_the_images_were(tmp_path: Path) -> None:
+    drawing(tmp_path / "x.png", 255)
+    for over in (0, 255, 90):
+        kind = ImageKind(size=None, channels=3, background=(over, over, over))
+        for recipe in ("noise:0.1", "grey"):
+            seen = find_condition(recipe, 3).given(tmp_path / "x.png", kind)
+            assert torch.allclose(seen[:, :4], torch.tensor(over / 127.5 - 1))
+    kind = ImageKind(size=None, channels=4, background=None)
+    seen = find_condition("noise:0.1", 4).given(tmp_path / "x.png", kind)
+    assert (seen[3, :4] == -1).all()  # alpha is a channel
+    assert (seen[3, 5:9] == 1).all()
+
+
 def test_what_was_not_measured_in_a_picture_is_the_mean_of_the_rest(tmp_path: Path) -> None:
     """Of pictures beside images, and of those that a recipe's model is asked with."""
     how = HowToRead(reading=Reading(nodata=math.nan))

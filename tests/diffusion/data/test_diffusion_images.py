@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -451,6 +452,22 @@ def test_what_this_project_wrote_among_the_images_is_left_out_which_is_said(
             InputError, match=r"no image in this folder .*, but in a folder of r.*made"
         ):
             read(tmp_path)
+
+
+def test_masks_beside_images_are_not_learnt_to_be_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(tmp_path / "train/image", 9)
+    save(tmp_path / "val/image", 9)
+    save(tmp_path / "train/label/a", 9)
+    data = DiffusionData(tmp_path)
+    assert (data.classes, len(everything(data))) == ((), 18)
+    assert f"1 folder of masks, such as {tmp_path / 'train/label'}" in capsys.readouterr().err
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        tar.add(tmp_path / "train", "train")
+    assert len(everything(DiffusionData(tmp_path / "x.tar"))) == 9
+    assert f"left out: 1 folder of masks, such as {tmp_path / 'x.tar'}/t" in capsys.readouterr().err
+    assert len(everything(DiffusionData(tmp_path / "train/label"))) == 9
 
 
 @pytest.mark.parametrize("axes", [None, "CYX", "ZYX"])

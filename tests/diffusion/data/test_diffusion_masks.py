@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from diffusion import load
+from diffusion.data.conditions import Condition
 from diffusion.data.images import DiffusionData
 from diffusion.data.masks import MaskCoding
 from diffusion.options import DiffusionOptions, SamplingOptions
@@ -74,6 +75,33 @@ def test_what_is_no_mask_is_told(tmp_path):
         DiffusionOptions(**options)
     with pytest.raises(InputError, match=r"hold 1.. values up to 255, where masks have up to 32"):
         train(DiffusionOptions(**options, condition=str(tmp_path / "images")))
+
+
+@pytest.mark.parametrize("levels", [4, 8, 200])
+def test_greys_of_soft_edges_are_no_classes(tmp_path, levels):
+    """As a condition they are a picture, which keeps all that they say; masks cannot be made."""
+    y, x = np.indices((48, 48))
+    for i in range(4):
+        write_image(tmp_path / f"images/{i}.png", ((x + y + i) % 256).astype(np.uint8))
+        cover = np.clip((10 + i - np.hypot(y - 20, x - 25)) / 2 + 0.5, 0, 1)
+        soft = np.rint(np.rint(cover * levels) * (255 / levels))
+        write_image(tmp_path / f"masks/{i}.png", soft.astype(np.uint8))
+    data = DiffusionData(tmp_path / "images", condition=str(tmp_path / "masks"))
+    assert data.condition.kind == "picture"
+    told = "no masks, as the edges between 0, 255 are soft" in data.describe()
+    assert told == (levels < 32)  # of more values nobody expects classes
+    assert Condition.from_dict(data.condition.to_dict()) == data.condition
+    said = r"soft edges, or .* around 0, 255\? Save them anew as PNG with the true values"
+    for given in ({"joint": tmp_path / "masks"}, {"masks": "bits"}):
+        with pytest.raises(InputError, match=said):
+            DiffusionData(tmp_path / ("images" if "joint" in given else "masks"), **given)
+
+
+def test_two_encodings_of_masks_are_no_three_classes(tmp_path):
+    for i in range(4):
+        write_image(tmp_path / f"{i}.png", np.eye(9, dtype=np.uint8) * (255 if i % 2 else 1))
+    with pytest.raises(InputError, match="one class\\? Save all masks with the values"):
+        DiffusionData(tmp_path, masks="bits")
 
 
 def test_a_model_of_masks_makes_masks_of_images(tmp_path, capsys, short_runs):

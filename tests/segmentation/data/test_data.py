@@ -17,13 +17,14 @@ from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 from PIL import Image
 
-from segmentation.data.classes import IGNORE, MAX_CLASSES, ClassTable
+from segmentation.data.classes import IGNORE, ClassTable
 from segmentation.data.dataset import SegmentationData
 from segmentation.data.normalisation import Moments, Normalisation
 from segmentation.data.pairs import Pair, find_pairs, pairs_from_arrays
 from segmentation.data.splits import split_pairs
 from unet.errors import InputError
 from unet.files.images import read_image, write_image
+from unet.files.mask_values import MAX_CLASSES
 from unet.files.pages import Reading
 
 Array = NDArray[Any]

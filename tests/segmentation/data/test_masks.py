@@ -17,10 +17,11 @@ from PIL import Image, ImageDraw
 
 from segmentation.data.classes import IGNORE, ClassTable
 from segmentation.data.dataset import SegmentationData
-from segmentation.data.masks import MaskCleaning, Survey, are_instances
+from segmentation.data.masks import MaskCleaning, are_instances
 from segmentation.data.pairs import find_pairs, pairs_from_arrays
 from unet.errors import InputError
 from unet.files.images import image_info, read_mask, write_image
+from unet.files.mask_values import Survey
 
 Array = NDArray[Any]
 COLOURS = [(0, 0, 0), (200, 30, 30), (30, 200, 30), (30, 30, 200)]
@@ -112,7 +113,7 @@ def test_colours_are_not_taken_for_greys(tmp_path: Path) -> None:
     np.testing.assert_array_equal(MaskCleaning(values=(0, 87))(black_or_red), blobs(0, (0, 87)))
     soft = np.asarray(Image.fromarray(mask).resize((60, 60)).resize((64, 64)))
     with pytest.raises(InputError, match="save them anew as PNG with the true colours"):
-        Survey.of([("0", soft)]).check()
+        Survey.of([("0", soft)]).check(cleaned=True)
 
 
 def test_floats_of_two_ranges_are_refused() -> None:

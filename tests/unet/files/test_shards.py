@@ -188,6 +188,18 @@ def test_mistakes_name_the_shard_and_the_member(tmp_path: Path) -> None:
         read_image(tmp_path / "z.tar/1.png")
 
 
+def test_a_packed_data_folder_gives_no_masks_as_images(tmp_path: Path) -> None:
+    members = {f"set/{of}/{i}.png": encoded(IMAGES[i]) for of in ("label", "image") for i in (0, 1)}
+    path = save_tar(tmp_path / "x.tar", members)
+    read = found(path)
+    assert read.images == [f"{path}/set/image/{i}.png" for i in (0, 1)]
+    assert read.left == [f"{path}/set/label"]
+    with pytest.raises(InputError, match=r"x.tar': the masks in it .* set/label, .*: unpack it"):
+        found(path, masks=True)
+    classes = {f"{of}/0.png": encoded(IMAGES[0]) for of in ("mask", "no_mask")}  # of faces
+    assert len(found(save_tar(tmp_path / "y.tar", classes)).images) == 2
+
+
 def test_an_archive_beside_images_is_no_set_of_shards(tmp_path: Path) -> None:
     save_tar(tmp_path / "x.tar", sample(0))
     assert find_shards(tmp_path) == [tmp_path / "x.tar"]

@@ -1,0 +1,36 @@
+"""What folders of images and of masks are called, by which masks are told from images."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+
+IMAGE_FOLDERS = (
+    *("image", "images", "img", "imgs", "imagestr", "jpegimages", "leftimg8bit", "raw", "img_dir"),
+    *("input", "inputs"),
+)
+MASK_FOLDERS = (
+    *("label", "labels", "mask", "masks", "labelstr", "annotation", "annotations", "gt", "gtfine"),
+    *("groundtruth", "ground_truth", "segmentation", "segmentations", "segmentationclass"),
+    *("target", "targets", "manual", "1st_manual", "ann_dir"),
+)
+
+
+def mask_folders(folders: Iterable[Path], root: Path) -> list[Path]:
+    """Folders of masks, by their names: beside those of their images or below them.
+
+    Args:
+        folders: those in or below `root` that images lie in.
+    """
+    inside: defaultdict[Path, set[str]] = defaultdict(set)  # folders in each; "" is a file
+    for folder in set(folders):
+        parts = ("", *folder.relative_to(root).parts, "")
+        for depth, name in enumerate(parts[1:], 1):
+            inside[root.joinpath(*parts[1:depth])].add(name)
+    return [
+        place / name
+        for place, names in inside.items()
+        for name in sorted(names)
+        if name.lower() in MASK_FOLDERS and any(n.lower() in ("", *IMAGE_FOLDERS) for n in names)
+    ]

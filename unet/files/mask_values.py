@@ -1,0 +1,226 @@
+"""The values of masks: numbers or colours, and what they say of themselves, for both tasks."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from unet.errors import InputError
+from unet.files.pages import Array
+
+Value: TypeAlias = "int | tuple[int, ...]"  # of a mask pixel: a number or an RGB colour
+
+MAX_CLASSES = 32
+_BODY = 0.05  # share of a class's pixels that have only their like around them; of soft edges none
+_COMMON = 0.01  # share of all pixels
+_HANDFUL = 10  # pixels
+APART = 16  # greys between two values that the noise of a JPEG does not mix up
+_MANY = 3000  # distinct values, from which on no more masks need to be looked at
+
+
+@dataclass
+class Survey:
+    """The values of a set of masks: pixels, those inside an area of their value, and files."""
+
+    pixels: Counter[Value] = field(default_factory=Counter)
+    inside: Counter[Value] = field(default_factory=Counter)  # with only their like around them
+    files: dict[Value, int] = field(default_factory=dict)  # the number of masks with it
+    first: dict[Value, str] = field(default_factory=dict)  # the name of one of them
+    kinds: dict[frozenset[Value], str] = field(default_factory=dict)  # values that meet, in which
+    masks: int = 0
+
+    @classmethod
+    def of(cls, masks: Iterable[tuple[str, Array]]) -> Survey:
+        """The survey of named masks (H, W) or (H, W, 3); of colours if any of them has some."""
+        found = cls()
+        for name, mask in masks:
+            found.add(name, mask)
+            if len(found.pixels) > _MANY:
+                break
+        return found
+
+    def add(self, name: str, mask: Array) -> None:
+        """Counts a mask (H, W) or (H, W, 3) as well."""
+        codes, colour = value_codes(mask), mask.ndim == 3
+        inside = _has_its_like_around(codes)
+        unique, counts = np.unique(codes, return_counts=True)
+        # Twice without the inverse is many times faster than once with it.
+        some_inside, bodies_inside = np.unique(codes[inside], return_counts=True)
+        bodies = np.zeros_like(counts)
+        bodies[np.searchsorted(unique, some_inside)] = bodies_inside
+        values = code_values(unique, colour)
+        self.masks += 1
+        for value, count, body in zip(values, counts.tolist(), bodies.tolist(), strict=True):
+            self.pixels[value] += count
+            self.inside[value] += body
+            self.files[value] = self.files.get(value, 0) + 1
+            self.first.setdefault(value, name)
+        if len(values) <= 8:
+            self.kinds.setdefault(frozenset(values), name)
+
+    def soft(self) -> tuple[list[Value], list[Value]] | None:
+        """The true values, and those between them, where edges are soft; None: they are not."""
+        thin = sorted(self._thin(), key=as_colour)
+        if len(thin) < 3:
+            return None
+        common = _COMMON * sum(self.pixels.values())
+        true = [v for v, n in self.pixels.items() if n >= common and v not in thin]
+        if len(true) >= 2:
+            return sorted(true, key=as_colour), thin
+        if soft_edges(self.pixels):
+            first, *between, last = sorted(self.pixels, key=as_colour)
+            return [first, last], between
+        return None
+
+    def check(self, *, cleaned: bool) -> None:
+        """Refuses masks whose values contradict each other.
+
+        Args:
+            cleaned: the options --mask-values and --threshold-masks are there, and so are named.
+
+        Raises:
+            InputError: two encodings of one thing, soft edges, or a value of a few stray pixels.
+        """
+        self._check_encodings(cleaned)
+        if soft := self.soft():
+            raise InputError(self._told_soft(*soft, cleaned))
+        if len(self.pixels) <= MAX_CLASSES:  # more are no classes, of which a few stray
+            self._check_strays(cleaned)
+
+    def _thin(self) -> set[Value]:
+        """The values that have no area of their own."""
+        return {v for v, n in self.pixels.items() if self.inside[v] < _BODY * n}
+
+    def _check_encodings(self, cleaned: bool) -> None:
+        """0 and 1 in some files, 0 and 255 in others: one class or two?"""
+        for white in (255, 65535):
+            low = next((n for k, n in self.kinds.items() if 1 in k and white not in k), None)
+            high = next((n for k, n in self.kinds.items() if white in k and 1 not in k), None)
+            only = all(k <= {0, 1} or k <= {0, white} for k in self.kinds)
+            if (
+                low
+                and high
+                and only
+                and sum(self.files.values())
+                and set(self.pixels) <= {0, 1, white}
+            ):
+                counts = self.pixels
+                cure = (
+                    "--threshold-masks unites them"
+                    if cleaned
+                    else "Save all masks with the values of the first"
+                )
+                raise InputError(
+                    f"some masks hold 0 and 1, such as {low} ({self.files[1]} of {self.masks} "
+                    f"masks, {counts[1]:,} pixels of 1), others 0 and {white}, such as {high} "
+                    f"({self.files[white]} masks, {counts[white]:,} pixels), and no mask both: two "
+                    f"encodings of one class? {cure}"
+                )
+
+        self._check_scales()
+
+    def _check_scales(self) -> None:
+        """1, 2, ... n in some files, and as many even steps, such as 127 and 255, in others."""
+        used = sorted({v for v in self.pixels if isinstance(v, int) and v > 0})
+        low = [v for v in used if v < MAX_CLASSES]
+        high = used[len(low) :]
+        meet = any(kind & set(low) and kind & set(high) for kind in self.kinds)
+        if meet or len(low) < 2 or low != list(range(1, len(high) + 1)):
+            return
+        if all(abs(v - high[-1] * i / len(low)) <= 1 for i, v in enumerate(high, 1)):
+            raise InputError(
+                f"some masks hold {listed(low)}, such as {self.first[low[-1]]}, others "
+                f"{listed(high)}, such as {self.first[high[-1]]}, and no mask both: two encodings "
+                "of the same classes? Save all masks with the values of the first"
+            )
+
+    def _told_soft(self, true: Sequence[Value], thin: Sequence[Value], cleaned: bool) -> str:
+        edges = sum(self.pixels[v] for v in thin) / sum(self.pixels.values())
+        where = self.first[max(thin, key=lambda v: self.pixels[v])]
+        shown = some(f"{v} ({self.pixels[v]:,})" for v in thin)
+        grey = [v if isinstance(v, int) else round(sum(v) / 3) for v in true]
+        if any(isinstance(v, tuple) and max(v) - min(v) > APART for v in true):
+            cure = "save them anew as PNG with the true colours, resized to the nearest pixel"
+        elif not cleaned:
+            cure = "Save them anew as PNG with the true values, resized to the nearest pixel"
+        else:
+            cure = f"--mask-values {' '.join(map(str, grey))} gives each pixel the nearest of these"
+            if len(true) == 2:
+                cure += ", --threshold-masks splits them in the middle"
+        return (
+            f"the masks hold {len(self.pixels)} values, of which {len(thin)} have no area of their "
+            f"own and {edges:.2%} of the pixels, such as in {where}: {shown}; soft edges, "
+            f"or the noise of a JPEG file, around {listed(true)}? {cure}"
+        )
+
+    def _check_strays(self, cleaned: bool) -> None:
+        for value in sorted(self._thin(), key=as_colour):
+            count = self.pixels[value]
+            if self.masks < 3 or self.files[value] > 1 or count > _HANDFUL or len(self.pixels) < 3:
+                continue
+            others = [v for v in sorted(self.pixels, key=as_colour) if v != value]
+            named = cleaned and all(isinstance(v, int) for v in others) and len(others) < 30
+            cure = f", or give --mask-values {' '.join(map(str, others))}" if named else ""
+            raise InputError(
+                f"the value {value} is in one mask only, {self.first[value]}, in {count} pixels "
+                f"without an area of their own, where the other values are {some(others)}: correct "
+                f"the mask{cure}"
+            )
+
+
+def value_codes(mask: Array) -> NDArray[np.int64]:
+    """One number (H, W) for each mask value (H, W) or colour (H, W, 3), in their order."""
+    return codes_of(mask, mask.ndim == 3)
+
+
+def codes_of(values: Array, colour: bool) -> NDArray[np.int64]:
+    """One number for each value, in the order of the values."""
+    values = values.astype(np.int64)
+    return values @ np.array([2**32, 2**16, 1]) if colour else values
+
+
+def code_values(codes: NDArray[np.int64], colour: bool) -> list[Value]:
+    """The values that `value_codes` made these numbers of."""
+    if not colour:
+        return list(codes.tolist())
+    return [(code >> 32, code >> 16 & 0xFFFF, code & 0xFFFF) for code in codes.tolist()]
+
+
+def as_colour(value: Value) -> tuple[int, ...]:
+    return value if isinstance(value, tuple) else (value, value, value)
+
+
+def listed(values: Iterable[Value]) -> str:
+    """Some values in order, for a sentence."""
+    ordered: list[Value] = sorted(values, key=as_colour)
+    return some(ordered)
+
+
+def some(values: Iterable[object]) -> str:
+    """The first few of them and the last, for a sentence."""
+    texts = [str(value) for value in values]
+    return ", ".join(texts if len(texts) <= 9 else [*texts[:7], "...", texts[-1]])
+
+
+def soft_edges(pixels: Counter[Value]) -> bool:
+    """Whether the lowest and the highest value are the most frequent, with little in between."""
+    ordered = sorted(pixels, key=as_colour)
+    counts = [pixels[value] for value in ordered]
+    if len(counts) < 3 or max(as_colour(ordered[-1])) - min(as_colour(ordered[0])) < 16:
+        return False
+    return max(counts[1:-1]) < min(counts[0], counts[-1]) and sum(counts[1:-1]) < sum(counts) / 5
+
+
+def _has_its_like_around(codes: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Where the four neighbours have the same value; beyond the border is what is next to it."""
+    found = np.ones(codes.shape, bool)
+    found[1:] &= codes[1:] == codes[:-1]
+    found[:-1] &= codes[:-1] == codes[1:]
+    found[:, 1:] &= codes[:, 1:] == codes[:, :-1]
+    found[:, :-1] &= codes[:, :-1] == codes[:, 1:]
+    return found
