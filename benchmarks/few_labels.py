@@ -207,7 +207,7 @@ def pretrained(options: Options, images: Images) -> Path:
         train_diffusion(
             DiffusionOptions(
                 out=run,
-                data=folder,
+                data=str(folder),
                 crops=True,
                 size=options.crop,
                 network=options.network,
@@ -237,8 +237,8 @@ def generated(options: Options, folder: Path, drawn: Path, seed: int) -> Path:
             train_diffusion(
                 DiffusionOptions(
                     out=run,
-                    data=pairs / "image",
-                    joint=pairs / "label",
+                    data=str(pairs / "image"),
+                    joint=str(pairs / "label"),
                     init=str(drawn),
                     val=0,
                     crops=True,
