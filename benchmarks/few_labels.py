@@ -160,7 +160,7 @@ class Images:
     def figures(self, models: Sequence[SegmentationUNet], classes: ClassTable) -> dict[str, float]:
         """What the models reach on the images that are scored, plainly and averaged over turns."""
         data = labelled_data(models, self.scored, classes)
-        found = {}
+        found: dict[str, float] = {}
         for suffix, symmetries in (("_turned", True), ("", False)):
             predictor = Predictor(models, symmetries=symmetries)
             judged = evaluate(predictor, data, data.val, cells=self.cells)
@@ -238,7 +238,7 @@ def generated(options: Options, folder: Path, drawn: Path, seed: int) -> Path:
                 DiffusionOptions(
                     out=run,
                     data=str(pairs / "image"),
-                    joint=str(pairs / "label"),
+                    joint=pairs / "label",
                     init=str(drawn),
                     val=0,
                     crops=True,
