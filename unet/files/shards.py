@@ -149,7 +149,8 @@ def read_shards(files: Sequence[Path], *, masks: bool, caption_key: str | None =
             shard = _opened(file)
             chosen: dict[tuple[str, ...], tuple[str, str]] = {}
             count = len(images)
-            folders = {key.rpartition("/")[0] for key, _ in shard.samples()}
+            samples = list(shard.samples())
+            folders = {key.rpartition("/")[0] for key, _ in samples}
             of_masks = [folder.as_posix() for folder in mask_folders(map(Path, folders), Path())]
             if of_masks and masks:
                 raise InputError(
@@ -158,7 +159,7 @@ def read_shards(files: Sequence[Path], *, masks: bool, caption_key: str | None =
                     "that comes out of it"
                 )
             left += [f"{file}/{folder}" for folder in of_masks]
-            for key, found in shard.samples():
+            for key, found in samples:
                 if any(key.startswith(f"{folder}/") for folder in of_masks):
                     continue
                 if found not in chosen:
