@@ -115,8 +115,8 @@ class ImageGenerator:
         """New images, the same as those of `unet-sample-ddpm` with these settings.
 
         Args:
-            count: how many; None: as many as classes, prompts or pictures are given, of two the
-                more, else one.
+            count: how many; None: as many as there are classes, prompts or pictures (the larger
+                number of two), else one.
             seed: image 7 of a seed is the same whatever the number of images and the batch size.
             first: number of the first image of the seed.
             classes: name or index of the class of all images, or one for each, or fewer to be taken
@@ -128,12 +128,12 @@ class ImageGenerator:
                 turn, for a model that was trained with a condition. Images have the size of their
                 pictures, in overlapping tiles if larger than in training (lowres: as many times
                 larger); that of training, where images were resized to it.
-            negative: with `guidance` and `prompts`: a text to lead away from.
+            negative: with `guidance` and `prompts`: a text to steer away from.
             guidance: scale of guidance; 1: none.
-            steps: from noise to image; None: 20, or 4 of a model of few steps.
+            steps: from noise to image; None: those that the training found to be enough, 8 or 20,
+                with another sampler 20, with jump 4.
             sampler: ddpm, ddim, euler, heun, flow-heun, dpmpp-2m, dpmpp-2m-sde or jump; None: jump
-                of a model of few steps, dpmpp-2m where training coupled noise with images, else
-                dpmpp-2m-sde.
+                for a model of few steps, dpmpp-2m for one of `--coupling ot`, else dpmpp-2m-sde.
             batch_size: images at a time.
             settings: the other fields of `SamplingOptions`: spacing, shift, eta, churn,
                 churn_interval, churn_noise, variance, clip, guide (which is read at the first of

@@ -22,15 +22,17 @@ class DiffusionOptions(ReadingOptions, FitOptions):
     """Run folder to make: config.yaml, metrics.jsonl, samples/, model/, state/."""
 
     batch_size: int | None = None
-    """Images an optimizer step, over all processes and accumulated parts together; none given: 32,
+    """Images per optimizer step, over all processes and accumulated parts together; none given: 32,
     with adamw and without captions 64."""
 
     optimizer: OptimizerName | None = None
     """Optimizer. muon makes the steps of matrices orthogonal and leaves the rest to adamw. None
-    given: muon, but with captions, --init, --shard or a --lr adamw."""
+    given: muon, but adamw with captions, --shard, --lr or --init, unless --few-steps, the masks of
+    --joint or a start from a segmentation leave much to learn."""
 
     lr: float | None = None
-    """Highest learning rate; none given: 2e-3, with captions 7e-4, with muon ten times as much."""
+    """Highest learning rate; none given: 2e-3, with captions 7e-4, with muon ten times as much,
+    with --few-steps a quarter; 1e-4 for a LoRA of a pipeline."""
 
     beta2: float | None = None
     """Decay of adamw's mean of squared gradients; none given: 0.999, with captions 0.99."""
@@ -51,8 +53,8 @@ class DiffusionOptions(ReadingOptions, FitOptions):
     they are, RGB if any is."""
 
     background: tuple[int, int, int] = (255, 255, 255)
-    """Colour (red green blue, 0 to 255) that transparent pixels are laid over, those of --condition
-    as well; not with --colour rgba."""
+    """Colour (red green blue, 0 to 255) under transparent pixels, those of --condition included;
+    not with --colour rgba."""
 
     caption_key: str | None = None
     """Key of the captions in a metadata.jsonl, or column of a metadata.csv; none given: text,
@@ -63,11 +65,12 @@ class DiffusionOptions(ReadingOptions, FitOptions):
 
     flips: bool | None = None
     """Mirror images left to right at random; none given: where the training images cannot be told
-    from their mirror images, and not with --classes or --captions."""
+    from their mirror images, and never with --classes or --captions."""
 
     val: float = 0.02
-    """Images that are held out from training: below 1 a share, from 1 on a number; 0: none, and
-    the last weights are kept."""
+    """Images that are held out from training: below 1 a share, but at least 16 images, or a quarter
+    of fewer than 64 (of crops the last image); from 1 on a number; 0: none, and the last weights
+    are kept."""
 
     skip_bad: bool = False
     """Leave out images that cannot be read, naming them, instead of stopping."""
@@ -96,12 +99,12 @@ class DiffusionOptions(ReadingOptions, FitOptions):
     """With --target mask or --joint: the classes as binary digits, or a channel for each."""
 
     label_dropout: float = 0.1
-    """Share of the images that are shown without their class, caption or condition, as guidance
-    needs it; with a condition beside classes or captions as many again without the one or the
-    other."""
+    """Share of the images that are shown without their class, caption or condition, which guidance
+    needs; with a condition beside classes or captions, as many again are shown without one of the
+    two."""
 
     network: str = "auto"
-    """auto: width and levels by image size, number of images and budget; or a preset
+    """auto: width and levels are chosen by image size, number of images and budget; or a preset
     (unet describe --list shows them)."""
 
     width: int | None = None
@@ -113,7 +116,7 @@ class DiffusionOptions(ReadingOptions, FitOptions):
 
     text_encoder: Path | None = None
     """With --captions: pipeline folder whose CLIP, text_encoder/ and tokenizer/, reads them; none
-    given: that of a pipeline in --latents, else a small one is trained along."""
+    given: that of a pipeline in --latents, else a small one is trained as well."""
 
     init: str | None = None
     """Model folder whose weights to start from, and whose network to take; what differs, such as a
@@ -121,24 +124,24 @@ class DiffusionOptions(ReadingOptions, FitOptions):
     pipeline, or its unet/."""
 
     trained: Literal["all", "attention", "lora"] = "all"
-    """attention: of the network in --init, train the spatial transformers alone. lora: leave it as
-    it is and train small matrices beside its layers, which alone are saved."""
+    """attention: train only the spatial transformers of the network in --init. lora: leave it as
+    it is, and train and save only small matrices beside its layers."""
 
     rank: int = 8
-    """With --trained lora: rows of the small matrices."""
+    """With --trained lora: rank of the small matrices."""
 
     prior: str | None = None
     """With --init and --captions that CLIP reads: a folder of captioned images of what the model
-    knows already, such as its own pictures; every second training image is one of them, lest it
-    forget (the prior loss of DreamBooth)."""
+    knows already, such as its own pictures. Every second training image is one of them, so that the
+    model does not forget (the prior loss of DreamBooth)."""
 
     few_steps: float | None = None
-    """With --init: learn to do in 1, 2 or 4 evaluations what that model does in 20 and more, with
+    """With --init: learn to make in 1, 2 or 4 evaluations what that model makes in 20 or more, with
     this scale of guidance built in (1: none; 1.3 makes digits clearer and hardly less varied).
     """
 
     noise: Literal["cosine", "linear", "scaled-linear", "sigmoid", "flow", "edm"] | None = None
-    """Noise schedule; none given: that of the model in --init, else the one of --prediction flow or
+    """Noise schedule; none given: that of the model in --init, else that of --prediction flow or
     edm, else flow, the straight path of flow matching; but cosine with another --prediction,
     --zero-snr, --learn-variance, --captions, --condition, --joint or --latents."""
 
@@ -149,9 +152,9 @@ class DiffusionOptions(ReadingOptions, FitOptions):
     """Leave no signal at all at the last noise level (not with eps or edm)."""
 
     prediction: Literal["v", "eps", "x0", "flow", "edm"] | None = None
-    """What the network predicts: the noise, the image, v, a mixture of both, the velocity of flow
-    matching, or what EDM's preconditioning leaves; none given: what the model in --init does, else
-    the one of --noise flow or edm, else v."""
+    """What the network predicts: the noise (eps), the image (x0), v, a mixture of both, the
+    velocity of flow matching, or what EDM's preconditioning leaves; none given: what the model in
+    --init predicts, else that of --noise flow or edm, else v."""
 
     learn_variance: bool = False
     """Learn the variance of the reverse steps as well, by the hybrid loss."""
@@ -163,18 +166,18 @@ class DiffusionOptions(ReadingOptions, FitOptions):
     """Above 1, noisy levels are trained on more often; none given: 1, with captions 3."""
 
     levels: Literal["uniform", "log-normal"] | None = None
-    """How noise levels are drawn: all timesteps alike, or log(sigma) normal, sigma being noise per
-    signal; none given: log-normal with flow noise, where it is logit-normal, and with
-    --prediction edm, else uniform."""
+    """How noise levels are drawn: uniform over the timesteps, or with a normal log(sigma), where
+    sigma is noise per signal; none given: log-normal with flow noise, where it is logit-normal, and
+    with --prediction edm, else uniform."""
 
     log_sigma: tuple[float, float] | None = None
     """With log-normal levels: mean and standard deviation of log(sigma); none given: 0 1 with
     flow noise, else -1.2 1.2."""
 
     coupling: Literal["independent", "ot"] = "independent"
-    """ot: within the images that go through the network together, or those of one class among them,
-    noise goes to images near it (optimal transport), which straightens the way from one to the
-    other."""
+    """ot: among the images that go through the network together, or those of one class among them,
+    each image gets noise near it (optimal transport), which straightens the paths between the
+    two."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -293,13 +296,14 @@ class SamplingOptions:
     """How images are made by a trained model."""
 
     steps: int | None = None
-    """Steps from noise to image; none given: 20, or 4 by --sampler jump."""
+    """Steps from noise to image; none given: those that the training found to be enough, 8 or 20,
+    with another --sampler 20, with jump 4."""
 
     sampler: Samplers | None = None
     """Sampler. heun and flow-heun evaluate the network twice a step, the others once. ddpm and
-    dpmpp-2m-sde draw noise in each step, which repairs what a network of little training does
-    wrong; jump is for models of --few-steps; none given: jump for these, dpmpp-2m where training
-    coupled noise with images, else dpmpp-2m-sde."""
+    dpmpp-2m-sde draw noise in each step, which corrects errors of a network that was trained for a
+    short time; jump is for models of --few-steps. None given: jump for these, dpmpp-2m for models
+    of --coupling ot, else dpmpp-2m-sde."""
 
     spacing: Literal["trailing", "leading", "linspace", "karras", "logsnr"] | None = None
     """How the steps are spread over the noise levels; none given: logsnr, evenly in the logarithm
@@ -326,24 +330,25 @@ class SamplingOptions:
     """With ddpm: variance of the noise in each step."""
 
     guidance: float = 1.0
-    """Scale of guidance: how much further than what the model says of the class, text or condition
-    asked for, away from what it says of none; 1: none."""
+    """Scale of guidance: how far the prediction for the class, text or condition is extrapolated
+    away from the prediction without it; 1: none."""
 
     guide: str | None = None
-    """With --guidance: model folder of a lesser version of the model, smaller or trained for less
-    long, to lead away from instead (autoguidance). It needs no classes."""
+    """With --guidance: model folder of a weaker version of the model, smaller or trained for less
+    time, to steer away from instead (autoguidance). It needs no classes."""
 
     negative: str = ""
-    """With --guidance and captions: a text to lead away from."""
+    """With --guidance and captions: a text to steer away from."""
 
     guidance_rescale: float = 0.0
-    """How far the spread that guidance widens is brought back, from 0 to 1."""
+    """How far the standard deviation, which guidance raises, is brought back, from 0 to 1."""
 
     guidance_interval: tuple[float, float] = (0.0, math.inf)
     """Guide only between these noise levels (noise per signal)."""
 
     clip: Literal["static", "dynamic", "none"] = "static"
-    """Keep predicted images in range: clamped, or scaled by their largest values (dynamic)."""
+    """How predicted images are kept in range: clamped (static), scaled by their largest values
+    (dynamic), or not at all (none)."""
 
     seed: int = 0
     """Seed; image 7 of a seed is the same whatever the number of images and the batch size."""
@@ -352,7 +357,7 @@ class SamplingOptions:
     """Images at a time."""
 
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Arithmetic of the network; auto: bf16 on a GPU of NVIDIA's that computes in it, else fp32."""
+    """Arithmetic of the network; auto: bf16 on an NVIDIA GPU that supports it, else fp32."""
 
     device: str = "auto"
     """auto, or a torch device such as cpu, cuda or mps."""

@@ -36,7 +36,7 @@ class LabelOptions(ReadingOptions):
     each pixel takes the nearest."""
 
     threshold_masks: bool = False
-    """Two classes, of masks of 0 and 1, of 0 and 255 or of what lies between, even mixed."""
+    """Make two classes of masks with 0 and 1, 0 and 255, values between, or a mixture of these."""
 
     def __post_init__(self) -> None:
         if (self.images is None) != (self.masks is None):
@@ -61,11 +61,12 @@ class SegmentationOptions(LabelOptions, FitOptions):
     """Train a U-Net that labels every pixel of an image."""
 
     batch_size: int | None = None
-    """Crops an optimizer step, over all processes and accumulated parts together; none given: 4."""
+    """Crops per optimizer step, over all processes and accumulated parts together; none given: 4.
+    """
 
     optimizer: OptimizerName | None = None
     """Optimizer. muon makes the steps of matrices orthogonal and leaves the rest to adamw. None
-    given: muon, but where a segmentation goes on (--init), with --shard or a --lr adamw."""
+    given: muon, but adamw with --shard, with --lr, and where --init is a segmentation."""
 
     lr: float | None = None
     """Highest learning rate; none given: 2e-3, with muon 0.08."""
@@ -77,7 +78,7 @@ class SegmentationOptions(LabelOptions, FitOptions):
     """A folder with images and masks (image/ label/, images/ masks/, ..., polygons of COCO or
     labelme, or the two ISBI 2012 stacks), or shards (WebDataset's tars, Parquet, Arrow);
     isbi2012: the challenge's stacks, downloaded once; phantom: generated membrane images;
-    annotators: these with six masks each, which disagree;
+    annotators: such images with six masks each, which disagree;
     stains: generated cells in two channels."""
 
     val_data: Path | None = None
@@ -85,10 +86,10 @@ class SegmentationOptions(LabelOptions, FitOptions):
     train/ in --data is found by itself."""
 
     slices: int = 1
-    """Slices of a stack or volume that are taken together, an odd number such as 3: those next to a
-    slice become further channels, and its labels alone are learnt. At the ends the nearest one is
-    repeated. The files of a folder are a stack where they have one size and are numbered without a
-    gap."""
+    """Slices of a stack or volume that are taken together, an odd number such as 3: the neighbours
+    of a slice become further channels, and only its own labels are learnt. At the ends the nearest
+    slice is repeated. The files of a folder are a stack if they have one size and are numbered
+    without a gap."""
 
     class_names: tuple[str, ...] = ()
     """Names of the classes, in the order of their mask values; none given: those of a classes.txt
@@ -100,12 +101,13 @@ class SegmentationOptions(LabelOptions, FitOptions):
     their first values. None given: those of nnU-Net's dataset.json, if it has some."""
 
     instances: bool = False
-    """The masks number each cell: learn where cells are, and how deep each pixel lies in its own,
-    by which those that touch are told apart. Masks that clearly do are recognised."""
+    """The masks number each cell: learn where cells are, and how deep each pixel lies in its cell,
+    which separates cells that touch. Masks that clearly number objects are recognised."""
 
     val: float = 0.2
     """Share of the images, from the end, that is held out from training; of a single labelled image
-    that of its labelled pixels. 0: nothing is held out, and no figure tells of other images."""
+    the share of its labelled pixels. 0: nothing is held out, and no figure tells of other images.
+    """
 
     fold: str | None = None
     """Hold out a contiguous fold instead, such as 2/5 for the second of five."""
@@ -128,17 +130,16 @@ class SegmentationOptions(LabelOptions, FitOptions):
 
     unlabelled: Path | None = None
     """Folder of images without labels, of the same kind, in it and below it. For the first half of
-    the budget a diffusion model of them is trained, in RUN/pretraining, which starts a
-    segmentation, in RUN/teacher; that labels these images, and the segmentation in RUN learns from
-    its labels as well. For other labels the diffusion model is there already: --init
-    RUN/pretraining/model beside."""
+    the budget a diffusion model learns from them, in RUN/pretraining. A segmentation starts from
+    it, in RUN/teacher, and labels these images; the segmentation in RUN learns from these labels
+    as well. For further labels, use the diffusion model again: --init RUN/pretraining/model."""
 
     synthetic: Path | None = None
     """Folder of generated images and masks to train on as well, laid out as --data, such as that of
-    sample-ddpm; they are never held out or scored, and no statistic is of them."""
+    sample-ddpm; they are never held out or scored, and count in no statistic."""
 
     synthetic_share: float = 0.5
-    """With --synthetic or --unlabelled: share of the training crops that is cut out of these."""
+    """With --synthetic or --unlabelled: share of the training crops from these images."""
 
     loss: Literal["ce", "dice", "dice-ce", "focal", "tversky", "lovasz"] = "ce"
     """Loss: ce is the binary cross-entropy where there are two classes."""
@@ -147,41 +148,42 @@ class SegmentationOptions(LabelOptions, FitOptions):
     """Judge the coarser levels of the decoder, too, each half as much as the next finer one."""
 
     best_by: BestBy | None = None
-    """What the kept weights are best for on the held-out images: the cross-entropy, the mean Dice,
-    V_Rand, which wants closed membranes, or the average precision of numbered objects; none given:
-    ap where masks number objects, v_rand where thin membranes part the cells, else loss. With two
-    classes the threshold between them is saved with the weights: the best for V_Rand, else for the
-    mean Dice. All figures are at this threshold."""
+    """Which score on the held-out images decides the weights that are kept: the cross-entropy, the
+    mean Dice, V_Rand, which rewards closed membranes, or the average precision of numbered objects;
+    none given: ap where masks number objects, v_rand where thin membranes separate the cells, else
+    loss. With two classes a threshold is saved with the weights: the best one for V_Rand, else for
+    the mean Dice. All figures are at this threshold."""
 
     label_smoothing: float = 0.0
     """With ce and dice-ce: share of the target that is spread over all classes."""
 
     focal_gamma: float | None = None
-    """With focal: exponent that turns the loss to the hard pixels."""
+    """With focal: exponent by which the loss favours hard pixels."""
 
     class_weights: tuple[float, ...] = ()
     """Weight of each class in the loss, in the order of their values; none given: 1."""
 
     balance: bool = False
-    """Weight each class by the inverse of its share of the pixels; one without pixels gets none."""
+    """Weight each class by the inverse of its share of the pixels; one without pixels by 0."""
 
     border_weight: float | None = None
-    """Weight w0 of the narrow gaps between cells (2015: 10): of two classes the cells are the one
-    in more pieces, of more class 1; none given: 10 where thin membranes part the cells, else 0."""
+    """Weight w0 of the narrow gaps between cells (U-Net of 2015: 10). With two classes the cells
+    are the one in more pieces, with more they are class 1. None given: 10 where thin membranes
+    separate the cells, else 0."""
 
     border_sigma: float = 5.0
-    """Width in pixels of that weight (2015: 5)."""
+    """Width in pixels of that weight (U-Net of 2015: 5)."""
 
     crop: int | None = None
     """Side of the square training crops, in pixels; 0: whole images. None given: 256, or less where
     the images are smaller."""
 
     flips: bool | Literal["mirror"] | None = None
-    """Turn the crops by quarters and mirror them (True), mirror them left to right alone, or
-    neither (False); none given: as far as the training images cannot be told from those."""
+    """True: rotate the crops by quarter turns and mirror them; mirror: mirror them left to right
+    only; False: neither. None given: whatever makes no difference in the training images."""
 
     rotation: float | None = None
-    """Turn the crops by up to that many degrees either way; none given: 180 with --flips True, 15
+    """Rotate the crops by up to that many degrees either way; none given: 180 with --flips True, 15
     with mirror, else 0."""
 
     scale: float = 0.15

@@ -57,17 +57,17 @@ def load(
         models: model folders, such as "runs/mine/model", or repositories on the Hugging Face Hub,
             such as "someone/cells".
         device: auto, or a torch device such as cpu, cuda or mps.
-        tta: average over the symmetries of the image that the model was trained with, eight for
-            micrographs: better, for as many times the time.
+        tta: average over the mirrored and rotated versions of the image that the model was trained
+            with, eight for micrographs: better, for as many times the time.
         threshold: probability above which a pixel is of the second of two classes; None: the
             model's.
-        min_size: connected parts of fewer pixels become what surrounds them, and instances of fewer
-            pixels are left out; None: 0, and of instances the size below which 1 in 100 of those
-            in training were.
+        min_size: connected parts of fewer pixels take the class around them, and instances of fewer
+            pixels are left out; None: 0, or for instances the size below which 1 in 100 instances
+            of the training masks are.
         tile: larger images are predicted in tiles of at most that many pixels a side.
         overlap: pixels that neighbouring tiles share.
-        precision: arithmetic of the network: fp32, bf16, fp16, or auto, which is bf16 on a GPU of
-            NVIDIA's that computes in it, else fp32.
+        precision: arithmetic of the network: fp32, bf16, fp16, or auto, which is bf16 on an NVIDIA
+            GPU that supports it, else fp32.
 
     Raises:
         InputError: no usable model; models for other images or classes; a setting out of range.
@@ -204,10 +204,10 @@ class Segmenter:
 
     A model of several slices takes a batch for the slices of one stack, and no single image.
 
-    Pixels have the values and the type of the training images: an image of another type is another
-    range of values, and is refused. Types that say nothing of a range are converted: whole numbers
-    as int64 to the uint8 or uint16 of the model if all of them fit; float16, float64 and these
-    whole numbers to float32. The normalisation is the model's own.
+    Pixels must have the type and the range of values of the training images: an image of another
+    type has another range, and is refused. Types without a range of their own are converted: whole
+    numbers such as int64 to the uint8 or uint16 of the model, if all of them fit; float16, float64
+    and such whole numbers to float32. The model normalises the images itself.
 
     Args:
         predict: the models.

@@ -37,9 +37,9 @@ class UNetConfig:
     multipliers: tuple[int, ...] = (1, 2, 4, 8)  # level i has channels * multipliers[i]
     decoder_multipliers: tuple[int, ...] | None = None  # of the decoder; None: as the encoder
     decoder_mid: Literal["out", "half-in"] = "out"  # width between a decoder block's two convs
-    blocks: int = 1  # blocks a level
+    blocks: int = 1  # blocks per level
     block: Block = "conv"  # two convs (2015), or pre-activation residual blocks (DDPM)
-    skips: Skips = "level"  # maps kept: one a level (2015), or every block, stem, downsampling
+    skips: Skips = "level"  # maps kept: one per level (2015), or of each block, stem, downsampling
     decoder: Decoder = "unet"  # or scores of the coarsest map, "fcn-8s": and of the next two
     patch: int = 1  # > 1: a pixel-unshuffle stem, the network works at 1/patch of the size
     padding: Padding = "same"  # "valid" loses two pixels a conv and crops the skips (2015)
@@ -59,7 +59,7 @@ class UNetConfig:
     time: bool = False  # a timestep goes into every residual block
     time_cos_first: bool = False  # order of the sinusoids: DDPM has sin first, SD cos first
     time_freq_shift: int = 1  # frequencies exp(-ln 10000 i / (half - shift)): DDPM 1, SD 0
-    jumps: bool = False  # it is also told how far below its timestep a result leads (MeanFlow)
+    jumps: bool = False  # a second input says how far below t its result leads (MeanFlow)
     scale_shift: bool = False  # the embedding scales and shifts the second norm (FiLM), or is added
     classes: int = 0  # > 0: a class embedding of that many rows, added to the time embedding
     vector_channels: int = 0  # > 0: a vector of that width is embedded and added, too (SDXL)
@@ -69,7 +69,7 @@ class UNetConfig:
     attention_levels: tuple[int, ...] = ()  # levels whose blocks are each followed by attention
     middle_attention: bool = False  # attention between the middle blocks
     heads: int | None = None  # attention heads, whatever the width ...
-    head_channels: int | None = None  # ... or channels a head; neither: one head
+    head_channels: int | None = None  # ... or channels per head; neither: one head
     context_channels: int | None = None  # width of cross-attention tokens; None: no cross-attention
     # Transformer blocks in a SpatialTransformer, or at each level (the middle: as the coarsest).
     transformer_depth: int | tuple[int, ...] = 1
@@ -90,12 +90,12 @@ class UNetConfig:
 
     @property
     def decoder_channels(self) -> tuple[int, ...]:
-        """Channels that the decoder puts out at each level, finest first."""
+        """Output channels of the decoder at each level, finest first."""
         return tuple(self.channels * m for m in self.decoder_multipliers or self.multipliers)
 
     @property
     def stride(self) -> int:
-        """Pixels of the input a side for one of the coarsest level."""
+        """Pixels along a side of the input for one pixel of the coarsest level."""
         return self.patch * 2 ** (self.levels - 1)
 
     @property

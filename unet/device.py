@@ -14,7 +14,7 @@ from unet.errors import InputError, RunError
 def pick_device(name: str) -> torch.device:
     """The device of that name; auto: a GPU where there is one, of several processes each its own.
 
-    On a GPU of NVIDIA's, float32 products of matrices are from now on made as its convolutions are
+    On an NVIDIA GPU, float32 products of matrices are from now on made as its convolutions are
     anyway: in TF32, of 10 bits behind the point.
     """
     if name == "auto":
@@ -72,7 +72,7 @@ def repeatable() -> Iterator[None]:
 def trained_precision(name: str, device: torch.device) -> torch.dtype | None:
     """What a trained network computes in, by autocast; None: in its weights' float32.
 
-    auto: bfloat16 on a GPU of NVIDIA's that computes in it, as training does there; else float32,
+    auto: bfloat16 on an NVIDIA GPU that supports it, as training does there; else float32,
     so that a CPU gives the same numbers as any other.
     """
     if name == "auto" and device.type != "cuda":

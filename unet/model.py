@@ -1,4 +1,4 @@
-"""`UNet`: the assembly of the parts, and its forward."""
+"""`UNet`: the assembly of the parts, and its forward pass."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ class Step(nn.ModuleDict):
 
 
 class UNet(nn.Module):
-    """A U-Net trunk: image, and timestep and context where the config has them, to features.
+    """A U-Net trunk: it maps an image, with timestep and context where it has them, to features.
 
     The 2015 network (arXiv 1505.04597), DDPM's (arXiv 2006.11239) and Stable Diffusion's
-    (arXiv 2112.10752) are the same forward over different lists of steps. The heads are
+    (arXiv 2112.10752) are the same forward pass over different lists of steps. The heads are
     `segmentation.model.SegmentationUNet` and `diffusion.model.DiffusionUNet`.
 
     Args:

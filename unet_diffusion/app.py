@@ -34,21 +34,21 @@ class AppOptions:
 
     model: tuple[str, ...] = ()
     """Model folders, such as RUN/model, of segmentations and diffusion models; none given: two
-    small ones are trained on generated images, which takes three minutes, once, and kept in
-    --folder."""
+    small ones, which are trained on generated images the first time, in three minutes, and kept
+    in --folder."""
 
     runs: Path = Path("runs")
     """Folder whose runs are shown."""
 
     held_out: Path | None = None
-    """Labelled images by which a model that has learnt is judged; none given: those that the run of
-    its first model held out."""
+    """Labelled images on which corrected models are scored; none given: those that the run of the
+    model that was corrected first held out."""
 
     folder: Path = Path("unet-app")
     """Folder for all that the page writes: what is painted, and the runs that learn from it."""
 
     host: str = "127.0.0.1"
-    """Address to listen on; the default is reached from this machine alone, 0.0.0.0 from any."""
+    """Address to listen on; the default can be reached from this machine only, 0.0.0.0 from any."""
 
     port: int | None = None
     """Port to listen on; none given: the first free one from 7860 on."""

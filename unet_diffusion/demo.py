@@ -37,7 +37,8 @@ class DemoOptions:
     """Folder in which the demo makes one of its own."""
 
     minutes: float = 2.5
-    """Minutes of training, for both together."""
+    """Minutes of training of a segmentation and a diffusion model together; the other parts of the
+    demo take about a third more."""
 
     seed: int = 0
     """Seed of the images and of the training."""

@@ -27,8 +27,8 @@ LARGEST = 65536  # pixels a side
 @dataclass(frozen=True, kw_only=True)
 class Options:
     model: Positional[str | None] = None
-    """A preset, as --list names them, or a model folder, such as RUN/model; or another project's
-    checkpoint, of those that --init takes."""
+    """A preset from --list, a model folder, such as RUN/model, or a checkpoint of another project
+    that --init takes."""
     size: int | None = None
     """Height and width of the input. Default: what a preset is made for (64 for Stable Diffusion:
     the latent of a 512 x 512 image); of a folder, 512 for segmentation and 64 for diffusion."""
@@ -189,7 +189,8 @@ def table(facts: dict[str, Any]) -> str:
             f"layers of {lora['base']}"
         ]
     for task, how in facts.get("starts", {}).items():
-        lines += [f"can start a {task + ':':14} {how}"]
+        kind = "diffusion model" if task == "diffusion" else task
+        lines += [f"can start a {kind + ':':16} {how}"]
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""Put an average of a run's weights together after training: unet-ema --run RUN --std 0.05 0.10.
+"""Compute other averages of a run's weights after training: unet-ema --run RUN --std 0.05 0.10.
 
 The run keeps what it needs with --snapshots (Karras et al., EDM2, arXiv 2312.02696, sec. 3).
 """
@@ -28,7 +28,7 @@ class Options:
     """Run folder that was trained with --snapshots."""
 
     std: tuple[float, ...]
-    """Widths of the averages: standard deviations of how much each step counts, as a share of the
+    """Widths of the averages: standard deviations of the weight of each step, as a share of the
     steps. Each is written to RUN/model-WIDTH."""
 
     step: int | None = None

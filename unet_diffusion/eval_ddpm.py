@@ -40,19 +40,19 @@ class EvalOptions(SamplingOptions):
     those that it was not trained on: by all of them, if they are not those of its run."""
 
     condition: Path | None = None
-    """The folder of masks or pictures that go with --data, for a model that was trained with such a
-    one; none given: the run's, where --data is the run's. Small, grey, noisy images and holes are
-    made from the images themselves."""
+    """Folder of the masks or pictures that belong to --data, for a model that was trained with such
+    a folder; none given: that of the run, if --data is that of the run. Small, grey and noisy
+    images and holes are made from the images themselves."""
 
     each: int = 1
     """Samples of each picture: the mean over them is judged as well."""
 
     segmenter: str | None = None
-    """Model folder of train-seg, trained on real images, for a model that makes images from masks:
-    how well it reads the masks in what was made, and in the real images of these masks."""
+    """For a model that makes images from masks: model folder of a segmentation of real images. It
+    predicts the masks of the samples and of the real images, and both are scored."""
 
     count: int = 2000
-    """Samples to judge; of pictures, which are taken in turn, times --each."""
+    """Samples to judge; of a model that works from pictures, --each times as many."""
 
     size: int | None = None
     """As for train-ddpm; none given: the model's."""

@@ -28,7 +28,8 @@ class EvalOptions(LabelOptions):
     """Model folder, such as RUN/model; several are averaged."""
 
     out: Path
-    """Folder to make: scores.json, scores.csv (an image a line), reliability.png, pictures/."""
+    """Folder to make: scores.json, scores.csv (a line for each image), reliability.png, pictures/.
+    """
 
     data: str | None = None
     """Images and masks, as for train-seg; none given: those of the model's run."""
@@ -41,34 +42,34 @@ class EvalOptions(LabelOptions):
     """Only these images instead: names, or ranges of their numbers such as 24-29."""
 
     threshold: float | None = None
-    """Probability above which a pixel is of the second of two classes; none given: the model's, at
-    which its training gave its figures."""
+    """Probability above which a pixel is of the second of two classes; none given: the model's, as
+    for the figures of its training."""
 
     tta: bool = False
-    """Average over the symmetries of the image that the model was trained with, eight for
-    micrographs: better, for as many times the time."""
+    """Average over the mirrored and rotated versions of the image that the model was trained with,
+    eight for micrographs: better, for as many times the time."""
 
     calibrate: bool = False
     """First fit a temperature for each model on the first half of the images, and save it in its
-    folder: from then on its probabilities are calibrated. The other half is scored, so that no
-    image judges what was fitted on it."""
+    folder: from then on its probabilities are calibrated. Only the other half is scored, as the
+    temperature was not fitted on it."""
 
     warping: bool = False
-    """Also count the warping error of ISBI 2012, which takes minutes for some images; of cells that
-    thin membranes part."""
+    """Also compute the warping error of ISBI 2012, which takes minutes for some images; only for
+    cells that thin membranes separate."""
 
     surface: float | None = None
-    """Also give distances between true and found surfaces, HD95, and the share of these within this
-    tolerance, NSD: in the unit of volumes whose scale is known, of anything else in pixels."""
+    """Also give the distance between true and predicted surfaces, HD95, and the share of them
+    within this tolerance, NSD: in the unit of a volume whose scale is known, else in pixels."""
 
     pictures: int = 50
-    """Pictures of that many of the worst images: image, mask, prediction, error map."""
+    """Number of the worst images to draw: image, mask, prediction, error map."""
 
     json: bool = False
     """Print scores.json instead of a table."""
 
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Arithmetic of the network; auto: bf16 on a GPU of NVIDIA's that computes in it, else fp32."""
+    """Arithmetic of the network; auto: bf16 on an NVIDIA GPU that supports it, else fp32."""
 
     device: str = "auto"
     """auto, or a torch device such as cpu, cuda or mps."""

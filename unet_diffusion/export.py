@@ -33,8 +33,8 @@ class ExportOptions:
     """The format."""
 
     int8: tuple[Path, ...] = ()
-    """With onnx, of a segmentation: a few images like those of the training, by which convolutions
-    are quantised to 8-bit integers: faster, and nearly the same masks."""
+    """With onnx, for a segmentation: a few images like the training images, on which activations
+    are measured to quantise convolutions to 8-bit integers: faster, and nearly the same masks."""
 
     image: Path | None = None
     """With bioimageio: an image like those of the training, for the test and the cover."""

@@ -24,46 +24,45 @@ class PredictOptions(ReadingOptions):
     """Model folder, such as RUN/model; several are averaged."""
 
     input: Path
-    """An image, or a folder of images, in it and below it; left out are folders of masks beside
-    those of images, and what this command wrote. Stacks are predicted slice by slice. Or a volume:
+    """An image, or a folder of images, in it and below it; folders of masks beside those of images,
+    and what this command wrote, are left out. Stacks are predicted slice by slice. Or a volume:
     x.zarr, x.zarr/path/in/it, x.h5:/path, x.nii.gz or a folder of a DICOM series; or a folder of
     volumes."""
 
     out: Path
-    """Folder for NAME_mask.png, NAME_probability.png, NAME_overlay.png, and legend.png; of a volume
-    NAME_mask.zarr and NAME_probability.zarr. Those of a folder below --input are in a folder of the
-    same name here."""
+    """Folder for NAME_mask.png, NAME_probability.png, NAME_overlay.png, and legend.png; for a
+    volume NAME_mask.zarr and NAME_probability.zarr. Folders below --input become folders here."""
 
     threshold: float | None = None
     """Probability above which a pixel is of the second of two classes; none given: the model's."""
 
     tta: bool = False
-    """Average over the symmetries of the image that the model was trained with, eight for
-    micrographs: better, for as many times the time."""
+    """Average over the mirrored and rotated versions of the image that the model was trained with,
+    eight for micrographs: better, for as many times the time."""
 
     min_size: int | None = None
-    """Connected parts of fewer pixels become what surrounds them, and objects of fewer pixels, of a
-    model of numbered masks, are left out. None given: 0, and of objects the size below which 1 in
-    100 of those in the training masks are."""
+    """Connected parts of fewer pixels take the class around them; for a model of numbered masks,
+    objects of fewer pixels are left out. None given: 0, or for objects the size below which 1 in
+    100 objects of the training masks are."""
 
     labels: bool = False
     """Also number the connected parts of the second of two classes, or the objects of a model of
     numbered masks, in NAME_labels.tif and the overlay."""
 
     uncertainty: bool = False
-    """Also write NAME_entropy.png, how unsure each pixel is, and where several models or symmetries
-    (--tta) are averaged NAME_disagreement.png, the part of it that is their disagreement; 16-bit as
-    probabilities, 65535 is the largest entropy, 1 bit of two classes."""
+    """Also write NAME_entropy.png, how unsure each pixel is, and, where several models or
+    symmetries (--tta) are averaged, NAME_disagreement.png, the part of it that is their
+    disagreement. They have 16 bits: 65535 is the largest entropy, 1 bit for two classes."""
 
     samples: int = 0
-    """With a diffusion model of masks (train-ddpm --target mask): masks to sample of each image, of
-    which the mean, the probability and the entropy are written."""
+    """With a diffusion model of masks (train-ddpm --target mask): masks to sample for each image;
+    the mask of their mean, the probability and the entropy are written."""
 
     keep_samples: bool = False
     """With --samples: also write each of them, NAME_sample_0.png and so on."""
 
     seed: int = 0
-    """With --samples: of their noise."""
+    """With --samples: seed of their noise."""
 
     tile: int = 1024
     """Larger images are predicted in tiles of at most that many pixels a side."""
@@ -72,14 +71,14 @@ class PredictOptions(ReadingOptions):
     """Pixels that neighbouring tiles share."""
 
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Arithmetic of the network; auto: bf16 on a GPU of NVIDIA's that computes in it, else fp32."""
+    """Arithmetic of the network; auto: bf16 on an NVIDIA GPU that supports it, else fp32."""
 
     device: str = "auto"
     """auto, or a torch device such as cpu, cuda or mps."""
 
     overwrite: bool = False
-    """Replace files that are there already. A volume whose prediction was interrupted is gone on
-    with by the same command, with or without it."""
+    """Replace files that are there already. The same command continues the interrupted prediction
+    of a volume, with or without this option."""
 
     def __post_init__(self) -> None:
         if self.threshold is not None and not 0 <= self.threshold < 1:

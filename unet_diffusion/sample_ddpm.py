@@ -40,41 +40,42 @@ class SampleOptions(SamplingOptions):
     """Model folder, such as RUN/model."""
 
     out: Path
-    """Folder to make: grid.png, and images/ with a file an image, PNG or, of more than 8 bits and
-    of other channels than grey or colour, TIFF; of a model that was trained with --joint image/ and
-    label/, which train-seg reads."""
+    """Folder to make: grid.png, and images/ with a file for each image: PNG, or TIFF for more than
+    8 bits or for channels other than grey or colour. For a model that was trained with --joint,
+    image/ and label/, which train-seg reads."""
 
     lora: tuple[str, ...] = ()
     """LoRA files, or the model folders of LoRA runs, to change the model by: FILE, or FILE:0.5 for
     half of it."""
 
     merged: Path | None = None
-    """With --lora: model folder to write, of the model with what changes it in its weights."""
+    """With --lora: model folder to write, of the model with the LoRAs merged into its weights."""
 
     count: int = 64
-    """Number of images; with --condition as many are made as these are."""
+    """Number of images; with --condition there are --each of them for each picture instead."""
 
     condition: Path | None = None
-    """A picture or mask, or a folder of them, in it and below it, that images are made from, for a
-    model that was trained with --condition; the files are named as these are, in the same
+    """A picture or mask, or a folder of them, in it and below it, from which images are made by a
+    model that was trained with --condition. The files get the names of the pictures, in the same
     folders."""
 
     each: int = 1
-    """With --condition: images made from each."""
+    """With --condition: images made from each picture."""
 
     first: int = 0
     """Number of the first one: --count 10 --first 20 makes images 20 to 29 of the seed."""
 
     class_: Annotated[tuple[str, ...], tyro.conf.arg(name="class")] = ()
-    """Classes of the images, by name and in turn; none given: every class in turn, where the model
-    knows classes, but any with --condition."""
+    """Classes of the images, by name, taken in turn; none given: every class in turn, if the model
+    knows classes, but any class with --condition."""
 
     prompt: tuple[str, ...] = ()
-    """Texts that the images are to show, in turn, for a model that was trained with captions."""
+    """Texts that the images are to show, taken in turn, for a model that was trained with captions.
+    """
 
     attention: bool = False
-    """With --prompt: write attention/ as well, where in the first images each word of the prompt is
-    looked at."""
+    """With --prompt: write attention/ as well: where the network looks for each word of the prompt,
+    in the first images."""
 
     attention_steps: tuple[int, int] | None = None
     """With --attention: only the steps from the first of these up to before the second, from 0;
@@ -99,7 +100,7 @@ class SampleOptions(SamplingOptions):
     """With --inpaint: a picture that is white where the image is to be made anew."""
 
     interpolate: tuple[Path, Path] | None = None
-    """Make images between these two, both among them."""
+    """Make images between these two, these included."""
 
     overwrite: bool = False
     """Replace what an earlier run wrote to --out."""

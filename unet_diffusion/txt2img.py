@@ -28,7 +28,8 @@ class Txt2ImgOptions:
     """Make pictures from a sentence with Stable Diffusion."""
 
     out: Path
-    """Folder to make: grid.png, and images/ with one PNG a picture, which says how it was made."""
+    """Folder to make: grid.png, and images/ with a PNG for each picture, which holds its settings.
+    """
 
     model: str | None = None
     """Diffusers pipeline folder of Stable Diffusion 1, 2 or XL: unet/, vae/, text_encoder/,
@@ -39,13 +40,15 @@ class Txt2ImgOptions:
     half of it."""
 
     merged: Path | None = None
-    """With --lora: pipeline folder to write, of the model with what changes it in its weights."""
+    """With --lora: pipeline folder to write, of the model with the LoRAs merged into its weights.
+    """
 
     prompt: str | None = None
-    """What the pictures shall show."""
+    """What the pictures are to show."""
 
     negative: str | None = None
-    """What guidance leads away from; none given: the empty prompt."""
+    """What guidance steers away from; none given: the empty prompt, or zeros where a pipeline of XL
+    says so."""
 
     steps: int | None = None
     """Steps from noise to picture; none given: 25."""
@@ -63,11 +66,11 @@ class Txt2ImgOptions:
     """WIDTHxHEIGHT in pixels, such as 512x768; none given: what the model was trained for."""
 
     original_size: str | None = None
-    """XL: WIDTHxHEIGHT of the image that the picture shall look as if cut from; none given: its
-    own."""
+    """XL: WIDTHxHEIGHT of an image from which the picture is to look as if cropped; none given: its
+    own size."""
 
     crop: str | None = None
-    """XL: LEFTxTOP of that cut in pixels; none given: 0x0."""
+    """XL: LEFTxTOP of that crop in pixels; none given: 0x0."""
 
     count: int | None = None
     """Number of pictures; none given: 4, and 1 with --from-png."""

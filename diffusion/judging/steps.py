@@ -54,8 +54,7 @@ def note_steps(sampler: ImageSampler, wanted: Wanted) -> tuple[str, Images]:
         sampler.model.info["steps"] = FEWER
     said = (
         f"samples are made in {steps} steps by default: at the wavelength where the images of "
-        f"{FEWER} and {STEPS} steps differ most, the power of the ones is {share:.0%} of that of "
-        "the others"
+        f"{FEWER} and {STEPS} steps differ most, the smaller power is {share:.0%} of the larger one"
     )
     return said, made[steps]
 

@@ -177,7 +177,7 @@ def test_checkpoints_of_other_projects(tmp_path: Path, capsys: pytest.CaptureFix
         text = run(capsys, str(file), "--size", "32")
         assert f"segmentation, checkpoint of {name}" in text
         assert f"unet-train-seg --init {file}" in text
-        assert "can start a diffusion:     no: " in text
+        assert "can start a diffusion model: no: " in text
     torch.save({"weight": torch.ones(2)}, tmp_path / "other.pth")
     assert describe.command([str(tmp_path / "other.pth")]) == 2
     assert "other.pth holds no network that starts a training here" in capsys.readouterr().err

@@ -66,7 +66,7 @@ class FitOptions:
     """Budget: minutes of wall-clock time, evaluations included; the schedule is planned over it."""
 
     batch_size: int | None = None
-    """Samples an optimizer step, over all processes and accumulated parts together; none given: 8.
+    """Samples per optimizer step, over all processes and accumulated parts together; none given: 8.
     """
 
     accumulate: int = 1
@@ -74,7 +74,7 @@ class FitOptions:
 
     optimizer: OptimizerName | None = None
     """Optimizer. muon makes the steps of matrices orthogonal and leaves the rest to adamw; its --lr
-    is about 20 times adamw's. None given: adamw."""
+    is about 20 times that of adamw. None given: adamw."""
 
     lr: float | None = None
     """Highest learning rate; none given: 1e-3."""
@@ -101,9 +101,9 @@ class FitOptions:
     """Decay of the exponential moving average of the weights, after its warm-up; 0: none."""
 
     snapshots: int = 0
-    """Moments, evenly spread, at which two averages of the weights are kept in snapshots/, of which
-    `unet ema` puts together averages of any width when the run is over. Each is as large as the
-    model; 0: none."""
+    """Moments, evenly spread, at which two averages of the weights are saved in snapshots/. From
+    these `unet ema` computes averages of any width after the run. Each is as large as the model;
+    0: none."""
 
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic of the network; auto: bf16 where the processor computes in it, else fp32."""
@@ -116,15 +116,15 @@ class FitOptions:
 
     shard: bool = False
     """Split weights, gradients and the optimizer's state among the processes of torchrun (FSDP),
-    for networks that are too large for each of them."""
+    for networks that do not fit into the memory of one."""
 
     compile: bool = False
-    """Compile the network with torch.compile, which takes a minute or more. Where it was measured,
-    on a CPU, it never paid (docs/benchmarks.md); GPUs were not measured."""
+    """Compile the network with torch.compile, which takes a minute or more. On the CPU where it was
+    measured it never saved time (docs/benchmarks.md); GPUs were not measured."""
 
     deterministic: bool = False
-    """On a GPU: only algorithms that give the same bits each time, which are slower. A CPU takes
-    such ones anyway."""
+    """On a GPU: use only algorithms that give the same bits each time, which are slower. On a CPU
+    all are such algorithms."""
 
     nonfinite: Literal["stop", "skip"] = "stop"
     """A step whose loss or gradient is NaN or infinite: stop, or leave it out and say so (100 in a
@@ -137,7 +137,7 @@ class FitOptions:
     """Processes that prepare batches; 0: the training process itself; none given: by device."""
 
     evaluations: int = 10
-    """Evaluations on held-out data, evenly spread (fewer where they would take over 10 % of
+    """Evaluations on held-out data, evenly spread (fewer if they would take over 10 % of
     --max-minutes). The weights that score best are kept in model/."""
 
     save_every: int = 500
