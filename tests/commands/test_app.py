@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +15,6 @@ from tests.segmentation.test_segmenter import saved
 from unet.errors import InputError
 from unet.files.images import write_image
 from unet_diffusion.app import command, unfit
-from unet_diffusion.page.shared import Known
 
 
 @pytest.mark.parametrize(
@@ -53,11 +54,12 @@ def test_held_out_images_go_with_a_model_or_it_is_said(tmp_path: Path) -> None:
     for i in range(2):
         write_image(tmp_path / f"held/image/{i}.png", np.full((16, 16), 90, np.uint8))
         write_image(tmp_path / f"held/label/{i}.png", np.eye(16, dtype=np.uint8) * 255)
+    known = partial(SimpleNamespace, task="segmentation")  # as Known, which takes Gradio
     models = {
-        name: Known(name, Path(saved(tmp_path / name, values)), "segmentation")
+        name: known(name=name, path=Path(saved(tmp_path / name, values)))
         for name, values in {"fits": [0, 255], "strange": [0, 7]}.items()
     }
-    stack = Known("stack", Path(saved(tmp_path / "s", [0, 7], slices=3)), "segmentation")
+    stack = known(name="stack", path=Path(saved(tmp_path / "s", [0, 7], slices=3)))
     assert unfit(tmp_path / "held", [models["fits"], stack]) == []
     (note,) = unfit(tmp_path / "held", [*models.values()])
     assert note.startswith("note: --held-out ")
