@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Literal
 
 from unet.errors import InputError
-from unet.training.options import FitOptions, OptimizerName, ReadingOptions
+from unet.training.options import FitOptions, MaskOptions, OptimizerName
 
 Colour = Literal["grey", "rgb", "rgba"]
 CHANNELS = {"grey": 1, "rgb": 3, "rgba": 4}
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiffusionOptions(ReadingOptions, FitOptions):
+class DiffusionOptions(MaskOptions, FitOptions):
     """Train a diffusion model: a U-Net that predicts the noise in an image."""
 
     out: Path = Path("runs/ddpm")
@@ -180,7 +180,8 @@ class DiffusionOptions(ReadingOptions, FitOptions):
     two."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        MaskOptions.__post_init__(self)
+        FitOptions.__post_init__(self)
         if not all(0 <= value <= 255 for value in self.background):
             raise InputError(f"--background {self.background}: give three numbers from 0 to 255")
         if self.channels and self.colour:
@@ -214,6 +215,11 @@ class DiffusionOptions(ReadingOptions, FitOptions):
             raise InputError(
                 f"--joint {self.joint} makes grey or colour images and their masks out of noise: "
                 "leave out --condition, --target mask, --latents and --colour rgba"
+            )
+        if (self.mask_values or self.threshold_masks) and not (self.joint or self.condition):
+            raise InputError(
+                "--mask-values and --threshold-masks say what masks mean, and there are none: give "
+                "a folder of masks as --joint or --condition, or as --data with --target mask"
             )
         if self.latents and (self.crops or self.flips):
             raise InputError(

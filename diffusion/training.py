@@ -70,7 +70,7 @@ def train(options: DiffusionOptions) -> dict[str, float]:
     check_first(options)
     options = resumed(options)
     if options.condition and not os.path.isdir(options.condition):
-        find_condition(options.condition, 1)
+        find_condition(options.condition, 1, cleaning=options.cleaning)
     check_options(options)
     if options.prior:
         check_source(options.prior)
@@ -204,6 +204,7 @@ def load_data(
         condition=options.condition,
         masks=options.mask_coding if options.target == "mask" or options.joint else None,
         joint=options.joint,
+        cleaning=options.cleaning,
     )
     return LatentData(images, autoencoder, options.out / latents) if autoencoder else images
 

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from unet.errors import InputError
-from unet.training.options import FitOptions, OptimizerName, ReadingOptions
-
-if TYPE_CHECKING:
-    from segmentation.data.masks import MaskCleaning
+from unet.training.options import FitOptions, MaskOptions, OptimizerName
 
 BestBy = Literal["loss", "dice", "v_rand", "ap"]
 RECIPES = Path(__file__).parent / "recipes"
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelOptions(ReadingOptions):
+class LabelOptions(MaskOptions):
     """What a command line says of masks beside what they say themselves."""
 
     images: Path | None = None
@@ -31,29 +28,10 @@ class LabelOptions(ReadingOptions):
     a colour (224 224 192). They may be most of a mask: one corner, or scribbles. None given: what
     the files declare, or 255 where it marks the edges of objects."""
 
-    mask_values: tuple[int, ...] = ()
-    """True values of the masks, such as 0 255, where edges are soft or files were saved as JPEG:
-    each pixel takes the nearest."""
-
-    threshold_masks: bool = False
-    """Make two classes of masks with 0 and 1, 0 and 255, values between, or a mixture of these."""
-
     def __post_init__(self) -> None:
+        super().__post_init__()
         if (self.images is None) != (self.masks is None):
             raise InputError("--images and --masks name one folder each: give both, or only --data")
-        if self.mask_values and self.threshold_masks:
-            raise InputError(
-                "--mask-values and --threshold-masks both say what masks mean: give one"
-            )
-        if len(set(self.mask_values)) == 1:
-            raise InputError(f"--mask-values {self.mask_values[0]}: name two values or more")
-
-    @property
-    def cleaning(self) -> MaskCleaning:
-        """What is done to the values of masks."""
-        from segmentation.data.masks import MaskCleaning
-
-        return MaskCleaning(values=self.mask_values, threshold=self.threshold_masks)
 
 
 @dataclass(frozen=True, kw_only=True)

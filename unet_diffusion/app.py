@@ -109,6 +109,9 @@ def serve(options: AppOptions, folder: Path, password: str | None) -> None:
     from unet_diffusion.page.shared import Page
 
     models = given(options.model) if options.model else quick_ones(folder / "models")
+    if options.held_out is not None:
+        for note in unfit(options.held_out, models):
+            print(note, file=sys.stderr)
     page = Page(
         folder,
         {known.name: known for known in models},
@@ -165,6 +168,34 @@ def given(folders: Sequence[str]) -> list[Known]:
             name = f"{base} {number}"
         found[name] = known_model(path, name)
     return list(found.values())
+
+
+def unfit(held_out: Path, models: Sequence[Known]) -> list[str]:
+    """What is to be said of the segmentations that images of --held-out cannot judge.
+
+    Raises:
+        InputError: it is all of them.
+    """
+    from segmentation.data.pairs import find_pairs
+    from segmentation.judging.labelled import labelled_data
+    from segmentation.segmenter import load_models
+
+    said, judged = [], 0
+    for known in models:
+        if known.task != "segmentation":
+            continue
+        networks, table, _ = load_models([known.path], "cpu")
+        info = networks[0].info
+        if info.get("regions") or info.get("slices", 1) != 1:
+            continue  # the page teaches no such model
+        judged += 1
+        try:
+            labelled_data(networks, find_pairs(held_out), table)
+        except InputError as error:
+            said.append(f"--held-out {held_out} does not go with the model {known.name}: {error}")
+    if said and len(said) == judged:
+        raise InputError(said[0])
+    return [f"note: {sentence}" for sentence in said]
 
 
 def quick_ones(folder: Path) -> list[Known]:

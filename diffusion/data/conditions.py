@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffusion.data.masks import survey_of
+from diffusion.data.masks import find_masks, read_cleaned, survey_of
 from diffusion.data.pixels import (
     Pixels,
     ValueRange,
@@ -35,8 +35,8 @@ from diffusion.data.pixels import (
 from diffusion.data.ranges import RangeFinder
 from diffusion.data.sources import HowToRead, saved_colour
 from unet.errors import InputError
-from unet.files.images import WHITE, Colour, image_info, images_below, read_image, read_mask
-from unet.files.mask_values import MAX_CLASSES
+from unet.files.images import WHITE, Colour, image_info, images_below, read_image
+from unet.files.mask_values import MAX_CLASSES, NOT_CLEANED, MaskCleaning
 from unet.files.pages import Array, Reading
 from unet.words import counted
 
@@ -122,6 +122,7 @@ class Condition:
         amount: of lowres the factor, of noise the standard deviation as a share of black to white.
         channels: that the network gets.
         values: of a mask: the value of each channel.
+        cleaning: of a mask: what is done to the values in files.
         dtype, low, high: of a picture: what becomes -1 and 1.
         fine: of a picture: whether it keeps more than 8 bits, as it does but in older models.
         background: of a picture: what transparent pixels are laid over; None: white, as no picture
@@ -134,6 +135,7 @@ class Condition:
     channels: int
     amount: float = 0.0
     values: tuple[int, ...] = ()
+    cleaning: MaskCleaning = NOT_CLEANED
     dtype: str = "uint8"
     low: float = 0.0
     high: float = 255.0
@@ -144,7 +146,8 @@ class Condition:
     def said(self) -> str:
         """What it is, for people."""
         if self.kind == "mask":
-            return f"masks of the values {', '.join(map(str, self.values))}"
+            cleaned = f" ({self.cleaning.said()})" if self.cleaning else ""
+            return f"masks of the values {', '.join(map(str, self.values))}{cleaned}"
         if self.kind == "picture":
             over = f", transparent pixels over the colour {_said(self.background)}"
             edges = f", no masks, as the edges between {', '.join(map(str, self.soft))} are soft"
@@ -225,7 +228,7 @@ class Condition:
                 colour that its transparent pixels are laid over.
         """
         if self.kind == "mask":
-            mask = read_mask(file)
+            mask = read_cleaned(file, self.cleaning)
             if mask.ndim == 3:
                 raise InputError(f"{str(file)!r} holds colours, where the conditions are numbers")
             known = np.isin(mask, self.values)
@@ -292,7 +295,9 @@ class Condition:
         try:
             if info.pages > 1:
                 raise InputError(f"it is a stack of {info.pages} pages: give a file for each")
-            if self.kind == "mask":
+            if self.kind == "mask" and self.cleaning:
+                pass
+            elif self.kind == "mask":
                 if info.channels != 1 and info.palette is None:
                     raise InputError("it holds colours, where the conditions are numbers")
                 if info.lossy:
@@ -320,7 +325,7 @@ class Condition:
         """JSON values, which `from_dict` reads back."""
         background = self.background and list(self.background)
         saved = {"values": list(self.values), "background": background, "soft": list(self.soft)}
-        return {**vars(self), **saved}
+        return {**vars(self), **saved, "cleaning": self.cleaning.to_dict()}
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> Condition:
@@ -331,6 +336,7 @@ class Condition:
                 channels=int(saved["channels"]),
                 amount=float(saved["amount"]),
                 values=tuple(map(int, saved["values"])),
+                cleaning=MaskCleaning.from_dict(saved.get("cleaning", NOT_CLEANED.to_dict())),
                 dtype=str(saved["dtype"]),
                 low=float(saved["low"]),
                 high=float(saved["high"]),
@@ -386,6 +392,7 @@ def find_condition(
     nodata: float | None = None,
     files: Sequence[str] = (),
     background: Colour = WHITE,
+    cleaning: MaskCleaning = NOT_CLEANED,
 ) -> Condition:
     """The condition that a recipe or a folder stands for, for images of so many channels.
 
@@ -397,13 +404,19 @@ def find_condition(
         files: those of the folder that go with images; none given: all in it and below it.
         background: what transparent pixels of pictures are laid over, if something is left of all
             of these; else white, or black.
+        cleaning: of the values of masks, which all files are where it does something.
 
     Raises:
-        InputError: neither; an amount out of range; files that are no images.
+        InputError: neither; an amount out of range; files that are no images, or no masks.
     """
     name, _, amount = said.partition(":")
     if name not in RECIPES or os.path.isdir(said):
-        return _of_folder(Path(said), nodata, files, background)
+        return _of_folder(Path(said), nodata, files, background, cleaning)
+    if cleaning:
+        raise InputError(
+            f"--condition {said} is made from the image itself, and --mask-values and "
+            "--threshold-masks say what masks mean: leave these out"
+        )
     if name in ("lowres", "noise"):
         least = 1.0 if name == "lowres" else 0.0
         number = float(amount) if re.fullmatch(r"[0-9]{1,4}(\.[0-9]{1,9})?", amount) else -1.0
@@ -419,13 +432,20 @@ def find_condition(
 
 
 def _of_folder(
-    folder: Path, nodata: float | None, given: Sequence[str], background: Colour
+    folder: Path,
+    nodata: float | None,
+    given: Sequence[str],
+    background: Colour,
+    cleaning: MaskCleaning,
 ) -> Condition:
     if not folder.is_dir():
         raise InputError(
             f"--condition {folder} is neither a folder nor one of lowres:4, grey, noise:0.2, hole"
         )
     files = [Path(file) for file in dict.fromkeys(given)] or images_below(folder)
+    if cleaning:
+        known = find_masks(list(map(str, files)), "bits", cleaning).values
+        return Condition(kind="mask", channels=len(known), values=known, cleaning=cleaning)
     kinds: dict[tuple[int, str, bytes | None, bool], None] = {}
     transparent = False
     for info in map(image_info, files):
@@ -435,7 +455,7 @@ def _of_folder(
         (channels == 1 or palette is not None) and dtype != "float32" and not lossy
         for channels, dtype, palette, lossy in kinds
     )
-    survey = survey_of(files if masks else [])
+    survey = survey_of(files if masks else [], NOT_CLEANED)
     values = sorted(value for value in survey.pixels if isinstance(value, int))
     soft = len(values) <= MAX_CLASSES and survey.soft()
     if 1 < len(values) <= MAX_CLASSES and not soft:

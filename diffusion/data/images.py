@@ -26,6 +26,7 @@ from diffusion.data.sources import HowToRead, open_source
 from diffusion.data.splits import grid_places, split, whole_places
 from diffusion.data.whole import WholeImages
 from unet.errors import InputError
+from unet.files.mask_values import NOT_CLEANED, MaskCleaning
 from unet.symmetries import Symmetries, find_symmetries
 from unet.training.run import is_main_process
 from unet.words import counted, listed
@@ -65,6 +66,7 @@ class DiffusionData:
         masks: the files are masks, of which each class becomes a code: see `diffusion.data.masks`.
         joint: a folder of masks with the images' names, whose codes lie behind the channels of the
             image; `masks` says which codes.
+        cleaning: what is done to the values of masks: those that are made, or else the condition.
         ranges: the values of each type that become black and white; None: those that are used.
         fine: keep the precision of 16 bits and of floats, where all images have the one or the
             other; else, and of a set of several types, images are brought to 8 bits.
@@ -102,6 +104,7 @@ class DiffusionData:
         pictures: str | Path | None = None,
         masks: Coding | None = None,
         joint: str | Path | None = None,
+        cleaning: MaskCleaning = NOT_CLEANED,
         seed: int = 0,
     ) -> None:
         if size is not None and size < 1:
@@ -138,6 +141,7 @@ class DiffusionData:
             pictures=pictures,
             masks=masks,
             joint=joint,
+            cleaning=cleaning,
         )
         self.size, self.channels, self.dtype = whole.size, whole.channels, whole.dtype
         self.ranges, self.resized = whole.ranges, whole.resized

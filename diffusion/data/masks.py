@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from diffusion.data.pixels import Pixels
 from unet.errors import InputError
 from unet.files.images import read_mask
-from unet.files.mask_values import MAX_CLASSES, Survey
-from unet.files.pages import Array
+from unet.files.mask_values import MAX_CLASSES, MaskCleaning, Survey
+from unet.files.pages import Array, naming
 
 Coding = Literal["bits", "one-hot"]
 
@@ -50,13 +50,13 @@ class MaskCoding:
         digits = np.arange(max(1, (count - 1).bit_length()))
         return ((np.arange(count)[:, None] >> digits & 1) * 255).astype(np.uint8)
 
-    def read(self, file: Path, page: int | None = None) -> Pixels:
-        """The codes (H, W, C) of a mask file.
+    def read(self, file: Path, cleaning: MaskCleaning) -> Pixels:
+        """The codes (H, W, C) of a mask file, once its values were cleaned.
 
         Raises:
             InputError: it cannot be read, holds colours, or another value than these.
         """
-        mask = read_mask(file, page)
+        mask = read_cleaned(file, cleaning)
         indices = np.searchsorted(self.values, mask).clip(max=len(self.values) - 1)
         known = mask.ndim == 2 and np.array(self.values)[indices] == mask
         if not np.all(known):
@@ -118,15 +118,15 @@ class MaskCoding:
         return cls(values=tuple(values), coding=saved["coding"])
 
 
-def find_masks(files: Sequence[str], coding: Coding) -> MaskCoding:
-    """The classes of mask files, all of which are read.
+def find_masks(files: Sequence[str], coding: Coding, cleaning: MaskCleaning) -> MaskCoding:
+    """The classes of mask files, all of which are read, and their values cleaned.
 
     Raises:
         InputError: they are no masks: colours, values beyond 255, more than MAX_CLASSES or one;
             values that contradict each other, or soft edges (`Survey.check`).
     """
-    survey = survey_of(map(Path, files))
-    survey.check(cleaned=False)
+    survey = survey_of(map(Path, files), cleaning)
+    survey.check()
     values = sorted(value for value in survey.pixels if isinstance(value, int))
     if len(values) > MAX_CLASSES or values[-1] > 255:
         raise InputError(
@@ -139,18 +139,29 @@ def find_masks(files: Sequence[str], coding: Coding) -> MaskCoding:
     return MaskCoding(values=tuple(values), coding=coding)
 
 
-def survey_of(files: Iterable[Path]) -> Survey:
-    """The values of mask files, read until there are more than classes can be.
+def survey_of(files: Iterable[Path], cleaning: MaskCleaning) -> Survey:
+    """The cleaned values of mask files, read until there are more than classes can be.
 
     Raises:
         InputError: one that cannot be read, or holds colours.
     """
     survey = Survey()
     for file in files:
-        mask = read_mask(file)
+        mask = read_cleaned(file, cleaning)
         if mask.ndim == 3:
             raise InputError(f"{str(file)!r} holds colours, where masks are made of numbers")
         survey.add(repr(str(file)), mask)
         if len(survey.pixels) > MAX_CLASSES:
             break
     return survey
+
+
+def read_cleaned(file: Path, cleaning: MaskCleaning) -> Array:
+    """The values (H, W) or (H, W, 3) of a mask file that count.
+
+    Raises:
+        InputError: it cannot be read, or its colours are none of the values.
+    """
+    mask = read_mask(file, lossy=bool(cleaning))
+    with naming(file):
+        return cleaning(mask)

@@ -17,6 +17,7 @@ from diffusion.data.ranges import find_ranges
 from diffusion.data.sources import HowToRead, Source
 from unet.errors import InputError
 from unet.files.images import WHITE
+from unet.files.mask_values import NOT_CLEANED, MaskCleaning
 from unet.files.pages import ImageInfo
 from unet.words import counted
 
@@ -34,8 +35,8 @@ class WholeImages:
 
     Args:
         source, how: the images, and how they were read.
-        size, channels, crops, skip_bad, ranges, fine, condition, pictures, masks, joint: see
-            `diffusion.data.images.DiffusionData`.
+        size, channels, crops, skip_bad, ranges, fine, condition, pictures, masks, joint,
+            cleaning: see `diffusion.data.images.DiffusionData`.
 
     Attributes:
         size, channels, codes, dtype, ranges, condition, masks, joint: see there.
@@ -62,8 +63,9 @@ class WholeImages:
         pictures: str | Path | None,
         masks: Coding | None,
         joint: str | Path | None,
+        cleaning: MaskCleaning,
     ) -> None:
-        self.source, self._how = source, how
+        self.source, self._how, self._cleaning = source, how, cleaning
         self._crops, self._skip_bad, self._alike = crops, skip_bad, size is None and not crops
         self.left_out: set[int] = set()
         self._cache: dict[int, Pixels] = {}
@@ -73,7 +75,9 @@ class WholeImages:
         if joint is not None:
             masks = masks or "bits"
             self.partners = self._named_as_images("--joint", Path(joint), "mask")
-        self.masks = None if masks is None else find_masks(self.partners or source.files, masks)
+        self.masks = None
+        if masks is not None:
+            self.masks = find_masks(self.partners or source.files, masks, cleaning)
         self.codes = 0 if self.masks is None else self.masks.channels
         self.ranges, self.dtype, pictured = dict(ranges), "uint8", 0
         if self.masks is None or self.joint:
@@ -91,7 +95,8 @@ class WholeImages:
         if isinstance(condition, str):
             known = how.reading.nodata
             over = how.background or WHITE
-            condition = find_condition(condition, self.channels, known, self.partners, over)
+            means = cleaning if self.masks is None else NOT_CLEANED
+            condition = find_condition(condition, self.channels, known, self.partners, over, means)
         self.condition = condition
         self.size = self._find_size(size)
         self._keeps = self._bytes() <= CACHE_BYTES
@@ -239,7 +244,7 @@ class WholeImages:
             beside = self.condition.read(file, self._how.reading.nodata)
         else:
             assert self.masks is not None
-            beside = self.masks.read(file)
+            beside = self.masks.read(file, self._cleaning)
         if beside.shape[:2] != pixels.shape[:2]:
             raise InputError(
                 f"'{file}' is {beside.shape[0]} x {beside.shape[1]}, but its image "
@@ -249,7 +254,7 @@ class WholeImages:
 
     def _read_image(self, image: int) -> Pixels:
         if self.masks is not None and not self.joint:
-            return self.masks.read(Path(self.source.files[image]))
+            return self.masks.read(Path(self.source.files[image]), self._cleaning)
         pixels, channels = self.source.read(image), self.channels - self.codes
         try:
             known, fine = self.ranges.get(pixels.dtype.name), self.dtype != "uint8"

@@ -238,7 +238,7 @@ def _of_classes(
     """The classes of surveyed masks; `others` are the values where nothing was measured."""
     notes, pixels = [*notes, *_told_drawings(pairs, "classes")], Counter(survey.pixels)
     if not _drawings(pairs):
-        survey.check(cleaned=True)
+        survey.check()
         if ignore_value is None and is_void(survey, (p.read_mask() for p in pairs[:JUDGED])):
             ignore_value = VOID
             notes.append(

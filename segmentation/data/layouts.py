@@ -521,7 +521,8 @@ def _annotated(images: Sequence[Path], masks: Sequence[Path], masked: Path) -> l
     for mask in masks:
         by_image[stem_of(mask)].append(mask)
     if len(of) < len(images) or len(masks) == len(by_image):
-        several = [n for n in of if sum(s.startswith(f"{n}_") for s in by_image) > 1]
+        begun = Counter(s[: m.start()] for s in by_image for m in re.finditer("_", s))
+        several = [name for name in of if begun[name] > 1]
         if len(of) == len(images) and several and len(masks) > len(images):
             raise InputError(
                 f"{str(masked)!r} has several masks for {several[0]}: put those of each annotator "

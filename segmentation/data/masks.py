@@ -7,61 +7,16 @@ values in how many pixels. What a person has to say then is one option.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from unet.errors import InputError
-from unet.files.mask_values import APART, MAX_CLASSES, Survey
+from unet.files.mask_values import MAX_CLASSES, Survey
 from unet.files.pages import Array
 
 VOID = 255  # by convention the value of pixels that nobody labelled, such as the edges of objects
 VOID_WIDTH = 5  # pixels from the rim of such an edge to its middle, at most
-
-
-@dataclass(frozen=True)
-class MaskCleaning:
-    """What is done to the stored values of masks before they stand for classes.
-
-    Attributes:
-        values: each pixel takes the nearest of them; of colours, the mean of the channels does.
-        threshold: two classes, 0 and 255: above half of the largest value that the mask's kind has,
-            which is 1, 255 or 65535.
-    """
-
-    values: tuple[int, ...] = ()
-    threshold: bool = False
-
-    def __bool__(self) -> bool:
-        return bool(self.values) or self.threshold
-
-    def __call__(self, mask: Array) -> Array:
-        """(H, W) or (H, W, 3) as stored -> the values that count."""
-        if not self:
-            return mask
-        grey = mask if mask.ndim == 2 else mask.mean(axis=2)
-        if mask.ndim == 3:
-            self._check_colours(mask, grey)
-        if self.threshold:
-            highest = grey.max()
-            white = 1 if highest <= 1 else 255 if highest <= 255 else 65535
-            return np.where(grey > white / 2, np.uint8(255), np.uint8(0))
-        known = np.array(sorted(set(self.values)))
-        place = np.searchsorted((known[1:] + known[:-1]) / 2, grey)
-        return known.astype(np.min_scalar_type(int(known.max())))[place]
-
-    def _check_colours(self, mask: Array, grey: Array) -> None:
-        """Refuses colours (H, W, 3) of which most are far from all values: greys of none."""
-        coloured = grey[np.ptp(mask.astype(np.int64), axis=2) > 4 * APART]
-        values = np.array((0, 255) if self.threshold else self.values)
-        far = abs(coloured[:, None] - values).min(axis=1) > 2 * APART
-        if far.sum() * 2 > len(coloured):
-            raise InputError(
-                "its classes are colours, whose greys are none of the values: save it as a PNG "
-                "with the true colours, without --mask-values or --threshold-masks"
-            )
 
 
 def is_void(survey: Survey, masks: Iterable[Array]) -> bool:

@@ -14,10 +14,11 @@ import numpy as np
 
 from segmentation.data.classes import DTYPES
 from segmentation.data.layouts import Match, find_layout
-from segmentation.data.masks import MaskCleaning, joined
+from segmentation.data.masks import joined
 from segmentation.data.polygons import Drawing
 from unet.errors import InputError
 from unet.files.images import image_info, read_image, read_mask
+from unet.files.mask_values import MaskCleaning
 from unet.files.pages import AS_STORED, Array, ImageInfo, Reading
 from unet.files.volumes import turned
 

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from filelock import FileLock
 
-from unet_diffusion.app import command
+from tests.segmentation.test_segmenter import saved
+from unet.errors import InputError
+from unet.files.images import write_image
+from unet_diffusion.app import command, unfit
 
 
 @pytest.mark.parametrize(
@@ -41,3 +47,23 @@ def test_a_folder_serves_one_page(tmp_path: Path, capsys) -> None:
     with FileLock(tmp_path / ".lock"):
         assert command(["--folder", str(tmp_path)]) == 2
     assert "another page is open" in capsys.readouterr().err
+
+
+def test_held_out_images_go_with_a_model_or_it_is_said(tmp_path: Path) -> None:
+    """Of no model it ends the start; of one of several it is a note."""
+    for i in range(2):
+        write_image(tmp_path / f"held/image/{i}.png", np.full((16, 16), 90, np.uint8))
+        write_image(tmp_path / f"held/label/{i}.png", np.eye(16, dtype=np.uint8) * 255)
+    known = partial(SimpleNamespace, task="segmentation")  # as Known, which takes Gradio
+    models = {
+        name: known(name=name, path=Path(saved(tmp_path / name, values)))
+        for name, values in {"fits": [0, 255], "strange": [0, 7]}.items()
+    }
+    stack = known(name="stack", path=Path(saved(tmp_path / "s", [0, 7], slices=3)))
+    assert unfit(tmp_path / "held", [models["fits"], stack]) == []
+    (note,) = unfit(tmp_path / "held", [*models.values()])
+    assert note.startswith("note: --held-out ")
+    assert "does not go with the model strange: " in note
+    assert "the classes are 0, 7" in note
+    with pytest.raises(InputError, match="does not go with the model strange"):
+        unfit(tmp_path / "held", [models["strange"], stack])

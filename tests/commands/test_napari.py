@@ -6,6 +6,7 @@ X server such as Xvfb.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
@@ -126,7 +127,8 @@ def test_masks_are_those_of_a_call(
 def test_of_neighbouring_slices_each_is_predicted_with_those_of_its_stack(tmp_path: Path) -> None:
     folder = saved(tmp_path / "model", [0, 255], RGB, slices=3)
     stacks = RNG.integers(0, 256, (2, 3, 40, 56), dtype=np.uint8)
-    steps = predict_module.predicted(Path(folder), Planes(Image(stacks), channels_first=False))
+    planes = Planes(Image(stacks), channels_first=False)
+    steps = predict_module.predicted(folder, planes, threading.Event())
     results = []
 
     def followed() -> Iterator[int]:
@@ -135,9 +137,49 @@ def test_of_neighbouring_slices_each_is_predicted_with_those_of_its_stack(tmp_pa
     assert [*followed()] == [1, 2, 3, 4, 5, 6]
     model = load(folder, device="cpu")
     assert np.array_equal(results[0][1], np.stack([model(stack) for stack in stacks]))
-    steps = predict_module.predicted(Path(folder), Planes(Image(STACK[0]), channels_first=False))
+    planes = Planes(Image(STACK[0]), channels_first=False)
+    steps = predict_module.predicted(folder, planes, threading.Event())
     with pytest.raises(InputError, match="is a single image: choose the stack"):
         next(steps)
+
+
+def test_what_is_stopped_ends_after_the_image_at_work_without_a_result(tmp_path: Path) -> None:
+    stopped = threading.Event()
+    planes = Planes(Image(STACK), channels_first=False)
+    steps = predict_module.predicted(saved(tmp_path / "model", [0, 255]), planes, stopped)
+    assert next(steps) == 1
+    stopped.set()
+    with pytest.raises(StopIteration) as ended:
+        next(steps)
+    assert ended.value.value is None
+
+
+def test_a_prediction_that_is_stopped_adds_nothing_and_another_can_begin(
+    make_napari_viewer, qtbot, errors, tmp_path, monkeypatch
+) -> None:
+    viewer = make_napari_viewer()
+    widget = PredictWidget(viewer)
+    viewer.window.add_dock_widget(widget)
+    viewer.add_image(STACK, name="x")
+    widget.model.value = saved(tmp_path / "model", [0, 255], GREY)
+    real, gate = predict_module.load, threading.Event()
+
+    def load_later(folder: Path) -> object:
+        gate.wait(60)
+        return real(folder)
+
+    monkeypatch.setattr(predict_module, "load", load_later)
+    widget.start.changed.emit(True)
+    assert (widget.start.enabled, widget.stop.enabled) == (False, True)
+    widget.stop.changed.emit(True)
+    assert not widget.stop.enabled
+    gate.set()
+    qtbot.waitUntil(lambda: widget.start.enabled, timeout=60_000)
+    assert [layer.name for layer in viewer.layers] == ["x"]
+    click(widget.start, qtbot)
+    assert "x mask" in [layer.name for layer in viewer.layers]
+    assert not widget.stop.enabled
+    assert errors == []
 
 
 @pytest.mark.slow  # two trainings, each in a process of its own

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,67 @@ _COMMON = 0.01  # share of all pixels
 _HANDFUL = 10  # pixels
 APART = 16  # greys between two values that the noise of a JPEG does not mix up
 _MANY = 3000  # distinct values, from which on no more masks need to be looked at
+
+
+@dataclass(frozen=True)
+class MaskCleaning:
+    """What is done to the stored values of masks before they stand for classes.
+
+    Attributes:
+        values: each pixel takes the nearest of them; of colours, the mean of the channels does.
+        threshold: two classes, 0 and 255: above half of the largest value that the mask's kind has,
+            which is 1, 255 or 65535.
+    """
+
+    values: tuple[int, ...] = ()
+    threshold: bool = False
+
+    def __bool__(self) -> bool:
+        return bool(self.values) or self.threshold
+
+    def __call__(self, mask: Array) -> Array:
+        """(H, W) or (H, W, 3) as stored -> the values that count."""
+        if not self:
+            return mask
+        grey = mask if mask.ndim == 2 else mask.mean(axis=2)
+        if mask.ndim == 3:
+            self._check_colours(mask, grey)
+        if self.threshold:
+            highest = grey.max()
+            white = 1 if highest <= 1 else 255 if highest <= 255 else 65535
+            return np.where(grey > white / 2, np.uint8(255), np.uint8(0))
+        known = np.array(sorted(set(self.values)))
+        place = np.searchsorted((known[1:] + known[:-1]) / 2, grey)
+        return known.astype(np.result_type(*map(np.min_scalar_type, known[[0, -1]])))[place]
+
+    def said(self) -> str:
+        """What is done, for people; nothing where nothing is."""
+        if self.threshold:
+            return "split in the middle"
+        return f"each pixel the nearest of {', '.join(map(str, self.values))}" if self else ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values, which `from_dict` reads back."""
+        return {"values": list(self.values), "threshold": self.threshold}
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> MaskCleaning:
+        """What `to_dict` gave, from JSON; KeyError, TypeError or ValueError if it is none."""
+        return cls(tuple(map(int, saved["values"])), bool(saved["threshold"]))
+
+    def _check_colours(self, mask: Array, grey: Array) -> None:
+        """Refuses colours (H, W, 3) of which most are far from all values: greys of none."""
+        coloured = grey[np.ptp(mask.astype(np.int64), axis=2) > 4 * APART]
+        values = np.array((0, 255) if self.threshold else self.values)
+        far = abs(coloured[:, None] - values).min(axis=1) > 2 * APART
+        if far.sum() * 2 > len(coloured):
+            raise InputError(
+                "its classes are colours, whose greys are none of the values: save it as a PNG "
+                "with the true colours, without --mask-values or --threshold-masks"
+            )
+
+
+NOT_CLEANED = MaskCleaning()
 
 
 @dataclass
@@ -77,26 +138,23 @@ class Survey:
             return [first, last], between
         return None
 
-    def check(self, *, cleaned: bool) -> None:
+    def check(self) -> None:
         """Refuses masks whose values contradict each other.
-
-        Args:
-            cleaned: the options --mask-values and --threshold-masks are there, and so are named.
 
         Raises:
             InputError: two encodings of one thing, soft edges, or a value of a few stray pixels.
         """
-        self._check_encodings(cleaned)
+        self._check_encodings()
         if soft := self.soft():
-            raise InputError(self._told_soft(*soft, cleaned))
+            raise InputError(self._told_soft(*soft))
         if len(self.pixels) <= MAX_CLASSES:  # more are no classes, of which a few stray
-            self._check_strays(cleaned)
+            self._check_strays()
 
     def _thin(self) -> set[Value]:
         """The values that have no area of their own."""
         return {v for v, n in self.pixels.items() if self.inside[v] < _BODY * n}
 
-    def _check_encodings(self, cleaned: bool) -> None:
+    def _check_encodings(self) -> None:
         """0 and 1 in some files, 0 and 255 in others: one class or two?"""
         for white in (255, 65535):
             low = next((n for k, n in self.kinds.items() if 1 in k and white not in k), None)
@@ -110,16 +168,11 @@ class Survey:
                 and set(self.pixels) <= {0, 1, white}
             ):
                 counts = self.pixels
-                cure = (
-                    "--threshold-masks unites them"
-                    if cleaned
-                    else "Save all masks with the values of the first"
-                )
                 raise InputError(
                     f"some masks hold 0 and 1, such as {low} ({self.files[1]} of {self.masks} "
                     f"masks, {counts[1]:,} pixels of 1), others 0 and {white}, such as {high} "
                     f"({self.files[white]} masks, {counts[white]:,} pixels), and no mask both: two "
-                    f"encodings of one class? {cure}"
+                    "encodings of one class? --threshold-masks unites them"
                 )
 
         self._check_scales()
@@ -139,15 +192,13 @@ class Survey:
                 "of the same classes? Save all masks with the values of the first"
             )
 
-    def _told_soft(self, true: Sequence[Value], thin: Sequence[Value], cleaned: bool) -> str:
+    def _told_soft(self, true: Sequence[Value], thin: Sequence[Value]) -> str:
         edges = sum(self.pixels[v] for v in thin) / sum(self.pixels.values())
         where = self.first[max(thin, key=lambda v: self.pixels[v])]
         shown = some(f"{v} ({self.pixels[v]:,})" for v in thin)
         grey = [v if isinstance(v, int) else round(sum(v) / 3) for v in true]
         if any(isinstance(v, tuple) and max(v) - min(v) > APART for v in true):
             cure = "save them anew as PNG with the true colours, resized to the nearest pixel"
-        elif not cleaned:
-            cure = "Save them anew as PNG with the true values, resized to the nearest pixel"
         else:
             cure = f"--mask-values {' '.join(map(str, grey))} gives each pixel the nearest of these"
             if len(true) == 2:
@@ -158,13 +209,13 @@ class Survey:
             f"or the noise of a JPEG file, around {listed(true)}? {cure}"
         )
 
-    def _check_strays(self, cleaned: bool) -> None:
+    def _check_strays(self) -> None:
         for value in sorted(self._thin(), key=as_colour):
             count = self.pixels[value]
             if self.masks < 3 or self.files[value] > 1 or count > _HANDFUL or len(self.pixels) < 3:
                 continue
             others = [v for v in sorted(self.pixels, key=as_colour) if v != value]
-            named = cleaned and all(isinstance(v, int) for v in others) and len(others) < 30
+            named = all(isinstance(v, int) for v in others) and len(others) < 30
             cure = f", or give --mask-values {' '.join(map(str, others))}" if named else ""
             raise InputError(
                 f"the value {value} is in one mask only, {self.first[value]}, in {count} pixels "

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from unet.errors import InputError, not_there
 
 if TYPE_CHECKING:
+    from unet.files.mask_values import MaskCleaning
     from unet.files.pages import Reading
 
 OptimizerName = Literal["adamw", "muon", "sgd", "rmsprop"]
@@ -41,6 +42,33 @@ class ReadingOptions:
         from unet.files.pages import Reading
 
         return Reading(axes=self.axes, channels=self.channels, nodata=self.nodata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskOptions(ReadingOptions):
+    """What a command line says of the values of masks, where they do not say it themselves."""
+
+    mask_values: tuple[int, ...] = ()
+    """True values of the masks, such as 0 255, where edges are soft or files were saved as JPEG:
+    each pixel takes the nearest."""
+
+    threshold_masks: bool = False
+    """Make two classes of masks with 0 and 1, 0 and 255, values between, or a mixture of these."""
+
+    def __post_init__(self) -> None:
+        if self.mask_values and self.threshold_masks:
+            raise InputError(
+                "--mask-values and --threshold-masks both say what masks mean: give one"
+            )
+        if len(set(self.mask_values)) == 1:
+            raise InputError(f"--mask-values {self.mask_values[0]}: name two values or more")
+
+    @property
+    def cleaning(self) -> MaskCleaning:
+        """What is done to the values of masks."""
+        from unet.files.mask_values import MaskCleaning
+
+        return MaskCleaning(values=self.mask_values, threshold=self.threshold_masks)
 
 
 @dataclass(frozen=True, kw_only=True)

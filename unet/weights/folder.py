@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from unet.config import MOST_CHANNELS, UNetConfig
 from unet.errors import DiskError, InputError, said
+from unet.files.mask_values import some
 from unet.files.writing import JSON_BYTES, read_json, replacing, write_text
 from unet.model import UNet
 from unet.weights.card import CARD, SAMPLES, Usage, is_ours, model_card, write_card
@@ -255,7 +256,8 @@ def read_config(folder: Path, weights: str = WEIGHTS) -> dict[str, Any]:
         weights: the file that must stand beside it.
     """
     if not folder.is_dir():
-        raise InputError(f"{folder} is no folder: give a model folder, such as RUN/model")
+        there = "" if folder.exists() else _near(folder)
+        raise InputError(f"{folder} is no folder: give a model folder, such as RUN/model{there}")
     for name in (CONFIG, weights):
         if not (folder / name).is_file():
             raise InputError(
@@ -270,6 +272,16 @@ def read_config(folder: Path, weights: str = WEIGHTS) -> dict[str, Any]:
                 f"{folder / CONFIG} lacks a valid {name!r}: it is no config of this project"
             )
     return described
+
+
+def _near(missing: Path) -> str:
+    """What there is in the place of a folder that is not there, for the end of a sentence."""
+    place = next((above for above in missing.parents if above.is_dir()), None)
+    if place is None:
+        return ""
+    shown = sorted(path.name for path in place.iterdir() if path.is_dir() and path.name[0] != ".")
+    found = {0: "no folder is", 1: f"the folder {some(shown)} is"}
+    return f"; in {str(place)!r} {found.get(len(shown), f'the folders {some(shown)} are')}"
 
 
 def save_weights(state: Mapping[str, Tensor], file: Path) -> None:

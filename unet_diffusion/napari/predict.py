@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,8 +44,11 @@ class PredictWidget(Container):
         self.image = create_widget(annotation=Image, label="image")
         self.channels = CheckBox(label="first axis is channels")
         self.start = PushButton(text="Predict")
-        super().__init__(widgets=[self.model, self.image, self.channels, self.start])
+        self.stop = PushButton(text="Stop", enabled=False)
+        super().__init__(widgets=[self.model, self.image, self.channels, self.start, self.stop])
+        self.stopped = threading.Event()
         self.start.changed.connect(lambda _: told(self.predict))
+        self.stop.changed.connect(lambda _: self.halt())
 
     def predict(self) -> None:
         """Starts the work, whose results become layers.
@@ -59,18 +63,34 @@ class PredictWidget(Container):
             raise InputError("no model is chosen: give the folder of one, such as RUN/model")
         planes = Planes(layer, channels_first=self.channels.value)
         placed = placement(layer, len(planes.shape))
+        self.stopped.clear()
         in_thread(
             predicted,
             folder,
             planes,
+            self.stopped,
             total=len(planes),
             what=f"predicting {layer.name}",
             yielded=lambda _: None,
-            returned=lambda found: self.add_results(layer.name, found, placed),
+            returned=lambda found: self.done(layer.name, found, placed),
             failed=lambda _: None,
-            finished=lambda: setattr(self.start, "enabled", True),
+            finished=self.ended,
         )
-        self.start.enabled = False
+        self.start.enabled, self.stop.enabled = False, True
+
+    def halt(self) -> None:
+        """Lets the prediction end, once the image at work is done; nothing is added."""
+        self.stopped.set()
+        self.stop.enabled = False
+
+    def done(self, name: str, found: Found | None, placed: dict[str, Any]) -> None:
+        """Adds the results, if it was not stopped before there were all."""
+        if found is not None:
+            self.add_results(name, found, placed)
+
+    def ended(self) -> None:
+        """Whatever came of it, another prediction can begin."""
+        self.start.enabled, self.stop.enabled = True, False
 
     def add_results(self, name: str, found: Found, placed: dict[str, Any]) -> None:
         """Adds the results as layers."""
@@ -88,13 +108,16 @@ class PredictWidget(Container):
         self.viewer.add_labels(mask, name=f"{name} {kind}", features=features, **placed)
 
 
-def predicted(folder: Path, planes: Planes) -> Generator[int, None, Found]:
+def predicted(
+    folder: Path, planes: Planes, stopped: threading.Event
+) -> Generator[int, None, Found | None]:
     """Labels the images one by one, and yields how many are done.
 
     Returns:
         The model; for each pixel of the stack (..., H, W) its mask value, of a model of colours the
         number of its class, of numbered objects its object, in each image from 1; and the
-        probability of the second of two classes, of more that of the chosen one.
+        probability of the second of two classes, of more that of the chosen one. None, if it was
+        stopped before the last image.
 
     Raises:
         InputError: no model, or one for other images.
@@ -113,6 +136,8 @@ def predicted(folder: Path, planes: Planes) -> Generator[int, None, Found]:
     masks: list[Array] = []
     probabilities = []
     for number in range(len(planes)):
+        if stopped.is_set():
+            return None
         # Of a model of neighbouring slices it is the middle one of those around it.
         around = [planes.read(i, opaque=opaque) for i in planes.around(number, slices)]
         sources, _ = segmenter.sources(around[0] if len(around) == 1 else np.stack(around))

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from diffusion import load
-from diffusion.data.conditions import Condition
+from diffusion.data.conditions import Condition, ImageKind
 from diffusion.data.images import DiffusionData
 from diffusion.data.masks import MaskCoding
 from diffusion.options import DiffusionOptions, SamplingOptions
@@ -18,6 +19,7 @@ from diffusion.training import train
 from segmentation.data.pairs import find_pairs
 from unet import InputError
 from unet.files.images import read_image, write_image
+from unet.files.mask_values import MaskCleaning
 from unet.training.cli import run_script
 from unet.training.task import Processes
 from unet_diffusion import eval_ddpm, predict_seg, sample_ddpm, train_ddpm
@@ -91,17 +93,49 @@ def test_greys_of_soft_edges_are_no_classes(tmp_path, levels):
     told = "no masks, as the edges between 0, 255 are soft" in data.describe()
     assert told == (levels < 32)  # of more values nobody expects classes
     assert Condition.from_dict(data.condition.to_dict()) == data.condition
-    said = r"soft edges, or .* around 0, 255\? Save them anew as PNG with the true values"
+    said = r"soft edges, or .* around 0, 255\? --mask-values 0 255 gives each pixel the nearest"
     for given in ({"joint": tmp_path / "masks"}, {"masks": "bits"}):
+        folder = tmp_path / ("images" if "joint" in given else "masks")
         with pytest.raises(InputError, match=said):
-            DiffusionData(tmp_path / ("images" if "joint" in given else "masks"), **given)
+            DiffusionData(folder, **given)
+        for cleaning in (MaskCleaning((0, 255)), MaskCleaning(threshold=True)):
+            shown = DiffusionData(folder, **given, cleaning=cleaning).images([0, 1, 2, 3])
+            for mask, file in zip(shown[:, :, -48:, 0], "0123", strict=True):
+                soft = read_image(tmp_path / f"masks/{file}.png")[..., 0]
+                assert np.array_equal(mask, np.where(soft > 127.5, 255, 0))
+
+
+def test_masks_to_make_images_from_are_cleaned_in_training_and_later(tmp_path):
+    """The model keeps what was done; a JPEG file is as good as a PNG file then."""
+    mask = np.kron(np.eye(4, dtype=np.uint8) * 255, np.ones((8, 8), np.uint8))
+    for i in range(4):
+        write_image(tmp_path / f"images/{i}.png", np.full((32, 32), 60 * i, np.uint8))
+        (tmp_path / "masks").mkdir(exist_ok=True)
+        Image.fromarray(np.roll(mask, i, 0)).save(tmp_path / f"masks/{i}.jpg", quality=60)
+    given = {"data": str(tmp_path / "images"), "device": "cpu", "timesteps": 3, "batch_size": 4}
+    given |= {"condition": str(tmp_path / "masks"), "steps": 1, "val": 1, "width": 8}
+    train(DiffusionOptions(**given, mask_values=(0, 255), out=tmp_path / "run"))
+    model = load(tmp_path / "run/model", device="cpu")
+    assert model.model.condition.cleaning == MaskCleaning((0, 255))
+    kind = ImageKind(size=None, channels=1)
+    for read in (model.model.condition.given, model.model.condition.unread):
+        seen = read(tmp_path / "masks/1.jpg", kind)
+        picture = seen if isinstance(seen, torch.Tensor) else seen.read()
+        assert torch.equal(picture[1] * 255, torch.from_numpy(np.roll(mask, 1, 0)).float())
+        assert torch.equal(picture[0], 1 - picture[1])
+    with pytest.raises(InputError, match="grey is made from the image itself, and --mask-values"):
+        train(DiffusionOptions(**given | {"condition": "grey"}, threshold_masks=True))
+    with pytest.raises(InputError, match="say what masks mean, and there are none"):
+        DiffusionOptions(mask_values=(0, 255))
 
 
 def test_two_encodings_of_masks_are_no_three_classes(tmp_path):
     for i in range(4):
         write_image(tmp_path / f"{i}.png", np.eye(9, dtype=np.uint8) * (255 if i % 2 else 1))
-    with pytest.raises(InputError, match="one class\\? Save all masks with the values"):
+    with pytest.raises(InputError, match="one class\\? --threshold-masks unites them"):
         DiffusionData(tmp_path, masks="bits")
+    data = DiffusionData(tmp_path, masks="bits", cleaning=MaskCleaning(threshold=True))
+    assert data.masks.values == (0, 255)
 
 
 def test_a_model_of_masks_makes_masks_of_images(tmp_path, capsys, short_runs):

@@ -20,6 +20,7 @@ from segmentation.model import SegmentationUNet
 from unet.config import UNetConfig
 from unet.errors import InputError
 from unet.weights.folder import FolderModel
+from unet.weights.start import read_start
 
 PLAIN = UNetConfig(channels=4, multipliers=(1, 2))
 TIMED = UNetConfig(channels=4, multipliers=(1, 2), block="res", time=True, norm="none")
@@ -294,10 +295,13 @@ def test_a_hub_that_cannot_be_reached_is_asked_once(tmp_path: Path) -> None:
 
 def test_a_mistyped_path_is_not_looked_up_on_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/mine").mkdir(parents=True)
     monkeypatch.setattr(
         "unet.weights.folder._download", lambda *a, **k: pytest.fail("asked the Hub")
     )
-    for path in ("runs/modle", "../model", "./model"):
-        with pytest.raises(InputError, match="is no folder"):
-            SegmentationUNet.from_pretrained(path)
+    there = {"runs": "the folder mine is", "runs/mine": "no folder is", ".": "the folder runs is"}
+    for path, place in {"runs/x": "runs", "runs/mine/model": "runs/mine", "./model": "."}.items():
+        said = rf"is no folder: .* RUN/model; in '{place}' {there[place]}$"
+        for read in (SegmentationUNet.from_pretrained, read_start):
+            with pytest.raises(InputError, match=said):
+                read(path)
