@@ -434,7 +434,8 @@ def _own_noise(options: DiffusionOptions) -> Any:
         return options.prediction
     of_betas = options.prediction or options.zero_snr or options.learn_variance
     more = options.captions or options.condition or options.joint or options.latents
-    return "cosine" if of_betas or more else "flow"
+    masks = options.target == "mask"
+    return "cosine" if of_betas or more or masks else "flow"
 
 
 def chosen_levels(

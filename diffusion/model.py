@@ -187,7 +187,7 @@ class DiffusionUNet(FolderModel):
                 command += " --condition pictures"
             if self.joint:
                 made = "(16, H, W, C + 1), the mask's value last"
-            elif self.masks is not None:
+            elif self.masks is not None and self.condition is not None:
                 command = (
                     f"unet-predict-seg --model {shlex.quote(where)} --samples 16 --input images "
                     "--out masks"

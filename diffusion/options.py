@@ -88,8 +88,9 @@ class DiffusionOptions(MaskOptions, FitOptions):
     grey, noise:0.2 or hole."""
 
     target: Literal["image", "mask"] = "image"
-    """What is made. mask: --data is a folder of masks, each made from the image of its name in
-    --condition; those of several annotators are in a folder each."""
+    """What is made. mask: --data is a folder of masks, which are made from noise alone, or with
+    --condition each from the image of its name; those of several annotators are in a folder each.
+    """
 
     joint: Path | None = None
     """Folder of masks with the images' names, in folders like theirs: learn to make image and mask
@@ -202,12 +203,10 @@ class DiffusionOptions(MaskOptions, FitOptions):
             )
         if self.condition and self.latents:
             raise InputError("--condition does not go with --latents: leave one of them out")
-        if self.target == "mask" and (
-            not self.condition or self.colour or self.latents or self.classes or self.captions
-        ):
+        if self.target == "mask" and (self.colour or self.latents or self.classes or self.captions):
             raise InputError(
-                "--target mask makes masks from images: give the folder of these as --condition, "
-                "and leave out --colour, --latents, --classes and --captions"
+                "--target mask makes masks, from noise alone or from the images of --condition: "
+                "leave out --colour, --latents, --classes and --captions"
             )
         if self.joint and (
             self.condition or self.latents or self.target == "mask" or self.colour == "rgba"
@@ -216,7 +215,8 @@ class DiffusionOptions(MaskOptions, FitOptions):
                 f"--joint {self.joint} makes grey or colour images and their masks out of noise: "
                 "leave out --condition, --target mask, --latents and --colour rgba"
             )
-        if (self.mask_values or self.threshold_masks) and not (self.joint or self.condition):
+        cleaned = self.mask_values or self.threshold_masks
+        if cleaned and not (self.joint or self.condition or self.target == "mask"):
             raise InputError(
                 "--mask-values and --threshold-masks say what masks mean, and there are none: give "
                 "a folder of masks as --joint or --condition, or as --data with --target mask"

@@ -217,10 +217,11 @@ def check_model(options: EvalOptions, model: DiffusionUNet) -> None:
             f"{options.model} makes images with masks, which eval-ddpm does not judge: train a "
             "segmentation on what sample-ddpm makes"
         )
-    if condition is not None and model.masks:
+    if model.masks:
+        cure = "what predict-seg --samples makes of labelled images"
         raise InputError(
-            f"{options.model} makes masks from images, which eval-ddpm does not judge: look at "
-            "what predict-seg --samples makes of labelled images"
+            f"{options.model} makes masks, which eval-ddpm does not judge: look at "
+            f"{cure if condition else 'those that sample-ddpm makes'}"
         )
     if condition is None and (options.condition or options.each > 1 or options.segmenter):
         raise InputError(

@@ -188,8 +188,8 @@ def sampled_main(options: PredictOptions) -> int:
 
 
 def _draws_masks(config: Mapping[str, Any]) -> bool:
-    """Whether a model's config.json is that of a diffusion model of masks."""
-    return config["task"] == "diffusion" and "target" in config["info"]
+    """Whether a model's config.json is that of a diffusion model that makes masks from images."""
+    return config["task"] == "diffusion" and {"target", "condition"} <= config["info"].keys()
 
 
 def command(argv: Sequence[str] | None = None) -> int:

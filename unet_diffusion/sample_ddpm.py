@@ -189,7 +189,10 @@ def main(options: SampleOptions) -> None:
             print(f"model with its LoRA: {options.merged}")
         if model.joint:
             say_next("train-seg", "--data", "real_data", "--synthetic", options.out)
-        elif not (model.masks and model.condition):  # eval-ddpm judges all others
+        elif model.masks and not model.condition:
+            drawn = options.out / "images"
+            say_next("sample-ddpm", "--model", "from-masks/model", "--condition", drawn)
+        elif not model.masks:
             say_next("eval-ddpm", "--model", options.model, "--data", trained_on(options.model))
 
 

@@ -43,10 +43,10 @@ class MaskSampler:
 
     def __init__(self, model: str | Path, count: int, options: SamplingOptions) -> None:
         network = load_for_sampling(model, options.device)
-        if network.masks is None or network.joint:
+        if network.masks is None or network.condition is None:
             raise InputError(
-                f"{model} makes no masks of images: samples are drawn by a model of train-ddpm "
-                "--target mask"
+                f"{model} makes no masks from images: samples are drawn by a model of train-ddpm "
+                "--target mask --condition"
             )
         self.masks, self.count = network.masks, count
         most = NoiseSchedule.from_dict(network.info["schedule"]).steps

@@ -20,7 +20,7 @@ def main(options: DiffusionOptions) -> None:
         say_next("txt2img", "--model", options.init, *lora, *prompt, "--out", "pictures")
     elif pipeline.is_dir():  # for diffusers, and for the prompts of Stable Diffusion
         say_next("txt2img", "--model", pipeline, *prompt, "--out", "pictures")
-    elif options.target == "mask":
+    elif options.target == "mask" and options.condition:
         images = ("--samples", "16", "--input", "new_images")
         say_next("predict-seg", "--model", options.out / "model", *images, "--out", "predictions")
     else:

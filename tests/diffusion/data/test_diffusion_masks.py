@@ -18,7 +18,7 @@ from diffusion.output import SampleFolder
 from diffusion.training import train
 from segmentation.data.pairs import find_pairs
 from unet import InputError
-from unet.files.images import read_image, write_image
+from unet.files.images import list_images, read_image, write_image
 from unet.files.mask_values import MaskCleaning
 from unet.training.cli import run_script
 from unet.training.task import Processes
@@ -73,8 +73,8 @@ def test_data_of_masks_are_their_codes_and_annotators_of_an_image_are_on_one_sid
 def test_what_is_no_mask_is_told(tmp_path):
     write(tmp_path)
     options = {"out": tmp_path / "run", "data": str(tmp_path / "images"), "target": "mask"}
-    with pytest.raises(InputError, match="give the folder of these as --condition"):
-        DiffusionOptions(**options)
+    with pytest.raises(InputError, match="leave out --colour"):
+        DiffusionOptions(**options, classes=True)
     with pytest.raises(InputError, match=r"hold 1.. values up to 255, where masks have up to 32"):
         train(DiffusionOptions(**options, condition=str(tmp_path / "images")))
 
@@ -136,6 +136,47 @@ def test_two_encodings_of_masks_are_no_three_classes(tmp_path):
         DiffusionData(tmp_path, masks="bits")
     data = DiffusionData(tmp_path, masks="bits", cleaning=MaskCleaning(threshold=True))
     assert data.masks.values == (0, 255)
+
+
+def test_a_model_of_masks_alone_draws_them_from_noise(tmp_path, capsys, short_runs):
+    write(tmp_path, count=4, side=8)
+    made, tiny = tmp_path / "made", ["--width", 8, "--steps", 2, "--val", 1, "--device", "cpu"]
+
+    def run(script, options, *argv):
+        return run_script(script.main, options, list(map(str, argv)))
+
+    given = ["--target", "mask", "--data", tmp_path / "masks", "--out", tmp_path / "run", *tiny]
+    assert run(train_ddpm, DiffusionOptions, *given) == 0
+    model = tmp_path / "run/model"
+    assert "unet-sample-ddpm" in (model / "README.md").read_text()
+    argv = ["--model", model, "--count", 3, "--out", made, "--steps", 2]
+    assert run(sample_ddpm, sample_ddpm.SampleOptions, *argv) == 0
+    files = list_images(made / "images")
+    assert {int(v) for file in files for v in np.unique(read_image(file))} <= {0, 255}
+    # A model that makes images from masks takes them as they are.
+    given = ["--data", tmp_path / "images", "--condition", tmp_path / "masks/1"]
+    given += ["--out", tmp_path / "from-masks", *tiny]
+    assert run(train_ddpm, DiffusionOptions, *given) == 0
+    argv = ["--model", tmp_path / "from-masks/model", "--condition", made / "images"]
+    argv += ["--out", tmp_path / "drawn", "--steps", 2]
+    assert run(sample_ddpm, sample_ddpm.SampleOptions, *argv) == 0
+    assert [f.name for f in list_images(tmp_path / "drawn/images")] == [f.name for f in files]
+    capsys.readouterr()
+    given = [
+        "--model",
+        model,
+        "--input",
+        tmp_path / "images",
+        "--samples",
+        2,
+        "--out",
+        tmp_path / "p",
+    ]
+    assert run(predict_seg, predict_seg.PredictOptions, *given) == 2
+    assert "makes no masks from images" in capsys.readouterr().err
+    argv = ["--model", model, "--data", tmp_path / "masks"]
+    assert run(eval_ddpm, eval_ddpm.EvalOptions, *argv) == 2
+    assert "look at those that sample-ddpm makes" in capsys.readouterr().err
 
 
 def test_a_model_of_masks_makes_masks_of_images(tmp_path, capsys, short_runs):
