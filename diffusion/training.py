@@ -28,7 +28,13 @@ from diffusion.initial import (
     start_lora,
     take_over,
 )
-from diffusion.judging.report import SHOWN, preview_sampler, shown_conditions, spread, write_report
+from diffusion.judging.report import (
+    affordable,
+    preview_sampler,
+    shown_conditions,
+    spread,
+    write_report,
+)
 from diffusion.judging.steps import needs_deciding, note_steps
 from diffusion.model import DiffusionUNet, noted_path
 from diffusion.options import CHANNELS, DiffusionOptions
@@ -58,7 +64,9 @@ from unet.weights.folder import start_folder
 
 _GOLDEN = (math.sqrt(5) - 1) / 2  # its multiples are spread evenly, and far from their neighbours
 SHOWN_LEVELS = 8  # of the pictures
-LEAST_JUDGED, MOST_JUDGED = 128, 500  # held-out images, and as many training images
+# Held-out images, and as many training images: with repetitions, and each once; of large images
+# fewer (`affordable`), but FEWEST_JUDGED.
+LEAST_JUDGED, MOST_JUDGED, FEWEST_JUDGED = 128, 500, 32
 
 
 def train(options: DiffusionOptions) -> dict[str, float]:
@@ -125,7 +133,7 @@ def _finish(plan: DiffusionPlan, data: Data, model: DiffusionUNet) -> None:
     samples = None
     if whole and needs_deciding(best):
         sampler = preview_sampler(best, plan.fit.seed, plan.fit.together())
-        said, samples = note_steps(sampler, shown_conditions(data, SHOWN))
+        said, samples = note_steps(sampler, shown_conditions(data))
         print(said)
     # What is made from pictures would show these, which may be nobody else's.
     picture = run / "model" / SAMPLES if whole and best.condition is None else None
@@ -468,9 +476,13 @@ class DiffusionTask:
         """
         figures = {}
         levels = replace(self.plan.levels, shift=1.0)
-        val = self.data.val[:MOST_JUDGED]
+        least, most = (
+            affordable(count, self.data.size, FEWEST_JUDGED)
+            for count in (LEAST_JUDGED, MOST_JUDGED)
+        )
+        val = spread(self.data.val, most)
         for name, images in (("loss", val), ("seen", spread(self.data.train, len(val)))):
-            indices = list(images) * -(-LEAST_JUDGED // len(images))
+            indices = list(images) * -(-least // len(images))
             # Neighbours in the list are far apart in noise, lest the level follow the image.
             order = np.random.default_rng(0).permutation(len(indices))
             t = levels(torch.from_numpy((order + 0.5) / len(order)))
@@ -532,7 +544,8 @@ class DiffusionTask:
     def _samples(self, model: DiffusionUNet) -> Any:
         size = self.plan.fit.together()
         sampler = preview_sampler(model, self.plan.fit.seed, size, autoencoder=self.autoencoder)
-        return sampler.shown(sampler(SHOWN, shown_conditions(self.data, SHOWN)))
+        wanted = shown_conditions(self.data)
+        return sampler.shown(sampler(len(wanted), wanted))
 
     def _shown(self, x: Tensor) -> Any:
         """The first of images, or of the images that latents stand for."""

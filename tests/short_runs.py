@@ -9,7 +9,6 @@ import pytest
 
 SMALL = {
     "diffusion.data.sources.DRAWN": 500,
-    "diffusion.training.SHOWN": 4,
     "diffusion.training.SHOWN_LEVELS": 3,
     "diffusion.training.LEAST_JUDGED": 16,
     "diffusion.training.MOST_JUDGED": 16,

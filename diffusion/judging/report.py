@@ -29,8 +29,10 @@ if TYPE_CHECKING:  # it takes half a second to import
     from matplotlib.axes import Axes
 
 LEVELS = 10  # noise levels at which errors are given
-JUDGED = 64  # held-out images, and as many training images, for them
+# Each of the two counts is of images of up to 64 x 64: see `affordable`.
+JUDGED = 64  # held-out images, and as many training images, for the errors
 SHOWN, COMPARED = 36, 8  # samples, and those of them beside their nearest training images
+LEAST = 4  # of either, however large they are
 MOST_COMPARED, MOST_BYTES = 20_000, 2**28  # training images, and bytes of them
 APPEARING, FRAMES = 4, 40  # samples in the strip and the GIF, and steps
 TRAINING, HELD_OUT = "#0072b2", "#d55e00"
@@ -50,7 +52,7 @@ def write_report(
     Args:
         together: images that go through the network at a time, at most.
         picture: where its samples go as a picture of their own.
-        samples: SHOWN of them, as the sampler of these pictures makes them; None: they are made.
+        samples: as many as are shown, as the sampler of these pictures makes them; None: they are made.
 
     Returns:
         The path of the report.
@@ -59,13 +61,13 @@ def write_report(
     write_text(run / "errors.json", json.dumps(errors, indent=2) + "\n")
     autoencoder = autoencoder_of(data)
     sampler = preview_sampler(model, seed, together, autoencoder=autoencoder)
-    wanted = shown_conditions(data, SHOWN)
-    samples = sampler.shown(sampler(SHOWN, wanted) if samples is None else samples)
+    wanted = shown_conditions(data)
+    samples = sampler.shown(sampler(len(wanted), wanted) if samples is None else samples)
     if picture:
         with replacing(picture) as temporary:
             grid(samples).save(temporary, format="png")
     every = preview_sampler(model, seed, together, FRAMES, autoencoder)
-    chosen = [i * SHOWN // APPEARING for i in range(APPEARING)]
+    chosen = [i * len(wanted) // APPEARING for i in range(APPEARING)]
     frames = [every.shown(f) for f in every.appearing(APPEARING, [wanted[i] for i in chosen])]
     with replacing(run / "samples" / "appearing.png") as temporary:
         strip(frames).save(temporary, format="png")
@@ -118,9 +120,10 @@ def level_errors(model: DiffusionUNet, data: Data, together: int) -> dict[str, l
     found: dict[str, list[float]] = {"t": levels}
     found["signal"] = [schedule.level(t).signal for t in levels]
     found["noise"] = [schedule.level(t).noise for t in levels]
-    judged = {"training": spread(data.train, min(JUDGED, len(data.val) or JUDGED))}
+    count = affordable(JUDGED, data.size)
+    judged = {"training": spread(data.train, min(count, len(data.val) or count))}
     if data.val:
-        judged["held_out"] = list(data.val[:JUDGED])
+        judged["held_out"] = spread(data.val, count)
     for name, indices in judged.items():
         total = torch.zeros(LEVELS, device=device)
         for start in range(0, len(indices), together):
@@ -153,13 +156,23 @@ def _figure(run: Path, errors: dict[str, list[float]], samples: Images, data: Da
     return figure
 
 
-def shown_conditions(data: Data, count: int) -> Wanted:
-    """What `count` samples are to show: captions, held-out ones if there are any, or every class in
-    order."""
+def shown_conditions(data: Data) -> Wanted:
+    """What the samples of a run's pictures are to show: captions, held-out ones if there are any,
+    or every class in order."""
+    count = affordable(SHOWN, data.size)
     if data.captioned or getattr(data, "condition", None) is not None:
         asked = data.val or data.train
         return data.conditions([asked[i % len(asked)] for i in range(count)])
     return [i * len(data.classes) // count if data.classes else None for i in range(count)]
+
+
+def affordable(count: int, size: tuple[int, int], least: int = LEAST) -> int:
+    """How many images of (height, width) have the pixels of `count` images of 64 x 64.
+
+    `count` at most and `least` at least: the pictures and figures of a run with large images would
+    take longer than its training.
+    """
+    return min(count, max(least, count * 64**2 // (size[0] * size[1])))
 
 
 def spread(indices: Sequence[int], count: int) -> list[int]:

@@ -37,7 +37,7 @@ TINY = ("--width", 8, "--batch-size", 4, "--timesteps", 3, "--evaluations", 1, "
 def few_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("SHOWN", "FRAMES", "JUDGED"):
         monkeypatch.setattr(f"diffusion.judging.report.{name}", 4)
-    for name in ("SHOWN", "LEAST_JUDGED", "MOST_JUDGED"):
+    for name in ("LEAST_JUDGED", "MOST_JUDGED"):
         monkeypatch.setattr(f"diffusion.training.{name}", 4)
 
 

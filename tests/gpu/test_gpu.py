@@ -143,7 +143,6 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("SHOWN", "FRAMES", "JUDGED"):
         monkeypatch.setattr(f"diffusion.judging.report.{name}", 4)
     monkeypatch.setattr("diffusion.judging.report.MOST_COMPARED", 200)
-    monkeypatch.setattr("diffusion.training.SHOWN", 4)
 
 
 def test_both_trainings_learn(tmp_path: Path, quick: None) -> None:
