@@ -52,7 +52,7 @@ def write_report(
     Args:
         together: images that go through the network at a time, at most.
         picture: where its samples go as a picture of their own.
-        samples: as many as are shown, as the sampler of these pictures makes them; None: they are made.
+        samples: as the sampler of these pictures makes them; None: they are made.
 
     Returns:
         The path of the report.

@@ -17,7 +17,7 @@ from torch.utils.data import default_collate
 
 from diffusion.data.images import DiffusionData
 from diffusion.decisions import chosen_fit, decide
-from diffusion.judging.report import level_errors
+from diffusion.judging.report import affordable, level_errors
 from diffusion.model import DiffusionUNet
 from diffusion.networks import automatic_config
 from diffusion.options import DiffusionOptions
@@ -238,6 +238,16 @@ class Alone(Processes):
 
     def gather(self, part: Any) -> list[Any]:
         return [part]
+
+
+@pytest.mark.parametrize("size", [(8, 8), (64, 64), (64, 65), (128, 32), (256, 256), (4096, 512)])
+def test_pictures_of_large_images_show_fewer(size):
+    """No more pixels than so many images of 64 x 64 have, but for the least number."""
+    count = affordable(36, size)
+    assert 4 <= count <= 36
+    assert count == 4 or count * size[0] * size[1] <= 36 * 64**2
+    assert count == 36 or (count + 1) * size[0] * size[1] > 36 * 64**2
+    assert affordable(3, size) == 3
 
 
 def test_held_out_figures_are_the_same_each_time_and_in_any_number_of_parts(archive: Path) -> None:
