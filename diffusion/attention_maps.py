@@ -61,7 +61,7 @@ class AttentionRecord:
         chosen = self._forwards[forwards]
         if not chosen:
             raise InputError(
-                f"no attention to make a picture of: {len(self)} forwards are recorded, and "
+                f"there is no attention to draw: {len(self)} forward passes are recorded, and "
                 f"{forwards} has none of them"
             )
         # Guidance pads a prompt to the length of the other one, but not at every noise level.
@@ -138,7 +138,7 @@ def attention_figure(image: RGB, words: Sequence[str], maps: Tensor) -> Image.Im
     if len(words) > len(maps) or maps.shape[1:] != image.shape[:2]:
         raise InputError(
             f"{len(words)} words and an image of {image.shape[0]} x {image.shape[1]} do not go "
-            f"with maps {tuple(maps.shape)}: give one map a word, of the image's size"
+            f"with maps {tuple(maps.shape)}: give one map per word, of the image's size"
         )
     heats = maps[: len(words)].numpy()
     cells = [cell(composite(image)), *(cell(_overlaid(image, heat)) for heat in heats)]

@@ -143,8 +143,8 @@ def check_options(options: DiffusionOptions) -> None:
     check_network(options)
     if options.prior and clip_folder(options) is None:
         raise InputError(
-            f"--prior {options.prior} needs captions that CLIP reads, as words of our own would be "
-            "chosen anew: give --latents or --text-encoder with a pipeline"
+            f"--prior {options.prior} needs captions that CLIP reads, as a vocabulary of our own "
+            "would be built anew: give --latents or --text-encoder with a pipeline"
         )
     if folder := clip_folder(options):
         check_clip_parts(folder)
@@ -254,8 +254,8 @@ def fit_jumps(options: DiffusionOptions, start: Start) -> Start:
         return start
     config = replace(start.config, jumps=jumps)
     if jumps:
-        return start.changed(config, with_jumps, "told of jumps")
-    return start.changed(config, without_jumps, "without its jumps")
+        return start.changed(config, with_jumps, "with an input for jumps")
+    return start.changed(config, without_jumps, "without its input for jumps")
 
 
 def check_classes(options: DiffusionOptions, start: Start, data: Data) -> None:
@@ -263,8 +263,8 @@ def check_classes(options: DiffusionOptions, start: Start, data: Data) -> None:
     theirs, ours = start.info.get("classes", []), list(data.classes) if options.classes else []
     if (as_it_is := _as_it_is(options)) and theirs != ours:
         raise InputError(
-            f"--init {options.init} was trained on the classes {theirs}, but this is of "
-            f"{ours}: {as_it_is} needs the same"
+            f"--init {options.init} was trained on the classes {theirs}, but these data have "
+            f"{ours}: {as_it_is} needs the same classes"
         )
 
 
@@ -288,18 +288,19 @@ def check_teacher(
         )
     if (schedule, prediction) != noise_of(str(options.init), start):
         raise InputError(
-            f"--few-steps follows the ways of --init {options.init}, with its noise levels and its "
-            "kind of prediction: leave out --noise, --timesteps, --zero-snr and --prediction"
+            f"--few-steps imitates how --init {options.init} samples, with its noise levels and "
+            "its kind of prediction: leave out --noise, --timesteps, --zero-snr and --prediction"
         )
     if options.few_steps != 1 and not (options.classes or options.captions):
         raise InputError(
-            f"--few-steps {options.few_steps} guides by a class or a text, and the model has none: "
-            "give --few-steps 1"
+            f"--few-steps {options.few_steps} guides by a class or a text, but the model takes "
+            "neither: give --few-steps 1"
         )
     if "coupling" in start.info:
         raise InputError(
-            f"--init {options.init} was trained with --coupling ot, which fresh noise on the way "
-            "does not go with, and few steps draw some: give a model without"
+            f"--init {options.init} was trained with --coupling ot, which does not allow fresh "
+            "noise during sampling, but sampling in few steps draws it: give a model that was "
+            "trained without"
         )
     if options.captions != bool({"text", "text_encoder"} & start.info.keys()):
         raise InputError(
@@ -313,11 +314,11 @@ def chosen_extras(options: DiffusionOptions) -> tuple[dict[str, Any], list[Decis
     decisions = []
     if options.few_steps is not None:
         info["few_steps"] = options.few_steps
-        guided = "" if options.few_steps == 1 else f", guided by {options.few_steps:g}"
-        decisions.append(Decision("few steps", f"the ways of {options.init}{guided}", AS_ASKED))
+        guided = "" if options.few_steps == 1 else f", guidance {options.few_steps:g}"
+        decisions.append(Decision("few steps", f"learnt from {options.init}{guided}", AS_ASKED))
     if options.coupling == "ot":
         info["coupling"] = "ot"
-        decisions.append(Decision("coupling", "noise goes to images near it", AS_ASKED))
+        decisions.append(Decision("coupling", "images get noise near them", AS_ASKED))
     return info, decisions
 
 
@@ -330,7 +331,7 @@ def told_mirroring(data: Data) -> list[Decision]:
 
 def told_batch(options: DiffusionOptions, fit: FitPlan) -> Decision:
     """The batch of a step."""
-    why = AS_ASKED if options.batch_size else f"the default of {fit.optimizer}"
+    why = AS_ASKED if options.batch_size else f"the default for {fit.optimizer}"
     return Decision("batch", counted(fit.batch_size, "image"), why)
 
 
@@ -340,7 +341,7 @@ def told_part(options: DiffusionOptions, model: DiffusionUNet) -> list[Decision]
         return []
     if options.trained == "lora":
         targets = [model.get_submodule(name) for name in lora_targets(model)]
-        why = f"a LoRA of rank {options.rank}, as asked for"
+        why = f"a LoRA of rank {options.rank}, as requested"
         return [Decision("trained", f"small matrices beside {counted(len(targets), 'layer')}", why)]
     parts = (m for m in model.modules() if isinstance(m, SpatialTransformer))
     found = millions(p for part in parts for p in part.parameters())
@@ -369,16 +370,16 @@ def chosen_fit(options: DiffusionOptions, start: Start | None = None) -> tuple[F
     optimizer, why = choose_optimizer(
         options,
         {
-            "with captions muon is untried": options.captions,
-            "muon's steps would move the weights of --init far": (
+            "muon is untried with captions": options.captions,
+            "muon's steps would move the weights of --init too far": (
                 options.init and options.few_steps is None and not new
             ),
         },
     )
     if optimizer == "muon" and options.few_steps is not None and not options.optimizer:
-        why = "in small steps, as for what has learnt already"
+        why = "with small steps, as the weights are trained already"
     elif optimizer == "muon" and options.init and not options.optimizer:
-        why = f"as for random weights: it has everything to learn about {new}"
+        why = f"as from random weights: the start knows nothing of {new}"
     lr, beta2 = (7e-4, 0.99) if options.captions else (2e-3, 0.999)
     if options.trained == "lora" and clip_folder(options):
         lr = 1e-4  # as is usual for Stable Diffusion
@@ -418,7 +419,7 @@ def chosen_noise(
     own: Any = schedule.kind if schedule.kind in _OWN_NOISE else PREDICTION
     prediction = options.prediction or (theirs[1] if theirs else own)
     get_prediction(prediction, schedule)
-    theirs_why = f"as of {options.init}" if theirs else "the default"
+    theirs_why = f"that of {options.init}" if theirs else "the default"
     decisions = [
         Decision("noise", schedule.said, AS_ASKED if options.noise else theirs_why),
         Decision("predicted", prediction, AS_ASKED if options.prediction else theirs_why),
@@ -457,7 +458,7 @@ def chosen_levels(
             )
         return TrainingLevels(schedule, shift), []
     mean, std = log_sigma = options.log_sigma or _LOG_SIGMA[schedule.kind == "flow"]
-    why = AS_ASKED if options.levels or options.log_sigma else f"the default of {prediction}"
+    why = AS_ASKED if options.levels or options.log_sigma else f"the default for {prediction}"
     told_levels = Decision("levels", f"log(sigma) {mean:g} +- {std:g}", why)
     return TrainingLevels(schedule, shift, log_sigma), [told_levels]
 
@@ -491,18 +492,19 @@ def chosen_text(
     if clip:
         folder = str(Path(str(clip_folder(options))).resolve())
         told_clip = Decision(
-            "text", f"CLIP, {clip.channels} channels", f"of {clip_folder(options)}"
+            "text", f"CLIP, {clip.channels} channels", f"from {clip_folder(options)}"
         )
         return {"text_encoder": folder}, [told_clip]
     if network.context_channels is None:
         return {}, []
     if _as_it_is(options) and start and "text" in start.info:
-        taken = Decision("text", "its encoder and its words", f"as of {options.init}")
+        taken = Decision("text", "encoder and vocabulary", f"that of {options.init}")
         return {"text": start.info["text"]}, [taken]
     captions = (data.caption(i) for i in (*data.train, *data.val))
     words = WordEncoder.from_captions(captions, width=network.context_channels)
     found = f"{counted(len(words.vocabulary), 'word')}, {words.longest - 1} in the longest caption"
-    return {"text": words.to_dict()}, [Decision("text", found, "its encoder is trained along")]
+    told_words = Decision("text", found, "the text encoder is trained as well")
+    return {"text": words.to_dict()}, [told_words]
 
 
 def chosen_network(
@@ -514,7 +516,7 @@ def chosen_network(
     if options.width:
         heads = config.head_channels and math.gcd(config.head_channels, options.width)
         config = replace(config, channels=options.width, head_channels=heads)
-        why = f"{options.width} channels as asked for, else: {why}"
+        why = f"{options.width} channels, as requested; otherwise: {why}"
     if options.captions and config.context_channels is None:
         width = clip.channels if clip else TEXT_CHANNELS
         config = replace(config, attention="transformer", context_channels=width)
@@ -539,7 +541,7 @@ def _named_network(
     if options.network != "auto":
         return _preset(options, data, clip)
     if start:
-        return replace(start.config, classes=0), f"as of {options.init}"
+        return replace(start.config, classes=0), f"that of {options.init}"
     on_gpu = options.device != "cpu" and pick_device("auto").type != "cpu"
     config, why = automatic_config(
         data.channels,
@@ -550,7 +552,7 @@ def _named_network(
         text=options.captions,
     )
     if isinstance(data, LatentData) and config.patch > 1:
-        config, why = without_patches(config), f"{why}; in latents as more levels, not patches"
+        config, why = without_patches(config), f"{why}; for latents, more levels instead of patches"
     return config, why
 
 

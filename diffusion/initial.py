@@ -273,9 +273,9 @@ def start_lora(model: DiffusionUNet, start: Start, rank: int, base: str) -> None
         load_strictly(model, state, start.where)
     except InputError as error:
         raise InputError(
-            f"--trained lora leaves the network as it is, so that it must be all of that of --init "
-            f"({error}): give the same kind of data, such as --classes or --captions, as that was "
-            "trained on"
+            "--trained lora leaves the network as it is, so it must be exactly that of --init "
+            f"({error}): give data of the kind that it was trained on, such as with --classes or "
+            "--captions"
         ) from error
     model.info["lora"] = {"base": base, "stamp": stamp(state), "rank": rank}
     add_lora(model, rank)

@@ -226,7 +226,7 @@ class DiffusionUNet(FolderModel):
         if "steps" in info:
             facts["Steps"] = f"{info['steps']} by default, with the contrast of more"
         if "coupling" in info:
-            facts["Coupling"] = "noise was given to images near it: sample without fresh noise"
+            facts["Coupling"] = "images got noise near them: sample without fresh noise"
         if {"text", "text_encoder"} & info.keys():
             facts["Texts"] = "captions: give prompts, and guidance=3 for images closer to them"
         with suppress(InputError):

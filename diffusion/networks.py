@@ -46,7 +46,7 @@ def automatic_config(
     budget = minutes * (_ACCELERATOR if accelerator else 1) * _PLACES / places
     budget *= _TEXT if text else 1
     width = next((w for w, most in _WIDTHS if budget <= most), _WIDEST)
-    reasons = [f"{counted(minutes, 'minute')} of a {'GPU' if accelerator else 'CPU'}"]
+    reasons = [f"{counted(minutes, 'minute')} on a {'GPU' if accelerator else 'CPU'}"]
     if count < _FEW and width > 64:
         width = 64
         reasons.append(f"only {counted(count, 'image')}")

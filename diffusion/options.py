@@ -265,7 +265,7 @@ class DiffusionOptions(ReadingOptions, FitOptions):
             }
             for flag in (flag for flag, value in given.items() if value):
                 raise InputError(
-                    f"--few-steps trains the model of --init on what that says itself: leave out "
+                    "--few-steps trains the model of --init on its own predictions: leave out "
                     f"{flag}"
                 )
         if self.log_sigma is not None and not (
@@ -277,7 +277,7 @@ class DiffusionOptions(ReadingOptions, FitOptions):
         if self.coupling == "ot" and (self.captions or self.condition):
             raise InputError(
                 "--coupling ot would make the noise depend on the text or picture of an image, "
-                "while sampling draws it for any of them: leave it out with --captions and "
+                "while sampling draws it without regard to them: leave it out with --captions and "
                 "--condition"
             )
         if self.zero_snr and self.prediction == "eps":
@@ -383,7 +383,7 @@ class SamplingOptions:
                 f"--variance {self.variance} is for --sampler ddpm, not {self._sampler_said}"
             )
         if self.guide and self.negative:
-            raise InputError("--guide and --negative each say what to lead away from: give one")
+            raise InputError("--guide and --negative each say what to steer away from: give one")
         if self.guidance == 1:
             given = {
                 "--guide": self.guide,

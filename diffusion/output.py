@@ -20,10 +20,10 @@ from unet.files.writing import replacing, write_text
 from unet.training.task import Processes
 from unet.words import counted
 
-FOLDERS = ("images", "image", "label", "attention")  # of files an image
+FOLDERS = ("images", "image", "label", "attention")  # with a file per image
 FILES = ("grid.png", "samples.npz", "appearing.gif")  # of all
-_MARK = """A model made these images. They are left out where a folder above this one is read: name
-it, or images/ in it, where they are meant. Without this file they are not left out.
+_MARK = """A model made these images. Commands that read a folder above this one leave them out: name this
+folder, or images/ in it, to use them. Without this file they are not left out.
 """
 IN_GRID = 100  # images in grid.png, at most
 
@@ -94,8 +94,8 @@ class SampleFolder:
         below = (file for name in FOLDERS for file in files_below(self.path / name))
         if others := [file for file in below if file not in ours]:
             print(
-                f"note: {counted(len(others), 'file')} in --out {self.path} stay that this run "
-                f"does not write, such as {others[0]}: delete them if they are of an earlier one",
+                f"note: --out {self.path} still holds {counted(len(others), 'file')} that this "
+                f"run does not write, such as {others[0]}: delete them if an earlier run made them",
                 file=sys.stderr,
             )
 

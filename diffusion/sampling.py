@@ -449,9 +449,10 @@ def check_sampler(options: SamplingOptions, model: DiffusionUNet) -> None:
     sampler = get_sampler(options.sampler, own)
     if "coupling" in model.info and sampler.draws_noise(own):
         raise InputError(
-            f"--sampler {options.sampler} draws noise on the way, which is right only where "
-            "training drew it for each image alone, and this model was trained with --coupling "
-            "ot: choose ddim, euler, heun, flow-heun or dpmpp-2m, without --eta and --churn"
+            f"--sampler {options.sampler} draws noise during sampling, which is right only where "
+            "training drew it independently of the images, and this model was trained with "
+            "--coupling ot: choose ddim, euler, heun, flow-heun or dpmpp-2m, without --eta and "
+            "--churn"
         )
     if options.variance == "learned" and model.out_channels == model.image_channels:
         raise InputError(
@@ -464,13 +465,13 @@ def check_guide(options: SamplingOptions, model: DiffusionUNet, guide: Diffusion
     """Raises an InputError for a lesser model that the model cannot be led away from."""
     if "text" in {**model.info, **guide.info}:
         raise InputError(
-            f"--guide {options.guide}: each of two models of captions reads them by an encoder of "
-            "its own, trained along, and guidance gives both the same: leave --guide out"
+            f"--guide {options.guide}: each of the two models reads captions with a text encoder "
+            "of its own, but guidance gives both the same encoding: leave --guide out"
         )
     if options.sampler == "jump" and not guide.config.jumps:
         raise InputError(
-            f"--guide {options.guide} knows no jumps, as models of train-ddpm --few-steps do: give "
-            "one that does, or another --sampler"
+            f"--guide {options.guide} takes no jumps, as models of train-ddpm --few-steps do: "
+            "give one that does, or another --sampler"
         )
     ours, theirs = _shared_facts(model), _shared_facts(guide)
     if differing := [name for name in ours if ours[name] != theirs[name]]:

@@ -99,7 +99,7 @@ class WordTokenizer:
                 raise InputError(
                     f"{text!r} has {len(words)} words and signs, but this model reads "
                     f"{self.longest - 1}, as many as the longest caption that it was trained on: "
-                    f"leave out as many as in {' '.join(rest)!r}"
+                    f"shorten it by as many, such as {' '.join(rest)!r}"
                 )
             rows.append(torch.tensor([BEGIN, *(self._tokens.get(w, UNKNOWN) for w in words)]))
         return pad_sequence(rows, batch_first=True, padding_value=PADDING)

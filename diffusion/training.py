@@ -81,7 +81,7 @@ def train(options: DiffusionOptions) -> dict[str, float]:
     if is_main_process():
         print("\n".join([data.describe(), *plan.lines()]))
         if prior:
-            print(f"every second image is of {options.prior}: {prior.describe()}")
+            print(f"every second image is from {options.prior}: {prior.describe()}")
         whole = plan.options.trained != "lora"
         if (
             whole
@@ -160,7 +160,7 @@ def load_prior(options: DiffusionOptions, data: Data) -> Data | None:
     if (theirs := _kept(prior)[1]) != dtype:
         raise InputError(
             f"--prior {options.prior} has images of {theirs}, and --data {options.data} of "
-            f"{dtype}: save all alike"
+            f"{dtype}: save all in the same way"
         )
     return prior
 

@@ -99,13 +99,13 @@ class FilePredictor:
         self.reading = known if reading == AS_STORED else replace(reading, rgb=known.rgb)
         if labels and not self.segmenter.has_labels:
             raise InputError(
-                f"labels number the parts of the second of two classes, but the model knows "
-                f"{len(self.segmenter.classes)}: leave out --labels"
+                "--labels numbers the parts of the second of two classes, but the model has "
+                f"{len(self.segmenter.classes)} classes: leave it out"
             )
         if uncertainty and self.segmenter.of_regions:
             raise InputError(
-                "--uncertainty is of classes that exclude each other, and this model knows regions "
-                "that overlap: leave it out"
+                "--uncertainty needs classes that exclude each other, but this model predicts "
+                "regions that overlap: leave it out"
             )
         self.labels, self.parts = labels, labels or bool(min_size)
         self.numbers = labels or self.segmenter.instances
@@ -194,7 +194,7 @@ class FilePredictor:
         if self.parts:
             raise InputError(
                 f"an image of {source.shape[0]} x {source.shape[1]} pixels is predicted in bands, "
-                "which know no connected parts: leave out --min-size and --labels"
+                "across which connected parts are not found: leave out --min-size and --labels"
             )
         h, w = source.shape
         step = -(-max(h, w) // PREVIEW)

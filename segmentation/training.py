@@ -93,7 +93,8 @@ def train(
     if is_main_process():
         cut = any(data.pairs[i].window for i in data.val)
         parts = [
-            "of the one image with labels a strip is held out: the parts are images from here on"
+            "only one image has labels, so a strip of it is held out: its parts count as images "
+            "from here on"
         ]
         print("\n".join([*(parts if cut else []), data.describe(), *plan.lines()]), flush=True)
     samples = CropSamples(
@@ -157,7 +158,7 @@ def _finish(
     model.save_pretrained(folder)
     if never := found.never_predicted():
         which = "held-out" if data.val else "training"
-        print(f"note: in the {which} images not one pixel was predicted to be {' or '.join(never)}")
+        print(f"note: in the {which} images no pixel was predicted as {' or '.join(never)}")
     print(f"report: {write_report(plan.fit.out, found, data)}")
     upload(SegmentationUNet, plan.fit)
     return figures
@@ -207,7 +208,7 @@ def find_synthetic(options: SegmentationOptions, wanted: ImageInfo) -> list[Pair
     if (info.channels, info.dtype) != (wanted.channels, wanted.dtype):
         raise InputError(
             f"--synthetic {options.synthetic} holds images of {kind(info)}, where the real ones "
-            f"are {kind(wanted)}: save them alike"
+            f"are {kind(wanted)}: save them in the same way"
         )
     return pairs
 
@@ -298,7 +299,7 @@ def make_model(plan: SegmentationPlan) -> SegmentationUNet:
     if known.get("objects") != plan.info.get("objects"):
         raise InputError(
             f"the run in {plan.fit.out} learns a border between objects, as earlier versions did, "
-            f"and cannot go on: give another --out, with --init {folder} from its weights"
+            f"and cannot be resumed: give another --out, with --init {folder} from its weights"
         )
     info = plan.info
     if goes_on and not (known.get("refined") if folder.exists() else _refines(run)):

@@ -126,7 +126,7 @@ class _Told:
         self.bar.close()
         if kind is KeyboardInterrupt and not self.quiet:
             slabs = counted(self.progress.count, "slab")
-            print(f"{self._done():,} of {slabs} are there: the same command goes on", flush=True)
+            print(f"{self._done():,} of {slabs} are done: the same command continues", flush=True)
 
     def now(self) -> None:
         """Says how far it is."""
@@ -139,7 +139,7 @@ class _Told:
         left = (self.progress.count - done) * (now - self.begun) / (done - self.first)
         slabs = counted(self.progress.count, "slab")
         minutes = counted(math.ceil(left / 60), "minute")
-        print(f"{done:,} of {slabs} are there, {minutes} left", flush=True)
+        print(f"{done:,} of {slabs} are done, {minutes} left", flush=True)
 
 
 def predict_volumes(
@@ -238,8 +238,8 @@ def predict_volume(
             )
         if info.height * info.width > AT_ONCE and predictor.segmenter.min_size:
             raise InputError(
-                f"slices of {info.height} x {info.width} pixels are predicted in bands, which know "
-                "no connected parts: leave out --min-size"
+                f"slices of {info.height} x {info.width} pixels are predicted in bands, across "
+                "which connected parts are not found: leave out --min-size"
             )
         work = _Work(predictor, source, volume, stored, info, out)
         progress = Progress(out / f"{work.name}_progress", work.plan(), len(work.slabs))
@@ -254,7 +254,7 @@ def predict_volume(
             if going_on:
                 done = len(work.slabs) - len(todo)
                 print(
-                    f"goes on: {done:,} of {counted(len(work.slabs), 'slab')} are there already",
+                    f"continuing: {done:,} of {counted(len(work.slabs), 'slab')} are done already",
                     flush=True,
                 )
         todo = processes.gather(todo)[0]
@@ -300,8 +300,8 @@ def _going_on(progress: Progress, results: Sequence[Path], overwrite: bool) -> b
             return begun and all(file.exists() for file in results)
         if not overwrite:
             raise InputError(
-                f"{results[0]} was begun with another {other}, as {progress.file} says: go on with "
-                "what it was begun with, or give --overwrite or another --out"
+                f"{results[0]} was started with another {other}, as {progress.file} says: give "
+                "the same again, or give --overwrite or another --out"
             )
     for file in results:
         if file.exists() and not overwrite:

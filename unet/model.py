@@ -195,7 +195,7 @@ class UNet(nn.Module):
             if value is not None and value.shape != (batch,):
                 raise InputError(
                     f"{name} has shape {tuple(value.shape)}, but a batch of {batch} needs "
-                    f"({batch},): one value an image"
+                    f"({batch},): one value per image"
                 )
         if vector is not None and vector.shape != (batch, config.vector_channels):
             raise InputError(

@@ -81,38 +81,38 @@ def find_symmetries(
     """
     read = min(len(indices), CROPS)
     if read < LEAST_IMAGES:
-        return Symmetries(True, f"{counted(read, 'image')} cannot tell otherwise")
+        return Symmetries(True, f"{counted(read, 'image')} are too few to tell")
     read = min(read, max(LEAST_IMAGES, PIXELS // math.prod(load(indices[0]).shape[-2:])))
     chosen = [load(indices[(2 * k + 1) * len(indices) // (2 * read)]) for k in range(read)]
     if _alike(chosen):
-        return Symmetries(True, "slices of one stack cannot tell otherwise")
+        return Symmetries(True, "slices of one stack are too alike to tell")
     crops, images = _cut(chosen, crop, np.random.default_rng((seed, read)))
     if crops.shape[-1] < LEAST:
-        return Symmetries(True, f"crops of less than {LEAST} pixels cannot tell otherwise")
+        return Symmetries(True, f"crops of less than {LEAST} pixels are too small to tell")
     found = dict(zip(MIRRORS, _tell(crops, images, seed), strict=True))
     return _chosen(found, f"{counted(len(crops), 'crop')} of {counted(read, 'image')}")
 
 
 def _chosen(found: dict[str, Telling], seen: str) -> Symmetries:
     def told(name: str) -> str:
-        return f"{name} can be told apart: {found[name].share:.0%} right of {seen}"
+        return f"{name} can be told apart: right in {found[name].share:.0%} of {seen}"
 
     strong = [n for n, (share, odds) in found.items() if share >= STRONG and odds <= ODDS]
     upright, across = found["up and down"], found["left and right"]
     if "up and down" in strong:
         if across.share >= WEAK and across.odds <= WEAK_ODDS:
-            return Symmetries(
-                False, f"{told('up and down')}; left and right, too: {across.share:.0%}"
-            )
+            also = f"left and right can, too: right in {across.share:.0%}"
+            return Symmetries(False, f"{told('up and down')}; {also}")
         return Symmetries(
-            "mirror", f"{told('up and down')}; left and right cannot: {across.share:.0%}"
+            "mirror", f"{told('up and down')}; left and right cannot: right in {across.share:.0%}"
         )
     if strong:
         return Symmetries(False, told(strong[0]))
     can = "can hardly" if upright.odds <= ODDS else "cannot"
-    said = f"up and down {can} be told apart: {upright.share:.0%} right of {seen}"
+    said = f"up and down {can} be told apart: right in {upright.share:.0%} of {seen}"
     turns = found["quarter turns"].share
-    return Symmetries(True, f"{said}; left and right {across.share:.0%}, quarter turns {turns:.0%}")
+    said += f"; left and right in {across.share:.0%}, quarter turns in {turns:.0%}"
+    return Symmetries(True, said)
 
 
 def _alike(images: Sequence[NDArray[Any]]) -> bool:

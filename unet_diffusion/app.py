@@ -130,7 +130,7 @@ def serve(options: AppOptions, folder: Path, password: str | None) -> None:
         with signals_caught() as caught:
             while not caught:
                 time.sleep(0.5)
-        print("closing, once what is at work has saved its state", flush=True)
+        print("closing as soon as what is running has saved its state", flush=True)
     finally:
         if page.job is not None:
             page.job.command.stop()

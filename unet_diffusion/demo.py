@@ -189,13 +189,13 @@ def meet(options: DemoOptions, model: Path, run: Path) -> None:
         found = evaluate(Predictor(models), data, data.val)
         scores[name] = found.scores()["dice"]
         pictures.append(class_colours(found.images[0].prediction, 1 + len(SHAPES)))
-    titles = ("unseen", "true shapes", "from random weights", "from the trunk that draws")
+    titles = ("unseen", "true shapes", "from random weights", "from the diffusion model")
     legend = class_legend(replace(table, names=("ground", *SHAPES), ignore_value=None))
     panel([pictures], titles=titles, legend=legend).save(run / "meeting.png")
     print(
-        f"\nMean Dice on unseen pictures: from random weights {scores['random']:.3f}, "
-        f"from the trunk that draws {scores['drawing']:.3f}\n  {run / 'meeting.png'}: pictures, "
-        "their shapes, and what each of the two finds"
+        f"\nMean Dice on unseen pictures: from random weights {scores['random']:.3f}, from the "
+        f"diffusion model {scores['drawing']:.3f}\n  {run / 'meeting.png'}: pictures, their "
+        "shapes, and what each of the two finds"
     )
 
 

@@ -185,8 +185,8 @@ def table(facts: dict[str, Any]) -> str:
         lines += [f"as stored in the folder: {stored / 1e6:,.2f} MB ({', '.join(facts['types'])})"]
     if lora := facts.get("lora"):
         lines += [
-            f"LoRA of rank {lora['rank']}: {lora['parameters']:,} numbers beside {lora['layers']} "
-            f"layers of {lora['base']}"
+            f"LoRA of rank {lora['rank']}: {lora['parameters']:,} parameters beside "
+            f"{lora['layers']} layers of {lora['base']}"
         ]
     for task, how in facts.get("starts", {}).items():
         kind = "diffusion model" if task == "diffusion" else task

@@ -42,8 +42,7 @@ def main(options: Options) -> None:
     kept = RunFolder(options.run).kept_snapshots()
     if not kept:
         raise InputError(
-            f"{options.run} has no snapshots/ to put an average together of: train with "
-            "--snapshots 32"
+            f"{options.run} has no snapshots/ to make an average of: train with --snapshots 32"
         )
     last = max(profile.step for profile in kept)
     step = last if options.step is None else options.step
@@ -55,14 +54,14 @@ def main(options: Options) -> None:
         if left > LARGEST_ERROR:
             raise InputError(
                 f"{counted(len(kept), 'snapshot')} cannot make an average of the width {std} at "
-                f"step {step}: {left:.0%} of its profile would be left; give a larger --std, or "
+                f"step {step}: its error would be {left:.0%}; give a larger --std, or "
                 "train with more --snapshots"
             )
         plans.append((std, factors.tolist(), left))
     for std, factors, left in plans:
         folder = options.run / f"model-{std:g}"
         save(options.run / "model", weighted(kept, factors), folder)
-        print(f"{folder}: the average of width {std:g} at step {step}, {left:.2%} off its profile")
+        print(f"{folder}: the average of width {std:g} at step {step}, error {left:.2%}")
     say_next("describe", folder)
 
 

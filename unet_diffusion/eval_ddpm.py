@@ -281,7 +281,7 @@ def read_images(
     if data.size != (height, width):
         raise InputError(
             f"the images are {data.size[0]} x {data.size[1]}, but the model makes {height} x "
-            f"{width}: bring them to its size"
+            f"{width}: resize them"
         )
     return data
 

@@ -66,7 +66,7 @@ class Command:
         """Raises RunError with its last sentence, where it ended in an error."""
         if self.process.returncode in (None, 0, 128 + signal.SIGINT, -signal.SIGINT):
             return
-        lines = [line for line in self.said() if line.strip()] or ["it said nothing"]
+        lines = [line for line in self.said() if line.strip()] or ["it gave no reason"]
         errors = [line for line in lines if line.startswith("error: ")] or lines
         raise RunError(errors[-1].removeprefix("error: "))
 

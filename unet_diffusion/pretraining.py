@@ -72,21 +72,25 @@ def train_with_unlabelled(options: SegmentationOptions) -> dict[str, float]:
             save_config(replace(options, resume=False), options.out / "config.yaml")
         init = options.init or str(options.out / "pretraining/model")
         if options.init is None and not (options.out / "pretraining/report.png").exists():
-            _say(options, "pretraining", "without labels a diffusion model of the images")
+            _say(options, "pretraining", "a diffusion model learns from the images, without labels")
             learn_to_draw(first_part(options, options.out / "pretraining", unlabelled.crop))
         start = segmentation_start(init)
         teacher = options.out / "teacher"
         if not (teacher / "report.png").exists():
-            _say(options, "teacher", "with labels a segmentation, which will label the others")
+            _say(
+                options,
+                "teacher",
+                "a segmentation learns from the labels, to label the rest",
+            )
             learn_to_label(teacher_part(options, init), start)
         pairs = own_labels(options, teacher, unlabelled)
-    _say(options, "student", "a segmentation that learns from these labels as well")
+    _say(options, "student", "a segmentation learns from these labels as well")
     return learn_to_label(replace(options, resume=True), start, also=pairs)
 
 
 def _say(options: SegmentationOptions, part: Part, what: str) -> None:
     if is_main_process():
-        print(f"for {share_of_budget(options, part):.0%} of the budget: {what}", flush=True)
+        print(f"{share_of_budget(options, part):.0%} of the budget: {what}", flush=True)
 
 
 def first_part(options: SegmentationOptions, run: Path, crop: int) -> DiffusionOptions:

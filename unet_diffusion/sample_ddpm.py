@@ -128,7 +128,7 @@ class SampleOptions(SamplingOptions):
         if self.interpolate and self.count < 2:
             raise InputError(f"--count {self.count}: between two images there are at least 2")
         if self.interpolate and self.first:
-            raise InputError("--first has no place with --interpolate, whose images have an order")
+            raise InputError("--first does not go with --interpolate, whose images have an order")
         if not 0 < self.strength <= 1:
             raise InputError(f"--strength {self.strength} must be above 0 and at most 1")
         if self.class_ and self.prompt:
@@ -364,10 +364,10 @@ def made(
     size = f"{first[0]} x {first[1]}" + (f" to {last[0]} x {last[1]}" if first != last else "")
     tile = f"{sampler.height} x {sampler.width}"
     tiled = any(h > sampler.height or w > sampler.width for h, w in sizes)
-    each = "a tile" if tiled else "an image"
+    each = "per tile" if tiled else "per image"
     size += f", in overlapping tiles of {tile}," if tiled else ""
     said = (
-        f"{counted(options.count, 'image')} of {size} by {by}: "
+        f"{counted(options.count, 'image')} of {size} with {by}: "
         f"{counted(plan.evaluations, 'evaluation')} of the network {each}"
         f"{doubled}{before}{shared}"
     )

@@ -80,7 +80,7 @@ def _rows(table: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
                 raise TypeError("no object")
         except (ValueError, TypeError, RecursionError) as error:
             raise InputError(
-                f"line {number} of '{table}' is none such as "
+                f"line {number} of '{table}' must be an object such as "
                 '{"file_name": "0.png", "text": "a red circle"}'
             ) from error
         yield number, entry
@@ -92,13 +92,14 @@ def _entry(entry: Mapping[str, Any], key: str | None, where: str) -> tuple[str, 
     chosen = (key,) if key else _TEXT_KEYS
     text = next((entry[k] for k in chosen if k in entry), None)
     if isinstance(name, str) and text is not None and not isinstance(text, str):
-        raise InputError(f"{where}: the caption of {name} is no text, but {str(text)[:60]}")
+        raise InputError(f"{where}: the caption of {name} must be text, not {str(text)[:60]}")
     if not isinstance(name, str) or not isinstance(text, str):
         keys = ", ".join(map(str, entry))
         lacking = _FILE_KEYS[0] if not isinstance(name, str) else " or ".join(chosen)
         raise InputError(
-            f"{where} is none such as " + '{"file_name": "0.png", "text": "a red circle"}'
-            f": it has no {lacking}, but {keys or 'nothing'}; --caption-key names the captions'"
+            f"{where} must be like " + '{"file_name": "0.png", "text": "a red circle"}'
+            f": it has {keys or 'nothing'}, but no {lacking}; --caption-key "
+            "names that of the captions"
         )
     return name, text
 

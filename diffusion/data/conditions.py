@@ -147,7 +147,7 @@ class Condition:
             return f"masks of the values {', '.join(map(str, self.values))}"
         if self.kind == "picture":
             over = f", transparent pixels over the colour {_said(self.background)}"
-            edges = f", no masks, as the edges between {', '.join(map(str, self.soft))} are soft"
+            edges = f", not masks, as the edges between {', '.join(map(str, self.soft))} are soft"
             values = f"{self.low:g} to {self.high:g}"
             values += (over if self.background else "") + (edges if self.soft else "")
             return f"pictures of {counted(self.channels, 'channel')}, {values}"
@@ -241,8 +241,8 @@ class Condition:
         if _vanishes(file, pixels):
             raise InputError(
                 f"{str(file)!r}: all that is painted in it has the colour {_said(background)}, "
-                "which its transparent pixels are laid over, so nothing of it is left: fill these "
-                "with another colour, or train with another --background"
+                "which is also put under its transparent pixels, so that nothing of it can be "
+                "seen: fill these with another colour, or train with another --background"
             )
         known_range = ValueRange(self.low, self.high) if pixels.dtype.name == self.dtype else None
         try:
@@ -301,7 +301,7 @@ class Condition:
                 image_based = self.kind in ("lowres", "noise", "hole")
                 check_channels(info.channels, images.channels if image_based else self.channels)
             if self.kind == "hole" and not info.has_alpha:
-                raise InputError("nothing in it is transparent, which says where the hole is")
+                raise InputError("no pixel of it is transparent, and transparency marks the hole")
         except InputError as error:
             raise InputError(f"{str(file)!r}: {error}") from error
         factor = self.amount if self.kind == "lowres" else 1
@@ -349,7 +349,7 @@ def _around_hole(file: Path, images: ImageKind) -> Tensor:
     """The image in a file, nothing where it is transparent, and behind it where that is."""
     pixels, nodata = _read(file, images.nodata, None)
     if not image_info(file).has_alpha:
-        raise InputError("nothing in it is transparent, which says where the hole is")
+        raise InputError("no pixel of it is transparent, and transparency marks the hole")
     cover = images.resized(as_levels(pixels[..., -1:], 1))
     seen = images.levels(pixels[..., :-1], images.channels, nodata)
     image = as_tensor(images.resized(seen))
@@ -518,13 +518,12 @@ def partners(
             alone.append(image)
     if itself := next((image for image in alone if image in own), None):
         raise InputError(
-            f"{itself!r} would be the {what} of itself: let --data name the folder of the images "
-            "alone"
+            f"{itself!r} would be its own {what}: give --data the folder of the images alone"
         )
     if alone:
         raise InputError(
             f"{str(folder)!r} has no {what} for {counted(len(alone), 'image')}, such as "
-            f"{alone[0]!r}: it has the name of its image, in folders like those of the image"
+            f"{alone[0]!r}: give each the name of its image, in folders like those of the images"
         )
     return found
 

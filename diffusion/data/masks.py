@@ -149,7 +149,9 @@ def survey_of(files: Iterable[Path]) -> Survey:
     for file in files:
         mask = read_mask(file)
         if mask.ndim == 3:
-            raise InputError(f"{str(file)!r} holds colours, where masks are made of numbers")
+            raise InputError(
+                f"{str(file)!r} holds colours, but masks to learn from must hold numbers"
+            )
         survey.add(repr(str(file)), mask)
         if len(survey.pixels) > MAX_CLASSES:
             break

@@ -114,7 +114,7 @@ class RangeFinder:
         if unit and low >= 0 and high > 2:
             raise InputError(
                 f"the values of '{unit[0]}' go up to 1, those of '{max(self.brightest)[1]}' up to "
-                f"{high:g}: scale all images alike"
+                f"{high:g}: scale all images the same way"
             )
         if low >= -1 and high <= 1:
             return ValueRange(-1, 1)

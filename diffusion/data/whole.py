@@ -162,7 +162,7 @@ class WholeImages:
             lines.append(f"values of {dtype}: {found} fill the range of the network{kept}")
         if any(info.has_alpha for info in infos):
             colour = " ".join(map(str, self._how.background or ()))
-            lines.append(f"transparent pixels are laid over the colour {colour}")
+            lines.append(f"transparent pixels are put over the colour {colour}")
         return lines
 
     # ------------------------------------------------------------------------------------------
@@ -188,7 +188,7 @@ class WholeImages:
         """The file of a folder that goes with each image."""
         if not self.source.files or self.source.names != self.source.files:
             raise InputError(
-                f"{flag} {folder} goes with a folder of images, one a file, not with stacks, "
+                f"{flag} {folder} goes with a folder of images, one per file, not with stacks, "
                 "archives or generated pictures"
             )
         return partners(self.source.files, folder, what, self.source.root)

@@ -89,8 +89,8 @@ class Judge:
             self._keep_seen(trained or data, data.val if trained is None else everything, fit)
         if names and (other := set(names) ^ set(data.classes)):
             self.notes.append(
-                f"of the samples and the real images one only has class {min(other)!r}, and "
-                "distances measure this, too"
+                f"either only the samples or only the real images have class {min(other)!r}, "
+                "which the distances measure, too"
             )
 
     def _keep_seen(self, trained: DiffusionData, unseen: Sequence[int], fit: int) -> None:
@@ -103,7 +103,9 @@ class Judge:
             what = f"{len(chosen):,} of the {counted(len(trained.train), 'training image')}"
             self.notes.append(f"copies are looked for among {what}")
         if trained.crops:
-            self.notes.append("copies are looked for among crops at fixed places, not at all")
+            self.notes.append(
+                "copies are looked for among crops at fixed places, not at all places"
+            )
 
     def distance(self, images: Images) -> float:
         """The Fréchet distance of images uint8 (N, H, W, C) to the real ones."""
@@ -195,13 +197,13 @@ def check_bits(sampler: ImageSampler) -> None:
     """Raises an InputError for a model that has no `held_out_bits`."""
     if sampler.autoencoder:
         raise InputError(
-            "--bits is for models of pixels, and this one works in latents, which are no bytes to "
-            "code: leave it out"
+            "--bits is for models of pixels, and this one works in latents, which are not bytes: "
+            "leave it out"
         )
     if sampler.pixels.fine:
         raise InputError(
-            f"--bits is for models of 8-bit images, and this one makes {sampler.pixels}, which are "
-            "no bytes to code: leave it out"
+            f"--bits is for models of 8-bit images, and this one makes {sampler.pixels}, which "
+            "are not bytes: leave it out"
         )
 
 

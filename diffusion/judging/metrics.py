@@ -214,7 +214,7 @@ def _checked(features: Features, name: str, least: int) -> FloatArray:
     values = np.asarray(features, np.float64)
     if values.ndim != 2 or len(values) < least or values.shape[1] < 1:
         raise InputError(
-            f"{name} of shape {values.shape}: give (N, D), one row an image, at least {least} rows"
+            f"{name} of shape {values.shape}: give (N, D), one row per image, at least {least} rows"
         )
     if not np.isfinite(values).all():
         row = int(np.flatnonzero(~np.isfinite(values).all(axis=1))[0])
@@ -225,7 +225,7 @@ def _checked(features: Features, name: str, least: int) -> FloatArray:
 def _same_width(a: int, b: int) -> None:
     if a != b:
         raise InputError(
-            f"{a} and {b} features an image cannot be compared: use one extractor for both sets"
+            f"{a} and {b} features per image cannot be compared: use one extractor for both sets"
         )
 
 

@@ -61,8 +61,8 @@ class Guided:
             raise InputError(f"guidance interval {interval} is empty: give lowest < highest sigma")
         if not isinstance(away, Mapping) and away.schedule != denoiser.schedule:
             raise InputError(
-                f"the guide was trained with other noise levels ({away.schedule.said}) than what "
-                f"it is to guide ({denoiser.schedule.said}): choose one of the same schedule"
+                f"the guide was trained with other noise levels ({away.schedule.said}) than the "
+                f"model that it guides ({denoiser.schedule.said}): choose one of the same schedule"
             )
         self.denoiser, self.scale, self.away = denoiser, scale, away
         self.rescale, self.interval = rescale, interval

@@ -348,7 +348,7 @@ class StableDiffusion:
             RunError: latents that are not finite, which half precision can lead to.
         """
         if not latents.isfinite().all():
-            raise RunError("the U-Net made numbers that are not finite: take --precision fp32")
+            raise RunError("the U-Net made numbers that are not finite: use --precision fp32")
         parts = (latents.float() / self.scale).split(1)
         return np.concatenate([to_bytes(self.autoencoder.decode(part).sample) for part in parts])
 

@@ -146,8 +146,8 @@ class SegmentationData:
             lines.append(f"{counted(greys, 'grey image')} among them, as RGB")
         if turned := {str(pair.mask) for pair in self.pairs if any(pair.turned)}:
             lines.append(
-                f"{counted(len(turned), 'mask')} turned to lie as the image does, by the places in "
-                "the body that both files say"
+                f"{counted(len(turned), 'mask')} reoriented to match the image, by the positions "
+                "in the body that both files give"
             )
         if alphas := sum(info.has_alpha for info in infos):
             lines.append(f"alpha channel dropped in {counted(alphas, 'image')}")
@@ -174,9 +174,12 @@ class SegmentationData:
                 lines.append(f"{part}: {counted(len(indices), 'image')}{of}{shown}")
         if self.synthetic:
             count = counted(len(self.synthetic), "image")
-            lines.append(f"training beside them: {count}, synthetic or with labels of our own")
+            lines.append(f"also for training: {count}, synthetic or with predicted labels")
         if self.train and not self.val:
-            lines.append("validation: nothing is held out, so no figure tells of other images")
+            lines.append(
+                "validation: nothing is held out, so no figure tells how the model does on new "
+                "images"
+            )
         return "\n".join(lines)
 
 

@@ -126,13 +126,13 @@ def find_labels(
             ignore_value = declared
             notes.append(_told_declared(declared))
         if instances:
-            notes.append("the masks number objects, which are learnt to be told apart")
+            notes.append("the masks number objects, and training learns to separate them")
             labels = _of_objects(pairs, ignore_value, notes)
         else:
             labels = _of_classes(pairs, survey, others, ignore_value, names, notes)
     if found := regions or pairs[0].regions:
         if labels.instances:
-            raise InputError("regions are of classes, and the masks number objects")
+            raise InputError("regions are made of classes, but the masks number objects")
         labels = replace(labels, regions=Regions(found, labels.table))
     return pairs, labels
 

@@ -255,7 +255,7 @@ def _nnunet(data: Path) -> Layout:
     _check_alone(
         [next(iter(c.values())) for name, c in cases.items() if name not in labels],
         [mask for name, mask in labels.items() if name not in cases],
-        "labelsTr/NAME belongs to imagesTr/NAME_0000, NAME_0001, ..., one file a channel",
+        "labelsTr/NAME belongs to imagesTr/NAME_0000, NAME_0001, ..., one file per channel",
     )
     most = max(max(channels) for channels in cases.values()) + 1
     for name, channels in cases.items():

@@ -94,13 +94,14 @@ class Normalisation:
             if dtype == "float32" and unit and wide and low >= 0:
                 raise InputError(
                     f"the values of some images go up to 1, those of others up to {high:g}: scale "
-                    "all images alike"
+                    "all images the same way"
                 )
         if not dtype:
             raise ValueError("statistics of no images")
         if not count:
             raise InputError(
-                "no pixel of the training images has a label and a value: nothing to learn"
+                "no pixel of the training images has a label and a value: there is nothing to "
+                "learn from"
             )
         std = np.sqrt(squares / count)
         return cls(
@@ -132,7 +133,7 @@ class Normalisation:
         if unit and self.dtype == "float32" and _beyond_unit(image[~unknown]):
             raise InputError(
                 f"its values go up to {image[~unknown].max():g}, where those of the training "
-                "images are from 0 to 1: scale it alike"
+                "images are from 0 to 1: scale it the same way"
             )
         if unknown.any():
             scaled[:, unknown] = 0

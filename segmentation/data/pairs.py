@@ -187,7 +187,7 @@ def find_pairs(
         if isinstance(match.mask, Drawing):
             if info.pages > 1:
                 raise InputError(
-                    f"{str(match.image[0])!r} is a stack, where polygons are of images"
+                    f"{str(match.image[0])!r} is a stack, but polygons are drawn on single images"
                 )
             pairs.append(
                 Pair(
@@ -313,7 +313,8 @@ def _image_info(files: Sequence[Path], reading: Reading, names: tuple[str, ...])
         ):
             raise InputError(
                 f"{str(file)!r} is {kind(info)} {_size(info)}, but {str(files[0])!r} "
-                f"{kind(infos[0])} {_size(infos[0])}: the channels of an image are grey files alike"
+                f"{kind(infos[0])} {_size(infos[0])}: the channels of an image must be grey files "
+                "of one size and type"
             )
     return reading.of(replace(infos[0], channels=len(files), names=names))
 

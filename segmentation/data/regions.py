@@ -77,8 +77,8 @@ class Regions:
         if len(set(written)) < len(written) or len(written) < 2:
             raise InputError(
                 f"regions {', '.join(self.names)} begin with the mask values "
-                f"{', '.join(map(str, written))}: give two regions or more, each with another "
-                "value first, which is the one that it has in a label map"
+                f"{', '.join(map(str, written))}: give two regions or more, each with a different "
+                "first value, which stands for it in a label map"
             )
         if not outside:
             raise InputError(

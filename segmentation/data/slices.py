@@ -203,13 +203,13 @@ def _place(pair: Pair, slices: int) -> Place:
 def _check_numbered(files: Sequence[Place], infos: Sequence[ImageInfo], slices: int) -> None:
     """Refuses files that are not the slices of one stack, in their order."""
     rule = (
-        f"slices are taken {slices} together: pages of a stack, slices of a volume, or files of "
-        f"one size that are numbered without a gap, and in {str(files[0].stack)!r}"
+        f"--slices {slices} takes neighbouring pages of a stack, slices of a volume, or files of "
+        f"one size that are numbered without a gap, but in {str(files[0].stack)!r}"
     )
     sizes = sorted({(i.height, i.width) for i in infos})
     if len(sizes) > 1:
         shown = some(f"{h} x {w}" for h, w in sizes)
-        raise InputError(f"{rule} are {len(sizes)} sizes, {shown}")
+        raise InputError(f"{rule} there are {len(sizes)} sizes, {shown}")
     if len(files) < 2 or not files[0].number:
         raise InputError(f"{rule} {files[0].name} is a single image")
     numbers = [int(file.number) for file in files]
@@ -228,4 +228,4 @@ def told_stacks(pairs: Sequence[Pair]) -> str:
     first = next(iter(places.values()))
     name = Path(first.stack).name
     name += f"/{first.key[1]}*" if first.name else ""
-    return f"those next to each in {counted(len(stacks), 'stack')} of {of} ({name})"
+    return f"neighbours within {counted(len(stacks), 'stack')} of {of} ({name})"

@@ -388,13 +388,13 @@ class Evaluation:
             )
         if self.fitted:
             lines.append(
-                f"the temperature was fitted on {counted(self.fitted, 'image')} of these: left out "
-                "of the calibration"
+                f"the temperature was fitted on {counted(self.fitted, 'image')} of these, left "
+                "out of the calibration figures"
             )
         if missing := self.missing():
             lines.append(f"no mask has {', '.join(missing)}: left out of the means")
         if never := self.never_predicted():
-            lines.append(f"not one pixel was predicted to be {' or '.join(never)}")
+            lines.append(f"no pixel was predicted as {' or '.join(never)}")
         if self.objects:
             lines += ["", *_object_lines(found)]
         if self.isbi:
@@ -409,15 +409,15 @@ class Evaluation:
                 lines.append(f"{name:13}{line}")
         if self.isbi:
             lines += [
-                f"of the cells, {class_names(self.table)[self.isbi.cells]}. V_Rand, V_Info: "
-                "F-scores once borders are thinned, mean of the images.",
-                "Rand error: 1 - F of pairs of pixels in one cell; pixel error: 1 - F of the "
-                "pixels of cells, no share of wrong pixels.",
+                f"of the cells, {class_names(self.table)[self.isbi.cells]}. V_Rand and V_Info are "
+                "F-scores after the borders are thinned, averaged over the images.",
+                "Rand error: 1 - F-score of the pairs of pixels in one cell; pixel error: 1 - "
+                "F-score of the cell pixels, not the share of wrong pixels.",
             ]
             if best:
                 count = len(self.isbi.thresholds)
                 lines.append(
-                    f"best: each at the best for it of {count} thresholds, on these images"
+                    f"best: each at its best of {count} thresholds, chosen on these images"
                 )
         shown = [key for key in LISTED if key in found]
         lines += ["", "".join(f"{key:>10}" for key in shown) + "  worst images"]
@@ -555,8 +555,8 @@ def _object_lines(found: dict[str, float]) -> list[str]:
         ("AJI", "aji", "aggregated Jaccard index"),
     )
     return [
-        f"{found['objects']:.0f} objects, {found['found']:.0f} found; the two numbers of an image "
-        f"differ by {found['count_error']:.1f} on average",
+        f"{found['objects']:.0f} objects, {found['found']:.0f} found; the two counts differ by "
+        f"{found['count_error']:.1f} per image on average",
         *(f"{name:10}{_shown(found[key]):>8}  {what}" for name, key, what in rows),
     ]
 

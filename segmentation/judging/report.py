@@ -153,7 +153,7 @@ def reliability_figure(evaluation: Evaluation) -> Figure:
     calibration, scores = evaluation.calibration, evaluation.calibration.scores()
     bins = calibration.bins()
     predicted, observed = ([one[key] for one in bins] for key in ("predicted", "observed"))
-    above.plot([0, 1], [0, 1], color="#888888", lw=1, label="as it should be")
+    above.plot([0, 1], [0, 1], color="#888888", lw=1, label="ideal")
     above.plot(predicted, observed, "o-", color=TRAINING, label="found")
     name = shortened(class_names(evaluation.table)[1], 40)
     what = f"pixels that are {name}" if evaluation.has_threshold else "pixels that are right"
@@ -237,7 +237,7 @@ def _title(figure: SubFigure, name: str, evaluation: Evaluation, kind: str) -> N
         facts.append(f"threshold {evaluation.threshold:g}")
     text = f"{shortened(name, 80)}\n{'   '.join(facts)}"
     if never := evaluation.never_predicted():
-        text += f"\nnot one pixel was predicted to be {shortened(' or '.join(never), 80)}"
+        text += f"\nno pixel was predicted as {shortened(' or '.join(never), 80)}"
     figure.suptitle(text, fontsize=12, fontweight="bold", parse_math=False)
 
 

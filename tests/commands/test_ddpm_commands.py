@@ -410,7 +410,7 @@ def test_few_steps_are_learnt_from_a_model_and_sampled_by_default(
         assert run_train("--out", tmp_path / "no", *arguments) == 2
         assert error in capsys.readouterr().err
     assert run_sample(*samples, tmp_path / "no", "--guide", teacher, "--guidance", 2) == 2
-    assert "knows no jumps" in capsys.readouterr().err
+    assert "takes no jumps" in capsys.readouterr().err
     assert not (tmp_path / "no").exists()
 
 
@@ -418,7 +418,7 @@ def test_samples_are_written_as_asked_for(trained, tmp_path, capsys) -> None:
     model, out = trained / "run/model", tmp_path / "out"
     common = ("--model", model, "--steps", 4, "--count", 5, "--class", 1, 0)
     assert run_sample(*common, "--out", out, "--npz", "--gif", "--guidance", 2) == 0
-    assert "4 evaluations of the network an image, each for twice" in capsys.readouterr().out
+    assert "4 evaluations of the network per image, each for twice" in capsys.readouterr().out
     with np.load(out / "samples.npz") as arrays:
         images, labels = arrays["images"], arrays["labels"]
     assert (images.shape, images.dtype) == ((5, 12, 12, 1), np.uint8)

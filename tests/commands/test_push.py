@@ -191,5 +191,5 @@ def test_what_has_no_whole_model_of_its_own_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(InputError, match="whole by themselves, and one of --"):
             DiffusionOptions(**given, **more)
-    with pytest.raises(InputError, match="--push-to-hub has no place here, where every fold"):
+    with pytest.raises(InputError, match="--push-to-hub does not go with a cross-validation"):
         crossval_seg.CrossvalOptions(**given)

@@ -235,7 +235,7 @@ def test_grey_and_colour_cross(data: Path, tmp_path: Path, capsys) -> None:
     diffusion_model(tmp_path / "grey")
     images = ("--data", data / "image", "--size", 16)
     for init, colour, done in (
-        ("grey", "rgb", "shared out to colour"),
+        ("grey", "rgb", "spread over the colours"),
         ("colour", "grey", "summed to"),
     ):
         given = "--init", tmp_path / init, "--colour", colour, "--out", tmp_path / init / "run"
@@ -399,7 +399,7 @@ def test_unlabelled_images_come_first(data: Path, unlabelled: Path, tmp_path: Pa
     assert {f.relative_to(labels).as_posix() for f in labels.rglob("*.tif")} == {
         f"{name}.tif" for name in of
     }
-    assert "own labels" in told
+    assert "predicted labels" in told
     assert DiffusionUNet.from_pretrained(tmp_path / "one/pretraining/model").config.time
     assert run_seg(*given, "--out", tmp_path / "one") == 2
     assert "holds a run already" in capsys.readouterr().err

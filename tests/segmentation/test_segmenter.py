@@ -135,7 +135,7 @@ def test_probabilities_of_several_classes_come_last_and_add_up(tmp_path: Path) -
     colours = np.array(found.classes, np.uint8)
     assert np.array_equal(found(IMAGE), colours[probability.argmax(axis=-1)])
     assert found.classes == ((0, 0, 0), (0, 128, 0), (255, 0, 0))
-    with pytest.raises(InputError, match="the second of two classes, but the model knows 3"):
+    with pytest.raises(InputError, match="the second of two classes, but the model has 3 classes"):
         found.labels(IMAGE)
 
 

@@ -241,7 +241,7 @@ def _status(
     except Interrupted as stop:
         if int(os.environ.get("RANK", 0)) == 0:
             command = [*typed(), "--out", str(getattr(options, "out", "")), "--resume"]
-            print(f"go on with: {shlex.join(command)}", flush=True)
+            print(f"continue with: {shlex.join(command)}", flush=True)
         return int(stop.code or 1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -18,7 +18,7 @@ from unet.weights.start import Start
 from unet.words import counted
 
 DEFAULT_MINUTES = 10.0  # of a run without a budget
-AS_ASKED = "as asked for"  # the reason of what was given
+AS_ASKED = "as requested"  # the reason of what was given
 Options = TypeVar("Options", bound=FitOptions)
 GPU_WORKERS = 4  # processes that prepare batches for a GPU
 
@@ -115,7 +115,7 @@ def choose_optimizer(
     reasons = {
         **against_muon,
         "muon does not go with --shard": options.shard,
-        "--lr alone is taken for adamw's": options.lr is not None,
+        "--lr without --optimizer is taken as adamw's": options.lr is not None,
     }
     for why, holds in reasons.items():
         if holds:

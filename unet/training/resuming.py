@@ -47,7 +47,7 @@ def resumed(options: Options) -> Options:
         _refuse(options, before, refused)
     if changed and is_main_process():
         now, was = (_flags(kind, _given(values, changed)) for values in (vars(options), before))
-        print(f"going on with {now}, until now {was}", flush=True)
+        print(f"continuing with {now} instead of {was}", flush=True)
     return options
 
 

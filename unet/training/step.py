@@ -146,11 +146,11 @@ class Stepper:
                     lambda: self.task.loss(self.plain, one), self.plain.parameters()
                 )
                 text += (
-                    f": the backward pass needs about {kept / 2**30:.3g} GiB a sample, "
+                    f": the backward pass needs about {kept / 2**30:.3g} GiB per sample, "
                     f"{kept * count / 2**30:.3g} GiB for the {count} that go through the network "
                     "together"
                 )
         return (
-            f"{text}; --accumulate {2 * self.plan.accumulate} takes half of it for the same "
-            "result, --checkpointing less, and so do a smaller --batch-size and smaller images"
+            f"{text}; --accumulate {2 * self.plan.accumulate} needs half of it for the same "
+            "result; --checkpointing, a smaller --batch-size and smaller images need less, too"
         )

@@ -81,7 +81,7 @@ def without_conditioning(
     if config.vector_channels:
         raise InputError(
             f"a network that takes a vector of {config.vector_channels} numbers, such as that of "
-            "Stable Diffusion XL, does not become one without"
+            "Stable Diffusion XL, cannot become one without"
         )
     folded = dict(state)
     if config.embedding_channels:
@@ -181,7 +181,7 @@ def check_channels(given: int, wanted: int) -> None:
     if given != wanted and 1 not in (given, wanted):
         raise InputError(
             f"a network for {given} channels cannot become one for {wanted}: only grey and colour "
-            "are turned into each other"
+            "are converted into each other"
         )
 
 
@@ -248,14 +248,14 @@ def only_token(context: Tensor | None, channels: int) -> Tensor:
     if context is None or context.ndim != 2 or context.shape[1] != channels or not len(context):
         found = None if context is None else tuple(context.shape)
         raise InputError(
-            f"a network that reads text of {channels} channels becomes one without for a given "
-            f"context of shape (L, {channels}), not {found}"
+            f"a network that reads text of {channels} channels becomes one without text only for "
+            f"a given context of shape (L, {channels}), not {found}"
         )
     if not torch.equal(context, context[:1].expand_as(context)):
         raise InputError(
-            f"attention to {len(context)} tokens that differ depends on the pixel, so it cannot be "
-            "folded into weights: only a context of one token can, such as the empty text of a "
-            "text encoder that was trained along; that of CLIP has 77"
+            f"attention to {len(context)} tokens that differ depends on the pixel, so it cannot "
+            "be folded into weights: only a context of one token can, such as the empty text of a "
+            "text encoder that was trained with it; that of CLIP has 77"
         )
     return context[0].double()
 

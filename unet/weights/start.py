@@ -72,7 +72,7 @@ class Start:
         return self.changed(
             replace(self.config, in_channels=channels),
             lambda config, trunk: with_channels(config, trunk, channels),
-            f"its first weights {'summed to grey' if channels == 1 else 'shared out to colour'}",
+            f"its first weights {'summed to grey' if channels == 1 else 'spread over the colours'}",
         )
 
     def for_inputs(self, kept: int, more: int, done: str) -> Start:
@@ -158,7 +158,7 @@ def take_over(model: FolderModel, start: Start, *, own: Sequence[str] = ()) -> s
     load_strictly(model, {**trunk, **beside, **taken}, start.where)
     anew = ", ".join(dict.fromkeys(_layer(k) for k in beside if k not in taken))
     found = ", ".join(["trunk", *dict.fromkeys(map(_layer, taken))])
-    return f"{found} of {start.where}" + (f"; anew: {anew}" if anew else "")
+    return f"{found} of {start.where}" + (f"; newly initialised: {anew}" if anew else "")
 
 
 def _layer(key: str) -> str:

@@ -206,7 +206,7 @@ def trained(words: list[object], run: Path, stopped: threading.Event) -> Generat
     command.check()
     model = run / "model"
     if not model.is_dir():
-        raise RunError("it was stopped before it was judged once, so there is no model yet")
+        raise RunError("it was stopped before its first evaluation, so there is no model yet")
     return model
 
 

@@ -132,7 +132,10 @@ def picture(done: Labelled, image: Slice, layer: str, opacity: float) -> RGB:
     if layer == "probability":
         over = heat(found.max(axis=0))
     elif layer == "uncertainty" and segmenter.of_regions:
-        raise InputError("uncertainty is of classes, and this model knows regions that overlap")
+        raise InputError(
+            "uncertainty needs classes that exclude each other, but this model predicts regions "
+            "that overlap"
+        )
     elif layer == "uncertainty":
         over = heat(entropy_map(found))
     else:

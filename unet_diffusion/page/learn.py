@@ -294,7 +294,7 @@ def check_teachable(segmenter: Segmenter) -> None:
         what = f"takes {segmenter.slices} neighbouring slices together"
     if what:
         raise InputError(
-            f"this model {what}, which strokes on single images do not teach: train it on by unet "
+            f"this model {what}, which strokes on single images cannot teach: train it on by unet "
             "train-seg --init"
         )
 
@@ -423,7 +423,7 @@ def tab(page: Page, current: gr.State, model: gr.Dropdown) -> None:
             time.sleep(1)
         command.check()
         if not (run / "model").is_dir():
-            raise InputError("it was stopped before it was judged once: the old model is kept")
+            raise InputError("it was stopped before its first evaluation: the old model is kept")
         _, new = score(run / "model", held, segmenter.table.ignore_value)
         what = f"{figure} on {counted(len(find_pairs(held)), 'held-out image')}"
         place = run.relative_to(page.folder)

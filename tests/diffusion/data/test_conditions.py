@@ -142,7 +142,7 @@ def test_a_transparent_hole_is_the_hole(tmp_path: Path) -> None:
     assert found[3].sum() == 16
     assert not found[:3, 4:8, 4:8].any()
     write_image(tmp_path / "y.png", rgba[..., :3])
-    with pytest.raises(InputError, match="nothing in it is transparent"):
+    with pytest.raises(InputError, match="no pixel of it is transparent"):
         find_condition("hole", 3).given(tmp_path / "y.png", COLOUR)
 
 
@@ -284,7 +284,7 @@ def test_an_image_gets_no_picture_of_another_image(tmp_path: Path, flag: str) ->
     with pytest.raises(InputError, match=r"no \w+ for 1 image, such as '.*image/a/0\.png': it has"):
         DiffusionData(tmp_path / "image", **{flag: str(tmp_path / "mask")})
     for images in ("", "image"):
-        with pytest.raises(InputError, match=r"/image/\w/0.png' would be the \w+ of itself: let"):
+        with pytest.raises(InputError, match=r"/image/\w/0.png' would be its own \w+: give"):
             DiffusionData(tmp_path / images, **{flag: str(tmp_path / "image")})
 
 

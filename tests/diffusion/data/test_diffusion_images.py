@@ -248,7 +248,7 @@ def test_depth_and_alpha_are_told(tmp_path: Path) -> None:
     Image.fromarray(rgba, "RGBA").save(tmp_path / "alpha.png")
     text = DiffusionData(tmp_path).describe()
     assert "RGB uint8, grey uint16, all converted to RGB uint8\n" in text
-    assert "transparent pixels are laid over the colour 255 255 255" in text
+    assert "transparent pixels are put over the colour 255 255 255" in text
 
 
 def test_a_damaged_file_is_named_or_left_out_once(
@@ -718,7 +718,7 @@ def test_flips_can_be_asked_for(
         ({"channels": 2}, "its 3 channels are not 2"),
         ({"classes": True}, "has no classes"),
         ({"captions": True}, "has no captions"),
-        ({"captions": True, "flips": True}, "flips make left"),
+        ({"captions": True, "flips": True}, "flips turn what"),
     ],
 )
 def test_arguments_that_do_not_fit_are_named(

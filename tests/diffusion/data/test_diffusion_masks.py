@@ -88,7 +88,7 @@ def test_greys_of_soft_edges_are_no_classes(tmp_path, levels):
         write_image(tmp_path / f"masks/{i}.png", soft.astype(np.uint8))
     data = DiffusionData(tmp_path / "images", condition=str(tmp_path / "masks"))
     assert data.condition.kind == "picture"
-    told = "no masks, as the edges between 0, 255 are soft" in data.describe()
+    told = "not masks, as the edges between 0, 255 are soft" in data.describe()
     assert told == (levels < 32)  # of more values nobody expects classes
     assert Condition.from_dict(data.condition.to_dict()) == data.condition
     said = r"soft edges, or .* around 0, 255\? Save them anew as PNG with the true values"

@@ -380,8 +380,8 @@ def test_the_table_is_printed_with_shares() -> None:
 @pytest.mark.parametrize(
     ("mask", "sentence"),
     [
-        (np.arange(40), "40 distinct values .0, 1, 2, .*39., over 32: instance masks"),
-        (np.repeat(np.arange(40), [900, *[9] * 20, *[7] * 19]), "instance masks"),
+        (np.arange(40), "40 distinct values .0, 1, 2, .*39., more than 32: if they number objects"),
+        (np.repeat(np.arange(40), [900, *[9] * 20, *[7] * 19]), "they number objects"),
         (np.arange(10**5), "distinct values"),
         (RNG.integers(0, 256, (5000, 3)), "distinct values"),
         (np.full(9, 255), "all mask pixels have the value 255"),
