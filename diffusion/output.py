@@ -22,8 +22,8 @@ from unet.words import counted
 
 FOLDERS = ("images", "image", "label", "attention")  # with a file per image
 FILES = ("grid.png", "samples.npz", "appearing.gif")  # of all
-_MARK = """A model made these images. Commands that read a folder above this one leave them out: name this
-folder, or images/ in it, to use them. Without this file they are not left out.
+_MARK = """A model made these images. Commands that read a folder above this one leave them
+out; to use them, name this folder, or images/ in it. Without this file they are not left out.
 """
 IN_GRID = 100  # images in grid.png, at most
 

@@ -1,4 +1,4 @@
-"""What the training of a segmentation will be: decided once, from the options and the data."""
+"""Decides how a segmentation is trained: once, from the options and the data."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ MEMBRANE_WEIGHT = 10.0  # w0 of 2015
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentationPlan(RunPlan):
-    """All that the training of a segmentation reads beside its data.
+    """Everything that the training of a segmentation needs apart from its data.
 
     Attributes:
         options: the command line with each choice filled in, which repeats the run.
@@ -81,7 +81,7 @@ class SegmentationPlan(RunPlan):
 def decide(
     options: SegmentationOptions, data: SegmentationData, start: Start | None = None
 ) -> SegmentationPlan:
-    """What the run of these options on these data will be.
+    """The plan of a run with these options on these data.
 
     Args:
         start: what --init names, if it is given.
@@ -185,7 +185,7 @@ def decide(
 
 
 def check_options(options: SegmentationOptions, start: Start | None) -> None:
-    """Raises the InputError of `decide` where the options alone call for it, without the data."""
+    """Raises the InputError of `decide` that the options alone call for, without the data."""
     chosen_network(options, 1, start)
     chosen_fit(options, start)
     parse_regions(options.regions)
@@ -236,8 +236,8 @@ def chosen_fit(
 ) -> tuple[FitPlan, Decision]:
     """Optimizer and rate where none is named.
 
-    What a diffusion model starts has everything to learn about labels: there adamw's steps are as
-    much too small as for random weights (docs/experiments.md).
+    A segmentation that starts from a diffusion model knows nothing of labels: adamw's steps are as
+    much too small for it as for random weights (docs/experiments.md).
     """
     goes_on = start is not None and not start.crossed
     optimizer, why = choose_optimizer(
@@ -265,7 +265,7 @@ def part_of_budget(options: SegmentationOptions, part: Part) -> Budget:
 
 
 def told_part(options: SegmentationOptions) -> Decision:
-    """What is left of a budget of which the unlabelled images have had their part."""
+    """The budget that is left after the parts with the unlabelled images."""
     amount, unit = part_of_budget(options, "student")
     share = share_of_budget(options, "student")
     why = f"{share:.0%} of the budget; the earlier parts took the rest"
@@ -314,7 +314,8 @@ def chosen_crop(
 def chosen_augmentation(
     options: SegmentationOptions, data: SegmentationData, crop: tuple[int, int]
 ) -> tuple[Augmentation, Decision]:
-    """How crops are varied; the images say which symmetries they have, where the user does not."""
+    """How crops are augmented; the symmetries are found from the images, unless the user gives
+    them."""
     flips, why = options.flips, AS_ASKED
     if flips is None:
         flips, why = find_symmetries(lambda i: data.load(i)[0], data.train, crop)
@@ -327,7 +328,7 @@ def chosen_augmentation(
 
 
 class Judgement(NamedTuple):
-    """What the masks say about the weights of pixels and the figures."""
+    """What follows from the masks for the weights of pixels and the figures."""
 
     border: tuple[float, float] | None  # w0 and sigma
     best_by: BestBy
@@ -337,7 +338,8 @@ class Judgement(NamedTuple):
 
 
 def chosen_judgement(options: SegmentationOptions, data: SegmentationData) -> Judgement:
-    """Border weights and the figure that weights are kept by, where the masks have to say."""
+    """Border weights and the figure that chooses the kept weights; found from the masks unless
+    given."""
     count, missing = len(data.table.values), missing_classes(data)
     if options.best_by == "v_rand" and data.instances:
         raise InputError(
@@ -421,9 +423,8 @@ def absent(data: SegmentationData, missing: Sequence[int]) -> list[str]:
 
 
 def chosen_part(data: SegmentationData, fit: FitPlan) -> tuple[tuple[int, ...], list[Decision]]:
-    """The held-out images that are scored during training, said where these are not all.
-
-    A short run would else have one or two points of a curve, or spend its minutes on them.
+    """The held-out images that are scored during training, with a decision if these are not all.
+    Otherwise a short run would have one or two points of a curve, or spend its minutes on scoring.
     """
     amount, unit = fit.budget
     count, pixels = len(data.val), sum(math.prod(image_shape(data, i)) for i in data.val)
@@ -441,7 +442,8 @@ def chosen_part(data: SegmentationData, fit: FitPlan) -> tuple[tuple[int, ...], 
 def chosen_loss(
     options: SegmentationOptions, data: SegmentationData, outputs: int
 ) -> tuple[Loss, list[Decision]]:
-    """The loss that the options name, with its weights of the classes, said where they follow."""
+    """The loss that the options name, with its class weights, and a decision if these are
+    computed."""
     weights, balance = options.class_weights or None, []
     if options.balance:
         shares = data.table.shares
@@ -462,7 +464,7 @@ def chosen_loss(
 
 
 def _synthetic(options: SegmentationOptions, data: SegmentationData) -> list[Decision]:
-    """The part of the images beside the real labelled ones in the training, if there are any."""
+    """The share of synthetic and pseudo-labelled images in the training, if there are any."""
     if not data.synthetic:
         return []
     share, default = options.synthetic_share, SegmentationOptions.synthetic_share
@@ -477,7 +479,7 @@ def _class_name(data: SegmentationData, k: int) -> str:
 
 
 def _spread(indices: Sequence[int], count: int) -> list[int]:
-    """That many of the indices at most, evenly spread."""
+    """At most that many of the indices, evenly spread."""
     count = min(count, len(indices))
     return [indices[(2 * k + 1) * len(indices) // (2 * count)] for k in range(count)]
 

@@ -65,7 +65,7 @@ class ClassTable:
         known: Mapping[Value, str] | None = None,
         palette: bytes | None = None,
     ) -> ClassTable:
-        """The table of masks whose values occur in so many pixels.
+        """The table of masks, from the number of pixels of each value.
 
         If some masks are grey and some in colour, grey values count as grey colours.
 
@@ -142,7 +142,8 @@ class ClassTable:
         """Class indices (H, W) of mask values (H, W) or (H, W, 3); IGNORE where ignored.
 
         Raises:
-            InputError: a value that is not in the table; says `name`, the values and the table.
+            InputError: a value that is not in the table; the message gives `name`, the values and
+                the table.
         """
         colour = isinstance(self.values[0], tuple)
         if colour and mask.ndim == 2:
@@ -183,7 +184,7 @@ class ClassTable:
 
     @property
     def suffix(self) -> str:
-        """Of the file of a mask: a PNG holds no values below 0 or above 65,535."""
+        """The file suffix for masks: a PNG holds no values below 0 or above 65,535."""
         return "png" if self.dtype in ("uint8", "uint16") else "tif"
 
     def lines(self) -> list[str]:

@@ -1,7 +1,6 @@
-"""How the values of masks stand for classes, found from the masks themselves.
-
-Masks that contradict each other or themselves are refused with the evidence: which file holds which
-values in how many pixels. What a person has to say then is one option.
+"""How the values of masks stand for classes, found from the masks themselves. Contradictory masks
+are refused with the evidence: which file holds which values in how many pixels. One option then
+settles it.
 """
 
 from __future__ import annotations
@@ -26,9 +25,9 @@ class MaskCleaning:
     """What is done to the stored values of masks before they stand for classes.
 
     Attributes:
-        values: each pixel takes the nearest of them; of colours, the mean of the channels does.
-        threshold: two classes, 0 and 255: above half of the largest value that the mask's kind has,
-            which is 1, 255 or 65535.
+        values: each pixel takes the nearest of them; colours are first averaged over the channels.
+        threshold: two classes, 0 and 255: the second one above half of the largest value of the
+            mask's kind, which is 1, 255 or 65535.
     """
 
     values: tuple[int, ...] = ()
@@ -38,7 +37,7 @@ class MaskCleaning:
         return bool(self.values) or self.threshold
 
     def __call__(self, mask: Array) -> Array:
-        """(H, W) or (H, W, 3) as stored -> the values that count."""
+        """(H, W) or (H, W, 3) as stored -> the cleaned values."""
         if not self:
             return mask
         grey = mask if mask.ndim == 2 else mask.mean(axis=2)
@@ -53,7 +52,7 @@ class MaskCleaning:
         return known.astype(np.min_scalar_type(int(known.max())))[place]
 
     def _check_colours(self, mask: Array, grey: Array) -> None:
-        """Refuses colours (H, W, 3) of which most are far from all values: greys of none."""
+        """Refuses colours (H, W, 3) most of which are far from all values."""
         coloured = grey[np.ptp(mask.astype(np.int64), axis=2) > 4 * APART]
         values = np.array((0, 255) if self.threshold else self.values)
         far = abs(coloured[:, None] - values).min(axis=1) > 2 * APART
@@ -67,8 +66,8 @@ class MaskCleaning:
 def is_void(survey: Survey, masks: Iterable[Array]) -> bool:
     """Whether 255 marks the edges of objects, as in Pascal VOC, which have no label.
 
-    That is where the other values are 0, 1, 2 ..., and of the pixels of 255 three quarters are
-    within VOID_WIDTH of another value, and as many in a part that touches two other values.
+    It does if the other values are 0, 1, 2 ..., three quarters of the pixels of 255 are within
+    VOID_WIDTH of another value, and three quarters are in a part that touches two other values.
 
     Args:
         masks: some of them, (H, W).
@@ -95,9 +94,9 @@ def is_void(survey: Survey, masks: Iterable[Array]) -> bool:
 def are_instances(masks: Iterable[Array], *, expected: bool = False) -> bool:
     """Whether masks (H, W) number objects: 0 and one connected part for each other value.
 
-    In each mask 9 of 10 values are one part, of 9 pixels or more on average; there are on average
-    more than three in a mask, and the highest one differs between masks, or they are more than
-    classes can be.
+    In each mask 9 of 10 values are one part, of 9 pixels or more on average; a mask has more than
+    three values on average, and the highest one differs between masks, or there are more values
+    than there can be classes.
 
     Args:
         expected: the files are named and stored as numbered masks are: parts are enough.

@@ -1,8 +1,7 @@
 """Regions: unions of classes that may overlap, such as a whole tumour and its core.
 
 Each is learnt by a sigmoid of its own, as nnU-Net does it (Isensee et al. 2021,
-doi:10.1038/s41592-020-01008-z). Where one map of labels is wanted, they are written into it in
-their order, so that later ones overwrite earlier ones.
+doi:10.1038/s41592-020-01008-z). In a label map, later regions overwrite earlier ones.
 """
 
 from __future__ import annotations
@@ -44,8 +43,8 @@ class Regions:
     """The regions of masks with known classes.
 
     Args:
-        values: the mask values of each region, by its name; the first is the one that a label map
-            has where the region is and no later one.
+        values: the mask values of each region, by its name; the first one stands for the region in
+            a label map.
         classes: of the masks.
 
     Attributes:
@@ -136,7 +135,7 @@ class Regions:
 
 
 def known_regions(info: Mapping[str, Any], classes: ClassTable) -> Regions | None:
-    """The regions of a model, by its config.json; None: it knows classes.
+    """The regions of a model, by its config.json; None: it has classes.
 
     Raises:
         InputError: a damaged model.

@@ -22,11 +22,11 @@ from unet.words import counted
 
 @dataclass(frozen=True)
 class Layers:
-    """Slices (H, W, C) as one image (H, W, N C), of which `layers[rows, columns]` is read when
-    asked for.
+    """Slices (H, W, C) as one image (H, W, N C), of which `layers[rows, columns]` is read on
+    demand.
 
     Attributes:
-        parts: in their order; the middle one is the slice that is meant.
+        parts: the slices in order; the middle one is the slice to label.
     """
 
     parts: Sequence[Array | Blocks]
@@ -52,7 +52,7 @@ class Layers:
 
 
 def near(index: int, count: int, slices: int) -> list[int]:
-    """The numbers of the slices around one of a stack; at the ends the nearest is repeated.
+    """The indices of the slices around a slice of a stack; at the ends the nearest one is repeated.
 
     Args:
         count: of the stack's slices.
@@ -70,13 +70,13 @@ def near_page(page: int, info: ImageInfo, slices: int) -> list[int]:
 
 
 def middle(image: Array, slices: int) -> Array:
-    """The slice that is meant, (H, W, C), of an image (H, W, slices C)."""
+    """The middle slice, (H, W, C), of an image (H, W, slices C)."""
     channels = image.shape[2] // slices
     return image[..., slices // 2 * channels :][..., :channels]
 
 
 def shown(pair: Pair, image: Array) -> Array:
-    """The slice that is meant, (H, W, C), of what the pair's `read_image` gave."""
+    """The middle slice, (H, W, C), of what the pair's `read_image` gave."""
     return middle(image, max(1, len(pair.around)))
 
 
@@ -95,7 +95,7 @@ def known_slices(info: Mapping[str, Any]) -> int:
 
 
 def channel_names(names: Sequence[str], channels: int, slices: int) -> tuple[str, ...]:
-    """What the channels of `Layers` are, of slices of so many channels, which may have names."""
+    """Names for the channels of `Layers`, from the number of channels of a slice or their names."""
     if slices == 1:
         return tuple(names)
     each = list(names) or ([""] if channels == 1 else [f"channel {i}" for i in range(channels)])
@@ -106,7 +106,7 @@ def channel_names(names: Sequence[str], channels: int, slices: int) -> tuple[str
 
 
 def with_neighbours(pairs: Sequence[Pair], slices: int) -> list[Pair]:
-    """The same pairs, whose images have those before and behind them in their stack as channels.
+    """The same pairs, whose images have the neighbouring slices of their stack as further channels.
 
     The slices of a file or volume are a stack, and so are the files of a folder that have one size
     and are numbered without a gap.
@@ -220,7 +220,7 @@ def _check_numbered(files: Sequence[Place], infos: Sequence[ImageInfo], slices: 
 
 
 def told_stacks(pairs: Sequence[Pair]) -> str:
-    """Which slices were taken for neighbours, for people."""
+    """Which slices were taken as neighbours, in words."""
     places = {pair.source: _place(pair, len(pair.around)) for pair in pairs}
     stacks = Counter(place.key for place in places.values())
     sizes = sorted(set(stacks.values()))
