@@ -1,4 +1,4 @@
-"""What the training of a diffusion model will be: decided once, from the options and the data."""
+"""Decides how a diffusion model is trained: once, from the options and the data."""
 
 from __future__ import annotations
 
@@ -59,12 +59,13 @@ TEXT_CHANNELS = 128  # of a token of our own text encoder
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusionPlan(RunPlan):
-    """All that the training of a diffusion model reads beside its data.
+    """Everything that the training of a diffusion model needs apart from its data.
 
     Attributes:
         options: the command line with each choice filled in, which repeats the run.
         levels: the noise levels that are trained on.
-        clip: what reads the captions; None: no captions, or a text encoder that is trained along.
+        clip: the CLIP that reads the captions; None: no captions, or a text encoder that is trained
+            as well.
     """
 
     options: DiffusionOptions
@@ -75,7 +76,7 @@ class DiffusionPlan(RunPlan):
 
 
 def decide(options: DiffusionOptions, data: Data) -> DiffusionPlan:
-    """What the run of these options on these data will be.
+    """The plan of a run with these options on these data.
 
     Raises:
         InputError: options that do not fit each other or the data; a pipeline that cannot be read.
@@ -136,9 +137,8 @@ def decide(options: DiffusionOptions, data: Data) -> DiffusionPlan:
 
 
 def check_options(options: DiffusionOptions) -> None:
-    """Raises the InputError of `decide` where the options alone call for it, without the data.
-
-    What reads weights to say it, of a single file and of a LoRA, is left to `decide`.
+    """Raises the InputError of `decide` that the options alone call for, without the data. Checks
+    that read the weights of a single file or of a LoRA are left to `decide`.
     """
     check_network(options)
     if options.prior and clip_folder(options) is None:
@@ -162,7 +162,8 @@ def check_options(options: DiffusionOptions) -> None:
 
 
 def check_start(options: DiffusionOptions, start: Start) -> None:
-    """Raises an InputError for a model of --init that is not trained here, or not by these."""
+    """Raises an InputError for a model of --init that cannot be trained, or not with these
+    options."""
     if start.config.vector_channels:
         raise InputError(
             f"--init {options.init} is of Stable Diffusion XL, which txt2img runs but which "
@@ -174,7 +175,8 @@ def check_start(options: DiffusionOptions, start: Start) -> None:
 
 
 def check_network(options: DiffusionOptions) -> None:
-    """Raises an InputError for a --network that is none of a diffusion model of these options."""
+    """Raises an InputError for a --network that does not fit a diffusion model with these
+    options."""
     if options.network != "auto" and options.network not in (fits := _presets(options)):
         what = "with" if options.captions else "without"
         raise InputError(
@@ -195,7 +197,7 @@ def _presets(options: DiffusionOptions) -> list[str]:
 
 
 def data_info(options: DiffusionOptions, data: Data) -> dict[str, Any]:
-    """What a model's `info` says of its images, and of what is given or made beside them."""
+    """The entries of a model's `info` on its images, and on what is given or made with them."""
     images = images_of(data)
     info: dict[str, Any] = {
         "size": list(images.size),
@@ -218,7 +220,8 @@ def data_info(options: DiffusionOptions, data: Data) -> dict[str, Any]:
 
 
 def chosen_start(options: DiffusionOptions, data: Data, info: Mapping[str, Any]) -> Start | None:
-    """The model of --init, its first weights fitted to the images and what lies beside them.
+    """The model of --init, its first weights adapted to the channels of the images and what comes
+    with them.
 
     Args:
         info: of the new model, as `data_info` gives it.
@@ -259,7 +262,7 @@ def fit_jumps(options: DiffusionOptions, start: Start) -> Start:
 
 
 def check_classes(options: DiffusionOptions, start: Start, data: Data) -> None:
-    """Raises an InputError where a model that is taken as it is knows other classes."""
+    """Raises an InputError where a model that is used unchanged has other classes."""
     theirs, ours = start.info.get("classes", []), list(data.classes) if options.classes else []
     if (as_it_is := _as_it_is(options)) and theirs != ours:
         raise InputError(
@@ -269,7 +272,7 @@ def check_classes(options: DiffusionOptions, start: Start, data: Data) -> None:
 
 
 def _as_it_is(options: DiffusionOptions) -> str:
-    """The option that takes the model of --init as it is, if one does."""
+    """The option that uses the model of --init unchanged, if there is one."""
     if options.trained == "lora":
         return "--trained lora"
     return "" if options.few_steps is None else "--few-steps"
@@ -278,7 +281,7 @@ def _as_it_is(options: DiffusionOptions) -> str:
 def check_teacher(
     options: DiffusionOptions, start: Start, schedule: NoiseSchedule, prediction: PredictionName
 ) -> None:
-    """Raises an InputError where --few-steps asks a model for its ways that cannot teach them."""
+    """Raises an InputError where the model of --init cannot be the teacher of --few-steps."""
     if options.few_steps is None:
         return
     if "prediction" not in start.info:
@@ -309,7 +312,7 @@ def check_teacher(
 
 
 def chosen_extras(options: DiffusionOptions) -> tuple[dict[str, Any], list[Decision]]:
-    """What is asked for beyond the usual training: entries of `info`, and what is told."""
+    """What is requested beyond the usual training: entries of `info`, and decisions."""
     info: dict[str, Any] = {}
     decisions = []
     if options.few_steps is not None:
@@ -323,7 +326,7 @@ def chosen_extras(options: DiffusionOptions) -> tuple[dict[str, Any], list[Decis
 
 
 def told_mirroring(data: Data) -> list[Decision]:
-    """Whether images are mirrored; of latents, which never are, nothing."""
+    """Whether images are mirrored; nothing for latents, which never are."""
     if isinstance(data, LatentData):
         return []
     return [Decision("mirrored", "left to right" if data.flips else "no", data.flips_why)]
@@ -336,7 +339,7 @@ def told_batch(options: DiffusionOptions, fit: FitPlan) -> Decision:
 
 
 def told_part(options: DiffusionOptions, model: DiffusionUNet) -> list[Decision]:
-    """The part of the network that is trained, where it is not all."""
+    """The part of the network that is trained, if it is not all of it."""
     if options.trained == "all":
         return []
     if options.trained == "lora":
@@ -349,18 +352,17 @@ def told_part(options: DiffusionOptions, model: DiffusionUNet) -> list[Decision]
 
 
 def millions(parameters: Iterable[Parameter]) -> str:
-    """How many numbers there are, for people."""
+    """The number of parameters, in words."""
     return f"{sum(p.numel() for p in parameters) / 1e6:.2f} M parameters"
 
 
 def chosen_fit(options: DiffusionOptions, start: Start | None = None) -> tuple[FitPlan, Decision]:
     """Optimizer, rate and batch where none is named.
 
-    What a segmentation starts has everything to learn about noise, and what a model of images
-    starts, about the masks that are made with them: there adamw's steps are as much too small as
-    for random weights (docs/experiments.md).
-    At a high rate a network learns the look of images, but not what a text says of places, which
-    shows in the noisiest levels alone.
+    A model that starts from a segmentation knows nothing of noise, and one that starts from a model
+    of images knows nothing of the masks that are made with them: adamw's steps are as much too
+    small there as for random weights (docs/experiments.md). At a high rate a network learns the
+    look of images, but not the positions that a text gives, which only the noisiest levels show.
     """
     new = ""  # what the start knows nothing of
     if start and start.crossed:
@@ -428,8 +430,8 @@ def chosen_noise(
 
 
 def _own_noise(options: DiffusionOptions) -> Any:
-    """The kind of noise where neither it nor a start says one: flow for images alone and of
-    classes, where it was measured to come nearer to the data (docs/experiments.md).
+    """The kind of noise where neither an option nor a start gives one: flow for images alone and
+    with classes, where it was measured to come nearer to the data (docs/experiments.md).
     """
     if options.prediction in _OWN_NOISE:
         return options.prediction
@@ -441,7 +443,8 @@ def _own_noise(options: DiffusionOptions) -> Any:
 def chosen_levels(
     options: DiffusionOptions, schedule: NoiseSchedule, prediction: PredictionName
 ) -> tuple[TrainingLevels, list[Decision]]:
-    """The noise levels that are trained on, told where not all timesteps are as likely.
+    """The noise levels that are trained on, with a decision unless all timesteps are equally
+    likely.
 
     Raises:
         InputError: a mean for levels that are uniform.
@@ -488,7 +491,7 @@ def chosen_text(
     clip: ClipText | None,
     start: Start | None,
 ) -> tuple[dict[str, Any], list[Decision]]:
-    """The entry of `info` about what reads the captions, and what is told of it."""
+    """The entry of `info` on the text encoder, and the decision about it."""
     if clip:
         folder = str(Path(str(clip_folder(options))).resolve())
         told_clip = Decision(
@@ -566,7 +569,8 @@ def _preset(options: DiffusionOptions, data: Data, clip: ClipText | None) -> tup
 
 
 def without_patches(config: UNetConfig) -> UNetConfig:
-    """As deep a network that works on every pixel: a level more for each halving by patches."""
+    """A network of the same depth that works on every pixel: one more level for each halving by
+    patches."""
     more = config.patch.bit_length() - 1
     return replace(
         config,

@@ -1,4 +1,4 @@
-"""The network that fits the images and the budget, where the user names none."""
+"""Chooses a network for the images and the budget, if the user names none."""
 
 from __future__ import annotations
 

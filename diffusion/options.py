@@ -1,4 +1,4 @@
-"""What may be chosen of training and of sampling, as command lines offer it. Free of torch."""
+"""The options of training and of sampling on the command line. Does not import torch."""
 
 from __future__ import annotations
 

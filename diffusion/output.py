@@ -1,4 +1,4 @@
-"""Samples as files: a grid, one file an image, an .npz, a GIF."""
+"""Samples as files: a grid, one file per image, an .npz, a GIF."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class SampleFolder:
         write_text(self.path / SAMPLES, _MARK)
 
     def _tell_of_others(self) -> None:
-        """Says what lies among the images that was not removed, and that these do not replace."""
+        """Prints which other files stay among the images."""
         ours = {file for number in range(len(self.names or ())) for file in self.files(number)}
         below = (file for name in FOLDERS for file in files_below(self.path / name))
         if others := [file for file in below if file not in ours]:

@@ -62,7 +62,7 @@ class ImageSampler:
             evaluation mode; its weights are left where they are, as it may be in training.
         autoencoder: of a model that works in latents; None: it is read from where training read it,
             and so is CLIP, where the model has its text from it.
-        guide: the lesser model that `options.guide` names; None: it is read from there.
+        guide: the weaker model that `options.guide` names; None: it is read from there.
 
     Raises:
         InputError: settings that do not fit the model, such as more steps than noise levels; an
@@ -103,7 +103,8 @@ class ImageSampler:
         )
 
     def with_options(self, options: SamplingOptions) -> ImageSampler:
-        """The same model in another way; neither its parts nor the same guide are read again."""
+        """The same model with other settings; its parts, and an unchanged guide, are not read
+        again."""
         guide = self.guide if options.guide == self.options.guide else None
         return ImageSampler(self.model, options, self.autoencoder, guide)
 
@@ -173,7 +174,7 @@ class ImageSampler:
         return Denoiser(network, schedule, _saved(model, "prediction"))
 
     def _away(self) -> Mapping[str, Tensor] | DenoiserLike:
-        """What guidance leads away from: a lesser model, or no class, text or picture."""
+        """What guidance steers away from: a weaker model, or no class, text or picture."""
         if self.guide is None:
             with torch.no_grad():
                 return self.model.conditioning([self.options.negative or None])
@@ -268,9 +269,7 @@ class ImageSampler:
 
     @property
     def background(self) -> Colour | None:
-        """What transparent pixels of images are laid over, as in training; None: alpha is a
-        channel.
-        """
+        """The colour under transparent pixels of images, as in training; None: alpha is a channel."""
         if self.channels == 4:
             return None
         try:
@@ -462,7 +461,7 @@ def check_sampler(options: SamplingOptions, model: DiffusionUNet) -> None:
 
 
 def check_guide(options: SamplingOptions, model: DiffusionUNet, guide: DiffusionUNet) -> None:
-    """Raises an InputError for a lesser model that the model cannot be led away from."""
+    """Raises an InputError for a weaker model that cannot guide this model."""
     if "text" in {**model.info, **guide.info}:
         raise InputError(
             f"--guide {options.guide}: each of the two models reads captions with a text encoder "
@@ -516,7 +515,7 @@ def _part_of(model: DiffusionUNet, key: str, uses: str) -> Iterator[str]:
 
 
 def _saved(model: DiffusionUNet, key: str) -> Any:
-    """What training saved under a key of the model's `info`."""
+    """The value that training saved under a key of the model's `info`."""
     if key not in model.info:
         raise InputError(
             f"the model's config.json has no {key!r} in its info: it was not made by train-ddpm"

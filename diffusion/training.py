@@ -1,4 +1,4 @@
-"""Training a diffusion model: the task that `fit` is handed."""
+"""Training a diffusion model: the task for `fit`."""
 
 from __future__ import annotations
 
@@ -209,7 +209,7 @@ def load_data(
 
 
 def how_to_read(options: DiffusionOptions) -> HowToRead:
-    """What the options say of image files beside what these say themselves."""
+    """How the options say to read image files, beyond what these say themselves."""
     return HowToRead(
         reading=options.reading,
         background=None if options.colour == "rgba" else options.background,
@@ -227,7 +227,7 @@ def _encode(data: LatentData, plan: DiffusionPlan) -> None:
 
 
 def make_model(plan: DiffusionPlan) -> DiffusionUNet:
-    """The network of a plan, with random weights or those that it starts from."""
+    """The model of a plan, with random weights or those of its start."""
     torch.manual_seed(plan.fit.seed)
     model = DiffusionUNet(plan.network, plan.outputs, plan.info)
     if plan.clip:
@@ -389,9 +389,8 @@ class Timesteps:
 
 
 class Teacher:
-    """The denoiser of the model in --init, guided as --few-steps asks for.
-
-    It moves to where its first images are, and is not trained.
+    """The denoiser of the model in --init, with the guidance of --few-steps. It moves to the device
+    of its first images, and is not trained.
     """
 
     def __init__(self, plan: DiffusionPlan) -> None:
@@ -462,8 +461,8 @@ class DiffusionTask:
         """The plain loss on held-out images, and on as many training images ("seen").
 
         Noise levels and noise are the same at each evaluation; a few images are judged at several
-        levels each. A held-out loss that rises above that of the seen images tells of images learnt
-        by heart.
+        levels each. A held-out loss that rises above that of the seen images indicates
+        memorisation.
         """
         figures = {}
         levels = replace(self.plan.levels, shift=1.0)

@@ -1,7 +1,7 @@
-"""Captions of image files, in the ways that people keep them.
+"""Captions of image files, in the usual formats.
 
-`metadata.jsonl` (a JSON object a line) and `metadata.csv` name files relative to their folder, as
-Hugging Face's imagefolder does; or a `.txt` or `.caption` lies beside each image. A byte-order
+`metadata.jsonl` (one JSON object per line) and `metadata.csv` name files relative to their folder,
+as Hugging Face's imagefolder does; or a `.txt` or `.caption` lies beside each image. A byte-order
 mark and Windows' backslashes are understood.
 """
 
@@ -105,7 +105,8 @@ def _entry(entry: Mapping[str, Any], key: str | None, where: str) -> tuple[str, 
 
 
 def _placed(folder: Path, name: str) -> str:
-    """The path that a table means: backslashes are folders, and a path from above is cut."""
+    """The path that a table means: backslashes separate folders, and leading folders that are not
+    below the table's own are cut."""
     parts = PureWindowsPath(name).parts if "\\" in name else PurePosixPath(name).parts
     direct = os.path.normpath(os.path.join(folder, *parts))
     if os.path.lexists(direct):
@@ -134,6 +135,6 @@ def _text_of(file: str, tables: Sequence[Path]) -> str:
 
 
 def _beside(file: str) -> str:
-    """The caption file of an image; that which it should have, where there is none."""
+    """The caption file of an image; if there is none, the one that it should have."""
     found = [os.path.splitext(file)[0] + ending for ending in _ENDINGS]
     return next((path for path in found if os.path.isfile(path)), found[0])

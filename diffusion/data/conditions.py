@@ -1,9 +1,9 @@
-"""What a picture is made from: another picture of the same place, as channels beside the noise.
+"""Conditions: the picture that an image is made from, as channels beside the noise.
 
-It is made from the image itself by a recipe (a small version, its greys, a noisy copy, all but a
-hole), or it comes from a folder of pictures or masks with the images' names. Networks see it joined
-to the noisy image (Palette, arXiv 2111.05826): in [-1, 1], masks as one channel a value of 0 and 1,
-and 0 everywhere where it is left out.
+It is either derived from the image itself by a recipe (a small version, its greys, a noisy copy,
+all but a hole), or read from a folder of pictures or masks with the images' names. Networks see it
+joined to the noisy image (Palette, arXiv 2111.05826): in [-1, 1], masks as one channel of 0 and 1
+per value, and 0 everywhere where the condition is left out.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _LOOKED_AT = 50  # files that say what a folder holds
 
 @dataclass(frozen=True)
 class Unread:
-    """A picture that is read each time its pixels are asked for, so that a million take no memory.
+    """A picture that is read each time its pixels are needed, so that a million take no memory.
 
     Attributes:
         shape: (K, H, W) of what `read` gives.
@@ -60,8 +60,8 @@ Picture: TypeAlias = Tensor | Unread
 
 
 class Asked(NamedTuple):
-    """The class or text of an image, and the picture (K, H, W) it is made from; None: any, and no
-    picture.
+    """The class or text of an image, and the picture (K, H, W) that it is made from; None: any
+    class, no picture.
     """
 
     shown: int | str | None = None
@@ -69,7 +69,7 @@ class Asked(NamedTuple):
 
     @classmethod
     def of(cls, wanted: Ask) -> Asked:
-        """What is asked for where only the one or the other may be given."""
+        """An `Asked` from a class or text, a picture, or neither."""
         if isinstance(wanted, Asked):
             return wanted
         return cls(picture=wanted) if isinstance(wanted, Picture) else cls(shown=wanted)
@@ -84,16 +84,16 @@ Ask: TypeAlias = int | str | Picture | Asked | None  # class, text, picture, or 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageKind:
-    """The images that are to be made from what is read of files.
+    """The kind of images that are made from conditions in files.
 
     Attributes:
-        size: to which a condition is cut and resized; None: its own, of lowres as many times the
-            small picture's.
+        size: to which a condition is cropped and resized; None: its own size, for lowres that of
+            the small picture times the factor.
         channels: of images.
         ranges: the values of each type that are -1 and 1 in images, where not all that it has.
         fine: whether images have more than 8 bits.
         nodata: see `Condition.read`.
-        background: what transparent pixels are laid over; None: alpha is a channel of its own.
+        background: the colour under transparent pixels; None: alpha is a channel of its own.
     """
 
     size: tuple[int, int] | None
@@ -124,10 +124,10 @@ class Condition:
         values: of a mask: the value of each channel.
         dtype, low, high: of a picture: what becomes -1 and 1.
         fine: of a picture: whether it keeps more than 8 bits, as it does but in older models.
-        background: of a picture: what transparent pixels are laid over; None: white, as no picture
-            to learn from had any.
-        soft: of a picture: the values between which its edges are soft, but for which it would be a
-            mask.
+        background: of a picture: the colour under transparent pixels; None: white, as no training
+            picture had any.
+        soft: of a picture that would be a mask if its edges were not soft: the values between which
+            they are.
     """
 
     kind: str
@@ -166,7 +166,7 @@ class Condition:
 
     @property
     def image_name(self) -> str:
-        """What `as_image` gives, for people."""
+        """What `as_image` gives, in words."""
         words = {
             "lowres": "bicubic enlargement",
             "grey": "the greys",
@@ -176,9 +176,8 @@ class Condition:
         return words.get(self.kind, "the picture itself")
 
     def as_image(self, picture: Tensor, channels: int) -> Tensor | None:
-        """The condition (K, H, W) as an image (C, H, W) in [-1, 1], which a model has to beat.
-
-        None: it is a mask, or a picture of other channels.
+        """The condition (K, H, W) as an image (C, H, W) in [-1, 1]: the baseline for a model. None:
+        it is a mask, or a picture with other channels.
         """
         if self.kind == "mask":
             return None
@@ -346,7 +345,7 @@ class Condition:
 
 
 def _around_hole(file: Path, images: ImageKind) -> Tensor:
-    """The image in a file, nothing where it is transparent, and behind it where that is."""
+    """The image in a file, zero where it is transparent, and as a last channel where that is."""
     pixels, nodata = _read(file, images.nodata, None)
     if not image_info(file).has_alpha:
         raise InputError("no pixel of it is transparent, and transparency marks the hole")
@@ -360,16 +359,15 @@ def _around_hole(file: Path, images: ImageKind) -> Tensor:
 def _read(
     file: Path, nodata: float | None, background: Colour | None
 ) -> tuple[Array, float | None]:
-    """The pixels of a file, and its value where nothing was measured: what is said, or what the
-    file declares.
-    """
+    """The pixels of a file, and its no-data value: the one given, or what the file declares."""
     reading = Reading(nodata=nodata)
     pixels = HowToRead(reading=reading, background=background).image(file)
     return pixels, image_info(file, reading).nodata
 
 
 def _vanishes(file: Path, pixels: Array) -> bool:
-    """Whether a file has something painted that its pixels over a colour (H, W, C) do not show."""
+    """Whether a file has something painted that is invisible in its pixels over a colour (H, W,
+    C)."""
     if (pixels != pixels[0, 0]).any() or not image_info(file).has_alpha:
         return False
     cover = read_image(file, alpha=True)[..., -1]
@@ -395,8 +393,8 @@ def find_condition(
             whole numbers (or are indices of a palette) are masks, others are pictures, among them
             such whose edges are soft.
         files: those of the folder that go with images; none given: all in it and below it.
-        background: what transparent pixels of pictures are laid over, if something is left of all
-            of these; else white, or black.
+        background: the colour under transparent pixels of pictures, if all pictures stay visible on
+            it; else white, or black.
 
     Raises:
         InputError: neither; an amount out of range; files that are no images.
@@ -468,7 +466,7 @@ def _of_folder(
 
 
 def _showing(files: Sequence[Path], nodata: float | None, colours: Sequence[Colour]) -> Colour:
-    """The first colour over which something is left of all pictures; the first, if none is such."""
+    """The first colour on which all pictures stay visible; the first one if there is none."""
     for colour in colours:
         if not any(_vanishes(file, _read(file, nodata, colour)[0]) for file in files):
             return colour
@@ -484,7 +482,7 @@ def partners(
     that name that lies at the place of no image.
 
     Args:
-        what: these files are, for people.
+        what: what these files are, for messages.
         root: the folder of the images; None: they lie in none.
 
     Raises:

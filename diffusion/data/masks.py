@@ -1,8 +1,8 @@
-"""Masks as what a diffusion model makes: each class a code of -1 and 1, one channel a digit.
+"""Masks that a diffusion model generates: each class is a code of -1 and 1, one channel per digit.
 
-Codes are analog bits (arXiv 2208.04202), the digits of the class's number, or one-hot. What is
-made is of the class whose code is nearest. They are all that is made, or lie behind the channels of
-an image that is made with them.
+Codes are analog bits (arXiv 2208.04202), the digits of the class's number, or one-hot. A generated
+pixel is of the class whose code is nearest. The codes are generated alone, or as channels behind
+those of an image that is generated with them.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class MaskCoding:
         return self.codes[self.indices(pixels)]
 
     def decode(self, made: Pixels) -> Array:
-        """The channels (..., H, W, I) before the codes as they are, and then the mask's values.
+        """The channels (..., H, W, I) before the codes, unchanged, and then the mask's values.
 
         Args:
             made: (..., H, W, I + C); I is 0 where masks alone are made.

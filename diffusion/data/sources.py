@@ -45,11 +45,11 @@ ARCHIVE_BYTES = 2**32  # an .npz is unpacked into memory as a whole
 
 @dataclass(frozen=True, kw_only=True)
 class HowToRead:
-    """What is said of image files beside what they say themselves.
+    """How image files are read, beyond what they say themselves.
 
     Attributes:
         reading: their axes, the chosen channels, and the value of no data.
-        background: what transparent pixels are laid over; None: alpha is a channel of its own.
+        background: the colour under transparent pixels; None: alpha is a channel of its own.
         caption_key: of lines of metadata.jsonl and columns of metadata.csv.
     """
 
@@ -65,7 +65,7 @@ class HowToRead:
 
 
 def saved_colour(saved: Any) -> Colour | None:
-    """A colour that a model's JSON says; None: it says none.
+    """A colour from a model's JSON; None: it has none.
 
     Raises:
         ValueError: it is no colour.

@@ -27,10 +27,9 @@ CROP = 64  # side of a crop where no size is given
 
 
 class WholeImages:
-    """Whole images by number, as levels (H, W, C) of one type, and but for crops of one size.
-
-    Behind the channels of an image lie those of the file that goes with it, where one does: the
-    picture that it is made from, or the codes of its mask.
+    """Whole images by number, as levels (H, W, C) of one type, and of one size unless crops are
+    cut. Behind the channels of an image lie those of the file that belongs to it, if there is one:
+    the picture that it is made from, or the codes of its mask.
 
     Args:
         source, how: the images, and how they were read.
@@ -39,8 +38,8 @@ class WholeImages:
 
     Attributes:
         size, channels, codes, dtype, ranges, condition, masks, joint: see there.
-        infos: what headers say: of all images that can be read, or of some where these are many.
-        partners: the file that goes with each image, if one does.
+        infos: what headers say: of all readable images, or of a sample of a large set.
+        partners: the file that belongs to each image, if there is one.
         left_out: the images that were found to be unreadable.
 
     Raises:

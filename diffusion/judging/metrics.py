@@ -1,7 +1,7 @@
-"""How good and how varied samples are: distances between sets of features.
+"""The quality and variety of samples: distances between sets of features.
 
-Features are (N, D) arrays from one of the extractors of `diffusion.judging.features`. What is
-computed here is the mathematics; whether a figure may be called FID or KID depends on the features.
+Features are (N, D) arrays from one of the extractors of `diffusion.judging.features`. Only the
+mathematics is here; whether a figure may be called FID or KID depends on the features.
 """
 
 from __future__ import annotations
@@ -200,7 +200,7 @@ def _share_inside(points: FloatArray, centres: FloatArray, k: int) -> float:
 
 
 def sample_warnings(images: int, dimensions: int) -> list[str]:
-    """What to print beside figures of so few images, in the smaller set; empty if they suffice."""
+    """Warnings for figures of few images (the number in the smaller set); empty if they suffice."""
     if images > dimensions:
         return []
     return [

@@ -303,7 +303,7 @@ def test_how_a_run_trains_may_change_and_is_said(trained, tmp_path, capsys) -> N
     more = ("--lr", 0.5, "--device", "cpu", "--save-every", 7, "--steps", step)
     assert run_train("--out", run, "--resume", *more) == 0
     told = capsys.readouterr().out
-    assert f"going on with --steps {step}, --lr 0.5, --device cpu, --save-every 7, until" in told
+    assert f"continuing with --steps {step}, --lr 0.5, --device cpu, --save-every 7 instead" in told
     found = load_config(DiffusionOptions, run / "config.yaml")
     assert (found["lr"], found["steps"], found["save_every"]) == (0.5, step, 7)
 
@@ -388,9 +388,9 @@ def test_few_steps_are_learnt_from_a_model_and_sampled_by_default(
     capsys.readouterr()
     samples = ("--model", run / "model", "--count", 2, "--out")
     assert run_sample(*samples, tmp_path / "four") == 0
-    assert "by jump: 4 evaluations" in capsys.readouterr().out
+    assert "with jump: 4 evaluations" in capsys.readouterr().out
     assert run_sample(*samples, tmp_path / "one", "--steps", 1, "--guidance", 2) == 0
-    assert "by jump: 1 evaluation of" in capsys.readouterr().out
+    assert "with jump: 1 evaluation of" in capsys.readouterr().out
     assert run_sample(*samples, tmp_path / "plain", "--sampler", "ddim", "--steps", 3) == 0
     python = load(run / "model")(2)
     for i in range(2):

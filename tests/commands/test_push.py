@@ -119,7 +119,7 @@ def test_a_segmentation_goes_up_without_a_picture_and_later_where_the_hub_was_aw
     again = ("--resume", "--push-to-hub", "someone/again")
     assert train(train_seg, "--out", tmp_path / "run", *again) == 0
     assert hub.commits["someone/again"] == [FILES]
-    assert "going on with --push-to-hub someone/again" in capsys.readouterr().out
+    assert "continuing with --push-to-hub someone/again" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -401,7 +401,7 @@ def test_an_interrupted_cross_validation_ends_as_one_that_is_not(
         patch.setattr(Trainer, "_step", interrupted)
         patch.setattr(sys, "argv", ["scripts/crossval_seg.py"])
         assert run_crossval(*arguments) == 130
-    told = re.findall("(?m)^go on with: (.*)$", capsys.readouterr().out)
+    told = re.findall("(?m)^continue with: (.*)$", capsys.readouterr().out)
     (command,) = told  # by the name of Python, or by its path where that is not found
     assert command.endswith(f"python scripts/crossval_seg.py --out {out} --resume")
     assert not (out / "crossval.json").exists()

@@ -95,7 +95,7 @@ def test_a_diffusion_model_starts_a_segmentation(data: Path, tmp_path: Path, cap
     assert (
         f"started with trunk, head.norm of {tmp_path / 'model'}, as it is at timestep {t}" in told
     )
-    assert "anew: head.conv" in told
+    assert "newly initialised: head.conv" in told
     student = SegmentationUNet.from_pretrained(tmp_path / "run/model")
     pixels = np.random.default_rng(0).integers(0, 256, (24, 32, 1), np.uint8)
     seen = Normalisation.from_dict(student.info["normalisation"])(pixels)
@@ -213,7 +213,7 @@ def test_a_segmentation_starts_a_diffusion_model(data: Path, tmp_path: Path, cap
     teacher.save_pretrained(tmp_path / "model")
     given = ("--data", data / "image", "--init", tmp_path / "model", "--out", tmp_path / "run")
     assert run_ddpm(*given, *SHORT, "--size", 16) == 0
-    assert "the same at every timestep; anew: head.conv" in capsys.readouterr().out
+    assert "the same at every timestep; newly initialised: head.conv" in capsys.readouterr().out
     student = DiffusionUNet.from_pretrained(tmp_path / "run/model")
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 1), np.uint8)
     x = to_unit(torch.from_numpy(pixels)).permute(2, 0, 1)

@@ -220,7 +220,7 @@ def test_how_a_run_trains_may_change_and_is_said(folder, tmp_path, capsys):
     capsys.readouterr()
     assert run_train("--out", run, "--resume", "--max-minutes", 0.01, "--workers", 1) == 0
     told = capsys.readouterr().out
-    assert "going on with --max-minutes 0.01, --workers 1, until now --steps 2\n" in told
+    assert "continuing with --max-minutes 0.01, --workers 1 instead of --steps 2\n" in told
     assert "started with" not in told  # the weights are those of the state
     found = load_config(SegmentationOptions, run / "config.yaml")
     assert (found["steps"], found["max_minutes"], found["workers"]) == (None, 0.01, 1)
