@@ -269,7 +269,7 @@ class ImageSampler:
 
     @property
     def background(self) -> Colour | None:
-        """The colour under transparent pixels of images, as in training; None: alpha is a channel."""
+        """The colour under transparent pixels, as in training; None: alpha is a channel."""
         if self.channels == 4:
             return None
         try:

@@ -34,7 +34,7 @@ from unet.layers import (
 
 
 class Step(nn.ModuleDict):
-    """A few named parts in a row, each called with (x, cond), and its part in the skips."""
+    """A few named parts in a row, each called with (x, cond), and their role in the skips."""
 
     def __init__(
         self, parts: dict[str, nn.Module], *, keeps: bool = False, joins: bool = False

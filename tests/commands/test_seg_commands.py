@@ -325,7 +325,7 @@ def test_of_three_classes_no_threshold_is_taken(tmp_path, capsys):
     model.save_pretrained(tmp_path / "model")
     arguments = ("--model", tmp_path / "model", "--data", data, "--out", tmp_path / "out")
     assert run_eval(*arguments, "--threshold", "0.4") == 2
-    assert "the model knows 3" in capsys.readouterr().err
+    assert "the model has 3 and takes" in capsys.readouterr().err
     assert run_eval(*arguments, "--warping") == 2
     assert "cells between thin membranes" in capsys.readouterr().err
     assert run_eval(*arguments) == 0
@@ -435,9 +435,9 @@ def test_a_finished_cross_validation_only_reports_again(crossval, capsys, monkey
     [
         (("--folds", "1"), "--folds 1 must be at least 2"),
         (("--folds", "7"), "fold '1/7'"),
-        (("--fold", "1/3"), "--fold has no place here"),
-        (("--val", "0.5"), "--val has no place here"),
-        (("--val-names", "1"), "--val-names has no place here"),
+        (("--fold", "1/3"), "--fold does not go with a cross-validation"),
+        (("--val", "0.5"), "--val does not go with a cross-validation"),
+        (("--val-names", "1"), "--val-names does not go with a cross-validation"),
         (("--network", "unett"), "'unett' is no preset"),
         (("--data", "no/such/folder"), "no/such/folder"),
         (("--recipe", "none"), "no recipe 'none'"),

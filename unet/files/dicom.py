@@ -1,4 +1,5 @@
-"""Folders of a DICOM series: a file a slice, in the order of their places along the normal."""
+"""Folders of a DICOM series: one file per slice, in the order of their positions along the
+normal."""
 
 from __future__ import annotations
 

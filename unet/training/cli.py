@@ -1,4 +1,4 @@
-"""Command lines: one dataclass a command, read by tyro, repeatable from the YAML file it saves.
+"""Command lines: one dataclass per command, read by tyro, repeatable from the YAML file it saves.
 
 A command is three parts: a dataclass, a function that takes it, and the call of `run_script`::
 
@@ -113,9 +113,9 @@ def run_script(
     """Parse `argv` as a `cls`, call `run` with it, and return the exit status.
 
     The status is what `run` returns (None is 0); 1 after a RunError; 2 after an InputError, a file
-    that the system refuses or a full disk, each told as ``error: <one sentence>`` on stderr; 128 +
-    the signal after an Interrupted, with the command that goes on; 130 after Ctrl-C; 141 when the
-    reader of stdout went away. Every other exception is a bug and keeps its traceback. One of
+    that the system refuses or a full disk, each printed as ``error: <one sentence>`` on stderr; 128
+    + the signal after an Interrupted, with the command that resumes; 130 after Ctrl-C; 141 when the
+    reader of stdout has closed it. Every other exception is a bug and keeps its traceback. One of
     several processes ends here, with that status.
     """
     for stream in (sys.stdout, sys.stderr):
@@ -127,7 +127,7 @@ def run_script(
 
 
 def typed(command: str | None = None) -> list[str]:
-    """The words before the options that run a command, in the form in which this one was called.
+    """The words that run a command, without its options, in the form in which this one was called.
 
     They are ``python scripts/train_seg.py``, ``unet-train-seg``, ``unet train-seg`` or ``python -m
     unet_diffusion train-seg``, with a path where the shell does not find the program by its name.
@@ -195,7 +195,7 @@ def complete(options: Any, argv: Sequence[str], program: str) -> None:
 
 
 def completable(cls: type, recipes: Path | None = None) -> type:
-    """`cls` with the options that `parse` takes beside its fields, for `complete`."""
+    """`cls` with the options that `parse` takes in addition to its fields, for `complete`."""
     more: list[Any] = [("config", Path | None, dataclasses.field(default=None))]
     if recipes is not None:
         names = tuple(sorted(file.stem for file in recipes.glob("*.yaml")))
@@ -356,7 +356,8 @@ def _unchecked(cls: type, values: dict[str, Any]) -> Any:
 
 
 def stdout_is_closed() -> bool:
-    """Whether the reader of stdout (such as head) went away; what is left for it goes nowhere."""
+    """Whether the reader of stdout (such as head) has closed it; the rest of the output is
+    dropped."""
     try:
         print(flush=True)
     except BrokenPipeError:
@@ -366,7 +367,7 @@ def stdout_is_closed() -> bool:
 
 
 def _missing(cls: type, argv: list[str], values: Mapping[str, Any]) -> str:
-    """One sentence for the options that must be given and are not, or nothing."""
+    """One sentence on required options that are missing, or nothing."""
     missing = [
         f"--{field.name.replace('_', '-')}"
         for field in dataclasses.fields(cls)

@@ -14,7 +14,7 @@ OTHERS = 0.05  # learning rate of what is no matrix, as a share of that of the m
 
 
 class Muon(torch.optim.AdamW):
-    """Steps of one length in all directions that a weight can take.
+    """Steps of equal length in all directions of weight space.
 
     The momentum of a weight of two or more dimensions is laid out as a matrix, outputs x (inputs x
     kernel), and the step is the nearest semi-orthogonal matrix to it: its singular values become

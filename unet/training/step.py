@@ -118,7 +118,7 @@ class Stepper:
         return True
 
     def _not_finite(self, what: str, value: float, parts: list[Batch], progress: Progress) -> None:
-        """Says which step is left out, and stops where it may not be."""
+        """Reports the step that is left out, and stops if it may not be."""
         names = [self.task.samples.name(int(i)) for batch in parts for i in batch["index"]]
         names = sorted({n for part in self.processes.gather(names) for n in part})
         text = f"the {what} is {value} at step {progress.step + 1}, in a batch of "

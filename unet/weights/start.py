@@ -21,14 +21,14 @@ _LAST = "head.conv"
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """Weights of a model, which are read when they are needed, and what is known of it.
+    """Weights of a model, which are read when they are needed, and facts about it.
 
     Attributes:
-        where: what they are, for people: the model, and what was done to it.
+        where: what they are, in words: the model, and what was done to it.
         config: the trunk's shape.
         info: as `FolderModel` keeps it.
         read: gives the state dict of the model, trunk and head.
-        crossed: whether they have learnt the other task than the one that they start.
+        crossed: whether they were trained for the other task than the one that they start.
     """
 
     where: str
@@ -48,7 +48,7 @@ class Start:
         Args:
             config: of the other trunk.
             change: config and state of the trunk to those of the other one.
-            done: what was done to the trunk, for people.
+            done: what was done to the trunk, in words.
         """
 
         def read() -> Mapping[str, Tensor]:
@@ -81,7 +81,7 @@ class Start:
         Args:
             kept: channels that are kept.
             more: channels after them, whose weights are zero.
-            done: what was done, for people.
+            done: what was done, in words.
         """
         return self.changed(
             replace(self.config, in_channels=kept + more),
@@ -128,7 +128,7 @@ def read_start(path: str) -> Start:
 
 
 def at_random(start: Start, seed: int) -> Start:
-    """A start with the network of another one and nothing else of it: random weights."""
+    """A start with the network of another one, but random weights."""
 
     def read() -> Mapping[str, Tensor]:
         torch.manual_seed(seed)
