@@ -61,7 +61,9 @@ def main(options: Options) -> None:
     for std, factors, left in plans:
         folder = options.run / f"model-{std:g}"
         save(options.run / "model", weighted(kept, factors), folder)
-        print(f"{folder}: the average of width {std:g} at step {step}, error {left:.2%}")
+        print(
+            f"{folder}: the average of width {std:g} at step {step}, {left:.2%} from the wanted profile"
+        )
     say_next("describe", folder)
 
 

@@ -359,7 +359,7 @@ def test_what_was_not_measured_has_no_label_of_our_own(tmp_path: Path, capsys) -
     assert "nothing was measured in 4.tif of the unlabelled images" in capsys.readouterr().err
     (tmp_path / "more/4.tif").unlink()
     assert run_seg(*given) == 0
-    assert "4 images, synthetic or with labels of our own" in capsys.readouterr().out
+    assert "4 images, synthetic or with predicted labels" in capsys.readouterr().out
     # The model knows how its images are to be read.
     judged = ("--model", tmp_path / "run/model", "--data", tmp_path / "cells")
     argv = map(str, (*judged, "--out", tmp_path / "scores", "--device", "cpu"))

@@ -349,7 +349,7 @@ def test_short_memory_is_told_with_an_estimate_and_a_cure(tmp_path):
         fit(toy_task(options), plan_fit(options))
     text = str(told.value)
     assert text.startswith("the memory of cpu ran out at step 1: the backward pass needs about")
-    sample, total = (float(text.split(unit)[0].split()[-1]) for unit in (" GiB a", " GiB for"))
+    sample, total = (float(text.split(unit)[0].split()[-1]) for unit in (" GiB per", " GiB for"))
     assert total == pytest.approx(8 * sample, rel=0.01)
     # Four maps of 8 channels at 16 x 16 are kept at least, and not a hundred of them.
     assert 4 * 8 * 16 * 16 * 4 < sample * 2**30 < 100 * 8 * 16 * 16 * 4

@@ -165,7 +165,7 @@ def test_models_that_know_objects_otherwise_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="average models for the same classes"):
         load(new, plain, device="cpu")
     model = SegmentationUNet.from_pretrained(new)
-    with pytest.raises(InputError, match="knows objects by 'stars'"):
+    with pytest.raises(InputError, match="encodes objects as 'stars'"):
         SegmentationUNet(model.config, 2, model.info | {"objects": "stars"})
     with pytest.raises(InputError, match="has 2 channels, a logit and the depth, not 1"):
         SegmentationUNet(model.config, 1, model.info)

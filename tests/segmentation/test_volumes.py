@@ -307,7 +307,7 @@ def test_an_interrupted_prediction_goes_on(folder, tmp_path, monkeypatch, capsys
     said = [line for line in capsys.readouterr().out.splitlines() if "slab" in line]
     assert said[:2] == [
         "continuing: 2 of 4 slabs are done already",
-        "3 of 4 slabs are there, 1 minute left",
+        "3 of 4 slabs are done, 1 minute left",
     ]
     for found, right in zip(levels(out), expected(folder, tmp_path), strict=True):
         assert np.array_equal(found, right)

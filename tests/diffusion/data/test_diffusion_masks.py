@@ -217,7 +217,7 @@ def test_masks_that_do_not_go_with_the_images_are_refused(tmp_path):
     images = tmp_path / "images"
     with pytest.raises(InputError, match="leave out --condition"):
         DiffusionOptions(data=str(images), joint=tmp_path, condition="grey")
-    with pytest.raises(InputError, match=r"0\.png' would be the mask of itself"):
+    with pytest.raises(InputError, match=r"0\.png' would be its own mask"):
         DiffusionData(images, joint=images)
     (tmp_path / "masks/1/3.png").unlink()
     with pytest.raises(InputError, match=r"has no mask for 1 image, such as '.*/3\.png'"):

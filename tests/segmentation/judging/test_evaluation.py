@@ -501,7 +501,7 @@ def test_a_class_that_is_never_predicted_is_named() -> None:
     assert not found.never_predicted()
     add(found, data, 1, np.zeros_like(data.objects(1)))
     assert found.never_predicted() == ["cell"]
-    assert "not one pixel was predicted to be cell" in "\n".join(found.lines())
+    assert "no pixel was predicted as cell" in "\n".join(found.lines())
 
 
 def test_objects_of_earlier_models_are_parted_by_their_border_class() -> None:
