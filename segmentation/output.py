@@ -123,12 +123,12 @@ class FilePredictor:
 
     @property
     def dtypes(self) -> list[type[np.integer]]:
-        """Of the probability, and of the maps that `parted` gives."""
+        """The types of the probability, and of the maps that `parted` gives."""
         return [np.uint16] * (1 + len(self.unsure)) + [np.uint8] * len(self.regions)
 
     @property
     def regions(self) -> list[str]:
-        """What the files of the model's regions are called."""
+        """The file names of the model's regions."""
         return [file_name(name) for name in self.segmenter.region_names]
 
     def run(self, image: Slice, out: Path) -> None:
@@ -136,7 +136,8 @@ class FilePredictor:
         self.predict(image, out)()
 
     def predict(self, image: Slice, out: Path) -> Callable[[], None]:
-        """Predicts one image, and gives what writes it, to be called once, in any thread.
+        """Predicts one image, and returns a function that writes it, to be called once, in any
+        thread.
 
         A large image is written as it is predicted.
         """
@@ -231,8 +232,8 @@ def predict_files(
     overwrite: bool = False,
     processes: Processes | None = None,
 ) -> list[str]:
-    """Predicts images, into a tree of the folders that they lie in; what the overlays' colours mean
-    is in legend.png.
+    """Predicts images, into a tree of the folders that they lie in; legend.png explains the colours
+    of the overlays.
 
     Args:
         processes: share the images.
@@ -319,7 +320,7 @@ def find_slices(
 
     Args:
         reading: what is said of the files beside what they say themselves.
-        check: raises InputError for what is none of the images that can be predicted.
+        check: raises InputError for an image that cannot be predicted.
         together: neighbouring slices that the model takes; see `with_neighbours`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Training a segmentation: the task that `fit` is handed."""
+"""Training a segmentation: the task for `fit`."""
 
 from __future__ import annotations
 
@@ -230,8 +230,8 @@ def find_data(options: SegmentationOptions) -> list[Pair]:
 
 
 def say_left_out(options: SegmentationOptions, pairs: Sequence[Pair]) -> None:
-    """Tells, once for all processes, what this project wrote in folders that are read, and that is
-    none of the pairs.
+    """Prints, once for all processes, which files of this project are left out of the folders that
+    are read.
     """
     data = Path(options.data) if options.images is None else options.images
     more = (options.masks, options.synthetic, options.val_data)
@@ -248,7 +248,7 @@ def say_left_out(options: SegmentationOptions, pairs: Sequence[Pair]) -> None:
 def annotated_pairs(count: int, seed: int, size: tuple[int, int] = PHANTOM_SIZE) -> list[Pair]:
     """Generated images, each with the masks of all annotators; see `segmentation.data.annotators`.
 
-    A crop takes one annotator at random, as each mask makes a pair of its own.
+    A crop has one random annotator, as each mask is a pair of its own.
     """
     images, masks = annotated_stack(count, size, seed)
     return [

@@ -1,5 +1,5 @@
-"""Prediction of volumes: masks and probabilities written into OME-Zarr slab by slab, to be gone on
-with where an interrupted one stopped."""
+"""Prediction of volumes: masks and probabilities are written into OME-Zarr slab by slab, and an
+interrupted prediction can be continued."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Progress:
         write_text(self.file, self.head + "0" * self.count)
 
     def differs(self) -> str:
-        """In what the prediction that the file tells of is another one; "" if in nothing.
+        """The first setting in which the prediction of the file differs; "" if there is none.
 
         Raises:
             InputError: the file is none of this class's.
@@ -97,15 +97,15 @@ class Progress:
         return [i for i in range(self.count) if digits[i : i + 1] != "1"]
 
     def done(self, slab: int) -> None:
-        """Says that the chunks of a slab are written."""
+        """Marks the chunks of a slab as written."""
         with self.file.open("rb+") as file:
             file.seek(len(self.head.encode()) + slab)
             file.write(b"1")
 
 
 class _Told:
-    """What a person sees of a prediction, of all its processes together: a bar in a terminal, else
-    a line from time to time."""
+    """The progress of a prediction, over all its processes: a bar in a terminal, else a line from
+    time to time."""
 
     def __init__(self, progress: Progress, *, quiet: bool) -> None:
         self.progress, self.quiet = progress, quiet
@@ -129,7 +129,7 @@ class _Told:
             print(f"{self._done():,} of {slabs} are done: the same command continues", flush=True)
 
     def now(self) -> None:
-        """Says how far it is."""
+        """Prints the progress."""
         done, now = self._done(), time.monotonic()
         self.bar.update(done - self.bar.n)
         soon = now - self.told < TOLD_EVERY or done in (self.first, self.progress.count)
@@ -288,7 +288,7 @@ def _check(predictor: FilePredictor) -> None:
 
 
 def _going_on(progress: Progress, results: Sequence[Path], overwrite: bool) -> bool:
-    """Whether results are there in part, by this very prediction.
+    """Whether there are partial results of this very prediction.
 
     Raises:
         InputError: others are in the way.
@@ -356,7 +356,7 @@ class _Work:
         return [Slab(at, numbers[at].ravel().tolist()) for at in itertools.product(*spans)]
 
     def plan(self) -> dict[str, Any]:
-        """What makes a prediction this one and no other."""
+        """The settings that identify this prediction."""
         predict = self.segmenter.predict
         return {
             "input": str(self.source.resolve()),

@@ -21,7 +21,7 @@ from unet.training.options import check_paths
 if TYPE_CHECKING:
     from unet_diffusion.page.shared import Known
 
-# The two quick ones of the demo, with its shares of the minutes: the words behind `unet`.
+# The two quick trainings of the demo, with their shares of the minutes: the arguments of `unet`.
 QUICK = {
     "membranes": ("train-seg", "--recipe", "quick", "--max-minutes", "0.75"),
     "shapes": ("train-ddpm", "--batch-size", "16", "--max-minutes", "1.75"),
@@ -152,7 +152,7 @@ def read_password(file: Path | None) -> str | None:
 
 
 def given(folders: Sequence[str]) -> list[Known]:
-    """The models of the command line, each under its run's name, or its folder's."""
+    """The models of the command line, each under the name of its run or its folder."""
     from unet_diffusion.page.shared import known_model
 
     found: dict[str, Known] = {}
@@ -168,9 +168,8 @@ def given(folders: Sequence[str]) -> list[Known]:
 
 
 def quick_ones(folder: Path) -> list[Known]:
-    """Two small models of generated images, trained where they are not there yet, as the demo does.
-
-    What an earlier start left unfinished is gone on with.
+    """Two small models of generated images, trained as in the demo unless they exist already. A
+    training that an earlier start left unfinished is resumed.
     """
     from unet_diffusion.page.shared import known_model
 

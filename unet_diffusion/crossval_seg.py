@@ -63,7 +63,7 @@ class CrossvalOptions(SegmentationOptions):
                 )
 
     def fold_options(self, k: int) -> SegmentationOptions:
-        """The options of the k-th fold's run, from 1, which goes on if it was begun."""
+        """The options of the k-th fold's run, from 1, which is resumed if it was begun."""
         values = {f.name: getattr(self, f.name) for f in fields(SegmentationOptions)}
         out = self.out / f"fold-{k}"
         begun = any(not path.name.startswith(".") for path in out.glob("*"))
@@ -102,7 +102,7 @@ def main(options: CrossvalOptions) -> None:
 
 
 def begin(options: CrossvalOptions) -> None:
-    """Makes the folder, or checks that it is that of these options."""
+    """Makes the folder, or checks that it belongs to these options."""
     file = options.out / "config.yaml"
     if not options.resume:
         if options.out.is_file() or (options.out.exists() and any(options.out.iterdir())):
@@ -137,7 +137,7 @@ def score(run: SegmentationOptions) -> None:
 
 
 def summary(folds: list[dict[str, Any]]) -> dict[str, Any]:
-    """The folds' scores, their mean and spread, and all images, the worst first."""
+    """The folds' scores, their mean and standard deviation, and all images, the worst first."""
     images = [{"fold": f["fold"], **image} for f in folds for image in f["per_image"]]
     images.sort(key=lambda image: (image["dice"] is None, image["dice"] or 0))
     return {

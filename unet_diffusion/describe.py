@@ -107,7 +107,7 @@ def describe(name: str, size: int | None) -> dict[str, Any]:
 
 
 def build(name: str) -> tuple[FolderModel, dict[str, Any]]:
-    """A model by its name without memory for its weights, and what is known of it.
+    """A model by its name, without memory for its weights, and facts about it.
 
     Raises:
         InputError: neither a preset nor a model folder or checkpoint.
@@ -129,7 +129,8 @@ def build(name: str) -> tuple[FolderModel, dict[str, Any]]:
 
 
 def _opened(name: str) -> tuple[FolderModel, str, dict[str, Any]]:
-    """The model of a preset, a folder or a checkpoint; where it is from; what a LoRA is, or {}."""
+    """The model of a preset, a folder or a checkpoint; its source; and facts about a LoRA, or
+    {}."""
     import torch
     from safetensors.torch import load_file
 

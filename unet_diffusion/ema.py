@@ -61,15 +61,14 @@ def main(options: Options) -> None:
     for std, factors, left in plans:
         folder = options.run / f"model-{std:g}"
         save(options.run / "model", weighted(kept, factors), folder)
-        print(
-            f"{folder}: the average of width {std:g} at step {step}, {left:.2%} from the wanted profile"
-        )
+        made = f"the average of width {std:g} at step {step}"
+        print(f"{folder}: {made}, {left:.2%} from the wanted profile")
     say_next("describe", folder)
 
 
 def weighted(kept: Mapping[Profile, Path], factors: Sequence[float]) -> dict[str, Tensor]:
-    """The sum in float64 of the averages that were kept, each times its factor; only one of them is
-    in memory at a time.
+    """The sum in float64 of the kept averages, each times its factor; only one of them is in memory
+    at a time.
 
     Raises:
         InputError: one of them cannot be read, or is of another network.
@@ -89,7 +88,7 @@ def weighted(kept: Mapping[Profile, Path], factors: Sequence[float]) -> dict[str
 
 
 def save(like: Path, weights: Mapping[str, Tensor], folder: Path) -> None:
-    """A model folder with these weights, all else as another one has it."""
+    """Writes a model folder with these weights, and all else as in another one."""
     from unet.weights.folder import load_strictly
     from unet_diffusion.starting import read_model
 

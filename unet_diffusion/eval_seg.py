@@ -201,7 +201,7 @@ def halves(data: SegmentationData) -> tuple[list[int], list[int]]:
 
 
 def chosen_pairs(options: EvalOptions, slices: int) -> tuple[SegmentationOptions, list[Pair]]:
-    """Where the data are from, and the images to score, of so many slices together."""
+    """The source of the data, and the images to score, each of that many slices."""
     from segmentation.data.slices import with_neighbours
     from segmentation.data.splits import split_pairs
     from segmentation.judging.labelled import held_out

@@ -1,4 +1,5 @@
-"""What the page in the browser and the plugin of napari share: commands of ours, and sentences."""
+"""Shared by the page in the browser and the plugin of napari: running commands, and error
+messages."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ PATIENCE = 60.0  # seconds in which a command that is to end saves its state
 
 
 class Command:
-    """A command of ours in a process of its own, as from a terminal: its run is an ordinary one."""
+    """A command of this project in its own process, as from a terminal: its run is an ordinary
+    one."""
 
     def __init__(self, *words: object) -> None:
         self._said = tempfile.TemporaryFile()  # noqa: SIM115  # as long as the process
@@ -72,7 +74,7 @@ class Command:
 
 
 def sentence(error: Exception) -> str:
-    """What went wrong; what is nobody's mistake keeps its traceback in the terminal."""
+    """The message for an error; an unexpected one also prints its traceback in the terminal."""
     if isinstance(error, (InputError, RunError)):
         return str(error)
     if ran_out_of_memory(error):

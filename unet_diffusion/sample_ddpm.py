@@ -194,7 +194,7 @@ def main(options: SampleOptions) -> None:
 
 
 def trained_on(model: str) -> str:
-    """What a model's run was trained on, or a word in its place where that is not known."""
+    """The data that a model's run was trained on, or a word in its place if they are not known."""
     with contextlib.suppress(InputError):
         run = load_config(DiffusionOptions, Path(model).parent / "config.yaml")
         return str(run.get("data", "real_images"))
@@ -227,8 +227,8 @@ def given_conditions(options: SampleOptions, sampler: ImageSampler) -> tuple[Wan
     """The pictures of --condition, each as often as it is asked for, with the class or prompt of
     each in turn, and the names of the files.
 
-    Pixels are read when they are due, and of the first CHECKED now as well: a bad one stops it
-    before anything of an earlier run is replaced.
+    Pixels are read when they are needed, and those of the first CHECKED files now as well: a bad
+    file stops the command before anything of an earlier run is replaced.
     """
     from diffusion.data.whole import CHECKED
 
@@ -321,7 +321,7 @@ def chosen_conditions(options: SampleOptions, sampler: ImageSampler) -> Wanted:
 
 
 def chosen_plan(options: SampleOptions, sampler: ImageSampler, wanted: Wanted) -> Plan:
-    """What the options ask for: from noise, or from images."""
+    """The plan of the options: from noise, or from images."""
     from unet.files.images import image_info
 
     if options.init:

@@ -97,8 +97,8 @@ def predict_samples(
     keep: bool = False,
     overwrite: bool = False,
 ) -> list[str]:
-    """Samples masks of each image, and writes what they say together, into a tree of the folders
-    that the images lie in.
+    """Samples masks of each image, and writes their joint result into a tree of the folders that
+    the images lie in.
 
     Of an image NAME: NAME_mask.png, the most probable class or the second of two above the
     threshold; NAME_probability.png and NAME_entropy.png, 16-bit; NAME_overlay.png; legend.png.

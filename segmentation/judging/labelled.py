@@ -64,7 +64,7 @@ def labelled_data(
 
 
 def known_cells(models: Sequence[SegmentationUNet], data: SegmentationData) -> int | None:
-    """Which of two classes are cells that membranes part, as the models know it; None: neither.
+    """Which of two classes is cells between membranes, according to the models; None: neither.
 
     A model of earlier versions does not know it: the masks to score say it.
 

@@ -1,4 +1,5 @@
-"""An evaluation for people: `report.png`, a run on one page, and files of scores and pictures."""
+"""The report of an evaluation: `report.png`, a run on one page, and files of scores and
+pictures."""
 
 from __future__ import annotations
 
@@ -143,7 +144,7 @@ def write_scores(
 
 
 def reliability_figure(evaluation: Evaluation) -> Figure:
-    """What came true of the pixels by their probability, and how many pixels have each."""
+    """A reliability diagram: the observed share for each probability, and the number of pixels."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""The tab Draw: pictures of a diffusion model, shown as they come out of noise."""
+"""The tab Draw: pictures of a diffusion model, shown as they emerge from noise."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ def asked(
     text: str,
     file: str | None,
 ) -> tuple[Wanted, ImageSampler]:
-    """What each picture is to show, and what draws it.
+    """The request for each picture, and the sampler that draws it.
 
     Raises:
         InputError: what the model does not know; a condition that is missing, or too large.

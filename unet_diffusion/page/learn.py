@@ -78,7 +78,8 @@ class Sheet:
 
     @property
     def key(self) -> Hashable:
-        """Alike for sheets of one image with the same classes, by whichever model of a base."""
+        """The same for sheets of one image with the same classes, by any model with the same
+        base."""
         place = self.image.path, self.image.page
         return base_of(self.done.model), self.segmenter.table.values, place
 
@@ -119,7 +120,7 @@ def put_by(sheets: Sheets, shown: Sheet | None, drawn: Mapping[str, Any] | None)
 
 @dataclass(frozen=True)
 class Lesson:
-    """What one person has painted: a folder of images and masks, and the runs that learnt from it.
+    """What one user has painted: a folder of images and masks, and the runs that learnt from it.
 
     Attributes:
         folder: holds labelled/ and held-out/, which `unet train-seg` reads, and run-1/, ....
@@ -203,7 +204,7 @@ def free_value(segmenter: Segmenter) -> Value:
 
 
 def judges(page: Page, known: Known) -> list[Pair]:
-    """The labelled images that judge: those of --held-out, or those that the model's run held out.
+    """The labelled images for scoring: those of --held-out, or those that the model's run held out.
 
     Raises:
         InputError: there are none.
@@ -253,7 +254,7 @@ def canvas(image: RGB) -> RGB:
 def save_lesson(page: Page, lesson: Lesson | None, known: Known, sheets: Sequence[Sheet]) -> Lesson:
     """Writes the images of the sheets, with what is painted, into the folder of the lesson.
 
-    It is made at the first time, and holds no image of which all that was painted was taken back.
+    It is made the first time, and holds no image on which everything painted was undone.
     """
     if lesson is None or lesson.base != base_of(known.name):
         pairs = judges(page, known)
@@ -281,12 +282,12 @@ def save_lesson(page: Page, lesson: Lesson | None, known: Known, sheets: Sequenc
 
 
 def base_of(name: str) -> str:
-    """The name of the model that a model has learnt on from, its own if it has not."""
+    """The name of the model that a model started from; its own name if there is none."""
     return name.partition(" + ")[0]
 
 
 def check_teachable(segmenter: Segmenter) -> None:
-    """Refuses a model that strokes on single images do not teach, as they have one class each."""
+    """Refuses a model that strokes on single images cannot train, as each stroke has one class."""
     what = ""
     if segmenter.of_regions:
         what = "knows regions that overlap"
@@ -480,7 +481,7 @@ def tab(page: Page, current: gr.State, model: gr.Dropdown) -> None:
 def command_line(
     known: Known, lesson: Lesson, run: Path, minutes: float, sheet: Sheet
 ) -> list[object]:
-    """The command that learns from a lesson; anybody can type it again."""
+    """The command that learns from a lesson, which can be repeated in a terminal."""
     table, instances = sheet.segmenter.table, sheet.segmenter.instances
     value = lesson.ignore if isinstance(lesson.ignore, tuple) else (lesson.ignore,)
     words: list[object] = ["train-seg", "--data", lesson.folder / "labelled"]

@@ -1,4 +1,5 @@
-"""The tab Runs: the runs of a folder as they are, live; those of the page stop and go on."""
+"""The tab Runs: the live state of the runs in a folder; those of the page can be stopped and
+resumed."""
 
 from __future__ import annotations
 
@@ -41,7 +42,7 @@ def shown_runs(page: Page) -> dict[str, Path]:
 
 
 def command_of(run: Path) -> str:
-    """The command that trains a run: which of them its options are of.
+    """The command that trains a run, found by the options of the run.
 
     Raises:
         InputError: none that goes on.

@@ -903,7 +903,7 @@ def test_tables_of_captions_are_read_as_they_are_meant(
             ["a", "b", "c"],
             r"line 3 of .*metadata\.jsonl' gives 0\.png another caption than an earl",
         ),
-        ([["a", "b"], "c"], r"line 1 of .*: the caption of 0\.png is no text, but \['a', 'b'\]"),
+        ([["a", "b"], "c"], r"line 1 of .*: the caption of 0\.png must be text, not \['a', 'b'\]"),
         (["", ""], r"all captions are empty, such as that of .*0\.png"),
     ],
 )
@@ -921,7 +921,7 @@ def test_another_key_of_the_captions_is_named(tmp_path: Path) -> None:
     save(tmp_path, 2, "{}.png", COLOUR)
     lines = [json.dumps({"file_name": f"{i}.png", "de": "eins"}) for i in range(2)]
     (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
-    with pytest.raises(InputError, match="has no text or caption or prompt, but file_name, de"):
+    with pytest.raises(InputError, match="has file_name, de, but no text or caption or prompt"):
         DiffusionData(tmp_path, captions=True)
     data = DiffusionData(tmp_path, captions=True, how=HowToRead(caption_key="de"))
     assert data.caption(0) == "eins"
