@@ -71,7 +71,7 @@ class SampleFolder:
         self.names, self.labelled = names, labelled
         plain = channels - labelled in (1, 3, 4) and dtype == "uint8"
         self.suffix = "png" if plain else "tif"
-        processes.wait()  # lest one finds what another has written already
+        processes.wait()  # so that none finds what another has written already
         if processes.main:
             self._empty()
             self._tell_of_others()

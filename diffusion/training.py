@@ -218,7 +218,7 @@ def how_to_read(options: DiffusionOptions) -> HowToRead:
 
 
 def _encode(data: LatentData, plan: DiffusionPlan) -> None:
-    """Encodes the images; what a signal interrupts goes on with --resume."""
+    """Encodes the images; after an interruption, --resume continues."""
     try:
         data.encode()
     except Interrupted:
@@ -469,7 +469,7 @@ class DiffusionTask:
         val = self.data.val[:MOST_JUDGED]
         for name, images in (("loss", val), ("seen", spread(self.data.train, len(val)))):
             indices = list(images) * -(-LEAST_JUDGED // len(images))
-            # Neighbours in the list are far apart in noise, lest the level follow the image.
+            # Permuted, so that the noise level does not follow the order of the images.
             order = np.random.default_rng(0).permutation(len(indices))
             t = levels(torch.from_numpy((order + 0.5) / len(order)))
             part = processes.share(range(len(indices)))

@@ -76,7 +76,7 @@ class FilePredictor:
     Args:
         min_size: connected parts of fewer pixels become the class that surrounds them, and
             instances of fewer pixels are left out; None: see `Segmenter`.
-        reading: what is said of the files beside what they say themselves; none said: how the
+        reading: how to read the files, beyond what they say themselves; None: as the
             training images were read.
         labels: also number the connected parts of class 1 (4-connected, 0 is the rest), or the
             instances of a model that was trained with --instances.
@@ -249,7 +249,7 @@ def predict_files(
     slices, failed = find_slices(inputs, predictor.reading, segmenter.check, segmenter.slices)
     count = len(slices) + len(failed)
     check_free([(image, predictor.files(image, out)) for image in slices], overwrite=overwrite)
-    processes.wait()  # lest one finds what another has written already
+    processes.wait()  # so that none finds what another has written already
     mine = _predict_each(predictor, processes.share(slices), out, quiet=not processes.main)
     failed += [message for part in processes.gather(mine) for message in part]
     if not processes.main:
@@ -319,7 +319,7 @@ def find_slices(
     """The images of files or volumes, a stack page by page, and what is wrong with others.
 
     Args:
-        reading: what is said of the files beside what they say themselves.
+        reading: how to read the files, beyond what they say themselves.
         check: raises InputError for an image that cannot be predicted.
         together: neighbouring slices that the model takes; see `with_neighbours`.
 

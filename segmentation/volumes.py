@@ -174,7 +174,7 @@ def predict_volumes(
         file = masks[made.index(True)]
         raise InputError(f"{file} exists already: give --overwrite or another --out")
     todo = [i for i in range(len(volumes)) if begun[i] or not (made[i] and any(begun))]
-    processes.wait()  # lest one finds what another has begun
+    processes.wait()  # so that none finds what another has begun
     if processes.main and len(volumes) > 1:
         for i in todo:
             folders[i].mkdir(parents=True, exist_ok=True)
@@ -244,7 +244,7 @@ def predict_volume(
         work = _Work(predictor, source, volume, stored, info, out)
         progress = Progress(out / f"{work.name}_progress", work.plan(), len(work.slabs))
         going_on = _going_on(progress, work.results, overwrite)
-        processes.wait()  # lest one finds what another has begun
+        processes.wait()  # so that none finds what another has begun
         todo: list[int] = []
         if processes.main:
             if not going_on:

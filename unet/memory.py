@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-# What is said of it without an OutOfMemoryError: by the CPU, CUDA's libraries, and Apple's GPUs.
+# Messages without an OutOfMemoryError: of the CPU, CUDA's libraries, and Apple's GPUs.
 _NO_MEMORY = ("allocate memory", "STATUS_ALLOC_FAILED", "out of memory")
 PREDICTED = 2**25  # bytes of the largest block that a prediction keeps
 

@@ -1,4 +1,4 @@
-"""Cross-validate a recipe: unet-crossval-seg --data DIR --out DIR; --resume goes on with it."""
+"""Cross-validate a recipe: unet-crossval-seg --data DIR --out DIR; --resume continues it."""
 
 from __future__ import annotations
 

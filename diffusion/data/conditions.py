@@ -142,7 +142,7 @@ class Condition:
     soft: tuple[int, ...] = ()
 
     def said(self) -> str:
-        """What it is, for people."""
+        """The condition in words."""
         if self.kind == "mask":
             return f"masks of the values {', '.join(map(str, self.values))}"
         if self.kind == "picture":
@@ -221,7 +221,7 @@ class Condition:
 
         Raises:
             InputError: a mask with another value; a picture with other channels, or in the very
-                colour that its transparent pixels are laid over.
+                colour under its transparent pixels.
         """
         if self.kind == "mask":
             mask = read_mask(file)

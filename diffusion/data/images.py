@@ -237,7 +237,7 @@ class DiffusionData:
         return image, self.condition.as_tensor(pixels[..., self.channels :])
 
     def describe(self) -> str:
-        """What was found, for people: images, sizes, classes, captions, split."""
+        """A printable description: images, sizes, classes, captions, split."""
         lines = self._whole.lines()
         if self.labels is not None and self.channels > self.codes:
             counts = np.bincount(self.labels, minlength=len(self.classes)).tolist()

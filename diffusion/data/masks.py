@@ -96,7 +96,7 @@ class MaskCoding:
         return np.concatenate([images, greys.repeat(channels, axis=-1)], axis=-2)
 
     def said(self) -> str:
-        """What it is, for people."""
+        """The coding in words."""
         return f"masks of the values {', '.join(map(str, self.values))}, as {self.coding}"
 
     def to_dict(self) -> dict[str, Any]:

@@ -88,7 +88,7 @@ class Source:
     files: Sequence[str] = ()
     root: Path | None = None  # the folder that the files are in or below
     below: Mapping[str, int] = field(default_factory=dict)  # images in folders, some beside these
-    left: str = ""  # what is said of files and folders that are left out
+    left: str = ""  # a note on files and folders that are left out
     how: HowToRead = field(default_factory=HowToRead)
     classes: tuple[str, ...] = ()
     labels: NDArray[np.int64] | None = None
@@ -290,7 +290,7 @@ def _read_page(
 def _walk(root: Path) -> tuple[list[str], list[str], list[Path], str]:
     """Images in natural order, in a folder and below, without hidden ones, folders of masks and
     what this project wrote; the subfolder of each, "" for none or a part of a split such as train/;
-    every table of captions; and what is said of what is left out.
+    every table of captions; and a note on what is left out.
     """
     images: list[tuple[Any, str, tuple[str, ...]]] = []
     tables: list[Path] = []

@@ -138,7 +138,7 @@ class WholeImages:
         )
 
     def lines(self) -> list[str]:
-        """What was found, for people: images, sizes, colours and values."""
+        """A printable description: images, sizes, colours and values."""
         infos = self.infos.values()
         sizes = sorted({(info.height, info.width) for info in infos})
         size = " to ".join(f"{h} x {w}" for h, w in dict.fromkeys((sizes[0], sizes[-1])))

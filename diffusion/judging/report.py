@@ -189,7 +189,7 @@ def _curves(axes: Axes, log: Sequence[dict[str, Any]]) -> None:
     first = min((e["step"] for e in log if "val_loss" in e), default=0)
     seen: list[float] = []
     for key, name, style in (
-        ("loss", "training, as it went", {"color": TRAINING, "alpha": 0.3}),
+        ("loss", "training batches", {"color": TRAINING, "alpha": 0.3}),
         ("val_seen", "training images, averaged weights", {"color": TRAINING, "marker": "o"}),
         ("val_loss", "held out, averaged weights", {"color": HELD_OUT, "marker": "o"}),
     ):

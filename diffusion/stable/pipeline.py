@@ -42,7 +42,7 @@ from unet.layers import sinusoids
 
 STRENGTH = 0.8  # of image to image, where none is asked for
 _LATENT_SIZE = 64  # of a U-Net whose config names none
-_SIZES = 6  # numbers that XL is told of a picture's size and cut
+_SIZES = 6  # numbers for a picture's size and crop, which XL gets
 
 
 class StableDiffusion:

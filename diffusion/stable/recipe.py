@@ -39,7 +39,7 @@ class PictureSettings:
     """
 
     prompt: str
-    negative: str = ""  # what guidance leads away from
+    negative: str = ""  # what guidance steers away from
     steps: int = 25
     sampler: TextSampler = "dpmpp-2m"
     guidance: float = 7.5  # scale of classifier-free guidance; 1: none

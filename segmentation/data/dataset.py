@@ -134,7 +134,7 @@ class SegmentationData:
         return numbers
 
     def describe(self, *, names: bool = True) -> str:
-        """What was found, for people: images, sizes, channels, bit depth, classes, split.
+        """A printable description: images, sizes, channels, bit depth, classes, split.
 
         Args:
             names: name some of the images.

@@ -170,7 +170,7 @@ def find_pairs(
             original stacks; see `segmentation.data.layouts`.
         images, masks: instead of `data`, two folders or two files, or a folder and COCO's JSON
             file.
-        reading: what is said of the images beside what the files say.
+        reading: how to read the images, beyond what their files say.
         cleaning: what is done to the values of the masks.
 
     Raises:
@@ -288,7 +288,7 @@ def pairs_from_arrays(
 
 
 def kind(info: ImageInfo) -> str:
-    """Channels and depth, for people."""
+    """Channels and depth in words."""
     named = {1: "grey", 3: "RGB"}.get(info.channels, f"{info.channels} channels of")
     if info.names:
         return f"{', '.join(info.names)} {info.dtype}"

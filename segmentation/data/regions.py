@@ -130,7 +130,7 @@ class Regions:
         return found
 
     def lines(self) -> str:
-        """The regions for people."""
+        """The regions in words."""
         return "; ".join(f"{n} = {', '.join(map(str, v))}" for n, v in self.values.items())
 
 

@@ -198,7 +198,7 @@ def image_info(path: Path, reading: Reading = AS_STORED) -> ImageInfo:
     A size above MAX_PIXELS is reported, not refused: `read_image` refuses it.
 
     Args:
-        reading: what is said of the file beside what it says itself.
+        reading: how to read the file, beyond what it says itself.
 
     Raises:
         InputError: not an image, no such channel, or a stack whose pages differ, or too many.
@@ -246,7 +246,7 @@ def read_image(
 
     Args:
         page: 0-based slice of a stack; None for a file that holds one image.
-        reading: what is said of the file beside what it says itself.
+        reading: how to read the file, beyond what it says itself.
         alpha: read the alpha channel, too, as the last one, where there is one.
         background: the colour under transparent pixels: red, green and blue from 0 to 255; None:
             alpha is dropped, and they keep the colour that is stored.

@@ -296,7 +296,7 @@ def _base(cls: type, argv: list[str], recipes: Path | None) -> tuple[list[str], 
     if config is not None:
         values = _over(values, load_config(cls, config))
     if "--resume" in argv:
-        # A run goes on with its own settings, whatever else is chosen over them.
+        # A resumed run keeps its own settings, except for those that are given anew.
         out = _take(argv, "--out")[1] or values.get("out") or getattr(cls, "out", None)
         if out is not None and (Path(out) / "config.yaml").is_file():
             own = load_config(cls, Path(out) / "config.yaml")

@@ -54,7 +54,7 @@ class LearnWidget(Container):
         self.start = PushButton(text="Train")
         self.stop = PushButton(text="Stop", enabled=False)
         self.said = Label(value="", label="progress")
-        self.said.native.setWordWrap(True)  # lest a long path widens the widget
+        self.said.native.setWordWrap(True)  # so that a long path does not widen the widget
         self.use = PushButton(text="Predict with the trained model", enabled=False)
         given = [self.image, self.channels, self.painted, self.minutes, self.out, self.init]
         super().__init__(widgets=[*given, self.start, self.stop, self.said, self.use])

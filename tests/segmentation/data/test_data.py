@@ -394,7 +394,7 @@ def test_masks_that_hold_no_classes_are_explained(mask: Array, sentence: str) ->
 
 
 def test_the_ignored_value_must_occur() -> None:
-    with pytest.raises(InputError, match="ignore value 7: the masks hold 0, 255"):
+    with pytest.raises(InputError, match="ignore value 7 is in no mask: the masks hold 0, 255"):
         table_of([0, 255], ignore=7)
     with pytest.raises(InputError, match="all mask pixels have the value 0"):
         table_of([0, 255], ignore=255)
