@@ -112,7 +112,7 @@ def put_by(sheets: Sheets, shown: Sheet | None, drawn: Mapping[str, Any] | None)
         found[sheet.key] = sheet.painted(drawn)
     elif any(layer[..., 3].any() for layer in drawn["layers"]):
         gr.Warning(
-            f"strokes that are not on the picture of {shown.image.name} do not count: show the "
+            f"strokes that are not on the picture of {shown.image.name} are ignored: show the "
             "image, and paint on it"
         )
     return {key: one for key, one in found.items() if (one.classes != IGNORE).any()}
@@ -214,8 +214,8 @@ def judges(page: Page, known: Known) -> list[Pair]:
     config = known.path.parent / "config.yaml"
     if not config.is_file():
         raise InputError(
-            f"nothing says whether what is learnt is better: {known.name} is in no run folder; "
-            "start the page with --held-out and a folder of labelled images"
+            f"there is nothing to compare the old and the new model on: {known.name} is in no run "
+            "folder; start the page with --held-out and a folder of labelled images"
         )
     run = SegmentationOptions(**load_config(SegmentationOptions, config))
     pairs = find_data(run)
@@ -313,13 +313,13 @@ def tab(page: Page, current: gr.State, model: gr.Dropdown) -> None:
     """Builds the tab; `current` holds what was labelled in the tab before, `model` is chosen."""
     lesson, sheet, sheets, better = gr.State(None), gr.State(None), gr.State({}), gr.State(None)
     gr.Markdown(
-        "Paint over what is wrong, in the colour of the class that it is. What is not painted, and "
-        "*don't know*, counts for nothing. What you painted on other images, or before you showed "
-        "this one again, counts on."
+        "Paint over what is wrong, in the colour of the right class. Unpainted pixels and *don't "
+        "know* are ignored. What you painted on other images, or before you showed this one "
+        "again, still counts."
     )
     with gr.Row():
         shown = gr.Dropdown([], label="Image", interactive=True, elem_id="learn-image", scale=2)
-        see = gr.Slider(0, 1, 0.5, step=0.05, label="Opacity of what was found", scale=2)
+        see = gr.Slider(0, 1, 0.5, step=0.05, label="Opacity of the prediction", scale=2)
         take = gr.Button("Show the image", elem_id="learn-show", scale=1)
     legend = gr.HTML()
     editor = gr.ImageEditor(
