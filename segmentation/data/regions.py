@@ -104,7 +104,7 @@ class Regions:
         )
 
     def found(self, probability: NDArray[np.floating], threshold: float) -> NDArray[np.bool_]:
-        """Where (R, H, W) each region is, by its probability."""
+        """Where (R, H, W) each region is found, by its probability."""
         return np.asarray(probability > threshold)
 
     def label_map(self, probability: NDArray[np.floating], threshold: float) -> NDArray[np.uint8]:
