@@ -554,14 +554,14 @@ class Segmenter:
             if info.dtype != self.dtype:
                 cures.append(f"give it in {self.dtype}, with values as in the training images")
             raise InputError(
-                f"{where} has {counted(info.channels, 'channel')}{some} of {info.dtype}, where the "
+                f"{where} has {counted(info.channels, 'channel')}{some} of {info.dtype}, but the "
                 f"training images have {self.channels}{trained} of {self.dtype}: "
                 f"{', and '.join(cures)}"
             )
         if known and info.names and known != info.names:
             raise InputError(
-                f"{where} has the channels {', '.join(info.names)}, where the training images "
-                f"have {', '.join(known)}: choose and order them with --channels"
+                f"{where} has the channels {', '.join(info.names)}, but the training images have "
+                f"{', '.join(known)}: choose and order them with --channels"
             )
 
 

@@ -207,8 +207,8 @@ def find_synthetic(options: SegmentationOptions, wanted: ImageInfo) -> list[Pair
     info = pairs[0].info
     if (info.channels, info.dtype) != (wanted.channels, wanted.dtype):
         raise InputError(
-            f"--synthetic {options.synthetic} holds images of {kind(info)}, where the real ones "
-            f"are {kind(wanted)}: save them in the same way"
+            f"--synthetic {options.synthetic} holds images of {kind(info)}, but the real ones are "
+            f"{kind(wanted)}: save them in the same way"
         )
     return pairs
 

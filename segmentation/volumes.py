@@ -284,7 +284,7 @@ def _check(predictor: FilePredictor) -> None:
     if predictor.labels:
         raise InputError(f"--labels numbers the parts of a slice, not those of a volume: {cure}")
     if isinstance(predictor.segmenter.table.values[0], tuple):
-        raise InputError("the masks of this model are colours, which a volume of masks is not")
+        raise InputError("the masks of this model are colours, which a volume of masks cannot hold")
 
 
 def _going_on(progress: Progress, results: Sequence[Path], overwrite: bool) -> bool:

@@ -81,12 +81,10 @@ def not_there(path: object, what: str = "file or folder") -> str:
     that no shell expanded, as behind a =.
     """
     if is_address(path):
-        return "an address elsewhere, and only files here are read: download it"
+        return "an address on the Web, but only local files are read: download it"
     if str(path).startswith("~"):
         home = os.path.expanduser(str(path))
-        return (
-            f"no such {what}: ~ stands for a home folder where a shell reads it, so give {home!r}"
-        )
+        return f"no such {what}: only a shell expands ~, so give {home!r}"
     return f"no such {what}"
 
 

@@ -69,7 +69,7 @@ class MaskSampler:
         rows, columns = self.sampler.height, self.sampler.width
         if height * columns != width * rows:
             raise InputError(
-                f"{str(file)!r} is {height} x {width}, where the model makes masks of {rows} x "
+                f"{str(file)!r} is {height} x {width}, but the model makes masks of {rows} x "
                 f"{columns}: cut it to these proportions"
             )
         indices = self._sampled(file)

@@ -226,12 +226,12 @@ class Condition:
         if self.kind == "mask":
             mask = read_mask(file)
             if mask.ndim == 3:
-                raise InputError(f"{str(file)!r} holds colours, where the conditions are numbers")
+                raise InputError(f"{str(file)!r} holds colours, but the conditions are numbers")
             known = np.isin(mask, self.values)
             if not known.all():
                 strange = np.unique(mask[~known])[:5].tolist()
                 raise InputError(
-                    f"{str(file)!r} holds the values {strange}, where the conditions have "
+                    f"{str(file)!r} holds the values {strange}, but the conditions have "
                     f"{list(self.values)}"
                 )
             return ((mask[..., None] == np.array(self.values)) * np.uint8(255)).astype(np.uint8)
@@ -293,7 +293,7 @@ class Condition:
                 raise InputError(f"it is a stack of {info.pages} pages: give a file for each")
             if self.kind == "mask":
                 if info.channels != 1 and info.palette is None:
-                    raise InputError("it holds colours, where the conditions are numbers")
+                    raise InputError("it holds colours, but the conditions are numbers")
                 if info.lossy:
                     raise InputError("JPEG and WebP change the values of masks: save it as PNG")
             else:

@@ -61,7 +61,7 @@ class MaskCoding:
         known = mask.ndim == 2 and np.array(self.values)[indices] == mask
         if not np.all(known):
             strange = "colours" if mask.ndim == 3 else np.unique(mask[~known])[:5].tolist()
-            raise InputError(f"{str(file)!r} holds {strange}, where masks have {list(self.values)}")
+            raise InputError(f"{str(file)!r} holds {strange}, but masks have {list(self.values)}")
         return self.codes[indices]
 
     def indices(self, pixels: Pixels) -> NDArray[np.uint8]:
@@ -131,7 +131,7 @@ def find_masks(files: Sequence[str], coding: Coding) -> MaskCoding:
     if len(values) > MAX_CLASSES or values[-1] > 255:
         raise InputError(
             f"the files up to {survey.first[values[-1]]} hold {len(values)} values up to "
-            f"{values[-1]}, where masks have up to {MAX_CLASSES} values of 0 to 255: name a folder "
+            f"{values[-1]}, but masks have up to {MAX_CLASSES} values of 0 to 255: name a folder "
             "of masks"
         )
     if len(values) < 2:

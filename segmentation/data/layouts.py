@@ -261,7 +261,7 @@ def _nnunet(data: Path) -> Layout:
         if len(channels) < most:
             gone = next(i for i in range(most) if i not in channels)
             raise InputError(
-                f"{str(data / 'imagesTr')!r}: {name} has no channel {gone:04d}, where others have "
+                f"{str(data / 'imagesTr')!r}: {name} has no channel {gone:04d}, but others have "
                 f"{most} channels"
             )
     matches = [

@@ -122,7 +122,7 @@ class Normalisation:
         """
         if image.shape[2] != len(self.mean) or image.dtype != self.dtype:
             raise InputError(
-                f"an image with {counted(image.shape[2], 'channel')} of {image.dtype}, where the "
+                f"an image with {counted(image.shape[2], 'channel')} of {image.dtype}, but the "
                 f"training images have {len(self.mean)} of {self.dtype}; convert it"
             )
         mean, std = np.array(self.mean, np.float32), np.array(self.std, np.float32)
@@ -133,8 +133,8 @@ class Normalisation:
         unit = self.low is not None and self.high is not None and 0 <= self.low <= self.high <= 1
         if unit and self.dtype == "float32" and _beyond_unit(image[~unknown]):
             raise InputError(
-                f"its values go up to {image[~unknown].max():g}, where those of the training "
-                "images are from 0 to 1: scale it the same way"
+                f"its values go up to {image[~unknown].max():g}, but those of the training images "
+                "are from 0 to 1: scale it the same way"
             )
         if unknown.any():
             scaled[:, unknown] = 0

@@ -230,7 +230,7 @@ def test_files_and_stacks(model: Segmenter, tmp_path: Path) -> None:
     assert np.array_equal(model(str(tmp_path / "x.png")), mask)
     assert np.array_equal(model(tmp_path / "x.tif"), np.stack([mask, mask]))
     write_image(tmp_path / "rgb.png", np.stack([IMAGE] * 3, axis=-1))
-    with pytest.raises(InputError, match=r"rgb.png' has 3 channels of uint8, where the training"):
+    with pytest.raises(InputError, match=r"rgb.png' has 3 channels of uint8, but the training"):
         model(tmp_path / "rgb.png")
     write_image(tmp_path / "deep.png", IMAGE.astype(np.uint16))
     with pytest.raises(InputError, match=r"has 1 channel of uint16, .*: give it in uint8"):

@@ -384,7 +384,7 @@ def read_mask(
                     "channel differs: the mask is in there; save that channel as the mask"
                 )
         if info.channels not in (1, 3):
-            raise InputError(f"it has {info.channels} channels, where a mask has 1 or a colour 3")
+            raise InputError(f"it has {info.channels} channels, but a mask has 1, or 3 for colours")
         if array.dtype.kind == "f":
             known = np.isfinite(array) & (abs(array) < 2**31)
             if not (known & ((array == np.round(array)) | lossy)).all():

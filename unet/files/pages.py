@@ -206,7 +206,7 @@ class Stored:
 
     def __post_init__(self) -> None:
         if not {"Y", "X"} <= set(self.axes) or len(self.axes) != len(self.shape):
-            raise InputError(f"its axes {self.axes} of {self.shape} are no rows and columns")
+            raise InputError(f"its axes {self.axes} of {self.shape} are not rows and columns")
         if not {"Y", "X"} <= set(self.axes[self.leading :]):
             raise InputError(f"its axes {self.axes} do not end in rows and columns")
 
@@ -220,7 +220,7 @@ class Stored:
             return self
         if len(axes) != len(self.axes):
             raise InputError(
-                f"axes {axes} are {len(axes)}, but it has {len(self.axes)}: {self.axes} of "
+                f"axes {axes} name {len(axes)} axes, but it has {len(self.axes)}: {self.axes} of "
                 f"{' x '.join(map(str, self.shape))}"
             )
         return replace(self, axes=axes)
@@ -377,7 +377,9 @@ def naming(path: Path) -> Iterator[None]:
             warnings.simplefilter("ignore")
             if path.is_symlink() and not path.exists():
                 target = os.readlink(path)
-                raise InputError(f"a link to {target!r}, where nothing is: mend it, or delete it")
+                raise InputError(
+                    f"a link to {target!r}, which does not exist: mend it, or delete it"
+                )
             yield
     except InputError as error:
         raise InputError(f"{str(path)!r}: {error}") from error.__cause__

@@ -154,8 +154,8 @@ def read_shards(files: Sequence[Path], *, masks: bool, caption_key: str | None =
             of_masks = [folder.as_posix() for folder in mask_folders(map(Path, folders), Path())]
             if of_masks and masks:
                 raise InputError(
-                    f"the masks in it lie in a folder of their own, {of_masks[0]}, where a sample "
-                    "has its image and its mask under one name: unpack it, and name the folder "
+                    f"the masks in it lie in a folder of their own, {of_masks[0]}, but a sample "
+                    "needs its image and its mask under one name: unpack it, and name the folder "
                     "that comes out of it"
                 )
             left += [f"{file}/{folder}" for folder in of_masks]

@@ -119,9 +119,9 @@ def turned(image: Path, mask: Path) -> tuple[bool, bool, bool]:
         return found[0], found[1], found[2]
     raise InputError(
         f"slices, rows and columns run to {_towards(theirs)} in {str(image)!r}, but to "
-        f"{_towards(own)} in {str(mask)!r}, by what the files say of places in the body: resample "
-        "the mask onto the image or, where its voxels do lie as the image's, save it with the "
-        "affine of the image, or with sform_code and qform_code 0, which say nothing"
+        f"{_towards(own)} in {str(mask)!r}, by the positions in the body that the files give: "
+        "resample the mask onto the image or, if its voxels do match the image's, save it with "
+        "the affine of the image, or with sform_code and qform_code 0 (unknown)"
     )
 
 

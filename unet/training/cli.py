@@ -190,7 +190,7 @@ def complete(options: Any, argv: Sequence[str], program: str) -> None:
     writes = argv[0].replace("_", "-") == COMPLETION[1]
     if len(argv) != 2 + writes or argv[1] not in SHELLS:
         file = " and a file" if writes else ""
-        raise InputError(f"{argv[0]} needs a shell{file} behind it: one of {', '.join(SHELLS)}")
+        raise InputError(f"{argv[0]} needs a shell{file} after it: one of {', '.join(SHELLS)}")
     tyro.cli(options, args=list(argv), prog=program)
 
 
@@ -278,7 +278,7 @@ def _take(argv: list[str], option: str) -> tuple[list[str], str | None]:
             raise InputError(f"{option} is given twice; give one, and options beside it")
         found = value if equals else next(tokens, "")
         if not found or found.startswith("--"):
-            raise InputError(f"{option} needs a value behind it")
+            raise InputError(f"{option} needs a value after it")
     return rest, found
 
 
@@ -333,7 +333,9 @@ def _check_given(cls: type, argv: list[str]) -> None:
     for name in field_types(cls).keys() - _TEXTS:
         option = f"--{name.rstrip('_').replace('_', '-')}"
         if "" in (_values(argv, option) or ()):
-            raise InputError(f"{option} is empty, as of a variable that is not set: give a value")
+            raise InputError(
+                f"{option} is empty, perhaps from a variable that is not set: give a value"
+            )
 
 
 def _unchecked(cls: type, values: dict[str, Any]) -> Any:
@@ -388,7 +390,7 @@ def _diagnosis(cls: type, argv: list[str], box: str) -> str:
     unknown = re.search(r"Unrecognized options: (\S+)", text)
     if unknown and unknown[1] in argv[1:]:
         before = argv[argv.index(unknown[1], 1) - 1]
-        return f"'{unknown[1]}' behind '{before}' is of no option (--help lists the options)"
+        return f"'{unknown[1]}' after '{before}' belongs to no option (--help lists the options)"
     for name, hint in field_types(cls).items():
         option = f"--{name.replace('_', '-')}"
         given = _values(argv, option)

@@ -56,7 +56,7 @@ def _refuse(options: FitOptions, before: Mapping[str, Any], names: list[str]) ->
         _flags(kind, {name: values[name] for name in names}) for values in (vars(options), before)
     )
     text = (
-        f"the run in {run} was started with {was}, not {now}: leave that out to go on with it, or "
+        f"the run in {run} was started with {was}, not {now}: leave that out to resume it, or "
         "give another --out for a new run"
     )
     if hasattr(options, "init") and not {"init", "network", "width"} & set(names):

@@ -298,5 +298,5 @@ def test_a_folder_that_does_not_fit_is_one_sentence(folders: tuple[Path, Path, P
         DiffusionData(image, condition=str(mask))
     condition = find_condition(str(mask), 1)
     write_image(mask / "2.png", np.full((20, 24), 3, np.uint8))
-    with pytest.raises(InputError, match=r"holds the values \[3\], where the conditions have"):
+    with pytest.raises(InputError, match=r"holds the values \[3\], but the conditions have"):
         condition.read(mask / "2.png")

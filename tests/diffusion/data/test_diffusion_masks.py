@@ -73,7 +73,7 @@ def test_what_is_no_mask_is_told(tmp_path):
     options = {"out": tmp_path / "run", "data": str(tmp_path / "images"), "target": "mask"}
     with pytest.raises(InputError, match="give the folder of these as --condition"):
         DiffusionOptions(**options)
-    with pytest.raises(InputError, match=r"hold 1.. values up to 255, where masks have up to 32"):
+    with pytest.raises(InputError, match=r"hold 1.. values up to 255, but masks have up to 32"):
         train(DiffusionOptions(**options, condition=str(tmp_path / "images")))
 
 

@@ -590,7 +590,7 @@ BAD: dict[str, tuple[bytes, str]] = {
     "zstd bomb": (packed(50000, imagecodecs.zstd_encode(ZEROS)), "damaged"),
     "jpeg in tiff": (packed(7, pillow(GREY, "JPEG")), "damaged"),
     "empty tiff": (b"II*\0" + bytes(20), "damaged|no page"),
-    "ring of pages": (bigtiff(*[{}] * 120, then=16), "leads back to page 0|several pages"),
+    "ring of pages": (bigtiff(*[{}] * 120, then=16), "points back to page 0|several pages"),
     "lost page": (bigtiff({}, then=10**6), "page 1 is missing"),
     "cmyk tiff": (tiff(noise(7, 5, 4), photometric="separated"), "save it as grey or RGB"),
     "complex tiff": (tiff(GREY.astype(np.complex64)), "8 or 16 bits or float"),
