@@ -114,7 +114,7 @@ def test_every_path_that_is_not_there(name: str, kind: type, capsys: Any) -> Non
     [
         ("https://example.org/x.zip", "an address on the Web, but only local files are read"),
         ("~/nowhere", "only a shell expands ~, so give "),
-        ("", "--data is empty, perhaps from a variable that is not set"),
+        ("", "--data is empty, perhaps an unset variable"),
     ],
 )
 def test_data_that_are_not_here_for_a_reason(name: str, data: str, why: str, capsys: Any) -> None:

@@ -333,9 +333,7 @@ def _check_given(cls: type, argv: list[str]) -> None:
     for name in field_types(cls).keys() - _TEXTS:
         option = f"--{name.rstrip('_').replace('_', '-')}"
         if "" in (_values(argv, option) or ()):
-            raise InputError(
-                f"{option} is empty, perhaps from a variable that is not set: give a value"
-            )
+            raise InputError(f"{option} is empty, perhaps an unset variable: give a value")
 
 
 def _unchecked(cls: type, values: dict[str, Any]) -> Any:
