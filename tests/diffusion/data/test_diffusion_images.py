@@ -260,7 +260,7 @@ def test_a_damaged_file_is_named_or_left_out_once(
         DiffusionData(tmp_path)
     (tmp_path / "8.png").unlink()
     (tmp_path / "8.png").symlink_to("gone.png")
-    with pytest.raises(InputError, match=r"8\.png': a link to 'gone\.png', where.*--skip-bad"):
+    with pytest.raises(InputError, match=r"8\.png': a link to 'gone\.png', which.*--skip-bad"):
         DiffusionData(tmp_path)
     (tmp_path / "8.png").unlink()
     with pytest.raises(InputError, match=r"7\.png.*--skip-bad"):

@@ -123,7 +123,7 @@ def test_a_link_to_nothing_is_listed_and_named_when_it_is_read(
     for listing in (list_images, images_below):
         assert listing(tmp_path) == [tmp_path / name]
     for read in (image_info, read_image, read_mask):
-        with pytest.raises(InputError, match=f"{name}': a link to '{target or name}', where noth"):
+        with pytest.raises(InputError, match=f"{name}': a link to '{target or name}', which does"):
             read(tmp_path / name)
 
 

@@ -117,7 +117,7 @@ def test_plain_zarr_says_its_axes_or_is_told(tmp_path, version):
     if version == 2:  # as xarray says it
         made.attrs["_ARRAY_DIMENSIONS"] = ["time", "x", "y"]
         check_pages(tmp_path / "x.zarr", turned)
-        with pytest.raises(InputError, match="axes ZCYX are 4, but it has 3"):
+        with pytest.raises(InputError, match="axes ZCYX name 4 axes, but it has 3"):
             image_info(tmp_path / "x.zarr", Reading(axes="ZCYX"))
 
 
