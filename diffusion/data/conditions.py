@@ -521,7 +521,7 @@ def partners(
     if alone:
         raise InputError(
             f"{str(folder)!r} has no {what} for {counted(len(alone), 'image')}, such as "
-            f"{alone[0]!r}: give each the name of its image, in folders like those of the images"
+            f"{alone[0]!r}: give each {what} its image's name, in folders like those of the images"
         )
     return found
 

@@ -281,7 +281,7 @@ def test_a_recipe_that_is_none_is_refused(said: str, told: str) -> None:
 def test_an_image_gets_no_picture_of_another_image(tmp_path: Path, flag: str) -> None:
     for place in ("image/a/0.png", "image/b/0.png", "mask/b/0.png"):
         write_image(tmp_path / place, IMAGES[0] // 200)
-    with pytest.raises(InputError, match=r"no \w+ for 1 image, such as '.*image/a/0\.png': it has"):
+    with pytest.raises(InputError, match=r"no \w+ for 1 image, such as '.*image/a/0\.png': give"):
         DiffusionData(tmp_path / "image", **{flag: str(tmp_path / "mask")})
     for images in ("", "image"):
         with pytest.raises(InputError, match=r"/image/\w/0.png' would be its own \w+: give"):
