@@ -1,4 +1,4 @@
-"""Whether sampled masks are as annotators would draw them: annotators.py --out DIR.
+"""Compare sampled masks with those of annotators: annotators.py --out DIR.
 
 Generated images with six masks each (`segmentation.data.annotators`); every way makes 16 masks of
 each image that no training has seen, which are held against the six: a segmentation sampled pixel

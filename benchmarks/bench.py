@@ -1,4 +1,4 @@
-"""Measure this code beside others on this machine: bench.py [--rows classic-step sd-v1].
+"""Measure this code and others on this machine: bench.py [--rows classic-step sd-v1].
 
 Each side of a row runs in a process of its own; the sides take turns, round by round, and the
 medians of their seconds are compared. Where they share weights, what they compute is compared
@@ -187,7 +187,7 @@ def _measure(name: str, options: Options) -> dict[str, Any]:
 
 
 def _difference(name: str, sides: list[Side], tolerance: float | None) -> float | None:
-    """How far what the sides compute lies apart; too far is an error."""
+    """The difference between the results of the sides; too large a one is an error."""
     if tolerance is None:
         return None
     import numpy as np
@@ -231,7 +231,7 @@ def _matrix_peak(options: Options) -> float:
 
 
 def _start(options: Options) -> dict[str, Any]:
-    """How long commands take that do nothing yet."""
+    """The start-up time of commands."""
     commands = {"import torch": ["-c", "import torch"]}
     commands |= {f"{s}.py --help": [str(ROOT / f"scripts/{s}.py"), "--help"] for s in SCRIPTS}
     seconds: dict[str, list[float]] = {name: [] for name in commands}

@@ -1,4 +1,4 @@
-"""What unlabelled images are worth where labels are few.
+"""The benefit of unlabelled images where labels are few.
 
     python benchmarks/few_labels.py --isbi FOLDER --out DIR
     python benchmarks/few_labels.py --nuclei FOLDER --labels 1s 4s 16s --out DIR
@@ -129,7 +129,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Images:
-    """What is labelled, and what it is scored by."""
+    """The labelled images, and those for scoring."""
 
     pairs: list[Pair]
     """Of which some are labelled."""
@@ -143,7 +143,7 @@ class Images:
     """Whether masks number objects."""
 
     cells: int | None = None
-    """The class of what membranes surround."""
+    """The class between the membranes."""
 
     @classmethod
     def of(cls, options: Options) -> Images:
@@ -158,7 +158,8 @@ class Images:
         return cls(pairs[:-16], pairs[-16:], [])
 
     def figures(self, models: Sequence[SegmentationUNet], classes: ClassTable) -> dict[str, float]:
-        """What the models reach on the images that are scored, plainly and averaged over turns."""
+        """The figures of the models on the scored images, plain and averaged over the
+        symmetries."""
         data = labelled_data(models, self.scored, classes)
         found: dict[str, float] = {}
         for suffix, symmetries in (("_turned", True), ("", False)):

@@ -1,4 +1,5 @@
-"""Minutes of training until cells are parted as well as asked: quality.py --data ISBI_FOLDER.
+"""Minutes of training until cells are separated as well as requested: quality.py --data
+ISBI_FOLDER.
 
 Three trainings after one another on the same slices, scored alike on those held out: this code,
 the recipe that tutorials of the challenge share, and MONAI's `BasicUNet` in the loop of
@@ -59,7 +60,7 @@ class Options:
     """V_Rand after border thinning, the mean over the slices held out, at its best threshold."""
 
     ours: float = 0.18
-    """Minutes that our training is given; its figure is that of its end."""
+    """Minutes of our training; its figure is the one at its end."""
 
     recipe: str = "quick"
     """Recipe of our training."""
@@ -184,7 +185,8 @@ def _tutorial(data: SegmentationData) -> tuple[nn.Module, torch.optim.Optimizer,
 
 
 def _monai(data: SegmentationData) -> tuple[nn.Module, torch.optim.Optimizer, Losses, Predict]:
-    """Four crops of 96 x 96 from each of four slices, flips and turns, Dice loss, Adam at 1e-3."""
+    """Four crops of 96 x 96 from each of four slices, flips and rotations, Dice loss, Adam at
+    1e-3."""
     from monai import transforms
     from monai.data import DataLoader, Dataset, list_data_collate
     from monai.inferers import SlidingWindowInferer

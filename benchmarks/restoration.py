@@ -1,4 +1,4 @@
-"""What sampling is worth beside regression: restoration.py --data FOLDER --out DIR.
+"""Sampling compared with regression: restoration.py --data FOLDER --out DIR.
 
 A diffusion model and a plain regression (the same network without its timestep, trained on the
 squared error, which adds its output to what takes no model) learn in the same minutes to make
@@ -66,7 +66,7 @@ class Options:
     """Folder of images, of which the last sixth is judged; or membranes or shapes, generated."""
 
     condition: str = "lowres:4"
-    """What they are made from: lowres:4, noise:0.2, grey or hole."""
+    """The condition: lowres:4, noise:0.2, grey or hole."""
 
     size: int = 64
     """Side of the crops."""
@@ -203,13 +203,13 @@ def regressed(settings: DiffusionOptions, data: DiffusionData) -> Regression:
 
 @torch.no_grad()
 def applied(regression: Regression, pairs: Pairs) -> Images:
-    """What the regression makes of the pictures, uint8 (N, H, W, C)."""
+    """The regression's images of the pictures, uint8 (N, H, W, C)."""
     pictures = [picture for w in pairs.wanted if (picture := Asked.of(w).read()) is not None]
     return np.concatenate([to_bytes(regression(picture[None])) for picture in pictures])
 
 
 def features(options: Options, channels: int) -> ClassifierFeatures:
-    """Those of a network that nobody trained."""
+    """The features of an untrained network."""
     size = (options.size, options.size)
     torch.manual_seed(0)
     info: dict[str, Any] = {"classes": ["a", "b"], "size": list(size)}

@@ -1,4 +1,4 @@
-"""What is measured: each row is a piece of work, each side does it with another code."""
+"""The measurements: each row is a piece of work, which each side does with different code."""
 
 from benchmarks import diffusion_rows, engine_rows, scaling_rows, segmentation_rows
 

@@ -1,4 +1,5 @@
-"""Few evaluations here beside many DDIM steps there: samples.py --model RUN/model --data FILE ...
+"""Few evaluations of our samplers compared with many DDIM steps of diffusers: samples.py --model
+RUN/model --data FILE ...
 
 One trained network, ours and as diffusers' `UNet2DModel` with the same weights; each makes samples
 in its usual way, and both sets are judged by the Fréchet distance to the real images. The image
@@ -54,7 +55,7 @@ class Options:
     """File for the figures."""
 
     count: int = 2000
-    """Samples a side."""
+    """Samples per side."""
 
     steps: int = 15
     """Our evaluations of the network."""

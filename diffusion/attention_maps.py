@@ -1,4 +1,4 @@
-"""Where each word of a prompt goes: cross-attention over the image, as heat maps.
+"""Where each word of a prompt is looked at: cross-attention over the image, as heat maps.
 
 Averaged over heads, layers and steps, as in DAAM (Tang et al., arXiv 2210.04885, sec. 3).
 """
@@ -28,10 +28,10 @@ _HEAT = 0.7  # share of the heat's colour in a picture; the rest is the image in
 
 
 class AttentionRecord:
-    """The cross-attention of some forwards of a U-Net; made by `recorded_attention`.
+    """The cross-attention of some forward passes of a U-Net; made by `recorded_attention`.
 
     Attributes:
-        paused: set it to pass over forwards.
+        paused: set it to skip forward passes.
     """
 
     def __init__(self, images: int | None) -> None:
@@ -42,7 +42,7 @@ class AttentionRecord:
         self._size = (1, 1)  # of the map whose pixels attend next
 
     def __len__(self) -> int:
-        """How many forwards are recorded."""
+        """How many forward passes are recorded."""
         return len(self._forwards)
 
     def maps(self, size: tuple[int, int], forwards: slice = slice(None)) -> Tensor:
@@ -61,7 +61,7 @@ class AttentionRecord:
         chosen = self._forwards[forwards]
         if not chosen:
             raise InputError(
-                f"no attention to make a picture of: {len(self)} forwards are recorded, and "
+                f"there is no attention to draw: {len(self)} forward passes are recorded, and "
                 f"{forwards} has none of them"
             )
         # Guidance pads a prompt to the length of the other one, but not at every noise level.
@@ -91,10 +91,10 @@ class AttentionRecord:
 
 @contextlib.contextmanager
 def recorded_attention(model: nn.Module, images: int | None = None) -> Iterator[AttentionRecord]:
-    """Records the cross-attention of a network's forwards; what the network gives is the same.
+    """Records the cross-attention of a network's forward passes; its outputs stay the same.
 
-    While it is on, each cross-attention computes its probabilities beside the fused kernel. Before
-    and after, there is nothing of it in the network.
+    While it is active, each cross-attention also computes its probabilities, beside the fused
+    kernel. Afterwards the network is as it was before.
 
     Args:
         model: a `UNet`, or what has one inside, such as `DiffusionUNet`; not compiled.
@@ -138,7 +138,7 @@ def attention_figure(image: RGB, words: Sequence[str], maps: Tensor) -> Image.Im
     if len(words) > len(maps) or maps.shape[1:] != image.shape[:2]:
         raise InputError(
             f"{len(words)} words and an image of {image.shape[0]} x {image.shape[1]} do not go "
-            f"with maps {tuple(maps.shape)}: give one map a word, of the image's size"
+            f"with maps {tuple(maps.shape)}: give one map per word, of the image's size"
         )
     heats = maps[: len(words)].numpy()
     cells = [cell(composite(image)), *(cell(_overlaid(image, heat)) for heat in heats)]
@@ -158,7 +158,7 @@ def _overlaid(image: RGB, heat: NDArray[np.float32]) -> RGB:
 def mass_inside(heat: Tensor, mask: Tensor) -> float:
     """The share of a word's attention that lies inside an object.
 
-    By chance it is `mask.float().mean()`, the share of the image that the object covers.
+    By chance it would be `mask.float().mean()`, the share of the image that the object covers.
 
     Args:
         heat: (H, W), 0 or more, such as one of `AttentionRecord.maps`.

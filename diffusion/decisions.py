@@ -1,4 +1,4 @@
-"""What the training of a diffusion model will be: decided once, from the options and the data."""
+"""Decides how a diffusion model is trained: once, from the options and the data."""
 
 from __future__ import annotations
 
@@ -59,12 +59,13 @@ TEXT_CHANNELS = 128  # of a token of our own text encoder
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusionPlan(RunPlan):
-    """All that the training of a diffusion model reads beside its data.
+    """Everything that the training of a diffusion model needs apart from its data.
 
     Attributes:
         options: the command line with each choice filled in, which repeats the run.
         levels: the noise levels that are trained on.
-        clip: what reads the captions; None: no captions, or a text encoder that is trained along.
+        clip: the CLIP that reads the captions; None: no captions, or a text encoder that is trained
+            as well.
     """
 
     options: DiffusionOptions
@@ -75,7 +76,7 @@ class DiffusionPlan(RunPlan):
 
 
 def decide(options: DiffusionOptions, data: Data) -> DiffusionPlan:
-    """What the run of these options on these data will be.
+    """The plan of a run with these options on these data.
 
     Raises:
         InputError: options that do not fit each other or the data; a pipeline that cannot be read.
@@ -136,15 +137,14 @@ def decide(options: DiffusionOptions, data: Data) -> DiffusionPlan:
 
 
 def check_options(options: DiffusionOptions) -> None:
-    """Raises the InputError of `decide` where the options alone call for it, without the data.
-
-    What reads weights to say it, of a single file and of a LoRA, is left to `decide`.
+    """Raises the InputError of `decide` that the options alone call for, without the data. Checks
+    that read the weights of a single file or of a LoRA are left to `decide`.
     """
     check_network(options)
     if options.prior and clip_folder(options) is None:
         raise InputError(
-            f"--prior {options.prior} needs captions that CLIP reads, as words of our own would be "
-            "chosen anew: give --latents or --text-encoder with a pipeline"
+            f"--prior {options.prior} needs captions that CLIP reads, as a vocabulary of our own "
+            "would be built anew: give --latents or --text-encoder with a pipeline"
         )
     if folder := clip_folder(options):
         check_clip_parts(folder)
@@ -162,7 +162,8 @@ def check_options(options: DiffusionOptions) -> None:
 
 
 def check_start(options: DiffusionOptions, start: Start) -> None:
-    """Raises an InputError for a model of --init that is not trained here, or not by these."""
+    """Raises an InputError for a model of --init that cannot be trained, or not with these
+    options."""
     if start.config.vector_channels:
         raise InputError(
             f"--init {options.init} is of Stable Diffusion XL, which txt2img runs but which "
@@ -174,7 +175,8 @@ def check_start(options: DiffusionOptions, start: Start) -> None:
 
 
 def check_network(options: DiffusionOptions) -> None:
-    """Raises an InputError for a --network that is none of a diffusion model of these options."""
+    """Raises an InputError for a --network that does not fit a diffusion model with these
+    options."""
     if options.network != "auto" and options.network not in (fits := _presets(options)):
         what = "with" if options.captions else "without"
         raise InputError(
@@ -195,7 +197,7 @@ def _presets(options: DiffusionOptions) -> list[str]:
 
 
 def data_info(options: DiffusionOptions, data: Data) -> dict[str, Any]:
-    """What a model's `info` says of its images, and of what is given or made beside them."""
+    """The entries of a model's `info` on its images, and on what is given or made with them."""
     images = images_of(data)
     info: dict[str, Any] = {
         "size": list(images.size),
@@ -218,7 +220,8 @@ def data_info(options: DiffusionOptions, data: Data) -> dict[str, Any]:
 
 
 def chosen_start(options: DiffusionOptions, data: Data, info: Mapping[str, Any]) -> Start | None:
-    """The model of --init, its first weights fitted to the images and what lies beside them.
+    """The model of --init, its first weights adapted to the channels of the images and what comes
+    with them.
 
     Args:
         info: of the new model, as `data_info` gives it.
@@ -254,22 +257,22 @@ def fit_jumps(options: DiffusionOptions, start: Start) -> Start:
         return start
     config = replace(start.config, jumps=jumps)
     if jumps:
-        return start.changed(config, with_jumps, "told of jumps")
-    return start.changed(config, without_jumps, "without its jumps")
+        return start.changed(config, with_jumps, "with an input for jumps")
+    return start.changed(config, without_jumps, "without its input for jumps")
 
 
 def check_classes(options: DiffusionOptions, start: Start, data: Data) -> None:
-    """Raises an InputError where a model that is taken as it is knows other classes."""
+    """Raises an InputError where a model that is used unchanged has other classes."""
     theirs, ours = start.info.get("classes", []), list(data.classes) if options.classes else []
     if (as_it_is := _as_it_is(options)) and theirs != ours:
         raise InputError(
-            f"--init {options.init} was trained on the classes {theirs}, but this is of "
-            f"{ours}: {as_it_is} needs the same"
+            f"--init {options.init} was trained on the classes {theirs}, but these data have "
+            f"{ours}: {as_it_is} needs the same classes"
         )
 
 
 def _as_it_is(options: DiffusionOptions) -> str:
-    """The option that takes the model of --init as it is, if one does."""
+    """The option that uses the model of --init unchanged, if there is one."""
     if options.trained == "lora":
         return "--trained lora"
     return "" if options.few_steps is None else "--few-steps"
@@ -278,7 +281,7 @@ def _as_it_is(options: DiffusionOptions) -> str:
 def check_teacher(
     options: DiffusionOptions, start: Start, schedule: NoiseSchedule, prediction: PredictionName
 ) -> None:
-    """Raises an InputError where --few-steps asks a model for its ways that cannot teach them."""
+    """Raises an InputError where the model of --init cannot be the teacher of --few-steps."""
     if options.few_steps is None:
         return
     if "prediction" not in start.info:
@@ -288,18 +291,19 @@ def check_teacher(
         )
     if (schedule, prediction) != noise_of(str(options.init), start):
         raise InputError(
-            f"--few-steps follows the ways of --init {options.init}, with its noise levels and its "
-            "kind of prediction: leave out --noise, --timesteps, --zero-snr and --prediction"
+            f"--few-steps imitates how --init {options.init} samples, with its noise levels and "
+            "its kind of prediction: leave out --noise, --timesteps, --zero-snr and --prediction"
         )
     if options.few_steps != 1 and not (options.classes or options.captions):
         raise InputError(
-            f"--few-steps {options.few_steps} guides by a class or a text, and the model has none: "
-            "give --few-steps 1"
+            f"--few-steps {options.few_steps} guides by a class or a text, but the model takes "
+            "neither: give --few-steps 1"
         )
     if "coupling" in start.info:
         raise InputError(
-            f"--init {options.init} was trained with --coupling ot, which fresh noise on the way "
-            "does not go with, and few steps draw some: give a model without"
+            f"--init {options.init} was trained with --coupling ot, which does not allow fresh "
+            "noise during sampling, but sampling in few steps draws it: give a model that was "
+            "trained without"
         )
     if options.captions != bool({"text", "text_encoder"} & start.info.keys()):
         raise InputError(
@@ -308,21 +312,21 @@ def check_teacher(
 
 
 def chosen_extras(options: DiffusionOptions) -> tuple[dict[str, Any], list[Decision]]:
-    """What is asked for beyond the usual training: entries of `info`, and what is told."""
+    """What is requested beyond the usual training: entries of `info`, and decisions."""
     info: dict[str, Any] = {}
     decisions = []
     if options.few_steps is not None:
         info["few_steps"] = options.few_steps
-        guided = "" if options.few_steps == 1 else f", guided by {options.few_steps:g}"
-        decisions.append(Decision("few steps", f"the ways of {options.init}{guided}", AS_ASKED))
+        guided = "" if options.few_steps == 1 else f", guidance {options.few_steps:g}"
+        decisions.append(Decision("few steps", f"learnt from {options.init}{guided}", AS_ASKED))
     if options.coupling == "ot":
         info["coupling"] = "ot"
-        decisions.append(Decision("coupling", "noise goes to images near it", AS_ASKED))
+        decisions.append(Decision("coupling", "images get noise near them", AS_ASKED))
     return info, decisions
 
 
 def told_mirroring(data: Data) -> list[Decision]:
-    """Whether images are mirrored; of latents, which never are, nothing."""
+    """Whether images are mirrored; nothing for latents, which never are."""
     if isinstance(data, LatentData):
         return []
     return [Decision("mirrored", "left to right" if data.flips else "no", data.flips_why)]
@@ -330,17 +334,17 @@ def told_mirroring(data: Data) -> list[Decision]:
 
 def told_batch(options: DiffusionOptions, fit: FitPlan) -> Decision:
     """The batch of a step."""
-    why = AS_ASKED if options.batch_size else f"the default of {fit.optimizer}"
+    why = AS_ASKED if options.batch_size else f"the default for {fit.optimizer}"
     return Decision("batch", counted(fit.batch_size, "image"), why)
 
 
 def told_part(options: DiffusionOptions, model: DiffusionUNet) -> list[Decision]:
-    """The part of the network that is trained, where it is not all."""
+    """The part of the network that is trained, if it is not all of it."""
     if options.trained == "all":
         return []
     if options.trained == "lora":
         targets = [model.get_submodule(name) for name in lora_targets(model)]
-        why = f"a LoRA of rank {options.rank}, as asked for"
+        why = f"a LoRA of rank {options.rank}, as requested"
         return [Decision("trained", f"small matrices beside {counted(len(targets), 'layer')}", why)]
     parts = (m for m in model.modules() if isinstance(m, SpatialTransformer))
     found = millions(p for part in parts for p in part.parameters())
@@ -348,18 +352,17 @@ def told_part(options: DiffusionOptions, model: DiffusionUNet) -> list[Decision]
 
 
 def millions(parameters: Iterable[Parameter]) -> str:
-    """How many numbers there are, for people."""
+    """The number of parameters, in words."""
     return f"{sum(p.numel() for p in parameters) / 1e6:.2f} M parameters"
 
 
 def chosen_fit(options: DiffusionOptions, start: Start | None = None) -> tuple[FitPlan, Decision]:
     """Optimizer, rate and batch where none is named.
 
-    What a segmentation starts has everything to learn about noise, and what a model of images
-    starts, about the masks that are made with them: there adamw's steps are as much too small as
-    for random weights (docs/experiments.md).
-    At a high rate a network learns the look of images, but not what a text says of places, which
-    shows in the noisiest levels alone.
+    A model that starts from a segmentation knows nothing of noise, and one that starts from a model
+    of images knows nothing of the masks that are made with them: adamw's steps are as much too
+    small there as for random weights (docs/experiments.md). At a high rate a network learns the
+    look of images, but not the positions that a text gives, which only the noisiest levels show.
     """
     new = ""  # what the start knows nothing of
     if start and start.crossed:
@@ -369,16 +372,16 @@ def chosen_fit(options: DiffusionOptions, start: Start | None = None) -> tuple[F
     optimizer, why = choose_optimizer(
         options,
         {
-            "with captions muon is untried": options.captions,
-            "muon's steps would move the weights of --init far": (
+            "muon is untried with captions": options.captions,
+            "muon's steps would move the weights of --init too far": (
                 options.init and options.few_steps is None and not new
             ),
         },
     )
     if optimizer == "muon" and options.few_steps is not None and not options.optimizer:
-        why = "in small steps, as for what has learnt already"
+        why = "with small steps, as the weights are trained already"
     elif optimizer == "muon" and options.init and not options.optimizer:
-        why = f"as for random weights: it has everything to learn about {new}"
+        why = f"as from random weights: the start knows nothing of {new}"
     lr, beta2 = (7e-4, 0.99) if options.captions else (2e-3, 0.999)
     if options.trained == "lora" and clip_folder(options):
         lr = 1e-4  # as is usual for Stable Diffusion
@@ -418,7 +421,7 @@ def chosen_noise(
     own: Any = schedule.kind if schedule.kind in _OWN_NOISE else PREDICTION
     prediction = options.prediction or (theirs[1] if theirs else own)
     get_prediction(prediction, schedule)
-    theirs_why = f"as of {options.init}" if theirs else "the default"
+    theirs_why = f"that of {options.init}" if theirs else "the default"
     decisions = [
         Decision("noise", schedule.said, AS_ASKED if options.noise else theirs_why),
         Decision("predicted", prediction, AS_ASKED if options.prediction else theirs_why),
@@ -427,8 +430,8 @@ def chosen_noise(
 
 
 def _own_noise(options: DiffusionOptions) -> Any:
-    """The kind of noise where neither it nor a start says one: flow for images alone and of
-    classes, where it was measured to come nearer to the data (docs/experiments.md).
+    """The kind of noise where neither an option nor a start gives one: flow for images alone and
+    with classes, where it was measured to come nearer to the data (docs/experiments.md).
     """
     if options.prediction in _OWN_NOISE:
         return options.prediction
@@ -441,7 +444,8 @@ def _own_noise(options: DiffusionOptions) -> Any:
 def chosen_levels(
     options: DiffusionOptions, schedule: NoiseSchedule, prediction: PredictionName
 ) -> tuple[TrainingLevels, list[Decision]]:
-    """The noise levels that are trained on, told where not all timesteps are as likely.
+    """The noise levels that are trained on, with a decision unless all timesteps are equally
+    likely.
 
     Raises:
         InputError: a mean for levels that are uniform.
@@ -458,7 +462,7 @@ def chosen_levels(
             )
         return TrainingLevels(schedule, shift), []
     mean, std = log_sigma = options.log_sigma or _LOG_SIGMA[schedule.kind == "flow"]
-    why = AS_ASKED if options.levels or options.log_sigma else f"the default of {prediction}"
+    why = AS_ASKED if options.levels or options.log_sigma else f"the default for {prediction}"
     told_levels = Decision("levels", f"log(sigma) {mean:g} +- {std:g}", why)
     return TrainingLevels(schedule, shift, log_sigma), [told_levels]
 
@@ -488,22 +492,23 @@ def chosen_text(
     clip: ClipText | None,
     start: Start | None,
 ) -> tuple[dict[str, Any], list[Decision]]:
-    """The entry of `info` about what reads the captions, and what is told of it."""
+    """The entry of `info` on the text encoder, and the decision about it."""
     if clip:
         folder = str(Path(str(clip_folder(options))).resolve())
         told_clip = Decision(
-            "text", f"CLIP, {clip.channels} channels", f"of {clip_folder(options)}"
+            "text", f"CLIP, {clip.channels} channels", f"from {clip_folder(options)}"
         )
         return {"text_encoder": folder}, [told_clip]
     if network.context_channels is None:
         return {}, []
     if _as_it_is(options) and start and "text" in start.info:
-        taken = Decision("text", "its encoder and its words", f"as of {options.init}")
+        taken = Decision("text", "encoder and vocabulary", f"that of {options.init}")
         return {"text": start.info["text"]}, [taken]
     captions = (data.caption(i) for i in (*data.train, *data.val))
     words = WordEncoder.from_captions(captions, width=network.context_channels)
     found = f"{counted(len(words.vocabulary), 'word')}, {words.longest - 1} in the longest caption"
-    return {"text": words.to_dict()}, [Decision("text", found, "its encoder is trained along")]
+    told_words = Decision("text", found, "the text encoder is trained as well")
+    return {"text": words.to_dict()}, [told_words]
 
 
 def chosen_network(
@@ -515,7 +520,7 @@ def chosen_network(
     if options.width:
         heads = config.head_channels and math.gcd(config.head_channels, options.width)
         config = replace(config, channels=options.width, head_channels=heads)
-        why = f"{options.width} channels as asked for, else: {why}"
+        why = f"{options.width} channels, as requested; otherwise: {why}"
     if options.captions and config.context_channels is None:
         width = clip.channels if clip else TEXT_CHANNELS
         config = replace(config, attention="transformer", context_channels=width)
@@ -540,7 +545,7 @@ def _named_network(
     if options.network != "auto":
         return _preset(options, data, clip)
     if start:
-        return replace(start.config, classes=0), f"as of {options.init}"
+        return replace(start.config, classes=0), f"that of {options.init}"
     on_gpu = options.device != "cpu" and pick_device("auto").type != "cpu"
     config, why = automatic_config(
         data.channels,
@@ -551,7 +556,7 @@ def _named_network(
         text=options.captions,
     )
     if isinstance(data, LatentData) and config.patch > 1:
-        config, why = without_patches(config), f"{why}; in latents as more levels, not patches"
+        config, why = without_patches(config), f"{why}; for latents, more levels instead of patches"
     return config, why
 
 
@@ -565,7 +570,8 @@ def _preset(options: DiffusionOptions, data: Data, clip: ClipText | None) -> tup
 
 
 def without_patches(config: UNetConfig) -> UNetConfig:
-    """As deep a network that works on every pixel: a level more for each halving by patches."""
+    """A network of the same depth that works on every pixel: one more level for each halving by
+    patches."""
     more = config.patch.bit_length() - 1
     return replace(
         config,

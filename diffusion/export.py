@@ -75,7 +75,10 @@ def exportable(model: DiffusionUNet) -> Exportable:
         axes["classes"] = {0: "batch"}
     names = tuple(inputs)[2:]
     if len(names) > 1:
-        raise InputError(f"a model with {' and '.join(names)} at once is not exported, only of one")
+        raise InputError(
+            f"a model with {' and '.join(names)} at once cannot be exported, only one with one of "
+            "them"
+        )
     return Exportable(
         module=Evaluation(twin, *(names or (None,))).eval(),
         inputs=inputs,

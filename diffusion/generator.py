@@ -1,4 +1,4 @@
-"""`load` and `ImageGenerator`: a trained model that is called for images."""
+"""`load` and `ImageGenerator`: a trained model, called to make images."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SETTINGS = tuple(field.name for field in fields(SamplingOptions))
 def load(
     model: str | Path, *, lora: str | Sequence[str] = (), device: str = "auto"
 ) -> ImageGenerator:
-    """A trained model to call for images.
+    """A trained model to be called for images.
 
     Args:
         model: a model folder, such as "runs/photos/model", or a repository on the Hugging Face Hub,
@@ -69,7 +69,7 @@ class ImageGenerator:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The names of the classes that it knows; empty without."""
+        """The names of its classes; empty if it has none."""
         return tuple(self.model.classes)
 
     @property
@@ -187,7 +187,7 @@ class ImageGenerator:
 
 
 def _several(given: Any) -> list[Any]:
-    """One or several of something as a list; None: none."""
+    """A value or several as a list; None: an empty list."""
     if given is None:
         return []
     return [given] if isinstance(given, (str, Path, int, np.integer)) else list(given)

@@ -1,4 +1,4 @@
-"""The weights that a training run starts from, and those that it leaves as they are.
+"""The weights that a training run starts from, and those that it freezes.
 
 The model folder of a LoRA run holds the LoRA alone. Its `info["lora"]` says what that belongs to:
 the "base", its path from there, or its name alone (`diffusion.model.noted_path`); "stamp", a digest
@@ -57,7 +57,7 @@ def their_unet(path: str) -> Path | None:
 def find_start(path: str, ranges: Mapping[str, ValueRange] | None = None) -> Start:
     """A model of either task, or of diffusers, as a start: a segmentation gets a timestep.
 
-    What a segmentation scales its images by goes into its first convolution.
+    A segmentation's normalisation of images is folded into its first convolution.
 
     Args:
         ranges: the values of each type that are -1 and 1 to the diffusion model; None: all that the
@@ -93,8 +93,8 @@ def find_start(path: str, ranges: Mapping[str, ValueRange] | None = None) -> Sta
 
 
 def noise_of(path: str, start: Start) -> tuple[NoiseSchedule, PredictionName] | None:
-    """The noise that the start from this path was trained on, and what it predicts; None: nothing
-    says it.
+    """The noise schedule that the start from this path was trained with, and what it predicts;
+    None: unknown.
 
     Raises:
         InputError: a pipeline's scheduler, or what our model says, cannot be read.
@@ -111,21 +111,22 @@ def noise_of(path: str, start: Start) -> tuple[NoiseSchedule, PredictionName] | 
 
 
 def image_channels(start: Start) -> int:
-    """The channels of a start's input that are those of an image, the first ones."""
+    """The number of a start's input channels that belong to the image, which come first."""
     return start.config.in_channels - sum(_beside(start.info).values())
 
 
 def alike(info: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two models read the same behind the channels of an image, whatever its values."""
+    """Whether two models read the same inputs behind the channels of an image, whatever its
+    values."""
     return _beside(info) == _beside(other)
 
 
 def fitting(start: Start, images: int, info: Mapping[str, Any]) -> Start:
-    """The same start for images with so many channels, and what lies behind these.
+    """The same start for images with so many channels, and the inputs behind these.
 
-    That is a condition, or the codes of a mask that is made with the image. Where it is another one
-    than the start's, its weights are zero: the network gives at first what the start gives of the
-    noisy image with nothing beside it, and zeros for the codes.
+    These inputs are a condition, or the codes of a mask that is made with the image. If they differ
+    from the start's, their weights are zero: at first the network gives what the start gives for
+    the noisy image alone, and zeros for the codes.
 
     Args:
         info: of the model that is started, where it has "condition" or "joint".
@@ -168,9 +169,8 @@ def _beside(info: Mapping[str, Any]) -> dict[tuple[Any, ...], int]:
 
 
 def take_over(model: DiffusionUNet, start: Start) -> str:
-    """Loads the whole trunk and all else that the model has, and says what that was.
-
-    What belongs to classes and texts is taken over only where these are the same.
+    """Loads the whole trunk and all other layers that fit, and says which. Layers for classes and
+    texts are taken over only where these are the same.
 
     Raises:
         InputError: a trunk of another shape.
@@ -250,7 +250,7 @@ def described_lora(path: str | Path) -> tuple[DiffusionUNet, dict[str, Any]]:
 
 
 def stamp(state: Mapping[str, Tensor]) -> str:
-    """Tells weights apart at little cost: a digest of the biases of the head and the stem."""
+    """A cheap fingerprint of weights: a digest of the biases of the head and the stem."""
     parts = (
         state[key].float().cpu()
         for key in ("head.conv.bias", "trunk.encoder.0.stem.conv.bias")
@@ -273,9 +273,9 @@ def start_lora(model: DiffusionUNet, start: Start, rank: int, base: str) -> None
         load_strictly(model, state, start.where)
     except InputError as error:
         raise InputError(
-            f"--trained lora leaves the network as it is, so that it must be all of that of --init "
-            f"({error}): give the same kind of data, such as --classes or --captions, as that was "
-            "trained on"
+            "--trained lora leaves the network as it is, so it must be exactly that of --init "
+            f"({error}): give data of the kind that it was trained on, such as with --classes or "
+            "--captions"
         ) from error
     model.info["lora"] = {"base": base, "stamp": stamp(state), "rank": rank}
     add_lora(model, rank)
@@ -287,7 +287,7 @@ def save_lora(model: DiffusionUNet, folder: Path) -> None:
 
 
 def freeze_all_but_attention(model: DiffusionUNet) -> None:
-    """Leaves the spatial transformers alone to be trained.
+    """Freezes everything but the spatial transformers.
 
     Raises:
         InputError: the network has none.

@@ -66,7 +66,7 @@ class DiffusionUNet(FolderModel):
 
     @property
     def condition(self) -> Condition | None:
-        """What each picture is made from, from its `info`; None: from noise alone."""
+        """The condition that images are made from, from its `info`; None: from noise alone."""
         saved = self.info.get("condition")
         return None if saved is None else Condition.from_dict(saved)
 
@@ -108,7 +108,8 @@ class DiffusionUNet(FolderModel):
 
     @property
     def classes(self) -> list[str]:
-        """The names of the classes that it was trained on, from its `info`; empty without."""
+        """The names of the classes that it was trained on, from its `info`; empty if there are
+        none."""
         names = self.info.get("classes") or []
         if not isinstance(names, list | tuple) or not all(isinstance(n, str) for n in names):
             raise InputError(
@@ -226,7 +227,7 @@ class DiffusionUNet(FolderModel):
         if "steps" in info:
             facts["Steps"] = f"{info['steps']} by default, with the contrast of more"
         if "coupling" in info:
-            facts["Coupling"] = "noise was given to images near it: sample without fresh noise"
+            facts["Coupling"] = "images got noise near them: sample without fresh noise"
         if {"text", "text_encoder"} & info.keys():
             facts["Texts"] = "captions: give prompts, and guidance=3 for images closer to them"
         with suppress(InputError):
@@ -242,8 +243,8 @@ class DiffusionUNet(FolderModel):
 
 
 def noted_path(path: str | Path, folder: Path) -> str:
-    """What a model in a folder notes of another one that it needs: the path from there, or where
-    that would lead over the root, by folders that are nobody's business, its name.
+    """What a model folder stores about another model that it needs: the relative path, or only its
+    name where the path would lead over the root and disclose folders of this machine.
     """
     path, folder = Path(path).resolve(), folder.resolve()
     if path.parts[:2] != folder.parts[:2]:

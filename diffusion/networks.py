@@ -1,4 +1,4 @@
-"""The network that fits the images and the budget, where the user names none."""
+"""Chooses a network for the images and the budget, if the user names none."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def automatic_config(
     budget = minutes * (_ACCELERATOR if accelerator else 1) * _PLACES / places
     budget *= _TEXT if text else 1
     width = next((w for w, most in _WIDTHS if budget <= most), _WIDEST)
-    reasons = [f"{counted(minutes, 'minute')} of a {'GPU' if accelerator else 'CPU'}"]
+    reasons = [f"{counted(minutes, 'minute')} on a {'GPU' if accelerator else 'CPU'}"]
     if count < _FEW and width > 64:
         width = 64
         reasons.append(f"only {counted(count, 'image')}")

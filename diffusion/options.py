@@ -1,4 +1,4 @@
-"""What may be chosen of training and of sampling, as command lines offer it. Free of torch."""
+"""The options of training and of sampling on the command line. Does not import torch."""
 
 from __future__ import annotations
 
@@ -271,7 +271,7 @@ class DiffusionOptions(MaskOptions, FitOptions):
             }
             for flag in (flag for flag, value in given.items() if value):
                 raise InputError(
-                    f"--few-steps trains the model of --init on what that says itself: leave out "
+                    "--few-steps trains the model of --init on its own predictions: leave out "
                     f"{flag}"
                 )
         if self.log_sigma is not None and not (
@@ -283,7 +283,7 @@ class DiffusionOptions(MaskOptions, FitOptions):
         if self.coupling == "ot" and (self.captions or self.condition):
             raise InputError(
                 "--coupling ot would make the noise depend on the text or picture of an image, "
-                "while sampling draws it for any of them: leave it out with --captions and "
+                "while sampling draws it without regard to them: leave it out with --captions and "
                 "--condition"
             )
         if self.zero_snr and self.prediction == "eps":
@@ -389,7 +389,7 @@ class SamplingOptions:
                 f"--variance {self.variance} is for --sampler ddpm, not {self._sampler_said}"
             )
         if self.guide and self.negative:
-            raise InputError("--guide and --negative each say what to lead away from: give one")
+            raise InputError("--guide and --negative each say what to steer away from: give one")
         if self.guidance == 1:
             given = {
                 "--guide": self.guide,

@@ -1,4 +1,4 @@
-"""Samples as files: a grid, one file an image, an .npz, a GIF."""
+"""Samples as files: a grid, one file per image, an .npz, a GIF."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from unet.files.writing import replacing, write_text
 from unet.training.task import Processes
 from unet.words import counted
 
-FOLDERS = ("images", "image", "label", "attention")  # of files an image
+FOLDERS = ("images", "image", "label", "attention")  # with a file per image
 FILES = ("grid.png", "samples.npz", "appearing.gif")  # of all
-_MARK = """A model made these images. They are left out where a folder above this one is read: name
-it, or images/ in it, where they are meant. Without this file they are not left out.
+_MARK = """A model made these images. Commands that read a folder above this one leave them
+out; to use them, name this folder, or images/ in it. Without this file they are not left out.
 """
 IN_GRID = 100  # images in grid.png, at most
 
@@ -71,7 +71,7 @@ class SampleFolder:
         self.names, self.labelled = names, labelled
         plain = channels - labelled in (1, 3, 4) and dtype == "uint8"
         self.suffix = "png" if plain else "tif"
-        processes.wait()  # lest one finds what another has written already
+        processes.wait()  # so that none finds what another has written already
         if processes.main:
             self._empty()
             self._tell_of_others()
@@ -89,13 +89,13 @@ class SampleFolder:
         write_text(self.path / SAMPLES, _MARK)
 
     def _tell_of_others(self) -> None:
-        """Says what lies among the images that was not removed, and that these do not replace."""
+        """Prints which other files stay among the images."""
         ours = {file for number in range(len(self.names or ())) for file in self.files(number)}
         below = (file for name in FOLDERS for file in files_below(self.path / name))
         if others := [file for file in below if file not in ours]:
             print(
-                f"note: {counted(len(others), 'file')} in --out {self.path} stay that this run "
-                f"does not write, such as {others[0]}: delete them if they are of an earlier one",
+                f"note: --out {self.path} still holds {counted(len(others), 'file')} that this "
+                f"run does not write, such as {others[0]}: delete them if an earlier run made them",
                 file=sys.stderr,
             )
 

@@ -44,7 +44,7 @@ JUMP, REPEATS = 5, 4  # of RePaint (arXiv 2201.09865), whose 10 and 10 are for 2
 
 @dataclass(frozen=True)
 class Plan:
-    """How a batch of images is made, and what it takes."""
+    """How a batch of images is made, and how many evaluations it needs."""
 
     run: Run
     steps: int
@@ -80,9 +80,10 @@ class Plans:
         self.size, self.autoencoder = size, autoencoder
 
     def from_noise(self) -> Plan:
-        """Images out of nothing but noise.
+        """Images from noise alone.
 
-        Those of pictures smaller than the model's images have that size, and are to be cut.
+        Images of pictures smaller than the model's images get the model's size, and are to be
+        cropped.
         """
 
         def run(places: range, seeds: Sequence[int], wanted: Wanted) -> Iterator[Step]:

@@ -62,7 +62,7 @@ class ImageSampler:
             evaluation mode; its weights are left where they are, as it may be in training.
         autoencoder: of a model that works in latents; None: it is read from where training read it,
             and so is CLIP, where the model has its text from it.
-        guide: the lesser model that `options.guide` names; None: it is read from there.
+        guide: the weaker model that `options.guide` names; None: it is read from there.
 
     Raises:
         InputError: settings that do not fit the model, such as more steps than noise levels; an
@@ -103,7 +103,8 @@ class ImageSampler:
         )
 
     def with_options(self, options: SamplingOptions) -> ImageSampler:
-        """The same model in another way; neither its parts nor the same guide are read again."""
+        """The same model with other settings; its parts, and an unchanged guide, are not read
+        again."""
         guide = self.guide if options.guide == self.options.guide else None
         return ImageSampler(self.model, options, self.autoencoder, guide)
 
@@ -173,7 +174,7 @@ class ImageSampler:
         return Denoiser(network, schedule, _saved(model, "prediction"))
 
     def _away(self) -> Mapping[str, Tensor] | DenoiserLike:
-        """What guidance leads away from: a lesser model, or no class, text or picture."""
+        """What guidance steers away from: a weaker model, or no class, text or picture."""
         if self.guide is None:
             with torch.no_grad():
                 return self.model.conditioning([self.options.negative or None])
@@ -268,9 +269,7 @@ class ImageSampler:
 
     @property
     def background(self) -> Colour | None:
-        """What transparent pixels of images are laid over, as in training; None: alpha is a
-        channel.
-        """
+        """The colour under transparent pixels, as in training; None: alpha is a channel."""
         if self.channels == 4:
             return None
         try:
@@ -449,9 +448,10 @@ def check_sampler(options: SamplingOptions, model: DiffusionUNet) -> None:
     sampler = get_sampler(options.sampler, own)
     if "coupling" in model.info and sampler.draws_noise(own):
         raise InputError(
-            f"--sampler {options.sampler} draws noise on the way, which is right only where "
-            "training drew it for each image alone, and this model was trained with --coupling "
-            "ot: choose ddim, euler, heun, flow-heun or dpmpp-2m, without --eta and --churn"
+            f"--sampler {options.sampler} draws noise during sampling, which is right only where "
+            "training drew it independently of the images, and this model was trained with "
+            "--coupling ot: choose ddim, euler, heun, flow-heun or dpmpp-2m, without --eta and "
+            "--churn"
         )
     if options.variance == "learned" and model.out_channels == model.image_channels:
         raise InputError(
@@ -461,16 +461,16 @@ def check_sampler(options: SamplingOptions, model: DiffusionUNet) -> None:
 
 
 def check_guide(options: SamplingOptions, model: DiffusionUNet, guide: DiffusionUNet) -> None:
-    """Raises an InputError for a lesser model that the model cannot be led away from."""
+    """Raises an InputError for a weaker model that cannot guide this model."""
     if "text" in {**model.info, **guide.info}:
         raise InputError(
-            f"--guide {options.guide}: each of two models of captions reads them by an encoder of "
-            "its own, trained along, and guidance gives both the same: leave --guide out"
+            f"--guide {options.guide}: each of the two models reads captions with a text encoder "
+            "of its own, but guidance gives both the same encoding: leave --guide out"
         )
     if options.sampler == "jump" and not guide.config.jumps:
         raise InputError(
-            f"--guide {options.guide} knows no jumps, as models of train-ddpm --few-steps do: give "
-            "one that does, or another --sampler"
+            f"--guide {options.guide} takes no jumps, as models of train-ddpm --few-steps do: "
+            "give one that does, or another --sampler"
         )
     ours, theirs = _shared_facts(model), _shared_facts(guide)
     if differing := [name for name in ours if ours[name] != theirs[name]]:
@@ -515,7 +515,7 @@ def _part_of(model: DiffusionUNet, key: str, uses: str) -> Iterator[str]:
 
 
 def _saved(model: DiffusionUNet, key: str) -> Any:
-    """What training saved under a key of the model's `info`."""
+    """The value that training saved under a key of the model's `info`."""
     if key not in model.info:
         raise InputError(
             f"the model's config.json has no {key!r} in its info: it was not made by train-ddpm"

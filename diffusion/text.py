@@ -1,4 +1,5 @@
-"""Text for a U-Net to look at: what reads it, and `WordEncoder`, which is trained along with it."""
+"""Text encoders for a U-Net: their interface, and `WordEncoder`, which is trained with the
+U-Net."""
 
 from __future__ import annotations
 
@@ -30,8 +31,8 @@ class TextContext(NamedTuple):
 
 
 class Tokenizer(Protocol):
-    """Texts to numbers, without the weights that make sense of them: processes that prepare batches
-    are handed it."""
+    """Turns texts into numbers, without the weights of the encoder: processes that prepare batches
+    get only this."""
 
     @property
     def longest(self) -> int:
@@ -68,7 +69,7 @@ class TextEncoder(Protocol):
         """What each token of a text stands for, in order and without padding; for pictures."""
 
     def remarks(self, text: str) -> list[str]:
-        """Sentences that say what of a text the model does not read, to be printed."""
+        """Sentences on what the model does not read of a text, to be printed."""
 
 
 def split_words(text: str) -> list[str]:
@@ -99,7 +100,7 @@ class WordTokenizer:
                 raise InputError(
                     f"{text!r} has {len(words)} words and signs, but this model reads "
                     f"{self.longest - 1}, as many as the longest caption that it was trained on: "
-                    f"leave out as many as in {' '.join(rest)!r}"
+                    f"shorten it by as many, such as {' '.join(rest)!r}"
                 )
             rows.append(torch.tensor([BEGIN, *(self._tokens.get(w, UNKNOWN) for w in words)]))
         return pad_sequence(rows, batch_first=True, padding_value=PADDING)
@@ -110,7 +111,7 @@ class WordTokenizer:
 
 
 class WordEncoder(nn.Module):
-    """A small transformer over the words of a caption, to be trained along with a U-Net.
+    """A small transformer over the words of a caption, to be trained with a U-Net.
 
     Pre-norm layers of self-attention in both directions (arXiv 1706.03762; 2002.04745), after
     learned positions. Nothing but the state dict has weights, so that it can be built on the meta

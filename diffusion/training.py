@@ -1,4 +1,4 @@
-"""Training a diffusion model: the task that `fit` is handed."""
+"""Training a diffusion model: the task for `fit`."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def train(options: DiffusionOptions) -> dict[str, float]:
     if is_main_process():
         print("\n".join([data.describe(), *plan.lines()]))
         if prior:
-            print(f"every second image is of {options.prior}: {prior.describe()}")
+            print(f"every second image is from {options.prior}: {prior.describe()}")
         whole = plan.options.trained != "lora"
         if (
             whole
@@ -168,7 +168,7 @@ def load_prior(options: DiffusionOptions, data: Data) -> Data | None:
     if (theirs := _kept(prior)[1]) != dtype:
         raise InputError(
             f"--prior {options.prior} has images of {theirs}, and --data {options.data} of "
-            f"{dtype}: save all alike"
+            f"{dtype}: save all in the same way"
         )
     return prior
 
@@ -218,7 +218,7 @@ def load_data(
 
 
 def how_to_read(options: DiffusionOptions) -> HowToRead:
-    """What the options say of image files beside what these say themselves."""
+    """How the options say to read image files, beyond what these say themselves."""
     return HowToRead(
         reading=options.reading,
         background=None if options.colour == "rgba" else options.background,
@@ -227,7 +227,7 @@ def how_to_read(options: DiffusionOptions) -> HowToRead:
 
 
 def _encode(data: LatentData, plan: DiffusionPlan) -> None:
-    """Encodes the images; what a signal interrupts goes on with --resume."""
+    """Encodes the images; after an interruption, --resume continues."""
     try:
         data.encode()
     except Interrupted:
@@ -236,7 +236,7 @@ def _encode(data: LatentData, plan: DiffusionPlan) -> None:
 
 
 def make_model(plan: DiffusionPlan) -> DiffusionUNet:
-    """The network of a plan, with random weights or those that it starts from."""
+    """The model of a plan, with random weights or those of its start."""
     torch.manual_seed(plan.fit.seed)
     model = DiffusionUNet(plan.network, plan.outputs, plan.info)
     if plan.clip:
@@ -398,9 +398,8 @@ class Timesteps:
 
 
 class Teacher:
-    """The denoiser of the model in --init, guided as --few-steps asks for.
-
-    It moves to where its first images are, and is not trained.
+    """The denoiser of the model in --init, with the guidance of --few-steps. It moves to the device
+    of its first images, and is not trained.
     """
 
     def __init__(self, plan: DiffusionPlan) -> None:
@@ -471,8 +470,8 @@ class DiffusionTask:
         """The plain loss on held-out images, and on as many training images ("seen").
 
         Noise levels and noise are the same at each evaluation; a few images are judged at several
-        levels each. A held-out loss that rises above that of the seen images tells of images learnt
-        by heart.
+        levels each. A held-out loss that rises above that of the seen images indicates
+        memorisation.
         """
         figures = {}
         levels = replace(self.plan.levels, shift=1.0)
@@ -483,7 +482,7 @@ class DiffusionTask:
         val = spread(self.data.val, most)
         for name, images in (("loss", val), ("seen", spread(self.data.train, len(val)))):
             indices = list(images) * -(-least // len(images))
-            # Neighbours in the list are far apart in noise, lest the level follow the image.
+            # Permuted, so that the noise level does not follow the order of the images.
             order = np.random.default_rng(0).permutation(len(indices))
             t = levels(torch.from_numpy((order + 0.5) / len(order)))
             part = processes.share(range(len(indices)))

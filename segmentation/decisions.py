@@ -1,4 +1,4 @@
-"""What the training of a segmentation will be: decided once, from the options and the data."""
+"""Decides how a segmentation is trained: once, from the options and the data."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ MEMBRANE_WEIGHT = 10.0  # w0 of 2015
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentationPlan(RunPlan):
-    """All that the training of a segmentation reads beside its data.
+    """Everything that the training of a segmentation needs apart from its data.
 
     Attributes:
         options: the command line with each choice filled in, which repeats the run.
@@ -81,7 +81,7 @@ class SegmentationPlan(RunPlan):
 def decide(
     options: SegmentationOptions, data: SegmentationData, start: Start | None = None
 ) -> SegmentationPlan:
-    """What the run of these options on these data will be.
+    """The plan of a run with these options on these data.
 
     Args:
         start: what --init names, if it is given.
@@ -102,7 +102,7 @@ def decide(
     overlapping: list[Decision] = []
     if data.regions:
         info["regions"] = [[name, list(values)] for name, values in data.regions.values.items()]
-        how = "a sigmoid each; in a label map the later ones, by their first values"
+        how = "one sigmoid each; a label map shows the later region, by its first value"
         overlapping = [Decision("regions", data.regions.lines(), how)]
     first = data.pairs[0]
     neighbours: list[Decision] = []
@@ -123,7 +123,7 @@ def decide(
         parameters = sum(p.numel() for p in SegmentationUNet(network, outputs, info).parameters())
     fit, optimizer = chosen_fit(options, start)
     crop, whole = chosen_crop(options, data, network, fit)
-    augmentation, turned = chosen_augmentation(options, data, crop)
+    augmentation, told_augmentation = chosen_augmentation(options, data, crop)
     info["symmetries"] = list(augmentation.symmetries)
     judgement = chosen_judgement(options, data)
     best_by, border = judgement.best_by, judgement.border
@@ -133,7 +133,7 @@ def decide(
     if data.instances:
         info["smallest_object"] = smallest_counted(data.objects(i) for i in data.train)
         value = counted(info["smallest_object"], "pixel")
-        reason = "1 in 100 of the training objects are smaller"
+        reason = "1 % of the training objects are smaller"
         smallest = [Decision("smallest object", value, reason)]
     scored, part = chosen_part(data, fit)
     loss, balance = chosen_loss(options, data, 1 if data.instances else outputs)
@@ -141,11 +141,11 @@ def decide(
         Decision("network", f"{parameters / 1e6:.2f} M parameters", why),
         *neighbours,
         *overlapping,
-        Decision("crops", f"{crop[0]} x {crop[1]}, {fit.batch_size} a step", whole),
-        turned,
+        Decision("crops", f"{crop[0]} x {crop[1]}, {fit.batch_size} per step", whole),
+        told_augmentation,
         normalisation(
             data.normalisation,
-            "as of the start" if start else f"of {counted(len(data.train), 'image')}",
+            "that of the model in --init" if start else f"from {counted(len(data.train), 'image')}",
         ),
         optimizer,
         told_part(options) if options.unlabelled else told_budget(options),
@@ -185,7 +185,7 @@ def decide(
 
 
 def check_options(options: SegmentationOptions, start: Start | None) -> None:
-    """Raises the InputError of `decide` where the options alone call for it, without the data."""
+    """Raises the InputError of `decide` that the options alone call for, without the data."""
     chosen_network(options, 1, start)
     chosen_fit(options, start)
     parse_regions(options.regions)
@@ -203,7 +203,7 @@ def own_start(options: SegmentationOptions) -> Start | None:
     if start.config.embedding_channels or start.config.context_channels is not None:
         raise InputError(
             f"--init {options.init} is a diffusion model, which needs a timestep: unet-train-seg "
-            "makes a start of it, in Python unet_diffusion.starting.segmentation_start"
+            "converts it, and in Python unet_diffusion.starting.segmentation_start"
         )
     return start
 
@@ -213,7 +213,7 @@ def chosen_network(
 ) -> tuple[UNetConfig, str]:
     """The network that the options name, or that of the start, for images of so many channels."""
     if start and options.network is None:
-        config, why = start.config, "as of the start"
+        config, why = start.config, "that of the model in --init"
     else:
         name = options.network or NETWORK
         if name not in PRESETS:
@@ -236,15 +236,15 @@ def chosen_fit(
 ) -> tuple[FitPlan, Decision]:
     """Optimizer and rate where none is named.
 
-    What a diffusion model starts has everything to learn about labels: there adamw's steps are as
-    much too small as for random weights (docs/experiments.md).
+    A segmentation that starts from a diffusion model knows nothing of labels: adamw's steps are as
+    much too small for it as for random weights (docs/experiments.md).
     """
     goes_on = start is not None and not start.crossed
     optimizer, why = choose_optimizer(
-        options, {"muon's steps would move the weights of a segmentation far": goes_on}
+        options, {"muon's steps would move trained weights too far": goes_on}
     )
     if optimizer == "muon" and start is not None and not options.optimizer:
-        why = "as for random weights: it has everything to learn about labels"
+        why = "as from random weights: the start knows nothing of labels"
     lr, momentum = (0.08, 0.8) if optimizer == "muon" else (2e-3, 0.9)
     fit = plan_fit(options, batch_size=BATCH, optimizer=optimizer, lr=lr, momentum=momentum)
     if options.unlabelled is not None:
@@ -265,10 +265,10 @@ def part_of_budget(options: SegmentationOptions, part: Part) -> Budget:
 
 
 def told_part(options: SegmentationOptions) -> Decision:
-    """What is left of a budget of which the unlabelled images have had their part."""
+    """The budget that is left after the parts with the unlabelled images."""
     amount, unit = part_of_budget(options, "student")
     share = share_of_budget(options, "student")
-    why = f"{share:.0%} of the budget, the rest went to the parts before"
+    why = f"{share:.0%} of the budget; the earlier parts took the rest"
     return Decision("budget", counted(round(amount, 2), unit.removesuffix("s")), why)
 
 
@@ -292,7 +292,7 @@ def chosen_crop(
         most = [min(pair) for pair in zip(largest, least, strict=True)]
         usual = (min(CROP, -(-n // config.stride) * config.stride) for n in most)
         h, w = (input_size(config, n) for n in usual)
-        size, why = (h, w), "the usual side" if min(most) >= CROP else "as large as the images"
+        size, why = (h, w), "the default size" if min(most) >= CROP else "as large as the images"
         if min(least) < min(CROP, *largest):
             why = "as large as the smallest synthetic image"
     elif (sizes := len(shapes | made)) > 1:
@@ -314,19 +314,21 @@ def chosen_crop(
 def chosen_augmentation(
     options: SegmentationOptions, data: SegmentationData, crop: tuple[int, int]
 ) -> tuple[Augmentation, Decision]:
-    """How crops are varied; the images say which symmetries they have, where the user does not."""
+    """How crops are augmented; the symmetries are found from the images, unless the user gives
+    them."""
     flips, why = options.flips, AS_ASKED
     if flips is None:
         flips, why = find_symmetries(lambda i: data.load(i)[0], data.train, crop)
     rotation = ROTATIONS[flips] if options.rotation is None else options.rotation
     given = {name: getattr(options, name) for name in Augmentation.__dataclass_fields__}
     augmentation = Augmentation(**{**given, "flips": flips, "rotation": rotation})
-    told = {True: "mirrored, by quarters", "mirror": "mirrored left to right", False: "no mirror"}
-    return augmentation, Decision("turned", f"{told[flips]}, {rotation:g} degrees", why)
+    told = {True: "flips, quarter turns", "mirror": "left-right flips", False: "no flips"}
+    turned = f"+-{rotation:g} degrees" if rotation else "no rotation"
+    return augmentation, Decision("augmentation", f"{told[flips]}, {turned}", why)
 
 
 class Judgement(NamedTuple):
-    """What the masks say about the weights of pixels and the figures."""
+    """What follows from the masks for the weights of pixels and the figures."""
 
     border: tuple[float, float] | None  # w0 and sigma
     best_by: BestBy
@@ -336,22 +338,23 @@ class Judgement(NamedTuple):
 
 
 def chosen_judgement(options: SegmentationOptions, data: SegmentationData) -> Judgement:
-    """Border weights and the figure that weights are kept by, where the masks have to say."""
+    """Border weights and the figure that chooses the kept weights; found from the masks unless
+    given."""
     count, missing = len(data.table.values), missing_classes(data)
     if options.best_by == "v_rand" and data.instances:
         raise InputError(
-            "--best-by v_rand compares cells that membranes part, two classes, but the masks "
-            "number objects: take ap, loss or dice"
+            "--best-by v_rand compares cells between membranes in masks of two classes, but these "
+            "masks number objects: choose ap, loss or dice"
         )
     if options.best_by == "v_rand" and count != 2:
         raise InputError(
-            f"--best-by v_rand compares cells that membranes part, two classes, but the masks "
-            f"have {count}: take loss or dice"
+            "--best-by v_rand compares cells between membranes in masks of two classes, but these "
+            f"masks have {count} classes: choose loss or dice"
         )
     if options.best_by == "ap" and not data.instances:
         raise InputError(
-            "--best-by ap compares objects that the masks number, and these have classes: give "
-            "--instances if they do number objects, or take loss or dice"
+            "--best-by ap compares numbered objects, but these masks have classes: give "
+            "--instances if they do number objects, or choose loss or dice"
         )
     cells, parted, masks = 1, False, f"the masks have {count} classes"
     if data.instances:
@@ -359,7 +362,7 @@ def chosen_judgement(options: SegmentationOptions, data: SegmentationData) -> Ju
     elif count == 2:
         spread = _spread(data.train, JUDGED)
         cells, parted = find_cells(data.load(i)[1] for i in spread)
-        masks = f"{'' if parted else 'no '}thin membranes part the cells"
+        masks = f"{'' if parted else 'no '}thin membranes separate the cells"
         masks += f" of class {cells}" if parted else ""
     if options.best_by == "ap" and CELL in missing:
         raise InputError(
@@ -368,7 +371,7 @@ def chosen_judgement(options: SegmentationOptions, data: SegmentationData) -> Ju
         )
     if options.best_by == "v_rand" and cells in missing:
         raise InputError(
-            f"--best-by v_rand compares cells, but the held-out masks have none, of class {cells}: "
+            f"--best-by v_rand compares cells, but the held-out masks have none (class {cells}): "
             "hold out other images, with --val, --fold or --val-names"
         )
     w0 = MEMBRANE_WEIGHT if parted else 0.0
@@ -420,9 +423,8 @@ def absent(data: SegmentationData, missing: Sequence[int]) -> list[str]:
 
 
 def chosen_part(data: SegmentationData, fit: FitPlan) -> tuple[tuple[int, ...], list[Decision]]:
-    """The held-out images that are scored during training, said where these are not all.
-
-    A short run would else have one or two points of a curve, or spend its minutes on them.
+    """The held-out images that are scored during training, with a decision if these are not all.
+    Otherwise a short run would have one or two points of a curve, or spend its minutes on scoring.
     """
     amount, unit = fit.budget
     count, pixels = len(data.val), sum(math.prod(image_shape(data, i)) for i in data.val)
@@ -433,22 +435,23 @@ def chosen_part(data: SegmentationData, fit: FitPlan) -> tuple[tuple[int, ...], 
         return tuple(data.val), []
     scored = tuple(_spread(data.val, max(part, 1)))
     value = f"{len(scored)} of {count} held-out images"
-    why = "as the time allows; at the end all of them, by the kept weights"
+    why = "as many as the time allows; at the end all of them, with the kept weights"
     return scored, [Decision("scored", value, why)]
 
 
 def chosen_loss(
     options: SegmentationOptions, data: SegmentationData, outputs: int
 ) -> tuple[Loss, list[Decision]]:
-    """The loss that the options name, with its weights of the classes, said where they follow."""
+    """The loss that the options name, with its class weights, and a decision if these are
+    computed."""
     weights, balance = options.class_weights or None, []
     if options.balance:
         shares = data.table.shares
         present = sum(share > 0 for share in shares)
         weights = tuple(1 / (present * share) if share else 0.0 for share in shares)
         empty = [_class_name(data, k) for k, share in enumerate(shares) if not share]
-        why = "the inverse of the shares"
-        why += f"; no pixel is {' or '.join(empty)}, which gets no weight" if empty else ""
+        why = "the inverse of the class frequencies"
+        why += f"; no pixel is {' or '.join(empty)}, which gets weight 0" if empty else ""
         balance = [Decision("class weights", ", ".join(f"{w:.3g}" for w in weights), why)]
     loss: Loss = make_loss(
         options.loss,
@@ -461,14 +464,14 @@ def chosen_loss(
 
 
 def _synthetic(options: SegmentationOptions, data: SegmentationData) -> list[Decision]:
-    """The part of the images beside the real labelled ones in the training, if there are any."""
+    """The share of synthetic and pseudo-labelled images in the training, if there are any."""
     if not data.synthetic:
         return []
     share, default = options.synthetic_share, SegmentationOptions.synthetic_share
     why = "the default" if share == default else AS_ASKED
-    parts = ["synthetic"] * bool(options.synthetic) + ["own labels"] * bool(options.unlabelled)
-    told = f"{share:.3g} of the crops, in none of the figures"
-    return [Decision(" and ".join(parts), told, why)]
+    given = {"synthetic": options.synthetic, "predicted labels": options.unlabelled}
+    told = f"{share:.3g} of the crops, never scored"
+    return [Decision(" and ".join(name for name, data in given.items() if data), told, why)]
 
 
 def _class_name(data: SegmentationData, k: int) -> str:
@@ -476,7 +479,7 @@ def _class_name(data: SegmentationData, k: int) -> str:
 
 
 def _spread(indices: Sequence[int], count: int) -> list[int]:
-    """That many of the indices at most, evenly spread."""
+    """At most that many of the indices, evenly spread."""
     count = min(count, len(indices))
     return [indices[(2 * k + 1) * len(indices) // (2 * count)] for k in range(count)]
 
@@ -484,4 +487,4 @@ def _spread(indices: Sequence[int], count: int) -> list[int]:
 def normalisation(found: Normalisation, why: str) -> Decision:
     """The statistics that the images are scaled by."""
     mean, std = (", ".join(f"{v:.4g}" for v in values) for values in (found.mean, found.std))
-    return Decision("normalisation", f"mean {mean}, deviation {std}", why)
+    return Decision("normalisation", f"mean {mean}, std {std}", why)

@@ -297,10 +297,10 @@ def make_loss(
     if name not in LOSSES:
         raise InputError(f"loss {name!r} is unknown; choose one of {', '.join(LOSSES)}")
     if channels < 1:
-        raise InputError(f"a loss needs a model with 1 or more logits a pixel, not {channels}")
+        raise InputError(f"a loss needs a model with 1 or more logits per pixel, not {channels}")
     if name == "bce" and channels > 1:
         raise InputError(
-            f"loss 'bce' is for one logit a pixel, and this model has {channels}; use 'ce'"
+            f"loss 'bce' is for one logit per pixel, and this model has {channels}; use 'ce'"
         )
     given = {"label_smoothing": label_smoothing or None, "gamma": gamma}
     given |= {"alpha": alpha, "beta": beta}

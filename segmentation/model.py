@@ -56,7 +56,8 @@ class SegmentationUNet(FolderModel):
         super().__init__(config, out_channels, info)
         if (known := self.info.get("objects")) not in (None, DEPTH):
             raise InputError(
-                f"the model knows objects by {known!r}, which this version does not: update it"
+                f"the model encodes objects as {known!r}, which this version cannot read: update "
+                "unet-diffusion"
             )
         if self.depth and out_channels != DEPTH_CHANNELS:
             raise InputError(

@@ -199,8 +199,8 @@ class SegmentationOptions(LabelOptions, FitOptions):
         beside = self.synthetic or self.unlabelled
         if beside is None and self.synthetic_share != type(self).synthetic_share:
             raise InputError(
-                f"--synthetic-share {self.synthetic_share} is a share of nothing: give --synthetic "
-                "or --unlabelled"
+                f"--synthetic-share {self.synthetic_share} has no effect without --synthetic or "
+                "--unlabelled: give one of them"
             )
         if self.regions and (self.instances or self.balance or self.class_weights):
             raise InputError(
@@ -210,7 +210,7 @@ class SegmentationOptions(LabelOptions, FitOptions):
         if self.slices < 1 or self.slices % 2 == 0:
             raise InputError(
                 f"--slices {self.slices} must be an odd number, such as 3: a slice and as many "
-                "before as behind it"
+                "before as after it"
             )
         if self.slices > 1 and self.unlabelled is not None:
             raise InputError(

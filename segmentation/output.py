@@ -76,7 +76,7 @@ class FilePredictor:
     Args:
         min_size: connected parts of fewer pixels become the class that surrounds them, and
             instances of fewer pixels are left out; None: see `Segmenter`.
-        reading: what is said of the files beside what they say themselves; none said: how the
+        reading: how to read the files, beyond what they say themselves; None: as the
             training images were read.
         labels: also number the connected parts of class 1 (4-connected, 0 is the rest), or the
             instances of a model that was trained with --instances.
@@ -99,13 +99,13 @@ class FilePredictor:
         self.reading = known if reading == AS_STORED else replace(reading, rgb=known.rgb)
         if labels and not self.segmenter.has_labels:
             raise InputError(
-                f"labels number the parts of the second of two classes, but the model knows "
-                f"{len(self.segmenter.classes)}: leave out --labels"
+                "--labels numbers the parts of the second of two classes, but the model has "
+                f"{len(self.segmenter.classes)} classes: leave it out"
             )
         if uncertainty and self.segmenter.of_regions:
             raise InputError(
-                "--uncertainty is of classes that exclude each other, and this model knows regions "
-                "that overlap: leave it out"
+                "--uncertainty needs classes that exclude each other, but this model predicts "
+                "regions that overlap: leave it out"
             )
         self.labels, self.parts = labels, labels or bool(min_size)
         self.numbers = labels or self.segmenter.instances
@@ -123,12 +123,12 @@ class FilePredictor:
 
     @property
     def dtypes(self) -> list[type[np.integer]]:
-        """Of the probability, and of the maps that `parted` gives."""
+        """The types of the probability, and of the maps that `parted` gives."""
         return [np.uint16] * (1 + len(self.unsure)) + [np.uint8] * len(self.regions)
 
     @property
     def regions(self) -> list[str]:
-        """What the files of the model's regions are called."""
+        """The file names of the model's regions."""
         return [file_name(name) for name in self.segmenter.region_names]
 
     def run(self, image: Slice, out: Path) -> None:
@@ -136,7 +136,8 @@ class FilePredictor:
         self.predict(image, out)()
 
     def predict(self, image: Slice, out: Path) -> Callable[[], None]:
-        """Predicts one image, and gives what writes it, to be called once, in any thread.
+        """Predicts one image, and returns a function that writes it, to be called once, in any
+        thread.
 
         A large image is written as it is predicted.
         """
@@ -194,7 +195,7 @@ class FilePredictor:
         if self.parts:
             raise InputError(
                 f"an image of {source.shape[0]} x {source.shape[1]} pixels is predicted in bands, "
-                "which know no connected parts: leave out --min-size and --labels"
+                "across which connected parts are not found: leave out --min-size and --labels"
             )
         h, w = source.shape
         step = -(-max(h, w) // PREVIEW)
@@ -231,8 +232,8 @@ def predict_files(
     overwrite: bool = False,
     processes: Processes | None = None,
 ) -> list[str]:
-    """Predicts images, into a tree of the folders that they lie in; what the overlays' colours mean
-    is in legend.png.
+    """Predicts images, into a tree of the folders that they lie in; legend.png explains the colours
+    of the overlays.
 
     Args:
         processes: share the images.
@@ -248,7 +249,7 @@ def predict_files(
     slices, failed = find_slices(inputs, predictor.reading, segmenter.check, segmenter.slices)
     count = len(slices) + len(failed)
     check_free([(image, predictor.files(image, out)) for image in slices], overwrite=overwrite)
-    processes.wait()  # lest one finds what another has written already
+    processes.wait()  # so that none finds what another has written already
     mine = _predict_each(predictor, processes.share(slices), out, quiet=not processes.main)
     failed += [message for part in processes.gather(mine) for message in part]
     if not processes.main:
@@ -318,8 +319,8 @@ def find_slices(
     """The images of files or volumes, a stack page by page, and what is wrong with others.
 
     Args:
-        reading: what is said of the files beside what they say themselves.
-        check: raises InputError for what is none of the images that can be predicted.
+        reading: how to read the files, beyond what they say themselves.
+        check: raises InputError for an image that cannot be predicted.
         together: neighbouring slices that the model takes; see `with_neighbours`.
 
     Raises:

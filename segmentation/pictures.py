@@ -1,4 +1,4 @@
-"""Pictures to judge a segmentation by: masks in colours, overlays, error maps, legends."""
+"""Pictures for judging a segmentation: masks in colours, overlays, error maps, legends."""
 
 from __future__ import annotations
 
@@ -147,7 +147,8 @@ def instance_overlay(image: RGB, numbers: NDArray[np.integer]) -> RGB:
 
 
 def neighbour_colours(numbers: NDArray[np.integer]) -> NDArray[np.intp]:
-    """Of each instance the row of its colour in COLOURS: another than those of its neighbours.
+    """For each instance the row of its colour in COLOURS, which differs from those of its
+    neighbours.
 
     Each takes the first that none before it has, of eight in turn, so that few are needed and all
     are seen.

@@ -84,7 +84,7 @@ class _Part:
 
 
 class Predictor:
-    """Class probabilities by one or several models, as their mean, and depth where they give it.
+    """Class probabilities of one model or the mean of several, and depth if they give it.
 
     Args:
         models: models for the same classes, in evaluation mode. Copies of them predict.
@@ -150,7 +150,7 @@ class Predictor:
         return self.found(source, entropies=entropies)[0]
 
     def found(self, source: Source, *, entropies: bool = False) -> tuple[Probability, Depth | None]:
-        """What the call gives, and the depth (H, W) of models that know objects by it."""
+        """What the call gives, and the depth (H, W) of models that separate objects by it."""
         whole = self._outputs(source, entropies)
         return whole[: self.kinds + entropies], whole[-1] if self.depth else None
 
@@ -285,7 +285,7 @@ class Predictor:
 
 
 def trained_symmetries(model: SegmentationUNet) -> tuple[int, ...]:
-    """The symmetries that a model saw its images in, as `Augmentation.symmetries` numbers them.
+    """The symmetries that a model was trained with, as `Augmentation.symmetries` numbers them.
 
     Raises:
         InputError: its config.json names others.
@@ -299,7 +299,7 @@ def trained_symmetries(model: SegmentationUNet) -> tuple[int, ...]:
 
 
 def temperature(model: SegmentationUNet) -> float:
-    """What a model's logits are divided by before they become probabilities; 1 unless calibrated.
+    """The divisor of a model's logits before they become probabilities; 1 unless calibrated.
 
     Raises:
         InputError: its config.json gives no positive number.
@@ -371,7 +371,7 @@ def _turned_back(image: Tensor, turn: int) -> Tensor:
 
 
 def _shape(model: SegmentationUNet) -> str:
-    """What models have in common whose outputs can be averaged, for people."""
+    """The properties that models must share for their outputs to be averaged, in words."""
     kind = "depth" if model.depth else "regions" if model.overlapping else "classes"
     return f"{model.config.in_channels} channels and {model.out_channels} outputs of {kind}"
 
@@ -380,8 +380,8 @@ def _with_context(model: SegmentationUNet, source: Source, rows: slice, columns:
     """The pixels from which a rectangle is predicted, mirrored beyond the image's border.
 
     The output begins at the rectangle's first pixel. It is larger where valid convolutions need
-    more, and where the rectangle is no multiple of the stride: turned images are then pooled as
-    unturned ones.
+    more, and where the rectangle is no multiple of the stride: rotated images are then pooled like
+    unrotated ones.
     """
     reads, picks = [], []
     for span, n in zip((rows, columns), source.shape, strict=True):

@@ -237,8 +237,8 @@ class Segmenter:
         self.table = self.of_regions.table if self.of_regions else table
         if min_size and self.of_regions:
             raise InputError(
-                f"min_size={min_size} gives specks to the class around them, which overlapping "
-                "regions are not: leave it out"
+                f"min_size={min_size} gives small parts to the class around them, which "
+                "overlapping regions do not have: leave it out"
             )
         if min_size is None:
             min_size = smallest_object(predict.models) if self.instances else 0
@@ -313,8 +313,8 @@ class Segmenter:
     def _check_classes(self) -> None:
         if self.of_regions:
             raise InputError(
-                "uncertainty is of classes that exclude each other, and this model knows regions "
-                "that overlap: take their probability"
+                "uncertainty needs classes that exclude each other, but this model predicts "
+                "regions that overlap: take their probability"
             )
 
     def disagreement(self, image: Image) -> NDArray[np.float32]:
@@ -351,7 +351,7 @@ class Segmenter:
         """
         known = self.of_regions
         if known is None:
-            raise InputError("the model knows classes, no regions that overlap: take the mask")
+            raise InputError("the model predicts classes, not regions that overlap: take the mask")
 
         def find(source: Source) -> Array:
             found = known.found(self.predict(source), self.threshold)
@@ -369,8 +369,9 @@ class Segmenter:
         """
         if not self.has_labels:
             raise InputError(
-                f"labels number the parts of the second of two classes, but the model knows "
-                f"{len(self.classes)}: take the mask, and number the parts of the class you mean"
+                "labels number the parts of the second of two classes, but the model has "
+                f"{len(self.classes)} classes: take the mask, and number the parts of the class "
+                "you mean"
             )
 
         def find(source: Source) -> Array:
@@ -417,7 +418,7 @@ class Segmenter:
             exportable(model).write(to, Path(out), [torch.from_numpy(p) for p in planes])
             return
         if image is None:
-            raise InputError("a package needs an image like those of the training: give image=")
+            raise InputError("a package needs an image like the training images: give image=")
         if int8:
             raise InputError("8-bit integers are for onnx alone, not for bioimageio")
         pixels = self._pixels(image)[0]
@@ -502,8 +503,8 @@ class Segmenter:
             get = pages.__getitem__
         if self.slices > 1 and not batched:
             raise InputError(
-                f"the model takes {self.slices} neighbouring slices together, and this is a single "
-                "image: give the stack that it is of"
+                f"the model takes {self.slices} neighbouring slices together, but this is a "
+                "single image: give its stack"
             )
         return (
             RasterSource(self._with_near(get, i, info), info.nodata) for i in range(info.pages)
@@ -553,14 +554,14 @@ class Segmenter:
             if info.dtype != self.dtype:
                 cures.append(f"give it in {self.dtype}, with values as in the training images")
             raise InputError(
-                f"{where} has {counted(info.channels, 'channel')}{some} of {info.dtype}, where the "
+                f"{where} has {counted(info.channels, 'channel')}{some} of {info.dtype}, but the "
                 f"training images have {self.channels}{trained} of {self.dtype}: "
                 f"{', and '.join(cures)}"
             )
         if known and info.names and known != info.names:
             raise InputError(
-                f"{where} has the channels {', '.join(info.names)}, where the training images "
-                f"have {', '.join(known)}: choose and order them with --channels"
+                f"{where} has the channels {', '.join(info.names)}, but the training images have "
+                f"{', '.join(known)}: choose and order them with --channels"
             )
 
 

@@ -1,4 +1,4 @@
-"""Training a segmentation: the task that `fit` is handed."""
+"""Training a segmentation: the task for `fit`."""
 
 from __future__ import annotations
 
@@ -93,7 +93,8 @@ def train(
     if is_main_process():
         cut = any(data.pairs[i].window for i in data.val)
         parts = [
-            "of the one image with labels a strip is held out: the parts are images from here on"
+            "only one image has labels, so a strip of it is held out: its parts count as images "
+            "from here on"
         ]
         print("\n".join([*(parts if cut else []), data.describe(), *plan.lines()]), flush=True)
     samples = CropSamples(
@@ -157,7 +158,7 @@ def _finish(
     model.save_pretrained(folder)
     if never := found.never_predicted():
         which = "held-out" if data.val else "training"
-        print(f"note: in the {which} images not one pixel was predicted to be {' or '.join(never)}")
+        print(f"note: in the {which} images no pixel was predicted as {' or '.join(never)}")
     print(f"report: {write_report(plan.fit.out, found, data)}")
     upload(SegmentationUNet, plan.fit)
     return figures
@@ -206,8 +207,8 @@ def find_synthetic(options: SegmentationOptions, wanted: ImageInfo) -> list[Pair
     info = pairs[0].info
     if (info.channels, info.dtype) != (wanted.channels, wanted.dtype):
         raise InputError(
-            f"--synthetic {options.synthetic} holds images of {kind(info)}, where the real ones "
-            f"are {kind(wanted)}: save them alike"
+            f"--synthetic {options.synthetic} holds images of {kind(info)}, but the real ones are "
+            f"{kind(wanted)}: save them in the same way"
         )
     return pairs
 
@@ -229,8 +230,8 @@ def find_data(options: SegmentationOptions) -> list[Pair]:
 
 
 def say_left_out(options: SegmentationOptions, pairs: Sequence[Pair]) -> None:
-    """Tells, once for all processes, what this project wrote in folders that are read, and that is
-    none of the pairs.
+    """Prints, once for all processes, which files of this project are left out of the folders that
+    are read.
     """
     data = Path(options.data) if options.images is None else options.images
     more = (options.masks, options.synthetic, options.val_data)
@@ -247,7 +248,7 @@ def say_left_out(options: SegmentationOptions, pairs: Sequence[Pair]) -> None:
 def annotated_pairs(count: int, seed: int, size: tuple[int, int] = PHANTOM_SIZE) -> list[Pair]:
     """Generated images, each with the masks of all annotators; see `segmentation.data.annotators`.
 
-    A crop takes one annotator at random, as each mask makes a pair of its own.
+    A crop has one random annotator, as each mask is a pair of its own.
     """
     images, masks = annotated_stack(count, size, seed)
     return [
@@ -298,7 +299,7 @@ def make_model(plan: SegmentationPlan) -> SegmentationUNet:
     if known.get("objects") != plan.info.get("objects"):
         raise InputError(
             f"the run in {plan.fit.out} learns a border between objects, as earlier versions did, "
-            f"and cannot go on: give another --out, with --init {folder} from its weights"
+            f"and cannot be resumed: give another --out, with --init {folder} from its weights"
         )
     info = plan.info
     if goes_on and not (known.get("refined") if folder.exists() else _refines(run)):

@@ -1,7 +1,8 @@
-"""How unsure a prediction is: its entropy, and the part of it that is disagreement of its members.
+"""The uncertainty of a prediction: its entropy, and the part of it that is disagreement of its
+members.
 
-With the probabilities p_m of M members and their mean p, the entropy H(p) is what is not known. Its
-part H(p) - mean H(p_m) is the mutual information between the class and the member: it falls as
+With the probabilities p_m of M members and their mean p, the entropy H(p) is the total uncertainty.
+Its part H(p) - mean H(p_m) is the mutual information between the class and the member: it falls as
 models are trained on more images. The rest is in the images and their labels (arXiv 1112.5745, eq.
 2; arXiv 1703.04977).
 

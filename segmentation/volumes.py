@@ -1,5 +1,5 @@
-"""Prediction of volumes: masks and probabilities written into OME-Zarr slab by slab, to be gone on
-with where an interrupted one stopped."""
+"""Prediction of volumes: masks and probabilities are written into OME-Zarr slab by slab, and an
+interrupted prediction can be continued."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Progress:
         write_text(self.file, self.head + "0" * self.count)
 
     def differs(self) -> str:
-        """In what the prediction that the file tells of is another one; "" if in nothing.
+        """The first setting in which the prediction of the file differs; "" if there is none.
 
         Raises:
             InputError: the file is none of this class's.
@@ -97,15 +97,15 @@ class Progress:
         return [i for i in range(self.count) if digits[i : i + 1] != "1"]
 
     def done(self, slab: int) -> None:
-        """Says that the chunks of a slab are written."""
+        """Marks the chunks of a slab as written."""
         with self.file.open("rb+") as file:
             file.seek(len(self.head.encode()) + slab)
             file.write(b"1")
 
 
 class _Told:
-    """What a person sees of a prediction, of all its processes together: a bar in a terminal, else
-    a line from time to time."""
+    """The progress of a prediction, over all its processes: a bar in a terminal, else a line from
+    time to time."""
 
     def __init__(self, progress: Progress, *, quiet: bool) -> None:
         self.progress, self.quiet = progress, quiet
@@ -126,10 +126,10 @@ class _Told:
         self.bar.close()
         if kind is KeyboardInterrupt and not self.quiet:
             slabs = counted(self.progress.count, "slab")
-            print(f"{self._done():,} of {slabs} are there: the same command goes on", flush=True)
+            print(f"{self._done():,} of {slabs} are done: the same command continues", flush=True)
 
     def now(self) -> None:
-        """Says how far it is."""
+        """Prints the progress."""
         done, now = self._done(), time.monotonic()
         self.bar.update(done - self.bar.n)
         soon = now - self.told < TOLD_EVERY or done in (self.first, self.progress.count)
@@ -139,7 +139,7 @@ class _Told:
         left = (self.progress.count - done) * (now - self.begun) / (done - self.first)
         slabs = counted(self.progress.count, "slab")
         minutes = counted(math.ceil(left / 60), "minute")
-        print(f"{done:,} of {slabs} are there, {minutes} left", flush=True)
+        print(f"{done:,} of {slabs} are done, {minutes} left", flush=True)
 
 
 def predict_volumes(
@@ -174,7 +174,7 @@ def predict_volumes(
         file = masks[made.index(True)]
         raise InputError(f"{file} exists already: give --overwrite or another --out")
     todo = [i for i in range(len(volumes)) if begun[i] or not (made[i] and any(begun))]
-    processes.wait()  # lest one finds what another has begun
+    processes.wait()  # so that none finds what another has begun
     if processes.main and len(volumes) > 1:
         for i in todo:
             folders[i].mkdir(parents=True, exist_ok=True)
@@ -238,13 +238,13 @@ def predict_volume(
             )
         if info.height * info.width > AT_ONCE and predictor.segmenter.min_size:
             raise InputError(
-                f"slices of {info.height} x {info.width} pixels are predicted in bands, which know "
-                "no connected parts: leave out --min-size"
+                f"slices of {info.height} x {info.width} pixels are predicted in bands, across "
+                "which connected parts are not found: leave out --min-size"
             )
         work = _Work(predictor, source, volume, stored, info, out)
         progress = Progress(out / f"{work.name}_progress", work.plan(), len(work.slabs))
         going_on = _going_on(progress, work.results, overwrite)
-        processes.wait()  # lest one finds what another has begun
+        processes.wait()  # so that none finds what another has begun
         todo: list[int] = []
         if processes.main:
             if not going_on:
@@ -254,7 +254,7 @@ def predict_volume(
             if going_on:
                 done = len(work.slabs) - len(todo)
                 print(
-                    f"goes on: {done:,} of {counted(len(work.slabs), 'slab')} are there already",
+                    f"continuing: {done:,} of {counted(len(work.slabs), 'slab')} are done already",
                     flush=True,
                 )
         todo = processes.gather(todo)[0]
@@ -284,11 +284,11 @@ def _check(predictor: FilePredictor) -> None:
     if predictor.labels:
         raise InputError(f"--labels numbers the parts of a slice, not those of a volume: {cure}")
     if isinstance(predictor.segmenter.table.values[0], tuple):
-        raise InputError("the masks of this model are colours, which a volume of masks is not")
+        raise InputError("the masks of this model are colours, which a volume of masks cannot hold")
 
 
 def _going_on(progress: Progress, results: Sequence[Path], overwrite: bool) -> bool:
-    """Whether results are there in part, by this very prediction.
+    """Whether there are partial results of this very prediction.
 
     Raises:
         InputError: others are in the way.
@@ -300,8 +300,8 @@ def _going_on(progress: Progress, results: Sequence[Path], overwrite: bool) -> b
             return begun and all(file.exists() for file in results)
         if not overwrite:
             raise InputError(
-                f"{results[0]} was begun with another {other}, as {progress.file} says: go on with "
-                "what it was begun with, or give --overwrite or another --out"
+                f"{results[0]} was started with another {other}, as {progress.file} says: give "
+                "the same again, or give --overwrite or another --out"
             )
     for file in results:
         if file.exists() and not overwrite:
@@ -356,7 +356,7 @@ class _Work:
         return [Slab(at, numbers[at].ravel().tolist()) for at in itertools.product(*spans)]
 
     def plan(self) -> dict[str, Any]:
-        """What makes a prediction this one and no other."""
+        """The settings that identify this prediction."""
         predict = self.segmenter.predict
         return {
             "input": str(self.source.resolve()),

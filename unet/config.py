@@ -29,7 +29,7 @@ class UNetConfig:
     """The shape of a `UNet`. Level 0 is the finest; the last multiplier is the coarsest level.
 
     Raises:
-        InputError: a combination that cannot be built, with the numbers and the cure.
+        InputError: a combination that cannot be built; the message gives the values and the remedy.
     """
 
     in_channels: int = 1  # channels of the input image

@@ -14,8 +14,8 @@ from unet.errors import InputError, RunError
 def pick_device(name: str) -> torch.device:
     """The device of that name; auto: a GPU where there is one, of several processes each its own.
 
-    On an NVIDIA GPU, float32 products of matrices are from now on made as its convolutions are
-    anyway: in TF32, of 10 bits behind the point.
+    On an NVIDIA GPU, float32 matrix products use TF32 from now on, with a mantissa of 10 bits, as
+    convolutions do by default.
     """
     if name == "auto":
         device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
@@ -47,7 +47,7 @@ def pick_precision(name: str, device: torch.device) -> str:
 
 @contextlib.contextmanager
 def repeatable() -> Iterator[None]:
-    """Lets PyTorch take only algorithms that give the same bits each time.
+    """Makes PyTorch use only algorithms that give the same bits each time.
 
     Raises:
         RunError: an operation has none on its device, and is named.
@@ -70,7 +70,7 @@ def repeatable() -> Iterator[None]:
 
 
 def trained_precision(name: str, device: torch.device) -> torch.dtype | None:
-    """What a trained network computes in, by autocast; None: in its weights' float32.
+    """The autocast type that a trained network computes in; None: its weights' float32.
 
     auto: bfloat16 on an NVIDIA GPU that supports it, as training does there; else float32,
     so that a CPU gives the same numbers as any other.
@@ -84,7 +84,7 @@ def trained_precision(name: str, device: torch.device) -> torch.dtype | None:
 def computing_in(
     dtype: torch.dtype | None, device: torch.device
 ) -> contextlib.AbstractContextManager[object]:
-    """Autocast to that type; None: as it is around."""
+    """Autocast to that type; None: no change."""
     return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 

@@ -27,9 +27,9 @@ _EXTRAS = {  # a package that some part imports when it is used, and the extra t
 class InputError(ValueError):
     """A mistake in an argument, a config or a file: what, where, which value, how to mend it.
 
-    The commands print it as one sentence and exit with status 2; what is no such error keeps its
-    traceback. It is one line, whatever the names and values in it: breaks become spaces, what
-    cannot be printed is escaped, and the middle of a very long one is left out.
+    The commands print it as one sentence and exit with status 2; any other exception keeps its
+    traceback. The message is one line, whatever names and values are in it: line breaks become
+    spaces, unprintable characters are escaped, and the middle of a very long message is left out.
     """
 
     def __init__(self, message: str) -> None:
@@ -41,7 +41,7 @@ class InputError(ValueError):
 
 @contextmanager
 def as_keywords(*names: str) -> Iterator[None]:
-    """For calls from Python: an InputError that says --batch-size says batch_size instead.
+    """For calls from Python: an InputError names batch_size instead of --batch-size.
 
     Args:
         names: of the keywords.
@@ -56,7 +56,7 @@ def as_keywords(*names: str) -> Iterator[None]:
 
 @contextmanager
 def with_extras() -> Iterator[None]:
-    """A package that is missing in here is one sentence, with the command that brings it."""
+    """A missing package becomes an InputError with the command that installs it."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -77,16 +77,14 @@ def is_address(path: object) -> bool:
 
 
 def not_there(path: object, what: str = "file or folder") -> str:
-    """What to say of a path that names nothing: an address on the Web, or a home folder that no
-    shell wrote out, as behind a =, is told to be one.
+    """The message for a path that does not exist; it recognises an address on the Web, and a `~`
+    that no shell expanded, as behind a =.
     """
     if is_address(path):
-        return "an address elsewhere, and only files here are read: download it"
+        return "an address on the Web, but only local files are read: download it"
     if str(path).startswith("~"):
         home = os.path.expanduser(str(path))
-        return (
-            f"no such {what}: ~ stands for a home folder where a shell reads it, so give {home!r}"
-        )
+        return f"no such {what}: only a shell expands ~, so give {home!r}"
     return f"no such {what}"
 
 
@@ -102,7 +100,7 @@ class DiskError(RunError):
 
 
 def said(error: BaseException) -> str:
-    """The first line of what a library's exception says, or its name where it says nothing."""
+    """The first line of a library's exception message, or the exception's name if it has none."""
     return str(error).strip().partition("\n")[0][:300] or type(error).__name__
 
 

@@ -17,7 +17,7 @@ _MANY_ROWS, _MUCH_WORK = 512, 2**24  # rows, multiplications: from where a convo
 
 
 class Conditioning(NamedTuple):
-    """What a step may look at beside its input; each entry is None where a config lacks it."""
+    """The inputs of a step beside the map; each entry is None if the config lacks it."""
 
     emb: Tensor | None = None  # (B, E) embedding of time, class and vector, already activated
     context: Tensor | None = None  # (B, L, D) tokens for cross-attention

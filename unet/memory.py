@@ -1,4 +1,4 @@
-"""The memory of the process, and what it means that it ran out."""
+"""The memory of the process, and errors when it runs out."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-# What is said of it without an OutOfMemoryError: by the CPU, CUDA's libraries, and Apple's GPUs.
+# Messages without an OutOfMemoryError: of the CPU, CUDA's libraries, and Apple's GPUs.
 _NO_MEMORY = ("allocate memory", "STATUS_ALLOC_FAILED", "out of memory")
 PREDICTED = 2**25  # bytes of the largest block that a prediction keeps
 
@@ -33,7 +33,7 @@ def keep_freed_memory(largest: int = 2**30) -> None:
 
 
 def ran_out_of_memory(error: BaseException) -> bool:
-    """Whether that is what an exception of PyTorch, NumPy or Python says."""
+    """Whether an exception of PyTorch, NumPy or Python says that memory ran out."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     text = str(error)
@@ -41,7 +41,7 @@ def ran_out_of_memory(error: BaseException) -> bool:
 
 
 def give_back(device: torch.device) -> None:
-    """Gives back what PyTorch keeps of a GPU's memory for later use, and what is in no use more."""
+    """Frees the GPU memory that PyTorch keeps for later use, and what is no longer used."""
     import torch
 
     gc.collect()

@@ -34,7 +34,7 @@ from unet.layers import (
 
 
 class Step(nn.ModuleDict):
-    """A few named parts in a row, each called with (x, cond), and its part in the skips."""
+    """A few named parts in a row, each called with (x, cond), and their role in the skips."""
 
     def __init__(
         self, parts: dict[str, nn.Module], *, keeps: bool = False, joins: bool = False
@@ -195,7 +195,7 @@ class UNet(nn.Module):
             if value is not None and value.shape != (batch,):
                 raise InputError(
                     f"{name} has shape {tuple(value.shape)}, but a batch of {batch} needs "
-                    f"({batch},): one value an image"
+                    f"({batch},): one value per image"
                 )
         if vector is not None and vector.shape != (batch, config.vector_channels):
             raise InputError(

@@ -1,15 +1,16 @@
-"""Which symmetries images have: whether up can be told from down, left from right, and a turn seen.
+"""Which symmetries images have: whether up and down, left and right, and quarter turns can be told
+apart.
 
-Turning crops by any angle is right for micrographs and wrong for streets, faces and letters. The
-images say which they are: a linear classifier sees each crop beside its mirror image and learns
-which of the two is the crop itself. Where the images have the symmetry, it is right half the time.
-It is trained on some images and asked about others. Fewer than eight say nothing about others, nor
-do the slices of one stack, which show the same tissue at the same place.
+Rotating crops by any angle is right for micrographs and wrong for streets, faces and letters. A
+linear classifier finds out which they are: it sees each crop beside its mirror image and learns
+which of the two is the crop itself. If the images have the symmetry, it is right half the time. It
+is trained on some images and tested on others. Fewer than eight images are too few for that, and so
+are the slices of one stack, which show the same tissue at the same place.
 
 Its features are averages of the responses to patches of the images themselves (as in Coates and Ng
 2011, "The importance of encoding versus training with sparse coding and vector quantization"), and
-the crop as 8 x 8 pixels. Crops are shrunk to 32 x 32 pixels and freed of a slope of grey before, so
-that the scan lines of a microscope and its uneven light say nothing.
+the crop as 8 x 8 pixels. Crops are shrunk to 32 x 32 pixels and freed of a slope of grey first, so
+that the scan lines of a microscope and its uneven light do not count.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ MIRRORS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Symmetries(NamedTuple):
-    """What may be done to images, and why."""
+    """The symmetries to augment with, and why."""
 
     flips: Flips
     why: str
@@ -59,7 +60,7 @@ class Telling(NamedTuple):
     """How well crops are told from their mirror images."""
 
     share: float  # of the crops
-    odds: float  # that as many of the images are told by luck
+    odds: float  # that as many of the images are right by luck
 
 
 def find_symmetries(
@@ -69,10 +70,9 @@ def find_symmetries(
     *,
     seed: int = 0,
 ) -> Symmetries:
-    """The symmetries of images, as far as crops of them tell; the same at each call.
-
-    All eight are taken where nothing can be told apart, or too little is there to tell; the mirror
-    image where up and down can be told, but not left and right; none otherwise.
+    """The symmetries of images, tested on crops of them; the same at each call. The result is all
+    eight if nothing can be told apart, or there is too little data to tell; mirroring left to right
+    if up and down can be told apart, but not left and right; none otherwise.
 
     Args:
         load: an image (C, H, W) by its index.
@@ -81,38 +81,38 @@ def find_symmetries(
     """
     read = min(len(indices), CROPS)
     if read < LEAST_IMAGES:
-        return Symmetries(True, f"{counted(read, 'image')} cannot tell otherwise")
+        return Symmetries(True, f"{counted(read, 'image')} are too few to tell")
     read = min(read, max(LEAST_IMAGES, PIXELS // math.prod(load(indices[0]).shape[-2:])))
     chosen = [load(indices[(2 * k + 1) * len(indices) // (2 * read)]) for k in range(read)]
     if _alike(chosen):
-        return Symmetries(True, "slices of one stack cannot tell otherwise")
+        return Symmetries(True, "slices of one stack are too alike to tell")
     crops, images = _cut(chosen, crop, np.random.default_rng((seed, read)))
     if crops.shape[-1] < LEAST:
-        return Symmetries(True, f"crops of less than {LEAST} pixels cannot tell otherwise")
+        return Symmetries(True, f"crops of less than {LEAST} pixels are too small to tell")
     found = dict(zip(MIRRORS, _tell(crops, images, seed), strict=True))
     return _chosen(found, f"{counted(len(crops), 'crop')} of {counted(read, 'image')}")
 
 
 def _chosen(found: dict[str, Telling], seen: str) -> Symmetries:
     def told(name: str) -> str:
-        return f"{name} can be told apart: {found[name].share:.0%} right of {seen}"
+        return f"{name} can be told apart: right in {found[name].share:.0%} of {seen}"
 
     strong = [n for n, (share, odds) in found.items() if share >= STRONG and odds <= ODDS]
     upright, across = found["up and down"], found["left and right"]
     if "up and down" in strong:
         if across.share >= WEAK and across.odds <= WEAK_ODDS:
-            return Symmetries(
-                False, f"{told('up and down')}; left and right, too: {across.share:.0%}"
-            )
+            also = f"left and right can, too: right in {across.share:.0%}"
+            return Symmetries(False, f"{told('up and down')}; {also}")
         return Symmetries(
-            "mirror", f"{told('up and down')}; left and right cannot: {across.share:.0%}"
+            "mirror", f"{told('up and down')}; left and right cannot: right in {across.share:.0%}"
         )
     if strong:
         return Symmetries(False, told(strong[0]))
     can = "can hardly" if upright.odds <= ODDS else "cannot"
-    said = f"up and down {can} be told apart: {upright.share:.0%} right of {seen}"
+    said = f"up and down {can} be told apart: right in {upright.share:.0%} of {seen}"
     turns = found["quarter turns"].share
-    return Symmetries(True, f"{said}; left and right {across.share:.0%}, quarter turns {turns:.0%}")
+    said += f"; left and right in {across.share:.0%}, quarter turns in {turns:.0%}"
+    return Symmetries(True, said)
 
 
 def _alike(images: Sequence[NDArray[Any]]) -> bool:

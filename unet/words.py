@@ -1,4 +1,4 @@
-"""Small words of messages: one image, two images."""
+"""Phrases for messages, such as "1 image" and "2 images"."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def channels_said(count: int, names: Sequence[str] = ()) -> str:
 def left_out(
     found: Mapping[str, Sequence[object]], cure: str = "name one by itself if it is meant"
 ) -> str:
-    """What is left out of a folder that is walked, with the first of each kind; "" for nothing.
+    """A sentence on what is left out of a folder, with the first path of each kind; "" for nothing.
 
     Args:
         found: files or folders by what they are, such as "folder of masks".
-        cure: what to do where they are meant.
+        cure: what to do to use them nevertheless.
     """
     said = []
     for what, paths in found.items():

@@ -21,7 +21,7 @@ from unet.training.options import check_paths
 if TYPE_CHECKING:
     from unet_diffusion.page.shared import Known
 
-# The two quick ones of the demo, with its shares of the minutes: the words behind `unet`.
+# The two quick trainings of the demo, with their shares of the minutes: the arguments of `unet`.
 QUICK = {
     "membranes": ("train-seg", "--recipe", "quick", "--max-minutes", "0.75"),
     "shapes": ("train-ddpm", "--batch-size", "16", "--max-minutes", "1.75"),
@@ -133,7 +133,7 @@ def serve(options: AppOptions, folder: Path, password: str | None) -> None:
         with signals_caught() as caught:
             while not caught:
                 time.sleep(0.5)
-        print("closing, once what is at work has saved its state", flush=True)
+        print("closing as soon as what is running has saved its state", flush=True)
     finally:
         if page.job is not None:
             page.job.command.stop()
@@ -155,7 +155,7 @@ def read_password(file: Path | None) -> str | None:
 
 
 def given(folders: Sequence[str]) -> list[Known]:
-    """The models of the command line, each under its run's name, or its folder's."""
+    """The models of the command line, each under the name of its run or its folder."""
     from unet_diffusion.page.shared import known_model
 
     found: dict[str, Known] = {}
@@ -199,9 +199,8 @@ def unfit(held_out: Path, models: Sequence[Known]) -> list[str]:
 
 
 def quick_ones(folder: Path) -> list[Known]:
-    """Two small models of generated images, trained where they are not there yet, as the demo does.
-
-    What an earlier start left unfinished is gone on with.
+    """Two small models of generated images, trained as in the demo unless they exist already. A
+    training that an earlier start left unfinished is resumed.
     """
     from unet_diffusion.page.shared import known_model
 

@@ -1,4 +1,4 @@
-"""Cross-validate a recipe: unet-crossval-seg --data DIR --out DIR; --resume goes on with it."""
+"""Cross-validate a recipe: unet-crossval-seg --data DIR --out DIR; --resume continues it."""
 
 from __future__ import annotations
 
@@ -47,21 +47,23 @@ class CrossvalOptions(SegmentationOptions):
             raise InputError(f"--folds {self.folds} must be at least 2")
         if self.unlabelled is not None:
             raise InputError(
-                "--unlabelled has no place here: train a diffusion model of the images once, and "
-                "start every fold from it with --init"
+                "--unlabelled does not go with a cross-validation: train a diffusion model of the "
+                "images once, and start every fold from it with --init"
             )
         if self.push_to_hub is not None:
             raise InputError(
-                "--push-to-hub has no place here, where every fold has a model: train one on all "
-                "of it with train-seg"
+                "--push-to-hub does not go with a cross-validation, where every fold has a model: "
+                "train one on all of it with train-seg"
             )
         for name in ("fold", "val_names", "val"):
             if getattr(self, name) != getattr(SegmentationOptions, name):
                 flag = name.replace("_", "-")
-                raise InputError(f"--{flag} has no place here: --folds says what is held out")
+                raise InputError(
+                    f"--{flag} does not go with a cross-validation: --folds says what is held out"
+                )
 
     def fold_options(self, k: int) -> SegmentationOptions:
-        """The options of the k-th fold's run, from 1, which goes on if it was begun."""
+        """The options of the k-th fold's run, from 1, which is resumed if it was begun."""
         values = {f.name: getattr(self, f.name) for f in fields(SegmentationOptions)}
         out = self.out / f"fold-{k}"
         begun = any(not path.name.startswith(".") for path in out.glob("*"))
@@ -93,14 +95,14 @@ def main(options: CrossvalOptions) -> None:
     if is_main_process():
         found = summary([json.loads((r.out / "scores.json").read_text("utf-8")) for r in runs])
         write_text(options.out / "crossval.json", json.dumps(found, indent=2) + "\n")
-        print("\n".join(["", *table(found), "", f"all of it: {options.out / 'crossval.json'}"]))
+        print("\n".join(["", *table(found), "", f"all results: {options.out / 'crossval.json'}"]))
         models = [run.out / "model" for run in runs]  # together they are better than one of them
         unseen = ("--input", "new_images", "--out", "predictions")
         say_next("predict-seg", "--model", *models, *unseen)
 
 
 def begin(options: CrossvalOptions) -> None:
-    """Makes the folder, or checks that it is that of these options."""
+    """Makes the folder, or checks that it belongs to these options."""
     file = options.out / "config.yaml"
     if not options.resume:
         if options.out.is_file() or (options.out.exists() and any(options.out.iterdir())):
@@ -135,7 +137,7 @@ def score(run: SegmentationOptions) -> None:
 
 
 def summary(folds: list[dict[str, Any]]) -> dict[str, Any]:
-    """The folds' scores, their mean and spread, and all images, the worst first."""
+    """The folds' scores, their mean and standard deviation, and all images, the worst first."""
     images = [{"fold": f["fold"], **image} for f in folds for image in f["per_image"]]
     images.sort(key=lambda image: (image["dice"] is None, image["dice"] or 0))
     return {

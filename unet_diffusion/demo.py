@@ -1,6 +1,7 @@
 """Both lives of a U-Net on generated images, and how they meet: about four minutes.
 
-It labels membranes, it draws shapes, and what has learnt to draw them starts to label them.
+It labels membranes and draws shapes, and the network that has learnt to draw shapes then learns to
+label them.
 """
 
 from __future__ import annotations
@@ -139,10 +140,9 @@ def draw(options: DemoOptions, run: Path) -> None:
 
 
 def meet(options: DemoOptions, model: Path, run: Path) -> None:
-    """A segmentation of the same shapes from a few labels, begun with the trunk that draws them.
-
-    Beside it the same network from random weights, as long, on the same labels, with the optimizer
-    that suits each.
+    """A segmentation of the same shapes from a few labels, started from the trunk of the diffusion
+    model. For comparison, the same network from random weights, trained as long on the same labels;
+    each with the optimizer that suits it.
     """
     from diffusion.data.shapes import SHAPES
     from segmentation.data.pairs import pairs_from_arrays
@@ -189,13 +189,13 @@ def meet(options: DemoOptions, model: Path, run: Path) -> None:
         found = evaluate(Predictor(models), data, data.val)
         scores[name] = found.scores()["dice"]
         pictures.append(class_colours(found.images[0].prediction, 1 + len(SHAPES)))
-    titles = ("unseen", "true shapes", "from random weights", "from the trunk that draws")
+    titles = ("unseen", "true shapes", "from random weights", "from the diffusion model")
     legend = class_legend(replace(table, names=("ground", *SHAPES), ignore_value=None))
     panel([pictures], titles=titles, legend=legend).save(run / "meeting.png")
     print(
-        f"\nMean Dice on unseen pictures: from random weights {scores['random']:.3f}, "
-        f"from the trunk that draws {scores['drawing']:.3f}\n  {run / 'meeting.png'}: pictures, "
-        "their shapes, and what each of the two finds"
+        f"\nMean Dice on unseen pictures: from random weights {scores['random']:.3f}, from the "
+        f"diffusion model {scores['drawing']:.3f}\n  {run / 'meeting.png'}: pictures, their "
+        "shapes, and what each of the two finds"
     )
 
 

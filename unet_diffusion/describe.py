@@ -107,7 +107,7 @@ def describe(name: str, size: int | None) -> dict[str, Any]:
 
 
 def build(name: str) -> tuple[FolderModel, dict[str, Any]]:
-    """A model by its name without memory for its weights, and what is known of it.
+    """A model by its name, without memory for its weights, and facts about it.
 
     Raises:
         InputError: neither a preset nor a model folder or checkpoint.
@@ -129,7 +129,8 @@ def build(name: str) -> tuple[FolderModel, dict[str, Any]]:
 
 
 def _opened(name: str) -> tuple[FolderModel, str, dict[str, Any]]:
-    """The model of a preset, a folder or a checkpoint; where it is from; what a LoRA is, or {}."""
+    """The model of a preset, a folder or a checkpoint; its source; and facts about a LoRA, or
+    {}."""
     import torch
     from safetensors.torch import load_file
 
@@ -185,8 +186,8 @@ def table(facts: dict[str, Any]) -> str:
         lines += [f"as stored in the folder: {stored / 1e6:,.2f} MB ({', '.join(facts['types'])})"]
     if lora := facts.get("lora"):
         lines += [
-            f"LoRA of rank {lora['rank']}: {lora['parameters']:,} numbers beside {lora['layers']} "
-            f"layers of {lora['base']}"
+            f"LoRA of rank {lora['rank']}: {lora['parameters']:,} parameters beside "
+            f"{lora['layers']} layers of {lora['base']}"
         ]
     for task, how in facts.get("starts", {}).items():
         kind = "diffusion model" if task == "diffusion" else task

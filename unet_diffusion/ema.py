@@ -42,8 +42,7 @@ def main(options: Options) -> None:
     kept = RunFolder(options.run).kept_snapshots()
     if not kept:
         raise InputError(
-            f"{options.run} has no snapshots/ to put an average together of: train with "
-            "--snapshots 32"
+            f"{options.run} has no snapshots/ to make an average of: train with --snapshots 32"
         )
     last = max(profile.step for profile in kept)
     step = last if options.step is None else options.step
@@ -55,20 +54,21 @@ def main(options: Options) -> None:
         if left > LARGEST_ERROR:
             raise InputError(
                 f"{counted(len(kept), 'snapshot')} cannot make an average of the width {std} at "
-                f"step {step}: {left:.0%} of its profile would be left; give a larger --std, or "
+                f"step {step}: its error would be {left:.0%}; give a larger --std, or "
                 "train with more --snapshots"
             )
         plans.append((std, factors.tolist(), left))
     for std, factors, left in plans:
         folder = options.run / f"model-{std:g}"
         save(options.run / "model", weighted(kept, factors), folder)
-        print(f"{folder}: the average of width {std:g} at step {step}, {left:.2%} off its profile")
+        made = f"the average of width {std:g} at step {step}"
+        print(f"{folder}: {made}, {left:.2%} from the wanted profile")
     say_next("describe", folder)
 
 
 def weighted(kept: Mapping[Profile, Path], factors: Sequence[float]) -> dict[str, Tensor]:
-    """The sum in float64 of the averages that were kept, each times its factor; only one of them is
-    in memory at a time.
+    """The sum in float64 of the kept averages, each times its factor; only one of them is in memory
+    at a time.
 
     Raises:
         InputError: one of them cannot be read, or is of another network.
@@ -88,7 +88,7 @@ def weighted(kept: Mapping[Profile, Path], factors: Sequence[float]) -> dict[str
 
 
 def save(like: Path, weights: Mapping[str, Tensor], folder: Path) -> None:
-    """A model folder with these weights, all else as another one has it."""
+    """Writes a model folder with these weights, and all else as in another one."""
     from unet.weights.folder import load_strictly
     from unet_diffusion.starting import read_model
 

@@ -93,9 +93,8 @@ class EvalOptions(SamplingOptions):
             raise InputError("--classifier and --inception each give the features: give one")
 
     def ways(self) -> list[SamplingOptions]:
-        """The settings to judge: the options' own, or those of --compare.
-
-        An option of one sampler alone goes to that one, which must be among them.
+        """The settings to judge: those of the options, or those of --compare. An option of a single
+        sampler applies to that one, which must be among them.
         """
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(SamplingOptions)}
         if not self.compare:
@@ -210,7 +209,7 @@ def judge_and_pairs(
 
 
 def check_model(options: EvalOptions, model: DiffusionUNet) -> None:
-    """Raises an InputError for a model that is not judged here, or not by these options."""
+    """Raises an InputError for a model that cannot be judged here, or not with these options."""
     condition = model.condition
     if model.joint:
         raise InputError(
@@ -282,7 +281,7 @@ def read_images(
     if data.size != (height, width):
         raise InputError(
             f"the images are {data.size[0]} x {data.size[1]}, but the model makes {height} x "
-            f"{width}: bring them to its size"
+            f"{width}: resize them"
         )
     return data
 
@@ -290,7 +289,7 @@ def read_images(
 def images_of_run(
     options: EvalOptions, run: dict[str, Any], sampler: ImageSampler
 ) -> DiffusionData | None:
-    """What a model was trained on; None: it is not there any more."""
+    """The images that a model was trained on; None: they are not there any more."""
     if "data" not in run:
         return None
     try:
@@ -306,7 +305,7 @@ def judged_from_noise(
 ) -> tuple[dict[str, Any], float]:
     """Figures of images made from noise alone, and the seconds that they took to make.
 
-    A model of the captioned shapes is asked for scenes of its own, half of them of unseen pairs.
+    A model of the captioned shapes is asked for random scenes, half of them with unseen pairs.
     """
     from diffusion.judging.captions import judge_captions, scenes_to_ask
     from diffusion.judging.evaluation import timed_samples, wanted_like

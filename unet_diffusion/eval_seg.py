@@ -124,13 +124,13 @@ def main(options: EvalOptions) -> None:
         raise InputError("--calibrate is of classes, and the model knows regions: leave it out")
     if options.threshold is not None and len(table.values) != 2 and not data.regions:
         raise InputError(
-            f"--threshold parts two classes, but the model knows {len(table.values)}, of which the "
-            "most probable one is taken: leave it out"
+            f"--threshold separates two classes, but the model has {len(table.values)} and takes "
+            "the most probable one: leave it out"
         )
     cells = known_cells(models, data)
     if options.warping and cells is None:
         raise InputError(
-            "--warping counts splits and mergers of cells that thin membranes part, and the model "
+            "--warping counts splits and mergers of cells between thin membranes, and the model "
             "was not trained on such masks: leave it out"
         )
 
@@ -201,7 +201,7 @@ def halves(data: SegmentationData) -> tuple[list[int], list[int]]:
 
 
 def chosen_pairs(options: EvalOptions, slices: int) -> tuple[SegmentationOptions, list[Pair]]:
-    """Where the data are from, and the images to score, of so many slices together."""
+    """The source of the data, and the images to score, each of that many slices."""
     from segmentation.data.slices import with_neighbours
     from segmentation.data.splits import split_pairs
     from segmentation.judging.labelled import held_out

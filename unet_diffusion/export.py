@@ -52,9 +52,11 @@ class ExportOptions:
         about = {name: getattr(self, name) for name in ("image", "name", "authors", "licence")}
         given = [f"--{name}" for name, value in about.items() if value]
         if self.to != "bioimageio" and given:
-            raise InputError(f"{given[0]} is for --to bioimageio alone, not {self.to}: leave it")
+            raise InputError(
+                f"{given[0]} is for --to bioimageio alone, not {self.to}: leave it out"
+            )
         if self.int8 and self.to != "onnx":
-            raise InputError(f"--int8 is for --to onnx alone, not {self.to}: leave it")
+            raise InputError(f"--int8 is for --to onnx alone, not {self.to}: leave it out")
         if self.to == "bioimageio" and self.image is None:
             raise InputError("--to bioimageio needs --image FILE, an image like the training's")
 
@@ -80,8 +82,9 @@ def main(options: ExportOptions) -> None:
         )
     elif options.to == "bioimageio":
         raise InputError(
-            f"{options.model} is a diffusion model, and what the BioImage Model Zoo runs is called "
-            "once an image, not once a step: choose --to onnx, torchscript, pt2 or openvino"
+            f"{options.model} is a diffusion model, and what the BioImage Model Zoo runs is "
+            "called once per image, not once per step: choose --to onnx, torchscript, pt2 or "
+            "openvino"
         )
     elif options.int8:
         raise InputError(f"{options.model} is a diffusion model, and --int8 is for a segmentation")

@@ -1,4 +1,4 @@
-"""Whether images made from masks show these masks: a segmentation of real images reads them."""
+"""Whether images made from masks show these masks, as a segmentation of real images finds them."""
 
 from __future__ import annotations
 
@@ -86,8 +86,8 @@ class MaskReader:
 def faithfulness(
     read: MaskReader, made: Images, real: Images, masks: NDArray[np.int64]
 ) -> dict[str, dict[str, float]]:
-    """How well masks (N, H, W) are read in the images (N, H, W, C) that were made from them; in the
-    real ones, which is the ceiling; and the one as a share of the other.
+    """How well masks (N, H, W) are found in the images (N, H, W, C) that were made from them; in
+    the real images, which is the upper limit; and the ratio of the two.
     """
     ours, ceiling = read(made, masks), read(real, masks)
     share = {k: ours[k] / ceiling[k] if ceiling[k] else np.nan for k in ours}

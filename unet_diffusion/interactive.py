@@ -1,4 +1,5 @@
-"""What the page in the browser and the plugin of napari share: commands of ours, and sentences."""
+"""Shared by the page in the browser and the plugin of napari: running commands, and error
+messages."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ PATIENCE = 60.0  # seconds in which a command that is to end saves its state
 
 
 class Command:
-    """A command of ours in a process of its own, as from a terminal: its run is an ordinary one."""
+    """A command of this project in its own process, as from a terminal: its run is an ordinary
+    one."""
 
     def __init__(self, *words: object) -> None:
         self._said = tempfile.TemporaryFile()  # noqa: SIM115  # as long as the process
@@ -66,13 +68,13 @@ class Command:
         """Raises RunError with its last sentence, where it ended in an error."""
         if self.process.returncode in (None, 0, 128 + signal.SIGINT, -signal.SIGINT):
             return
-        lines = [line for line in self.said() if line.strip()] or ["it said nothing"]
+        lines = [line for line in self.said() if line.strip()] or ["it gave no reason"]
         errors = [line for line in lines if line.startswith("error: ")] or lines
         raise RunError(errors[-1].removeprefix("error: "))
 
 
 def sentence(error: Exception) -> str:
-    """What went wrong; what is nobody's mistake keeps its traceback in the terminal."""
+    """The message for an error; an unexpected one also prints its traceback in the terminal."""
     if isinstance(error, (InputError, RunError)):
         return str(error)
     if ran_out_of_memory(error):

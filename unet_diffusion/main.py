@@ -1,4 +1,4 @@
-"""`unet`: lists the commands, and runs one as `unet train-seg ...`. Free of torch."""
+"""`unet`: lists the commands, and runs one as `unet train-seg ...`. Does not import torch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NAMES = tuple(name for names in COMMANDS.values() for name in names)
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command that `argv` names, by default ``sys.argv[1:]``, and returns its status.
 
-    Without one, or with ``--help``, it lists them. What is no command is one sentence on stderr,
+    Without one, or with ``--help``, it lists them. An unknown command is one sentence on stderr,
     which names the nearest one, and status 2.
     """
     name, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def unknown(name: str) -> str:
-    """The sentence about what is no command and no option of `unet`."""
+    """The message for an unknown command or option of `unet`."""
     option = name.startswith("-")
     known = ("--help", "--version", *COMPLETION) if option else NAMES
     match = difflib.get_close_matches(name.replace("_", "-"), known, n=1)
@@ -67,7 +67,7 @@ def module(name: str) -> ModuleType:
 
 
 def listing() -> str:
-    """The commands with a line each, which is how the docstring of its module begins."""
+    """The commands with a line each, from the beginning of the docstring of the module."""
     lines = ["usage: unet COMMAND [OPTIONS], or unet-COMMAND [OPTIONS]"]
     for title, names in COMMANDS.items():
         lines += ["", title]
@@ -77,7 +77,8 @@ def listing() -> str:
 
 
 def every_command() -> Any:
-    """The commands as subcommands of tyro's, which a shell completes with the options of each."""
+    """The commands as subcommands of tyro, for the completion of a shell, with the options of
+    each."""
     kinds = []
     for name in NAMES:
         options = get_type_hints(module(name).main)["options"]

@@ -154,7 +154,8 @@ def main(options: PredictOptions) -> int:
 
 
 def where(inputs: Inputs, out: Path, names: str) -> Path:
-    """Where the results of images are, in a pattern: in a tree as theirs where that is deep."""
+    """The place of the results as a pattern: a tree like that of the images, if these are in
+    folders."""
     deep = any(inputs.place(file) != Path() for file in inputs.files)
     return out / "**" / names if deep else out / names
 

@@ -1,8 +1,9 @@
-"""Learning from images without labels: by a diffusion model of them, and by labels of our own.
+"""Learning from images without labels: by a diffusion model of them, and by pseudo-labels.
 
-A diffusion model of the images starts a segmentation of the labelled ones, the teacher. That labels
-the others (pseudo-labels), and a second segmentation starts where the first one did and learns from
-both kinds of labels (self-training; Noisy Student, arXiv 1911.04252). Each part is an ordinary run.
+A diffusion model of the images starts a segmentation of the labelled ones, the teacher. The teacher
+labels the other images (pseudo-labels), and a second segmentation starts from the same weights as
+the first and learns from both kinds of labels (self-training; Noisy Student, arXiv 1911.04252).
+Each part is an ordinary run.
 """
 
 from __future__ import annotations
@@ -46,13 +47,12 @@ from unet.words import counted
 from unet_diffusion.starting import segmentation_start
 
 NETWORK = "shared"  # where none is named: one that takes a timestep
-ENOUGH = 2**23  # pixels of unlabelled images with labels of our own: 32 images of 512 x 512
+ENOUGH = 2**23  # pixels of unlabelled images that get pseudo-labels: 32 images of 512 x 512
 
 
 def train_with_unlabelled(options: SegmentationOptions) -> dict[str, float]:
-    """Trains in RUN/pretraining, RUN/teacher and RUN, or goes on in whichever part was left.
-
-    With --init that model is the start, and the diffusion model is left out.
+    """Trains in RUN/pretraining, RUN/teacher and RUN, or resumes the part that was interrupted.
+    With --init that model is the start, and no diffusion model is trained.
 
     Returns:
         The best held-out figures.
@@ -72,21 +72,25 @@ def train_with_unlabelled(options: SegmentationOptions) -> dict[str, float]:
             save_config(replace(options, resume=False), options.out / "config.yaml")
         init = options.init or str(options.out / "pretraining/model")
         if options.init is None and not (options.out / "pretraining/report.png").exists():
-            _say(options, "pretraining", "without labels a diffusion model of the images")
+            _say(options, "pretraining", "a diffusion model learns from the images, without labels")
             learn_to_draw(first_part(options, options.out / "pretraining", unlabelled.crop))
         start = segmentation_start(init)
         teacher = options.out / "teacher"
         if not (teacher / "report.png").exists():
-            _say(options, "teacher", "with labels a segmentation, which will label the others")
+            _say(
+                options,
+                "teacher",
+                "a segmentation learns from the labels, to label the rest",
+            )
             learn_to_label(teacher_part(options, init), start)
         pairs = own_labels(options, teacher, unlabelled)
-    _say(options, "student", "a segmentation that learns from these labels as well")
+    _say(options, "student", "a segmentation learns from these labels as well")
     return learn_to_label(replace(options, resume=True), start, also=pairs)
 
 
 def _say(options: SegmentationOptions, part: Part, what: str) -> None:
     if is_main_process():
-        print(f"for {share_of_budget(options, part):.0%} of the budget: {what}", flush=True)
+        print(f"{share_of_budget(options, part):.0%} of the budget: {what}", flush=True)
 
 
 def first_part(options: SegmentationOptions, run: Path, crop: int) -> DiffusionOptions:
@@ -143,10 +147,10 @@ class Slice(NamedTuple):
 
 
 class Unlabelled(NamedTuple):
-    """What the parts of a training have to know of the unlabelled images.
+    """Facts about the unlabelled images, for the parts of a training.
 
     Attributes:
-        chosen: those that get labels of our own.
+        chosen: those that get pseudo-labels.
         crop: side of the crops of the diffusion model.
         ignored: the value of pixels without a label in the masks of the labelled images.
     """
@@ -172,8 +176,8 @@ def find_unlabelled(folder: Path) -> Sequence[Path]:
 
 
 def to_label(files: Sequence[Path], reading: Reading, folder: Path) -> list[Slice]:
-    """The images of a folder that get labels of our own: all, or evenly as many as have ENOUGH
-    pixels.
+    """The images of a folder that get pseudo-labels: all, or evenly spread ones with ENOUGH pixels
+    in all.
     """
     slices = []
     for file in files:
@@ -189,8 +193,8 @@ def to_label(files: Sequence[Path], reading: Reading, folder: Path) -> list[Slic
 
 
 def own_labels(options: SegmentationOptions, teacher: Path, unlabelled: Unlabelled) -> list[Pair]:
-    """The images with masks by the teacher, which are kept in RUN/teacher/labels and not made
-    twice. Every process makes a part of them.
+    """The images with masks predicted by the teacher, which are kept in RUN/teacher/labels and not
+    made twice. Every process makes a part of them.
     """
     reading, folder, chosen = options.reading, teacher / "labels", unlabelled.chosen
     masks = [folder / f"{image.name}.tif" for image in chosen]
@@ -242,7 +246,7 @@ def _without_unlabelled(options: SegmentationOptions) -> SegmentationOptions:
 
 
 def check(options: SegmentationOptions, files: Sequence[Path]) -> Unlabelled:
-    """What there is in these files, which go with the labelled images.
+    """Checks that the unlabelled files fit the labelled images, and describes them.
 
     Raises:
         InputError: images that cannot be read, of other channels or another depth, too small for a
@@ -304,7 +308,8 @@ def _drawing_network(options: SegmentationOptions) -> str:
 
 
 def _tell_held_out(val: Sequence[Pair], files: Sequence[Path], reading: Reading) -> None:
-    """Says which held-out images are among the unlabelled ones: it is allowed, but to be known."""
+    """Says which held-out images are among the unlabelled ones: this is allowed, but should be
+    known."""
     held_out = [replace(pair, window=None) for pair in val]
     headers = {file: image_info(file, reading) for file in files}
     sizes = {(info.height, info.width) for info in headers.values()}

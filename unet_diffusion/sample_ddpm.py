@@ -128,7 +128,7 @@ class SampleOptions(SamplingOptions):
         if self.interpolate and self.count < 2:
             raise InputError(f"--count {self.count}: between two images there are at least 2")
         if self.interpolate and self.first:
-            raise InputError("--first has no place with --interpolate, whose images have an order")
+            raise InputError("--first does not go with --interpolate, whose images have an order")
         if not 0 < self.strength <= 1:
             raise InputError(f"--strength {self.strength} must be above 0 and at most 1")
         if self.class_ and self.prompt:
@@ -197,7 +197,7 @@ def main(options: SampleOptions) -> None:
 
 
 def trained_on(model: str) -> str:
-    """What a model's run was trained on, or a word in its place where that is not known."""
+    """The data that a model's run was trained on, or a word in its place if they are not known."""
     with contextlib.suppress(InputError):
         run = load_config(DiffusionOptions, Path(model).parent / "config.yaml")
         return str(run.get("data", "real_images"))
@@ -230,8 +230,8 @@ def given_conditions(options: SampleOptions, sampler: ImageSampler) -> tuple[Wan
     """The pictures of --condition, each as often as it is asked for, with the class or prompt of
     each in turn, and the names of the files.
 
-    Pixels are read when they are due, and of the first CHECKED now as well: a bad one stops it
-    before anything of an earlier run is replaced.
+    Pixels are read when they are needed, and those of the first CHECKED files now as well: a bad
+    file stops the command before anything of an earlier run is replaced.
     """
     from diffusion.data.whole import CHECKED
 
@@ -324,7 +324,7 @@ def chosen_conditions(options: SampleOptions, sampler: ImageSampler) -> Wanted:
 
 
 def chosen_plan(options: SampleOptions, sampler: ImageSampler, wanted: Wanted) -> Plan:
-    """What the options ask for: from noise, or from images."""
+    """The plan of the options: from noise, or from images."""
     from unet.files.images import image_info
 
     if options.init:
@@ -367,10 +367,10 @@ def made(
     size = f"{first[0]} x {first[1]}" + (f" to {last[0]} x {last[1]}" if first != last else "")
     tile = f"{sampler.height} x {sampler.width}"
     tiled = any(h > sampler.height or w > sampler.width for h, w in sizes)
-    each = "a tile" if tiled else "an image"
+    each = "per tile" if tiled else "per image"
     size += f", in overlapping tiles of {tile}," if tiled else ""
     said = (
-        f"{counted(options.count, 'image')} of {size} by {by}: "
+        f"{counted(options.count, 'image')} of {size} with {by}: "
         f"{counted(plan.evaluations, 'evaluation')} of the network {each}"
         f"{doubled}{before}{shared}"
     )

@@ -69,7 +69,7 @@ class MaskSampler:
         rows, columns = self.sampler.height, self.sampler.width
         if height * columns != width * rows:
             raise InputError(
-                f"{str(file)!r} is {height} x {width}, where the model makes masks of {rows} x "
+                f"{str(file)!r} is {height} x {width}, but the model makes masks of {rows} x "
                 f"{columns}: cut it to these proportions"
             )
         indices = self._sampled(file)
@@ -97,8 +97,8 @@ def predict_samples(
     keep: bool = False,
     overwrite: bool = False,
 ) -> list[str]:
-    """Samples masks of each image, and writes what they say together, into a tree of the folders
-    that the images lie in.
+    """Samples masks of each image, and writes their joint result into a tree of the folders that
+    the images lie in.
 
     Of an image NAME: NAME_mask.png, the most probable class or the second of two above the
     threshold; NAME_probability.png and NAME_entropy.png, 16-bit; NAME_overlay.png; legend.png.

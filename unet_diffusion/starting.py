@@ -1,4 +1,4 @@
-"""Where the two lives meet: a model of either, and one as the start of the other."""
+"""Where the two tasks meet: loading a model of either, and starting one from the other."""
 
 from __future__ import annotations
 
@@ -53,8 +53,9 @@ def read_model(folder: Path) -> FolderModel:
 def segmentation_start(path: str | None, timestep: float = TIMESTEP) -> Start | None:
     """The start of a segmentation that --init names; None where it names nothing.
 
-    A diffusion model becomes what it is at one timestep, of no class and the empty text. There it
-    sees an image in [-1, 1] times the signal of that timestep, and so shall the segmentation.
+    A diffusion model becomes the network that it is at one timestep, with no class and the empty
+    text. There it sees an image in [-1, 1] times the signal of that timestep, and so does the
+    segmentation.
 
     Args:
         path: the folder of a model of either task, or of a diffusers U-Net or pipeline.
@@ -121,7 +122,7 @@ def what_it_starts(path: str) -> dict[str, str]:
 
 
 def _seen(schedule: NoiseSchedule, rule: Prediction, t: int) -> tuple[float, float]:
-    """What a network is told of a timestep, and the factor of the images that it is shown there."""
+    """A network's input for a timestep, and the factor of the images that it is shown there."""
     image = torch.ones(1, 1, 1, 1, dtype=torch.float64)
     rates = schedule.rates(t, image)
     shown, told = rule.inputs(rates[0] * image, torch.tensor([t]), *rates)
@@ -129,7 +130,7 @@ def _seen(schedule: NoiseSchedule, rule: Prediction, t: int) -> tuple[float, flo
 
 
 def _pixels(signal: float, channels: int, ranges: Mapping[str, ValueRange]) -> Mapping[str, Any]:
-    """The normalisation of a segmentation that shows images as diffusion does, times a signal.
+    """The normalisation of a segmentation that scales images as diffusion does, times a signal.
 
     With the values v from a to b: signal (2 (v - a) / (b - a) - 1) = (v - mean) / std, with the
     middle of the values as mean and their half span over the signal as std.

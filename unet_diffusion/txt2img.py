@@ -159,7 +159,7 @@ def main(options: Txt2ImgOptions) -> None:
         for text, cut in model.cut_prompts(recipe).items():
             print(f"the {text} is longer than the text model takes: its end {cut!r} is left out")
         shared = f", shared by {processes.count} processes" if processes.count > 1 else ""
-        said = f"{counted(count, 'picture')} of {width}x{height} by {recipe.sampler}, "
+        said = f"{counted(count, 'picture')} of {width}x{height} with {recipe.sampler}, "
         said += f"{counted(steps, 'step')} each"
         print(said + shared)
 

@@ -1,7 +1,7 @@
-"""Captions of image files, in the ways that people keep them.
+"""Captions of image files, in the usual formats.
 
-`metadata.jsonl` (a JSON object a line) and `metadata.csv` name files relative to their folder, as
-Hugging Face's imagefolder does; or a `.txt` or `.caption` lies beside each image. A byte-order
+`metadata.jsonl` (one JSON object per line) and `metadata.csv` name files relative to their folder,
+as Hugging Face's imagefolder does; or a `.txt` or `.caption` lies beside each image. A byte-order
 mark and Windows' backslashes are understood.
 """
 
@@ -80,7 +80,7 @@ def _rows(table: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
                 raise TypeError("no object")
         except (ValueError, TypeError, RecursionError) as error:
             raise InputError(
-                f"line {number} of '{table}' is none such as "
+                f"line {number} of '{table}' must be an object such as "
                 '{"file_name": "0.png", "text": "a red circle"}'
             ) from error
         yield number, entry
@@ -92,19 +92,21 @@ def _entry(entry: Mapping[str, Any], key: str | None, where: str) -> tuple[str, 
     chosen = (key,) if key else _TEXT_KEYS
     text = next((entry[k] for k in chosen if k in entry), None)
     if isinstance(name, str) and text is not None and not isinstance(text, str):
-        raise InputError(f"{where}: the caption of {name} is no text, but {str(text)[:60]}")
+        raise InputError(f"{where}: the caption of {name} must be text, not {str(text)[:60]}")
     if not isinstance(name, str) or not isinstance(text, str):
         keys = ", ".join(map(str, entry))
         lacking = _FILE_KEYS[0] if not isinstance(name, str) else " or ".join(chosen)
         raise InputError(
-            f"{where} is none such as " + '{"file_name": "0.png", "text": "a red circle"}'
-            f": it has no {lacking}, but {keys or 'nothing'}; --caption-key names the captions'"
+            f"{where} must be like " + '{"file_name": "0.png", "text": "a red circle"}'
+            f": it has {keys or 'nothing'}, but no {lacking}; --caption-key "
+            "names that of the captions"
         )
     return name, text
 
 
 def _placed(folder: Path, name: str) -> str:
-    """The path that a table means: backslashes are folders, and a path from above is cut."""
+    """The path that a table means: backslashes separate folders, and leading folders that are not
+    below the table's own are cut."""
     parts = PureWindowsPath(name).parts if "\\" in name else PurePosixPath(name).parts
     direct = os.path.normpath(os.path.join(folder, *parts))
     if os.path.lexists(direct):
@@ -133,6 +135,6 @@ def _text_of(file: str, tables: Sequence[Path]) -> str:
 
 
 def _beside(file: str) -> str:
-    """The caption file of an image; that which it should have, where there is none."""
+    """The caption file of an image; if there is none, the one that it should have."""
     found = [os.path.splitext(file)[0] + ending for ending in _ENDINGS]
     return next((path for path in found if os.path.isfile(path)), found[0])

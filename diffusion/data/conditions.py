@@ -1,9 +1,9 @@
-"""What a picture is made from: another picture of the same place, as channels beside the noise.
+"""Conditions: the picture that an image is made from, as channels beside the noise.
 
-It is made from the image itself by a recipe (a small version, its greys, a noisy copy, all but a
-hole), or it comes from a folder of pictures or masks with the images' names. Networks see it joined
-to the noisy image (Palette, arXiv 2111.05826): in [-1, 1], masks as one channel a value of 0 and 1,
-and 0 everywhere where it is left out.
+It is either derived from the image itself by a recipe (a small version, its greys, a noisy copy,
+all but a hole), or read from a folder of pictures or masks with the images' names. Networks see it
+joined to the noisy image (Palette, arXiv 2111.05826): in [-1, 1], masks as one channel of 0 and 1
+per value, and 0 everywhere where the condition is left out.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _LOOKED_AT = 50  # files that say what a folder holds
 
 @dataclass(frozen=True)
 class Unread:
-    """A picture that is read each time its pixels are asked for, so that a million take no memory.
+    """A picture that is read each time its pixels are needed, so that a million take no memory.
 
     Attributes:
         shape: (K, H, W) of what `read` gives.
@@ -60,8 +60,8 @@ Picture: TypeAlias = Tensor | Unread
 
 
 class Asked(NamedTuple):
-    """The class or text of an image, and the picture (K, H, W) it is made from; None: any, and no
-    picture.
+    """The class or text of an image, and the picture (K, H, W) that it is made from; None: any
+    class, no picture.
     """
 
     shown: int | str | None = None
@@ -69,7 +69,7 @@ class Asked(NamedTuple):
 
     @classmethod
     def of(cls, wanted: Ask) -> Asked:
-        """What is asked for where only the one or the other may be given."""
+        """An `Asked` from a class or text, a picture, or neither."""
         if isinstance(wanted, Asked):
             return wanted
         return cls(picture=wanted) if isinstance(wanted, Picture) else cls(shown=wanted)
@@ -84,16 +84,16 @@ Ask: TypeAlias = int | str | Picture | Asked | None  # class, text, picture, or 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageKind:
-    """The images that are to be made from what is read of files.
+    """The kind of images that are made from conditions in files.
 
     Attributes:
-        size: to which a condition is cut and resized; None: its own, of lowres as many times the
-            small picture's.
+        size: to which a condition is cropped and resized; None: its own size, for lowres that of
+            the small picture times the factor.
         channels: of images.
         ranges: the values of each type that are -1 and 1 in images, where not all that it has.
         fine: whether images have more than 8 bits.
         nodata: see `Condition.read`.
-        background: what transparent pixels are laid over; None: alpha is a channel of its own.
+        background: the colour under transparent pixels; None: alpha is a channel of its own.
     """
 
     size: tuple[int, int] | None
@@ -125,10 +125,10 @@ class Condition:
         cleaning: of a mask: what is done to the values in files.
         dtype, low, high: of a picture: what becomes -1 and 1.
         fine: of a picture: whether it keeps more than 8 bits, as it does but in older models.
-        background: of a picture: what transparent pixels are laid over; None: white, as no picture
-            to learn from had any.
-        soft: of a picture: the values between which its edges are soft, but for which it would be a
-            mask.
+        background: of a picture: the colour under transparent pixels; None: white, as no training
+            picture had any.
+        soft: of a picture that would be a mask if its edges were not soft: the values between which
+            they are.
     """
 
     kind: str
@@ -144,13 +144,13 @@ class Condition:
     soft: tuple[int, ...] = ()
 
     def said(self) -> str:
-        """What it is, for people."""
+        """The condition in words."""
         if self.kind == "mask":
             cleaned = f" ({self.cleaning.said()})" if self.cleaning else ""
             return f"masks of the values {', '.join(map(str, self.values))}{cleaned}"
         if self.kind == "picture":
             over = f", transparent pixels over the colour {_said(self.background)}"
-            edges = f", no masks, as the edges between {', '.join(map(str, self.soft))} are soft"
+            edges = f", not masks, as the edges between {', '.join(map(str, self.soft))} are soft"
             values = f"{self.low:g} to {self.high:g}"
             values += (over if self.background else "") + (edges if self.soft else "")
             return f"pictures of {counted(self.channels, 'channel')}, {values}"
@@ -169,7 +169,7 @@ class Condition:
 
     @property
     def image_name(self) -> str:
-        """What `as_image` gives, for people."""
+        """What `as_image` gives, in words."""
         words = {
             "lowres": "bicubic enlargement",
             "grey": "the greys",
@@ -179,9 +179,8 @@ class Condition:
         return words.get(self.kind, "the picture itself")
 
     def as_image(self, picture: Tensor, channels: int) -> Tensor | None:
-        """The condition (K, H, W) as an image (C, H, W) in [-1, 1], which a model has to beat.
-
-        None: it is a mask, or a picture of other channels.
+        """The condition (K, H, W) as an image (C, H, W) in [-1, 1]: the baseline for a model. None:
+        it is a mask, or a picture with other channels.
         """
         if self.kind == "mask":
             return None
@@ -225,17 +224,17 @@ class Condition:
 
         Raises:
             InputError: a mask with another value; a picture with other channels, or in the very
-                colour that its transparent pixels are laid over.
+                colour under its transparent pixels.
         """
         if self.kind == "mask":
             mask = read_cleaned(file, self.cleaning)
             if mask.ndim == 3:
-                raise InputError(f"{str(file)!r} holds colours, where the conditions are numbers")
+                raise InputError(f"{str(file)!r} holds colours, but the conditions are numbers")
             known = np.isin(mask, self.values)
             if not known.all():
                 strange = np.unique(mask[~known])[:5].tolist()
                 raise InputError(
-                    f"{str(file)!r} holds the values {strange}, where the conditions have "
+                    f"{str(file)!r} holds the values {strange}, but the conditions have "
                     f"{list(self.values)}"
                 )
             return ((mask[..., None] == np.array(self.values)) * np.uint8(255)).astype(np.uint8)
@@ -244,8 +243,8 @@ class Condition:
         if _vanishes(file, pixels):
             raise InputError(
                 f"{str(file)!r}: all that is painted in it has the colour {_said(background)}, "
-                "which its transparent pixels are laid over, so nothing of it is left: fill these "
-                "with another colour, or train with another --background"
+                "which is also put under its transparent pixels, so that nothing of it can be "
+                "seen: fill these with another colour, or train with another --background"
             )
         known_range = ValueRange(self.low, self.high) if pixels.dtype.name == self.dtype else None
         try:
@@ -299,14 +298,14 @@ class Condition:
                 pass
             elif self.kind == "mask":
                 if info.channels != 1 and info.palette is None:
-                    raise InputError("it holds colours, where the conditions are numbers")
+                    raise InputError("it holds colours, but the conditions are numbers")
                 if info.lossy:
                     raise InputError("JPEG and WebP change the values of masks: save it as PNG")
             else:
                 image_based = self.kind in ("lowres", "noise", "hole")
                 check_channels(info.channels, images.channels if image_based else self.channels)
             if self.kind == "hole" and not info.has_alpha:
-                raise InputError("nothing in it is transparent, which says where the hole is")
+                raise InputError("no pixel of it is transparent, and transparency marks the hole")
         except InputError as error:
             raise InputError(f"{str(file)!r}: {error}") from error
         factor = self.amount if self.kind == "lowres" else 1
@@ -352,10 +351,10 @@ class Condition:
 
 
 def _around_hole(file: Path, images: ImageKind) -> Tensor:
-    """The image in a file, nothing where it is transparent, and behind it where that is."""
+    """The image in a file, zero where it is transparent, and as a last channel where that is."""
     pixels, nodata = _read(file, images.nodata, None)
     if not image_info(file).has_alpha:
-        raise InputError("nothing in it is transparent, which says where the hole is")
+        raise InputError("no pixel of it is transparent, and transparency marks the hole")
     cover = images.resized(as_levels(pixels[..., -1:], 1))
     seen = images.levels(pixels[..., :-1], images.channels, nodata)
     image = as_tensor(images.resized(seen))
@@ -366,16 +365,15 @@ def _around_hole(file: Path, images: ImageKind) -> Tensor:
 def _read(
     file: Path, nodata: float | None, background: Colour | None
 ) -> tuple[Array, float | None]:
-    """The pixels of a file, and its value where nothing was measured: what is said, or what the
-    file declares.
-    """
+    """The pixels of a file, and its no-data value: the one given, or what the file declares."""
     reading = Reading(nodata=nodata)
     pixels = HowToRead(reading=reading, background=background).image(file)
     return pixels, image_info(file, reading).nodata
 
 
 def _vanishes(file: Path, pixels: Array) -> bool:
-    """Whether a file has something painted that its pixels over a colour (H, W, C) do not show."""
+    """Whether a file has something painted that is invisible in its pixels over a colour (H, W,
+    C)."""
     if (pixels != pixels[0, 0]).any() or not image_info(file).has_alpha:
         return False
     cover = read_image(file, alpha=True)[..., -1]
@@ -402,9 +400,9 @@ def find_condition(
             whole numbers (or are indices of a palette) are masks, others are pictures, among them
             such whose edges are soft.
         files: those of the folder that go with images; none given: all in it and below it.
-        background: what transparent pixels of pictures are laid over, if something is left of all
-            of these; else white, or black.
-        cleaning: of the values of masks, which all files are where it does something.
+        background: the colour under transparent pixels of pictures, if all pictures stay visible on
+            it; else white, or black.
+        cleaning: of the values of masks; with one, all files are masks.
 
     Raises:
         InputError: neither; an amount out of range; files that are no images, or no masks.
@@ -488,7 +486,7 @@ def _of_folder(
 
 
 def _showing(files: Sequence[Path], nodata: float | None, colours: Sequence[Colour]) -> Colour:
-    """The first colour over which something is left of all pictures; the first, if none is such."""
+    """The first colour on which all pictures stay visible; the first one if there is none."""
     for colour in colours:
         if not any(_vanishes(file, _read(file, nodata, colour)[0]) for file in files):
             return colour
@@ -504,7 +502,7 @@ def partners(
     that name that lies at the place of no image.
 
     Args:
-        what: these files are, for people.
+        what: what these files are, for messages.
         root: the folder of the images; None: they lie in none.
 
     Raises:
@@ -538,13 +536,12 @@ def partners(
             alone.append(image)
     if itself := next((image for image in alone if image in own), None):
         raise InputError(
-            f"{itself!r} would be the {what} of itself: let --data name the folder of the images "
-            "alone"
+            f"{itself!r} would be its own {what}: give --data the folder of the images alone"
         )
     if alone:
         raise InputError(
             f"{str(folder)!r} has no {what} for {counted(len(alone), 'image')}, such as "
-            f"{alone[0]!r}: it has the name of its image, in folders like those of the image"
+            f"{alone[0]!r}: give each {what} its image's name, in folders like those of the images"
         )
     return found
 

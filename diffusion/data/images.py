@@ -110,7 +110,9 @@ class DiffusionData:
         if size is not None and size < 1:
             raise InputError(f"size {size}: give at least 1 pixel")
         if flips and captions:
-            raise InputError("flips make left of what a caption calls right: leave one of them off")
+            raise InputError(
+                "flips turn what a caption calls right into left: leave out flips or captions"
+            )
         if how is None:
             how = HowToRead(background=None) if channels == 4 else HowToRead()
         self.source = source = open_source(data, captions, size, seed, how)
@@ -127,7 +129,7 @@ class DiffusionData:
                 "subfolder of its own, or give an .npz with labels"
             )
         if masks is not None and joint is None and not source.files:
-            raise InputError(f"'{data}': masks are made of a folder of masks, one a file")
+            raise InputError(f"'{data}': masks are learnt from a folder of masks, one per file")
         self._whole = whole = WholeImages(
             source,
             how,
@@ -157,7 +159,7 @@ class DiffusionData:
         self._end = int(self._places[self.val, 1].min()) if alone and self.val else None
         self.labels = None if source.labels is None else source.labels[self._places[:, 0]]
         if flips is not None:
-            chosen = Symmetries("mirror" if flips else False, "as asked for")
+            chosen = Symmetries("mirror" if flips else False, "as requested")
         elif captions or classes:
             given = "captions" if captions else "classes"
             chosen = Symmetries(False, f"the {given} may tell left from right")
@@ -239,7 +241,7 @@ class DiffusionData:
         return image, self.condition.as_tensor(pixels[..., self.channels :])
 
     def describe(self) -> str:
-        """What was found, for people: images, sizes, classes, captions, split."""
+        """A printable description: images, sizes, classes, captions, split."""
         lines = self._whole.lines()
         if self.labels is not None and self.channels > self.codes:
             counts = np.bincount(self.labels, minlength=len(self.classes)).tolist()

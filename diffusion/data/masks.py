@@ -1,8 +1,8 @@
-"""Masks as what a diffusion model makes: each class a code of -1 and 1, one channel a digit.
+"""Masks that a diffusion model generates: each class is a code of -1 and 1, one channel per digit.
 
-Codes are analog bits (arXiv 2208.04202), the digits of the class's number, or one-hot. What is
-made is of the class whose code is nearest. They are all that is made, or lie behind the channels of
-an image that is made with them.
+Codes are analog bits (arXiv 2208.04202), the digits of the class's number, or one-hot. A generated
+pixel is of the class whose code is nearest. The codes are generated alone, or as channels behind
+those of an image that is generated with them.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class MaskCoding:
         known = mask.ndim == 2 and np.array(self.values)[indices] == mask
         if not np.all(known):
             strange = "colours" if mask.ndim == 3 else np.unique(mask[~known])[:5].tolist()
-            raise InputError(f"{str(file)!r} holds {strange}, where masks have {list(self.values)}")
+            raise InputError(f"{str(file)!r} holds {strange}, but masks have {list(self.values)}")
         return self.codes[indices]
 
     def indices(self, pixels: Pixels) -> NDArray[np.uint8]:
@@ -75,7 +75,7 @@ class MaskCoding:
         return self.codes[self.indices(pixels)]
 
     def decode(self, made: Pixels) -> Array:
-        """The channels (..., H, W, I) before the codes as they are, and then the mask's values.
+        """The channels (..., H, W, I) before the codes, unchanged, and then the mask's values.
 
         Args:
             made: (..., H, W, I + C); I is 0 where masks alone are made.
@@ -96,7 +96,7 @@ class MaskCoding:
         return np.concatenate([images, greys.repeat(channels, axis=-1)], axis=-2)
 
     def said(self) -> str:
-        """What it is, for people."""
+        """The coding in words."""
         return f"masks of the values {', '.join(map(str, self.values))}, as {self.coding}"
 
     def to_dict(self) -> dict[str, Any]:
@@ -131,7 +131,7 @@ def find_masks(files: Sequence[str], coding: Coding, cleaning: MaskCleaning) -> 
     if len(values) > MAX_CLASSES or values[-1] > 255:
         raise InputError(
             f"the files up to {survey.first[values[-1]]} hold {len(values)} values up to "
-            f"{values[-1]}, where masks have up to {MAX_CLASSES} values of 0 to 255: name a folder "
+            f"{values[-1]}, but masks have up to {MAX_CLASSES} values of 0 to 255: name a folder "
             "of masks"
         )
     if len(values) < 2:
@@ -149,7 +149,9 @@ def survey_of(files: Iterable[Path], cleaning: MaskCleaning) -> Survey:
     for file in files:
         mask = read_cleaned(file, cleaning)
         if mask.ndim == 3:
-            raise InputError(f"{str(file)!r} holds colours, where masks are made of numbers")
+            raise InputError(
+                f"{str(file)!r} holds colours, but masks to learn from must hold numbers"
+            )
         survey.add(repr(str(file)), mask)
         if len(survey.pixels) > MAX_CLASSES:
             break

@@ -47,8 +47,8 @@ def as_bytes(levels: Pixels) -> NDArray[np.uint8]:
 
 @dataclass(frozen=True)
 class ValueRange:
-    """The values that become black and white, of all channels or one for each of them; what lies
-    beyond is clipped.
+    """The values that become black and white, for all channels or for each of them; values beyond
+    are clipped.
     """
 
     low: float | tuple[float, ...]
@@ -56,14 +56,14 @@ class ValueRange:
 
     @classmethod
     def of_channels(cls, ranges: Sequence[ValueRange]) -> ValueRange:
-        """One range, or those of as many channels, as one."""
+        """One range for all channels, from one range or those of each channel."""
         if len(ranges) == 1:
             return ranges[0]
         sides = [found.each(1) for found in ranges]
         return cls(tuple(low for (low,), _ in sides), tuple(high for _, (high,) in sides))
 
     def each(self, channels: int) -> tuple[list[float], list[float]]:
-        """The lowest and the highest value of so many channels.
+        """The lowest and the highest value of each of so many channels.
 
         Raises:
             InputError: it is that of another number of channels.
@@ -84,7 +84,7 @@ class ValueRange:
         return levels.astype(np.float32) if fine else np.rint(levels).astype(np.uint8)
 
     def from_levels(self, levels: Pixels, dtype: str) -> Array:
-        """Values of a type out of levels (..., C), which `to_levels` brings to these again."""
+        """Values of a type from levels (..., C): the inverse of `to_levels`."""
         low, high = map(np.array, self.each(levels.shape[-1]))
         values = low + levels.astype(np.float64) * ((high - low) / 255)
         return (values if dtype == "float32" else np.rint(values)).astype(dtype)
@@ -125,7 +125,7 @@ class PixelType:
 
     @classmethod
     def of(cls, info: Mapping[str, Any]) -> PixelType:
-        """That of a model, from its `info`; of models that do not say it uint8.
+        """The type of a model, from its `info`; uint8 for models that do not give it.
 
         Raises:
             InputError: it is damaged.

@@ -1,4 +1,4 @@
-"""The values that become black and white, found from the images that use them."""
+"""The values that become black and white, found from the images."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def find_ranges(
     known: Mapping[str, ValueRange],
     parts: int,
 ) -> dict[str, ValueRange]:
-    """The ranges of each type but uint8 that images have, from images spread over the set.
+    """The range of each type of the images except uint8, from images spread over the set.
 
     Args:
         infos: what the headers say, of all images or of some.
@@ -114,7 +114,7 @@ class RangeFinder:
         if unit and low >= 0 and high > 2:
             raise InputError(
                 f"the values of '{unit[0]}' go up to 1, those of '{max(self.brightest)[1]}' up to "
-                f"{high:g}: scale all images alike"
+                f"{high:g}: scale all images the same way"
             )
         if low >= -1 and high <= 1:
             return ValueRange(-1, 1)

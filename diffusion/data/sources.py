@@ -45,11 +45,11 @@ ARCHIVE_BYTES = 2**32  # an .npz is unpacked into memory as a whole
 
 @dataclass(frozen=True, kw_only=True)
 class HowToRead:
-    """What is said of image files beside what they say themselves.
+    """How image files are read, beyond what they say themselves.
 
     Attributes:
         reading: their axes, the chosen channels, and the value of no data.
-        background: what transparent pixels are laid over; None: alpha is a channel of its own.
+        background: the colour under transparent pixels; None: alpha is a channel of its own.
         caption_key: of lines of metadata.jsonl and columns of metadata.csv.
     """
 
@@ -65,7 +65,7 @@ class HowToRead:
 
 
 def saved_colour(saved: Any) -> Colour | None:
-    """A colour that a model's JSON says; None: it says none.
+    """A colour from a model's JSON; None: it has none.
 
     Raises:
         ValueError: it is no colour.
@@ -88,7 +88,7 @@ class Source:
     files: Sequence[str] = ()
     root: Path | None = None  # the folder that the files are in or below
     below: Mapping[str, int] = field(default_factory=dict)  # images in folders, some beside these
-    left: str = ""  # what is said of files and folders that are left out
+    left: str = ""  # a note on files and folders that are left out
     how: HowToRead = field(default_factory=HowToRead)
     classes: tuple[str, ...] = ()
     labels: NDArray[np.int64] | None = None
@@ -290,7 +290,7 @@ def _read_page(
 def _walk(root: Path) -> tuple[list[str], list[str], list[Path], str]:
     """Images in natural order, in a folder and below, without hidden ones, folders of masks and
     what this project wrote; the subfolder of each, "" for none or a part of a split such as train/;
-    every table of captions; and what is said of what is left out.
+    every table of captions; and a note on what is left out.
     """
     images: list[tuple[Any, str, tuple[str, ...]]] = []
     tables: list[Path] = []

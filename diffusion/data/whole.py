@@ -28,10 +28,9 @@ CROP = 64  # side of a crop where no size is given
 
 
 class WholeImages:
-    """Whole images by number, as levels (H, W, C) of one type, and but for crops of one size.
-
-    Behind the channels of an image lie those of the file that goes with it, where one does: the
-    picture that it is made from, or the codes of its mask.
+    """Whole images by number, as levels (H, W, C) of one type, and of one size unless crops are
+    cut. Behind the channels of an image lie those of the file that belongs to it, if there is one:
+    the picture that it is made from, or the codes of its mask.
 
     Args:
         source, how: the images, and how they were read.
@@ -40,8 +39,8 @@ class WholeImages:
 
     Attributes:
         size, channels, codes, dtype, ranges, condition, masks, joint: see there.
-        infos: what headers say: of all images that can be read, or of some where these are many.
-        partners: the file that goes with each image, if one does.
+        infos: what headers say: of all readable images, or of a sample of a large set.
+        partners: the file that belongs to each image, if there is one.
         left_out: the images that were found to be unreadable.
 
     Raises:
@@ -144,7 +143,7 @@ class WholeImages:
         )
 
     def lines(self) -> list[str]:
-        """What was found, for people: images, sizes, colours and values."""
+        """A printable description: images, sizes, colours and values."""
         infos = self.infos.values()
         sizes = sorted({(info.height, info.width) for info in infos})
         size = " to ".join(f"{h} x {w}" for h, w in dict.fromkeys((sizes[0], sizes[-1])))
@@ -167,7 +166,7 @@ class WholeImages:
             lines.append(f"values of {dtype}: {found} fill the range of the network{kept}")
         if any(info.has_alpha for info in infos):
             colour = " ".join(map(str, self._how.background or ()))
-            lines.append(f"transparent pixels are laid over the colour {colour}")
+            lines.append(f"transparent pixels are put over the colour {colour}")
         return lines
 
     # ------------------------------------------------------------------------------------------
@@ -193,7 +192,7 @@ class WholeImages:
         """The file of a folder that goes with each image."""
         if not self.source.files or self.source.names != self.source.files:
             raise InputError(
-                f"{flag} {folder} goes with a folder of images, one a file, not with stacks, "
+                f"{flag} {folder} goes with a folder of images, one per file, not with stacks, "
                 "archives or generated pictures"
             )
         return partners(self.source.files, folder, what, self.source.root)

@@ -1,4 +1,5 @@
-"""A model of the captioned `shapes`, judged by their reader: does it make what the words say?"""
+"""A model of the captioned `shapes`, judged by their reader: do its images show what the captions
+say?"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Samples judged: distances between features, classes, memorisation, bits per dimension."""
+"""Judges samples: distances between features, classes, memorisation, bits per dimension."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Judge:
         copies: whether they are looked for.
 
     Attributes:
-        notes: what is to be known about all figures.
+        notes: remarks that apply to all figures.
 
     Raises:
         InputError: a classifier of other classes, or of images of another size.
@@ -89,12 +89,12 @@ class Judge:
             self._keep_seen(trained or data, data.val if trained is None else everything, fit)
         if names and (other := set(names) ^ set(data.classes)):
             self.notes.append(
-                f"of the samples and the real images one only has class {min(other)!r}, and "
-                "distances measure this, too"
+                f"either only the samples or only the real images have class {min(other)!r}, "
+                "which the distances measure, too"
             )
 
     def _keep_seen(self, trained: DiffusionData, unseen: Sequence[int], fit: int) -> None:
-        """Images that were trained on, and some of the data that were not."""
+        """Keeps some images that were trained on, and some that were not."""
         most = max(1, min(MOST_COMPARED, fit // 2))  # with their mirror images
         chosen = spread(trained.train, most)
         self.training = with_mirror_images(trained.images(chosen))
@@ -103,7 +103,9 @@ class Judge:
             what = f"{len(chosen):,} of the {counted(len(trained.train), 'training image')}"
             self.notes.append(f"copies are looked for among {what}")
         if trained.crops:
-            self.notes.append("copies are looked for among crops at fixed places, not at all")
+            self.notes.append(
+                "copies are looked for among crops at fixed places, not at all places"
+            )
 
     def distance(self, images: Images) -> float:
         """The Fréchet distance of images uint8 (N, H, W, C) to the real ones."""
@@ -111,7 +113,7 @@ class Judge:
         return frechet_distance(self.moments, moments(self.extractor(images)))
 
     def __call__(self, samples: Images, wanted: Wanted) -> dict[str, Any]:
-        """Figures of samples uint8 (N, H, W, C), of which these classes or texts were asked for."""
+        """Figures of samples uint8 (N, H, W, C) for these classes or texts."""
         found: dict[str, Any] = {"samples": len(samples)}
         notes = [*self.notes]
         if self.extractor is not None:
@@ -145,8 +147,8 @@ class Judge:
     def _accuracy(
         self, classifier: ClassifierFeatures, samples: Images, wanted: np.ndarray
     ) -> dict[str, Any]:
-        """The share of the samples that the classifier takes for the class asked for; and that of
-        the class for which it is smallest."""
+        """The share of the samples that the classifier assigns to the class asked for, and the
+        smallest such share of a class."""
         index = np.array([classifier.classes.index(name) for name in self.names])
         right = classifier.classify(samples) == index[wanted]
         shares = {self.names[c]: float(right[wanted == c].mean()) for c in np.unique(wanted)}
@@ -164,10 +166,10 @@ def with_mirror_images(images: Images) -> Images:
 
 
 def wanted_like(data: DiffusionData, sampler: ImageSampler, count: int) -> Wanted:
-    """What `count` samples are asked for: captions or classes as the real images have them.
+    """The captions or classes for `count` samples, distributed as in the real images.
 
     Classes come in the shares of the real images (by largest remainder), mixed evenly; in equal
-    ones where the real images are of none of the model's.
+    shares where the real images have none of the model's classes.
     """
     if data.captioned:
         captioned = [*data.val, *spread(data.train, count)]
@@ -195,13 +197,13 @@ def check_bits(sampler: ImageSampler) -> None:
     """Raises an InputError for a model that has no `held_out_bits`."""
     if sampler.autoencoder:
         raise InputError(
-            "--bits is for models of pixels, and this one works in latents, which are no bytes to "
-            "code: leave it out"
+            "--bits is for models of pixels, and this one works in latents, which are not bytes: "
+            "leave it out"
         )
     if sampler.pixels.fine:
         raise InputError(
-            f"--bits is for models of 8-bit images, and this one makes {sampler.pixels}, which are "
-            "no bytes to code: leave it out"
+            f"--bits is for models of 8-bit images, and this one makes {sampler.pixels}, which "
+            "are not bytes: leave it out"
         )
 
 
@@ -282,7 +284,7 @@ def lines(row: dict[str, Any]) -> list[str]:
 
 
 def table(title: str, rows: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """Figures by what they are of, a line each, under a title."""
+    """Figures under a title, one line per row."""
     columns = list(next(iter(rows.values())))
     width = max(map(len, [title, *rows]))
     lines = [f"  {title:{width}}" + "".join(f"{column:>18}" for column in columns)]

@@ -1,8 +1,8 @@
-"""What turns images into the features by which sets of images are compared.
+"""Extractors of the features by which sets of images are compared.
 
-`ClassifierFeatures` takes a classifier that `unet-train-classifier` trained, on the images in
-question or on such as they. `InceptionFeatures` takes the standard Inception network: only the
-figures on its features are FID and KID, and each extractor knows what its figures are called.
+`ClassifierFeatures` takes a classifier that `unet-train-classifier` trained on these or similar
+images. `InceptionFeatures` takes the standard Inception network: only the figures on its features
+are FID and KID, and each extractor knows what its figures are called.
 """
 
 from __future__ import annotations
@@ -179,7 +179,8 @@ def _check_weights(path: Path) -> None:
 def open_extractor(
     classifier: str | None, inception: Path | None, device: str
 ) -> FeatureExtractor | None:
-    """The extractor of a classifier's folder or of a file of Inception weights; of neither, None.
+    """The extractor for a classifier's folder or a file of Inception weights; None if neither is
+    given.
 
     Args:
         device: as on the command line.

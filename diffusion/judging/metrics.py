@@ -1,7 +1,7 @@
-"""How good and how varied samples are: distances between sets of features.
+"""The quality and variety of samples: distances between sets of features.
 
-Features are (N, D) arrays from one of the extractors of `diffusion.judging.features`. What is
-computed here is the mathematics; whether a figure may be called FID or KID depends on the features.
+Features are (N, D) arrays from one of the extractors of `diffusion.judging.features`. Only the
+mathematics is here; whether a figure may be called FID or KID depends on the features.
 """
 
 from __future__ import annotations
@@ -200,7 +200,7 @@ def _share_inside(points: FloatArray, centres: FloatArray, k: int) -> float:
 
 
 def sample_warnings(images: int, dimensions: int) -> list[str]:
-    """What to print beside figures of so few images, in the smaller set; empty if they suffice."""
+    """Warnings for figures of few images (the number in the smaller set); empty if they suffice."""
     if images > dimensions:
         return []
     return [
@@ -214,7 +214,7 @@ def _checked(features: Features, name: str, least: int) -> FloatArray:
     values = np.asarray(features, np.float64)
     if values.ndim != 2 or len(values) < least or values.shape[1] < 1:
         raise InputError(
-            f"{name} of shape {values.shape}: give (N, D), one row an image, at least {least} rows"
+            f"{name} of shape {values.shape}: give (N, D), one row per image, at least {least} rows"
         )
     if not np.isfinite(values).all():
         row = int(np.flatnonzero(~np.isfinite(values).all(axis=1))[0])
@@ -225,7 +225,7 @@ def _checked(features: Features, name: str, least: int) -> FloatArray:
 def _same_width(a: int, b: int) -> None:
     if a != b:
         raise InputError(
-            f"{a} and {b} features an image cannot be compared: use one extractor for both sets"
+            f"{a} and {b} features per image cannot be compared: use one extractor for both sets"
         )
 
 

@@ -1,4 +1,5 @@
-"""A diffusion run for people: `report.png`, a sample out of noise as a strip and a GIF, a table."""
+"""The report of a diffusion run: `report.png`, a sample out of noise as a strip and a GIF, a
+table."""
 
 from __future__ import annotations
 
@@ -182,7 +183,7 @@ def spread(indices: Sequence[int], count: int) -> list[int]:
 
 
 def nearest_panel(samples: Images, data: Data, count: int = 4) -> Any:
-    """Samples, each with the training images nearest in its pixels: is it learnt by heart?"""
+    """Samples, each with the training images nearest to it pixel by pixel, to show memorisation."""
     most = min(MOST_COMPARED, MOST_BYTES // samples[0].size)
     training = data.images(spread(data.train, most))
     _, nearest = nearest_neighbours(samples, training, min(count, len(training)))
@@ -195,13 +196,13 @@ def nearest_panel(samples: Images, data: Data, count: int = 4) -> Any:
 
 
 def _curves(axes: Axes, log: Sequence[dict[str, Any]]) -> None:
-    """The losses, seen from the first evaluation on: those before would take most of the axis."""
+    """The losses from the first evaluation on: earlier ones would take most of the axis."""
     from matplotlib.ticker import MaxNLocator
 
     first = min((e["step"] for e in log if "val_loss" in e), default=0)
     seen: list[float] = []
     for key, name, style in (
-        ("loss", "training, as it went", {"color": TRAINING, "alpha": 0.3}),
+        ("loss", "training batches", {"color": TRAINING, "alpha": 0.3}),
         ("val_seen", "training images, averaged weights", {"color": TRAINING, "marker": "o"}),
         ("val_loss", "held out, averaged weights", {"color": HELD_OUT, "marker": "o"}),
     ):

@@ -1,9 +1,9 @@
-"""Images made from pictures, judged by the images that these pictures are of.
+"""Images made from pictures, compared with the true images of these pictures.
 
 The mean over samples comes nearest in the mean squared error and looks smooth; a single sample
 looks real and lies further off: no method is best at both (Blau and Michaeli 2018, arXiv
-1711.06077). So both stand in one table, beside what takes no model. Of an image with a hole the
-hole alone is judged, as the rest is given.
+1711.06077). So both are in one table, with a baseline that needs no model. Of an image with a hole
+the hole alone is judged, as the rest is given.
 """
 
 from __future__ import annotations
@@ -71,11 +71,11 @@ class Pairs:
     """What samples are made from, and the images that this is of, taken in turn.
 
     Attributes:
-        chosen: indices into the data, one a sample.
+        chosen: indices into the data, one per sample.
         wanted: pictures that are read batch by batch, and classes or captions beside them.
         truth: uint8 (N, H, W, C).
-        floor: what takes no model, such as bicubic enlargement, uint8 (N, H, W, C); None: the
-            pictures are no such images.
+        floor: a baseline without a model, such as bicubic enlargement, uint8 (N, H, W, C); None:
+            the pictures are no such images.
         floor_name: for people.
         hole: the pixels (N, H, W) that are not given and alone are judged; None: all are.
     """
@@ -133,7 +133,7 @@ def _reading(data: DiffusionData, index: int) -> Callable[[], Tensor]:
 
 
 def candidates(samples: Images, pairs: Pairs) -> dict[str, Images]:
-    """What is judged, by name: what takes no model, one sample of each picture, and the mean.
+    """What is judged, by name: the baseline, one sample of each picture, and the mean.
 
     Args:
         samples: uint8 (S, N, H, W, C), S of each of the N pictures.

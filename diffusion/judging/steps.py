@@ -1,8 +1,8 @@
-"""How many evaluations of the network a model's images need: by the contrast that they have.
+"""How many sampling steps a model needs, judged by the contrast of its images.
 
-A long step goes to the mean of what the image may be. Plain images gain by that, as it takes back
-what is unlikely; a texture loses its grain, and pale images their colours. After little training
-long steps leave noise instead.
+A long step goes to the mean of the possible images. Plain images gain by that, as it removes what
+is unlikely; textures lose their grain, and pale images their colours. After little training long
+steps leave noise instead.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _EDGES = (-1, 1 / 16, 1 / 8, 1 / 4, 1)  # of the bands, in waves a pixel
 
 
 def needs_deciding(model: DiffusionUNet) -> bool:
-    """Whether it is decided for such a model: flow matching of pixels alone or of a class, as
-    others were not measured."""
+    """Whether the steps of such a model are decided: only for flow matching of pixels, with or
+    without classes, as others were not measured."""
     schedule = NoiseSchedule.from_dict(model.info["schedule"])
     others = {"few_steps", "condition", "text", "text_encoder", "autoencoder", "joint", "target"}
     return schedule.kind == "flow" and schedule.steps >= STEPS and not others & model.info.keys()

@@ -83,7 +83,7 @@ def for_batch(conditioning: dict[str, Any], batch: int) -> dict[str, Any]:
         if value is not None and len(value) not in (1, batch):
             raise InputError(
                 f"{name} has {counted(len(value), 'row')} for {counted(batch, 'image')}: give one "
-                "row an image, or one for all"
+                "row per image, or one for all"
             )
         rows[name] = None if value is None else value.expand(batch, *value.shape[1:])
     return rows

@@ -150,7 +150,7 @@ def invert(
         InputError: a first timestep without signal, from which there is no way back.
     """
     if iterations < 1:
-        raise InputError(f"inversion needs 1 iteration a step or more, not {iterations}")
+        raise InputError(f"inversion needs at least 1 iteration per step, not {iterations}")
     if denoiser.schedule.level(timesteps[0]).signal == 0:
         raise InputError(
             f"timestep {timesteps[0]} has no signal, so no image comes back from it: leave it out "

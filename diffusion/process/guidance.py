@@ -1,4 +1,4 @@
-"""Guidance: a denoiser's prediction, extrapolated away from that of a lesser one."""
+"""Guidance: a denoiser's prediction, extrapolated away from that of a weaker one."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ class Guided:
     scale 1 there is nothing to add, and a single evaluation is all it costs.
 
     With another denoiser instead of the null conditioning it is autoguidance (Karras et al., arXiv
-    2406.02507, eq. 3): both are given the same conditioning, or none, and what leads away is that
-    the other one is a smaller network, or was trained for less long, and errs in the same places.
+    2406.02507, eq. 3): both get the same conditioning, or none, and the other one is a smaller
+    network, or was trained for less time, and errs in the same places.
 
     Args:
         denoiser: what to guide.
-        scale: 1 is no guidance, 0 is what is led away from alone.
-        away: what to lead away from: a denoiser of the same schedule, or conditioning in tensors of
-            one row or as many as there are images: {"classes": torch.tensor([config.classes - 1])}
-            for a network whose last class stands for none; {"context": ..., "mask": ...} of the
-            empty or the negative prompt for text.
+        scale: 1 is no guidance; 0 gives only what is steered away from.
+        away: what to steer away from: a denoiser of the same schedule, or conditioning in tensors
+            of one row or as many as there are images: {"classes": torch.tensor([config.classes -
+            1])} for a network whose last class stands for none; {"context": ..., "mask": ...} of
+            the empty or the negative prompt for text.
         rescale: phi, how far the guided output's standard deviation is brought back to that of
             the conditional output, image by image (arXiv 2305.08891, sec. 3.4).
         interval: guide only where lowest < sigma <= highest, sigma being noise per signal
@@ -61,8 +61,8 @@ class Guided:
             raise InputError(f"guidance interval {interval} is empty: give lowest < highest sigma")
         if not isinstance(away, Mapping) and away.schedule != denoiser.schedule:
             raise InputError(
-                f"the guide was trained with other noise levels ({away.schedule.said}) than what "
-                f"it is to guide ({denoiser.schedule.said}): choose one of the same schedule"
+                f"the guide was trained with other noise levels ({away.schedule.said}) than the "
+                f"model that it guides ({denoiser.schedule.said}): choose one of the same schedule"
             )
         self.denoiser, self.scale, self.away = denoiser, scale, away
         self.rescale, self.interval = rescale, interval
@@ -93,7 +93,7 @@ class Guided:
     def _both(
         self, x: Tensor, t: Tensor | float, to: float | None, conditioning: dict[str, Any]
     ) -> tuple[Denoised, Denoised]:
-        """The conditional prediction, and the one to lead away from."""
+        """The conditional prediction, and the one to steer away from."""
         if not isinstance(self.away, Mapping):
             unwanted = self.away(x, t, to=to, **conditioning)
             return self.denoiser(x, t, to=to, **conditioning), unwanted

@@ -1,4 +1,4 @@
-"""What is drawn for a training step: timesteps, ends of jumps, and which image gets which noise."""
+"""Random choices of a training step: timesteps, ends of jumps, and which image gets which noise."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class TrainingLevels:
             shift u / (1 + (shift - 1) u), or sigma, where it is drawn, shift times as large.
         log_sigma: mean and standard deviation of log(sigma), which then is normal, as in EDM (arXiv
             2206.00364, table 1); as sigma = s / (1 - s) on the straight path, that is the
-            logit-normal s of arXiv 2403.03206, sec. 3.1. None: all timesteps are as likely.
+            logit-normal s of arXiv 2403.03206, sec. 3.1. None: all timesteps are equally likely.
     """
 
     schedule: NoiseSchedule

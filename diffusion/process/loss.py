@@ -79,13 +79,13 @@ def jump_loss(
     noise: Tensor,
     **conditioning: Any,
 ) -> Tensor:
-    """The loss of each image, (B,), of a network that learns to jump along a teacher's ways.
+    """The loss of each image, (B,), of a network that learns to jump along a teacher's
+    trajectories.
 
-    MeanFlow (arXiv 2505.13447) by a finite difference: a jump from t has to end where the teacher's
-    way leads as far as `near` and the network's own jump goes on from there. The straight line to
-    that end has an x0 and an eps, and so a target in any kind of prediction; on the straight path
-    of flow matching it is the average velocity of eq. 3. Where `to` is t, it is what the teacher
-    says of t.
+    MeanFlow (arXiv 2505.13447) by a finite difference: a jump from t must end where the teacher's
+    step to `near` and the network's own jump from there end. The straight line to that end has an
+    x0 and an eps, and so a target in any kind of prediction; on the straight path of flow matching
+    it is the average velocity of eq. 3. Where `to` is t, it is what the teacher says of t.
 
     Args:
         model: called as model(x_t, t, jump=..., **conditioning), jump being t - to.

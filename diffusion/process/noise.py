@@ -50,4 +50,4 @@ class NoiseSource:
         """Raises an InputError unless there is one seed for each of the images x (B, C, H, W)."""
         if len(x) != len(self.generators):
             seeds, images = counted(len(self.generators), "seed"), counted(len(x), "image")
-            raise InputError(f"{seeds} for {images}: give one an image")
+            raise InputError(f"{seeds} for {images}: give one per image")

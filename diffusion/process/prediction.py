@@ -1,4 +1,4 @@
-"""What the network is given and what it predicts, and the way from there to image and noise.
+"""What the network is given, what it predicts, and how image and noise follow from it.
 
 A network that sees x_t = signal x_0 + sigma eps may predict eps, x_0 or v = signal eps - sigma x_0.
 Each gives both others; they differ in how much errors at different noise levels count. Flow

@@ -19,13 +19,13 @@ Place: TypeAlias = tuple[EllipsisType, slice, slice]  # of a tile in an image (.
 
 
 class Tiled:
-    """Predictions of a larger image, put together out of those of overlapping tiles.
+    """Predictions for a larger image, combined from those of overlapping tiles.
 
     At each noise level every tile of the one noisy image is denoised for itself, and what the tiles
     say of a pixel is averaged (MultiDiffusion, arXiv 2302.08113, eq. 5), by weights that fall to
     next to nothing at the edge of a tile. So all tiles see the same noise and each other's image.
 
-    Put it around guidance, which leads away from a condition of the size of a tile, and inside of
+    Put it around guidance, which steers away from a condition of the size of a tile, and inside of
     `Clipped`. An image of one tile goes through as it is.
 
     Args:

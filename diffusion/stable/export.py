@@ -45,7 +45,7 @@ def obstacle(model: DiffusionUNet, autoencoder: Autoencoder | None) -> str | Non
     if "text_encoder" not in model.info:
         return "no CLIP reads its text"
     if autoencoder.shift:
-        return "Stable Diffusion's pipeline knows no shift_factor"
+        return "Stable Diffusion's pipeline has no shift_factor"
     if model.out_channels != model.image_channels:
         return "it learns the variance"
     try:

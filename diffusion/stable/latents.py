@@ -83,7 +83,7 @@ class LatentData:
         self._moments, self._used = (self._open(name, "r") for name in _ARRAYS)
 
     def describe(self) -> str:
-        """What was found, for people."""
+        """A printable description."""
         height, width = self.size
         folder = "/".join(self.autoencoder.folder.parts[-2:])  # the model's card shows it
         return (

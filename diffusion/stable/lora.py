@@ -163,7 +163,7 @@ def read_lora(file: Path) -> dict[str, Change]:
         if not part or (part != "alpha" and value.ndim not in (2, 4)) or not value.numel():
             raise InputError(
                 f"{file} is no LoRA that is read here, as {key!r:.200} in it shows: give one of "
-                "two matrices a layer (lora_A and lora_B, or lora_down and lora_up), not DoRA, "
+                "two matrices per layer (lora_A and lora_B, or lora_down and lora_up), not DoRA, "
                 "LoHa, LoKr, or a whole model"
             )
         parts.setdefault(layer, {})[part] = value

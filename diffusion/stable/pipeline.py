@@ -42,7 +42,7 @@ from unet.layers import sinusoids
 
 STRENGTH = 0.8  # of image to image, where none is asked for
 _LATENT_SIZE = 64  # of a U-Net whose config names none
-_SIZES = 6  # numbers that XL is told of a picture's size and cut
+_SIZES = 6  # numbers for a picture's size and crop, which XL gets
 
 
 class StableDiffusion:
@@ -348,7 +348,7 @@ class StableDiffusion:
             RunError: latents that are not finite, which half precision can lead to.
         """
         if not latents.isfinite().all():
-            raise RunError("the U-Net made numbers that are not finite: take --precision fp32")
+            raise RunError("the U-Net made numbers that are not finite: use --precision fp32")
         parts = (latents.float() / self.scale).split(1)
         return np.concatenate([to_bytes(self.autoencoder.decode(part).sample) for part in parts])
 

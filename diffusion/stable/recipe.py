@@ -1,4 +1,4 @@
-"""What a picture was made from, and the PNG that says so. Free of torch."""
+"""The settings that a picture was made with, and the PNG that holds them. Does not import torch."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ _BELONGING = {
 
 @dataclass(frozen=True, kw_only=True)
 class PictureSettings:
-    """What decides a picture beside the model, and the images that it starts from.
+    """The settings of a picture, apart from the model and the images that it starts from.
 
     Raises:
         InputError: a value of another type or out of range.
     """
 
     prompt: str
-    negative: str = ""  # what guidance leads away from
+    negative: str = ""  # what guidance steers away from
     steps: int = 25
     sampler: TextSampler = "dpmpp-2m"
     guidance: float = 7.5  # scale of classifier-free guidance; 1: none
@@ -157,9 +157,8 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 
 def merged(given: Mapping[str, Any], png: Path | None = None) -> Recipe:
-    """The recipe of the given values, None being none, over those of a PNG.
-
-    Another model or image to start from leaves out what belongs to that of the PNG.
+    """The recipe of a PNG with the given values (not None) in place of its own. Another model or
+    image to start from also drops the settings that belong to those of the PNG.
     """
     values = read_recipe(png) if png else {}
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}

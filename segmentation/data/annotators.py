@@ -1,9 +1,9 @@
 """Annotators: generated micrographs with six masks each, which disagree in known ways.
 
 The images are those of `segmentation.data.phantom`. Each annotator has a pen, thin or thick, and a
-habit: to count organelles as no part of the cells, to overlook faint membranes, or neither. All six
-are as likely, so that the exact probability of a pixel is the mean of the six masks: there is a
-calibrated answer.
+habit: to leave organelles out of the cells, to overlook faint membranes, or neither. All six are
+equally likely, so the exact probability of a pixel is the mean of the six masks, and a calibrated
+answer is known.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def annotated_stack(
 
 
 def _pieces(tissue: Tissue, faint: np.ndarray) -> np.ndarray:
-    """Where (H, W) membranes are faint over a stretch that an eye would miss, with what a thick pen
-    adds to them."""
+    """Where (H, W) membranes are faint over a stretch that an eye would miss, widened by a thick
+    pen."""
     core = faint & (tissue.cells == 0)
     parts, count = ndimage.label(core)
     sizes = np.bincount(parts.ravel(), minlength=count + 1)

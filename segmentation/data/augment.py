@@ -20,7 +20,7 @@ from unet.symmetries import Flips
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """How training crops are varied. The defaults only flip and turn by quarters."""
+    """How training crops are varied. The defaults only flip and rotate by quarter turns."""
 
     flips: Flips = True  # True: the eight symmetries of a square; mirror: left to right alone
     rotation: float = 0.0  # largest angle in degrees, uniform
@@ -39,7 +39,8 @@ class Augmentation:
 
     @property
     def symmetries(self) -> tuple[int, ...]:
-        """Those of a square that crops are seen in: quarter turns, from 4 on mirrored before."""
+        """The symmetries of a square that crops are shown in: quarter turns; from 4 on, mirrored
+        first."""
         if self.flips is True:
             return tuple(range(8))
         turns = range(4) if self.rotation >= 90 else (0,)
@@ -55,19 +56,20 @@ def augmented_crop(
     target_size: tuple[int, int] | None = None,
     corner: tuple[int, int] | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
-    """A random rectangle of an image, varied, and what belongs to the pixels of its centre.
+    """A random augmented crop of an image, and the maps of the pixels at its centre.
 
     Args:
         image: (C, H, W) float, normalised. Beyond its border it is mirrored.
         maps: (H, W) each: classes, weights.
-        rng: everything random is drawn from it, in a fixed order.
-        augmentation: what is varied.
+        rng: the source of all randomness, drawn from in a fixed order.
+        augmentation: how the crop is varied.
         size: height and width of the image crop, in pixels.
         target_size: those of the maps, around the same centre (valid convolutions); None: size.
-        corner: first row and column of the maps' part, before it is varied; None: random.
+        corner: first row and column of the maps' part, before augmentation; None: random.
 
     Returns:
-        The crop (C, *size), bilinearly sampled, and the maps (*target_size), of nearest pixels.
+        The crop (C, *size), bilinearly sampled, and the maps (*target_size), sampled from the
+        nearest pixels.
     """
     target_size = target_size or size
     if corner is None:
@@ -92,8 +94,8 @@ def random_corner(
     Args:
         shape: height and width of the image.
         size: of the rectangle.
-        pixels: row times width + column of pixels, of which one, drawn at random, is in the
-            rectangle, at a random place; None: any rectangle.
+        pixels: flat indices (row * width + column), of which a random one lies at a random place in
+            the rectangle; None: any rectangle.
     """
     free = [n - t for n, t in zip(shape, size, strict=True)]
     if pixels is None:
@@ -140,7 +142,7 @@ def _grid(
 
 @functools.lru_cache(maxsize=8)
 def _bicubic(n: int) -> Tensor:
-    """(n, 3): what each of 3 points weighs at n places from the first to the last of them."""
+    """(n, 3): the weight of each of 3 points at n places from the first to the last point."""
     unit = torch.eye(3)[None, :, :, None]
     return F.interpolate(unit, (n, 1), mode="bicubic", align_corners=True)[0, ..., 0].T
 

@@ -65,7 +65,7 @@ class ClassTable:
         known: Mapping[Value, str] | None = None,
         palette: bytes | None = None,
     ) -> ClassTable:
-        """The table of masks whose values occur in so many pixels.
+        """The table of masks, from the number of pixels of each value.
 
         If some masks are grey and some in colour, grey values count as grey colours.
 
@@ -93,23 +93,25 @@ class ClassTable:
         ignored = 0
         if ignore_value is not None:
             if ignore_value not in found and not known:
-                raise InputError(f"ignore value {ignore_value}: the masks hold {listed(found)}")
+                raise InputError(
+                    f"ignore value {ignore_value} is in no mask: the masks hold {listed(found)}"
+                )
             ignored = found.pop(ignore_value, 0)
             known = {value: name for value, name in known.items() if value != ignore_value}
         if known and (strange := [value for value in found if value not in known]):
             raise InputError(
-                f"the masks hold {listed(strange)}, where the classes that have names are "
+                f"the masks hold {listed(strange)}, which have no name: the named classes are "
                 f"{listed(known)}"
             )
         if len(found) > MAX_CLASSES:
             raise InputError(
-                f"the masks hold {len(found)} distinct values ({listed(found)}), over "
-                f"{MAX_CLASSES}: instance masks, with a number for each object? Give --instances, "
-                "or each class one value"
+                f"the masks hold {len(found)} distinct values ({listed(found)}), more than "
+                f"{MAX_CLASSES}: if they number objects, give --instances, else save each class "
+                "with one value"
             )
         if len(+found) < 2:
             raise InputError(
-                f"all mask pixels have the value {listed(+found)}, and two are needed: give masks "
+                f"all mask pixels have the value {listed(+found)}, but two are needed: give masks "
                 "in which what is to be found has a value of its own"
             )
         total, ordered = sum(found.values()), sorted(found, key=as_colour)
@@ -140,7 +142,8 @@ class ClassTable:
         """Class indices (H, W) of mask values (H, W) or (H, W, 3); IGNORE where ignored.
 
         Raises:
-            InputError: a value that is not in the table; says `name`, the values and the table.
+            InputError: a value that is not in the table; the message gives `name`, the values and
+                the table.
         """
         colour = isinstance(self.values[0], tuple)
         if colour and mask.ndim == 2:
@@ -181,7 +184,7 @@ class ClassTable:
 
     @property
     def suffix(self) -> str:
-        """Of the file of a mask: a PNG holds no values below 0 or above 65,535."""
+        """The file suffix for masks: a PNG holds no values below 0 or above 65,535."""
         return "png" if self.dtype in ("uint8", "uint16") else "tif"
 
     def lines(self) -> list[str]:

@@ -28,23 +28,24 @@ class SegmentationData:
     Everything is read once when it is built, so that a bad file is found before training starts.
 
     Args:
-        synthetic: pairs to train on as well, of which nothing is found out: neither classes nor
-            their shares nor statistics.
+        synthetic: pairs to train on as well, which count in no statistic: neither the classes nor
+            their shares nor the normalisation.
         ignore_value: mask value of pixels that do not count. Not given, it is the value that the
             masks' files declare to be no data, or 255 where that marks the edges of objects.
         table, normalisation: those of a trained model; found from the data if not given, the
             classes over all pairs, the statistics over the training pairs alone.
         instances: the masks number each cell; the classes are background and cell. Masks that
             clearly do say so by themselves, and so does a table with a border class, where two
-            cells touch, of a model that parts them by it.
+            cells touch, of a model that separates cells by it.
         names: of the classes, in the order of their values, or of some values.
         regions: unions of classes to find instead, which may overlap; None: those that a file says.
-        left_out: images that were found and have no label, to be told.
+        left_out: number of images that were found without a label, for the description.
         cache_bytes: loaded pairs are kept in memory up to this size, in each process.
 
     Attributes:
-        slices: of a stack that an image has as its channels, each with channels of its own.
-        notes: what was found out and decided about the masks and images, a sentence each.
+        slices: number of slices of a stack that are the channels of an image, each with channels of
+            its own.
+        notes: what was found and decided about the masks and images, one sentence each.
     """
 
     def __init__(
@@ -106,7 +107,7 @@ class SegmentationData:
         return self._prepared(index, self.pairs[index].read_image())
 
     def _prepared(self, index: int, stored: Array) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
-        """What `load` gives, of the image as it is stored; kept where there is room."""
+        """What `load` gives for the image as it is stored; kept where there is room."""
         pair = self.pairs[index]
         image = self.normalisation(stored, pair.info.nodata)
         mask = self._labels.encode(pair, stored, self.normalisation.nodata)
@@ -133,7 +134,7 @@ class SegmentationData:
         return numbers
 
     def describe(self, *, names: bool = True) -> str:
-        """What was found, for people: images, sizes, channels, bit depth, classes, split.
+        """A printable description: images, sizes, channels, bit depth, classes, split.
 
         Args:
             names: name some of the images.
@@ -146,8 +147,8 @@ class SegmentationData:
             lines.append(f"{counted(greys, 'grey image')} among them, as RGB")
         if turned := {str(pair.mask) for pair in self.pairs if any(pair.turned)}:
             lines.append(
-                f"{counted(len(turned), 'mask')} turned to lie as the image does, by the places in "
-                "the body that both files say"
+                f"{counted(len(turned), 'mask')} reoriented to match the image, by the positions "
+                "in the body that both files give"
             )
         if alphas := sum(info.has_alpha for info in infos):
             lines.append(f"alpha channel dropped in {counted(alphas, 'image')}")
@@ -174,16 +175,18 @@ class SegmentationData:
                 lines.append(f"{part}: {counted(len(indices), 'image')}{of}{shown}")
         if self.synthetic:
             count = counted(len(self.synthetic), "image")
-            lines.append(f"training beside them: {count}, synthetic or with labels of our own")
+            lines.append(f"also for training: {count}, synthetic or with predicted labels")
         if self.train and not self.val:
-            lines.append("validation: nothing is held out, so no figure tells of other images")
+            lines.append(
+                "validation: nothing is held out, so no figure tells how the model does on new "
+                "images"
+            )
         return "\n".join(lines)
 
 
 class _Decoded:
-    """Images as they are stored, kept until they are taken, where the cache has room for them.
-
-    So those that stay in memory are decoded once, though several things are found out from them.
+    """Images as they are stored, kept until they are taken if the cache has room for them. So
+    images that stay in memory are decoded once, though several passes read them.
     """
 
     def __init__(self, pairs: Sequence[Pair], cache_bytes: int) -> None:
@@ -191,7 +194,7 @@ class _Decoded:
         self._kept: dict[int, Array] = {}
 
     def read(self, index: int) -> Array:
-        """(H, W, C), kept for the next one who asks."""
+        """(H, W, C), kept for the next call."""
         if index in self._kept:
             return self._kept[index]
         pair = self._pairs[index]

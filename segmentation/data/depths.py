@@ -1,10 +1,10 @@
-"""How deep pixels lie in numbered objects, by which those that touch are told apart.
+"""How deep pixels lie in numbered objects, which separates objects that touch.
 
-Objects that touch have a maximum of depth each and low ground between them: markers are the maxima,
-and a watershed grows them together over the objects (Vincent and Soille 1991). A network learns the
-depth, from 0 at the edge of an object to 1 at its deepest place, whatever its size, beside what is
-an object. Something of the kind are the probabilities of StarDist (Schmidt et al. 2018, arXiv
-1806.03535) and the distances of Naylor et al. 2019 (doi:10.1109/TMI.2018.2865709).
+Objects that touch have one maximum of depth each, with lower depth between them: the maxima are the
+markers that a watershed grows over the objects (Vincent and Soille 1991). A network learns the
+depth, from 0 at the edge of an object to 1 at its deepest place, whatever its size, and where
+objects are. The probabilities of StarDist (Schmidt et al. 2018, arXiv 1806.03535) and the distances
+of Naylor et al. 2019 (doi:10.1109/TMI.2018.2865709) are similar.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _AROUND = np.ones((3, 3), bool)
 
 
 def depths(numbers: NDArray[np.integer]) -> Depth:
-    """The distance to the edge of the own object, over the largest in it: (H, W), 0 outside.
-
-    The edge of the image is none: an object that it cuts goes on behind it.
+    """The distance to the edge of the object that a pixel is in, divided by the largest such
+    distance in it: (H, W), 0 outside. The edge of the image is no edge: an object that it cuts
+    continues beyond it.
 
     Args:
         numbers: (H, W), one for each object, in one piece; 0 and below is none.
@@ -47,9 +47,8 @@ def depths(numbers: NDArray[np.integer]) -> Depth:
 
 
 def markers(depth: Depth) -> NDArray[np.int32]:
-    """The maxima of depth (H, W), numbered from 1, which are the middles of objects; 0 elsewhere.
-
-    A maximum counts that cannot be left for a higher one without going down by HEIGHT.
+    """The maxima of depth (H, W), numbered from 1, which are the middles of objects; 0 elsewhere. A
+    maximum counts if no path leads from it to a higher one without going down by HEIGHT.
     """
     smooth = _smooth(depth)
     if np.ptp(smooth) < HEIGHT:  # none of them rises that much
@@ -58,9 +57,8 @@ def markers(depth: Depth) -> NDArray[np.int32]:
 
 
 def grown(middles: NDArray[np.int32], inside: NDArray[np.bool_], depth: Depth) -> NDArray[np.int32]:
-    """Objects numbered from 1, 0 elsewhere: (H, W), of markers that grow over where objects are.
-
-    A part of these without a marker is an object, too.
+    """Objects numbered from 1, 0 elsewhere: (H, W), grown from markers over the pixels of objects.
+    A connected part without a marker is an object, too.
     """
     parts, count = ndimage.label(inside)
     marked = np.zeros(count + 1, bool)
@@ -74,7 +72,7 @@ def grown(middles: NDArray[np.int32], inside: NDArray[np.bool_], depth: Depth) -
 
 
 def objects_from_depth(inside: NDArray[np.bool_], depth: Depth) -> NDArray[np.int32]:
-    """Objects numbered from 1, 0 elsewhere: (H, W), of where objects are and their depth."""
+    """Objects numbered from 1, 0 elsewhere: (H, W), from where objects are and their depth."""
     return grown(markers(depth), inside, depth)
 
 

@@ -1,4 +1,4 @@
-"""What is to be predicted, or to start from: a file, or those of a folder and below it."""
+"""The files to predict, or to start from: one file, or those in a folder and below it."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from unet.words import left_out
 
 @dataclass(frozen=True)
 class Inputs:
-    """A file or volume, or what is found in a folder and below it.
+    """A file or volume, or the files in a folder and below it.
 
     Attributes:
         files: images in natural order; volumes where there is no image.
-        root: the folder in or below which they lie; None: a single one, which was named itself.
+        root: the folder in or below which they lie; None: a single file, which was named itself.
         masks: folders of masks, whose images lie beside or above them, and are left out.
-        left: files that are left out, as masks or predictions.
-        ours: folders that are left out, as what this project wrote.
+        left: files that are left out as masks or predictions.
+        ours: folders that are left out because this project wrote them.
     """
 
     files: Sequence[Path]
@@ -49,7 +49,7 @@ class Inputs:
 
     @property
     def remark(self) -> str:
-        """What is to be said of what is left out; nothing, where that is nothing."""
+        """A sentence about the files that are left out; empty if there are none."""
         predicted = [file for file in self.left if set(self.masks).isdisjoint(file.parents)]
         found = {"folder of masks": self.masks, "file of predictions": predicted, OURS: self.ours}
         return left_out(found)
@@ -60,7 +60,8 @@ def find_inputs(source: Path, out: Path | None = None) -> Inputs:
     hidden, masks, or written by this project: predictions, runs, evaluations and samples.
 
     Args:
-        out: the folder of the predictions; what is called like one in or below it is left out.
+        out: the folder of the predictions; files named like predictions in or below it are left
+            out.
 
     Raises:
         InputError: no such file or folder, or no image in it.

@@ -1,7 +1,7 @@
 """Masks with a number for each cell, as classes, and back.
 
-Touching cells would melt into one. They are kept apart by `segmentation.data.depths`; models of
-earlier versions learnt a border class between them, by which they are still read and scored.
+Touching cells would merge into one. `segmentation.data.depths` separates them; models of earlier
+versions learnt a border class between them, and are still read and scored that way.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ _AROUND = np.ones((3, 3), bool)
 def instance_classes(mask: Array, ignore_value: Value | None = None) -> NDArray[np.uint8]:
     """Background, cell, or border where two cells touch: (H, W) uint8.
 
-    Border are the pixels of a cell with a pixel of another one at most REACH rows and columns away,
-    so it is six pixels wide: of a border of two, a network hardly learns a pixel, and does not part
-    what touches (docs/experiments.md). In a cell of which this would leave less than a quarter, or
-    not one piece, it is narrower. Slivers that it would cut off from a cell are border, too.
-    A cell that would be border altogether keeps one pixel near its middle. The insides of two cells
-    are never 4-neighbours, so that each 4-connected part of class 1 belongs to one cell (unless
-    both are but border, and one is a single pixel).
+    Border pixels are those of a cell with a pixel of another cell at most REACH rows and columns
+    away, so a border is six pixels wide: a network hardly learns a border of two pixels, and does
+    not separate cells that touch (docs/experiments.md). The border is narrower in a cell of which
+    less than a quarter would be left, or not one piece. Slivers that it would cut off from a cell
+    are border, too. A cell that would be border altogether keeps one pixel near its middle. The
+    insides of two cells are never 4-neighbours, so that each 4-connected part of class 1 belongs to
+    one cell (unless both are but border, and one is a single pixel).
 
     Args:
         mask: (H, W) integers or (H, W, 3) colours, one for each cell; 0 is background.
@@ -83,7 +83,8 @@ def object_numbers(mask: Array, ignore_value: Value | None = None) -> NDArray[np
 
 
 def smallest_counted(masks: Iterable[NDArray[np.integer]]) -> int:
-    """The size in pixels below which 1 in 100 objects of numbered masks (H, W) are; at least 1."""
+    """The size in pixels below which 1 % of the objects of numbered masks (H, W) are; at least
+    1."""
     sizes = [np.bincount(mask[mask > 0]) for mask in masks]
     found = np.concatenate([size[size > 0] for size in sizes]) if sizes else np.zeros(0)
     return int(np.percentile(found, 1, method="lower")) if found.size else 1
@@ -101,8 +102,8 @@ def instances_from_classes(classes: NDArray[np.uint8]) -> NDArray[np.int32]:
     """Cells numbered from 1, 0 elsewhere: (H, W), of background, cell and border (H, W).
 
     The 4-connected parts of class 1 grow at equal speed into the border, not into the background.
-    This undoes `instance_classes`, but for border pixels that do not touch the inside of their
-    cell, or touch the pixel that another one kept.
+    This undoes `instance_classes`, except for border pixels that do not touch the inside of their
+    cell, or that touch the pixel that another cell kept.
     """
     numbers, _ = ndimage.label(classes == CELL)
     grown = watershed(
@@ -123,7 +124,8 @@ def _near_another(cells: Array, reach: int) -> NDArray[np.bool_]:
 
 
 def _well_inside(cells: Array, inside: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """By number: whether the chosen pixels of a cell are one piece and a good part of it."""
+    """For each number: whether the chosen pixels of the cell are one piece and a large enough part
+    of it."""
     count = int(cells.max()) + 1
     sizes, left = (np.bincount(cells[where], minlength=count) for where in (cells >= 0, inside))
     parts, number = ndimage.label(inside)
@@ -134,8 +136,8 @@ def _well_inside(cells: Array, inside: NDArray[np.bool_]) -> NDArray[np.bool_]:
 
 
 def _slivers(cells: Array, classes: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """Parts of cells without a pixel away from the border; if a cell has no others, its largest
-    one is none.
+    """Parts of cells without a pixel away from the border; the largest part of a cell that has no
+    others is not one.
     """
     inside = classes == CELL
     parts, number = ndimage.label(inside)

@@ -1,7 +1,7 @@
 """`Labels`: what the masks of a set mean, found from all of them together.
 
-Which values are classes, or whether they number objects, and which pixels have no label. What was
-decided is told, a sentence each.
+Which values are classes, or whether they number objects, and which pixels have no label. Each
+decision is recorded as a sentence.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Labels:
         instances: the masks number objects; the classes are background and cell, and of a table of
             earlier versions a border where two cells touch.
         regions: unions of classes to find instead, which may overlap.
-        notes: what was found out and decided, a sentence each.
+        notes: what was found and decided, one sentence each.
     """
 
     table: ClassTable
@@ -82,11 +82,11 @@ def find_labels(
     names: Sequence[str] = (),
     regions: Mapping[str, Sequence[int]] | None = None,
 ) -> tuple[list[Pair], Labels]:
-    """The same pairs, whose masks are read alike, and what these mean.
+    """The same pairs, with masks that are all read in the same way, and what the masks mean.
 
     Args:
-        read: gives the image of the i-th pair; asked where its file declares a value of no data.
-        ignore_value, table, instances, names, regions: what is known before, see
+        read: gives the image of the i-th pair; called if its file declares a no-data value.
+        ignore_value, table, instances, names, regions: what is known already, see
             `segmentation.data.dataset.SegmentationData`.
 
     Raises:
@@ -126,13 +126,13 @@ def find_labels(
             ignore_value = declared
             notes.append(_told_declared(declared))
         if instances:
-            notes.append("the masks number objects, which are learnt to be told apart")
+            notes.append("the masks number objects, and training learns to separate them")
             labels = _of_objects(pairs, ignore_value, notes)
         else:
             labels = _of_classes(pairs, survey, others, ignore_value, names, notes)
     if found := regions or pairs[0].regions:
         if labels.instances:
-            raise InputError("regions are of classes, and the masks number objects")
+            raise InputError("regions are made of classes, but the masks number objects")
         labels = replace(labels, regions=Regions(found, labels.table))
     return pairs, labels
 
@@ -142,7 +142,8 @@ def _drawings(pairs: Sequence[Pair]) -> list[Drawing]:
 
 
 def _read_alike(pairs: Sequence[Pair], table: ClassTable | None, instances: bool) -> list[Pair]:
-    """The pairs, with drawings as numbers or else with the same classes; colours as in a table."""
+    """The pairs, with drawings as object numbers or with the same classes; colours as in a
+    table."""
     classes = class_values(_drawings(pairs))
     values = [v for v in table.values if isinstance(v, int)] if table is not None else []
     if table is not None and (table.names or len(classes) == len(values) == 2):
@@ -164,7 +165,7 @@ def _palette(pairs: Sequence[Pair]) -> bytes | None:
 
 
 def _index_of(colour: tuple[int, ...], palette: bytes, pairs: Sequence[Pair]) -> int:
-    """The index of a palette's colour that the masks use."""
+    """The index of a colour of the palette, among those that the masks use."""
     colours = np.frombuffer(palette, np.uint8).reshape(-1, 3)
     same = np.flatnonzero((colours == colour).all(axis=1)).tolist()
     used = [i for i in same if any((pair.read_mask() == i).any() for pair in pairs)]
@@ -182,7 +183,7 @@ def _unmeasured(pair: Pair, image: Array, nodata: float | None = None) -> NDArra
 
 
 def _survey(pairs: Sequence[Pair], read: Callable[[int], Array]) -> tuple[Survey, set[Value]]:
-    """The values where something was measured, and those of all other pixels."""
+    """The values of pixels where something was measured, and those of all other pixels."""
     others: set[Value] = set()
 
     def measured() -> Iterator[tuple[str, Array]]:
@@ -210,7 +211,7 @@ def _like_objects(survey: Survey, pairs: Sequence[Pair]) -> tuple[bool, bool]:
 
 
 def _of_objects(pairs: Sequence[Pair], ignore_value: Value | None, notes: list[str]) -> Labels:
-    """Background and cell; tells of objects that overlap or have holes."""
+    """The classes background and cell; notes objects that overlap or have holes."""
     overlaps = holes = 0
     notes = [*notes, *_told_drawings(pairs, "objects")]
     for pair in pairs:

@@ -1,8 +1,7 @@
-"""Which files of a folder are images and which are their masks, in the layouts that people have.
-
-Nothing of a file is read but its name, and the few text files that say more: `classes.txt`,
-nnU-Net's `dataset.json`, and JSON files of polygons where there are no masks. What can be meant in
-two ways is a question, never a choice.
+"""Which files of a folder are images and which are their masks, in common layouts. Only names of
+files are read, and a few text files that say more: `classes.txt`, nnU-Net's `dataset.json`, and
+JSON files of polygons where there are no masks. Whatever is ambiguous is an error that asks, never
+a guess.
 """
 
 from __future__ import annotations
@@ -90,7 +89,7 @@ class Layout:
 def stem_of(file: Path) -> str:
     """The name without its ending, also without the .ome of an OME-TIFF; that of a volume.
 
-    Letters with accents are one character each, as not all systems write them.
+    Accented letters become one character each (NFC), since some systems write them as two.
     """
     name = volume_name(file) if is_volume(file) else file.stem.removesuffix(".ome")
     return unicodedata.normalize("NFC", name)
@@ -243,8 +242,8 @@ def _listed_parts(data: Path) -> dict[str, str]:
 
 
 def _nnunet(data: Path) -> Layout:
-    """imagesTr/case_0000.png, one file a channel, labelsTr/case.png, and dataset.json; images of
-    any kind, .nii.gz among them.
+    """imagesTr/case_0000.png, one file per channel, labelsTr/case.png, and dataset.json; images of
+    any kind, such as .nii.gz.
     """
     labels = {stem_of(mask): mask for mask in list_images(data / "labelsTr")}
     cases: dict[str, dict[int, Path]] = defaultdict(dict)
@@ -255,14 +254,14 @@ def _nnunet(data: Path) -> Layout:
     _check_alone(
         [next(iter(c.values())) for name, c in cases.items() if name not in labels],
         [mask for name, mask in labels.items() if name not in cases],
-        "labelsTr/NAME belongs to imagesTr/NAME_0000, NAME_0001, ..., one file a channel",
+        "labelsTr/NAME belongs to imagesTr/NAME_0000, NAME_0001, ..., one file per channel",
     )
     most = max(max(channels) for channels in cases.values()) + 1
     for name, channels in cases.items():
         if len(channels) < most:
             gone = next(i for i in range(most) if i not in channels)
             raise InputError(
-                f"{str(data / 'imagesTr')!r}: {name} has no channel {gone:04d}, where others have "
+                f"{str(data / 'imagesTr')!r}: {name} has no channel {gone:04d}, but others have "
                 f"{most} channels"
             )
     matches = [
@@ -312,7 +311,7 @@ def _nnunet_regions(
 
 
 def _folders_of_objects(folders: Sequence[Path]) -> list[Match]:
-    """NAME/images/NAME.png and NAME/masks/, a file an object: the 2018 Data Science Bowl."""
+    """NAME/images/NAME.png and NAME/masks/, one file per object: the 2018 Data Science Bowl."""
     found, several = [], False
     for folder in sorted(folders, key=lambda path: natural_key(path.name)):
         if not ((folder / "images").is_dir() and (folder / "masks").is_dir()):
@@ -327,7 +326,7 @@ def _folders_of_objects(folders: Sequence[Path]) -> list[Match]:
 
 
 def _drawn(matches: Sequence[Match]) -> Layout:
-    """Masks that are drawn; objects of one class, several in an image, are numbered."""
+    """Masks that are drawn from polygons; several objects of a single class are numbered."""
     drawings = [match.mask for match in matches if isinstance(match.mask, Drawing)]
     shapes = [drawing.shapes for drawing in drawings]
     classes = class_values(drawings)
@@ -372,7 +371,7 @@ def _coco_files(
 
 
 def _coco(file: Path, places: Sequence[Path], part: str) -> list[Match]:
-    """The images that a COCO file names, in the one of the places that has them."""
+    """The images that a COCO file names, in the one folder that has them."""
     drawings = read_coco(file)
     if not drawings:
         raise InputError(f"{str(file)!r} lists no image")
@@ -568,7 +567,7 @@ def _part_of(file: Path) -> tuple[str, Path]:
 def _matched(
     images: Sequence[Path], masks: Sequence[Path], where: Path, masked: Path
 ) -> list[Match]:
-    """Images and masks with the same stem, but for an ending or a beginning that all share."""
+    """Images and masks with the same stem, except for an ending or a beginning that all share."""
     name, times = Counter(stem_of(image) for image in images).most_common(1)[0]
     if times > 1:
         by_folder: list[dict[Path, list[Path]]] = [defaultdict(list), defaultdict(list)]
@@ -726,7 +725,8 @@ def _is_file(path: Path) -> bool:
 
 
 def _class_names(folder: Path) -> dict[int, str]:
-    """The names in a classes.txt, one a line: of the values 0, 1, ...; `3: car` names one."""
+    """The names in a classes.txt, one per line, of the values 0, 1, ...; `3: car` names the value
+    3."""
     for name in _CLASSES:
         file = folder / name
         if not file.is_file():

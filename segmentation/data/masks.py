@@ -1,7 +1,6 @@
-"""How the values of masks stand for classes, found from the masks themselves.
-
-Masks that contradict each other or themselves are refused with the evidence: which file holds which
-values in how many pixels. What a person has to say then is one option.
+"""How the values of masks stand for classes, found from the masks themselves. Contradictory masks
+are refused with the evidence: which file holds which values in how many pixels. One option then
+settles it.
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ VOID_WIDTH = 5  # pixels from the rim of such an edge to its middle, at most
 def is_void(survey: Survey, masks: Iterable[Array]) -> bool:
     """Whether 255 marks the edges of objects, as in Pascal VOC, which have no label.
 
-    That is where the other values are 0, 1, 2 ..., and of the pixels of 255 three quarters are
-    within VOID_WIDTH of another value, and as many in a part that touches two other values.
+    It does if the other values are 0, 1, 2 ..., three quarters of the pixels of 255 are within
+    VOID_WIDTH of another value, and three quarters are in a part that touches two other values.
 
     Args:
         masks: some of them, (H, W).
@@ -50,9 +49,9 @@ def is_void(survey: Survey, masks: Iterable[Array]) -> bool:
 def are_instances(masks: Iterable[Array], *, expected: bool = False) -> bool:
     """Whether masks (H, W) number objects: 0 and one connected part for each other value.
 
-    In each mask 9 of 10 values are one part, of 9 pixels or more on average; there are on average
-    more than three in a mask, and the highest one differs between masks, or they are more than
-    classes can be.
+    In each mask 9 of 10 values are one part, of 9 pixels or more on average; a mask has more than
+    three values on average, and the highest one differs between masks, or there are more values
+    than there can be classes.
 
     Args:
         expected: the files are named and stored as numbered masks are: parts are enough.

@@ -23,7 +23,8 @@ from unet.words import counted
 
 @dataclass(frozen=True, kw_only=True)
 class Moments:
-    """Statistics of the pixels of one image that count: (C,) float64, and over all channels."""
+    """Statistics of the pixels of one image that are not ignored: (C,) float64, and over all
+    channels."""
 
     dtype: str  # of the image
     count: int
@@ -35,7 +36,7 @@ class Moments:
 
     @classmethod
     def of(cls, image: Array, known: NDArray[np.bool_]) -> Moments:
-        """Those of an image (H, W, C), of the pixels where `known` (H, W)."""
+        """The statistics of the pixels of an image (H, W, C) where `known` (H, W) is true."""
         pixels = image[known] if not known.all() else image.reshape(-1, image.shape[2])
         if not len(pixels):
             return cls(dtype=image.dtype.name, count=0, mean=np.zeros(1), variance=np.zeros(1))
@@ -72,7 +73,7 @@ class Normalisation:
 
     @classmethod
     def joined(cls, images: Iterable[Moments], nodata: float | None = None) -> Normalisation:
-        """Statistics of images of which each was measured by itself.
+        """Statistics of a set of images, from those of each image.
 
         Raises:
             InputError: values that go up to 1 in some images and far beyond in others; no pixel.
@@ -94,13 +95,14 @@ class Normalisation:
             if dtype == "float32" and unit and wide and low >= 0:
                 raise InputError(
                     f"the values of some images go up to 1, those of others up to {high:g}: scale "
-                    "all images alike"
+                    "all images the same way"
                 )
         if not dtype:
             raise ValueError("statistics of no images")
         if not count:
             raise InputError(
-                "no pixel of the training images has a label and a value: nothing to learn"
+                "no pixel of the training images has a label and a value: there is nothing to "
+                "learn from"
             )
         std = np.sqrt(squares / count)
         return cls(
@@ -120,7 +122,7 @@ class Normalisation:
         """
         if image.shape[2] != len(self.mean) or image.dtype != self.dtype:
             raise InputError(
-                f"an image with {counted(image.shape[2], 'channel')} of {image.dtype}, where the "
+                f"an image with {counted(image.shape[2], 'channel')} of {image.dtype}, but the "
                 f"training images have {len(self.mean)} of {self.dtype}; convert it"
             )
         mean, std = np.array(self.mean, np.float32), np.array(self.std, np.float32)
@@ -131,8 +133,8 @@ class Normalisation:
         unit = self.low is not None and self.high is not None and 0 <= self.low <= self.high <= 1
         if unit and self.dtype == "float32" and _beyond_unit(image[~unknown]):
             raise InputError(
-                f"its values go up to {image[~unknown].max():g}, where those of the training "
-                "images are from 0 to 1: scale it alike"
+                f"its values go up to {image[~unknown].max():g}, but those of the training images "
+                "are from 0 to 1: scale it the same way"
             )
         if unknown.any():
             scaled[:, unknown] = 0
@@ -181,7 +183,7 @@ def find_normalisation(
     read: Callable[[int], Array],
     encode: Callable[[Pair, Array], NDArray[np.uint8]] | None = None,
 ) -> tuple[Normalisation, list[str]]:
-    """Statistics of the images of pairs, and what is told of pixels where nothing was measured.
+    """Statistics of the images of pairs, and a note on pixels where nothing was measured.
 
     Their value is what the images' files declare, or else one that all pixels have that the masks
     ignore, and no other ones. Each image is read once, and once more if pixels that count may have
@@ -227,7 +229,7 @@ def find_normalisation(
 
 
 def _value_of_rest(image: Array, counts: NDArray[np.bool_]) -> float | None:
-    """The value of all pixels (H, W, C) that do not count, if those that do are all beyond it."""
+    """The value of all ignored pixels (H, W, C), if all other pixels are beyond it."""
     rest, known = image[~counts], image[counts]
     if rest.min() != rest.max() or known.min() <= rest[0, 0] <= known.max():
         return None

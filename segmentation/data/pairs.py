@@ -1,6 +1,7 @@
 """Images with masks: the pairs of a data folder.
 
-Files, slices of stacks and arrays in memory all become a `Pair` and go the same way from there.
+Files, slices of stacks and arrays in memory all become a `Pair`, and are treated alike from there
+on.
 """
 
 from __future__ import annotations
@@ -31,18 +32,18 @@ class Pair:
         image: several files are its channels in turn.
         mask: several files are the objects of a numbered mask; a drawing is drawn when it is read.
         info: of the image.
-        page: 0-based slice of the stacks.
+        page: index of the slice in the stacks, from 0.
         stack: the stack or volume that it is a slice of.
         turned: whether slices, rows and columns of the mask's volume run the other way.
         around: the slices that are the image's channels in turn, of which it is the middle one.
         window: rows and columns of a part of the image.
         part: "train" or "val" where the folder says it.
-        reading: what is said of the image's file beside what it says itself.
+        reading: what the user says about the image's file beyond what the file says.
         cleaning: what is done to the values of the mask.
         palette: of a mask of indices: red, green and blue of each in turn.
         colours: the palette's colours are the mask's values instead of the indices.
         nodata: the mask's value of pixels without a label, where its file declares one.
-        instances: the mask numbers objects, and so does a drawing then.
+        instances: the mask numbers objects; so does a mask that is drawn.
         classes: names of mask values, where a file says them.
         regions: mask values of each region, where a file says them.
     """
@@ -120,7 +121,7 @@ class Pair:
 
     @property
     def source(self) -> tuple[str | int, int | None]:
-        """The image that it is, or is a part of."""
+        """The image itself, or the one that it is a part of."""
         known = isinstance(self.image, Path | tuple)
         return (str(self.image) if known else id(self.image)), self.page
 
@@ -132,7 +133,7 @@ class Pair:
 
     @property
     def where(self) -> str:
-        """The mask's file, for a sentence."""
+        """The mask's file, for messages."""
         if isinstance(self.mask, Drawing):
             return f"{self.name} in {str(self.mask.file)!r}"
         mask = self.mask[0].parent if isinstance(self.mask, tuple) else self.mask
@@ -166,10 +167,11 @@ def find_pairs(
     Args:
         data: a folder of images and one of masks (`image/ label/`, `images/ masks/`, nnU-Net's
             `imagesTr/ labelsTr/`, ...), or both side by side, `train/ val/` with one of these each,
-            a folder an image with a file an object, polygons of COCO or labelme, or ISBI 2012's
+            a folder per image with a file per object, polygons of COCO or labelme, or ISBI 2012's
             original stacks; see `segmentation.data.layouts`.
-        images, masks: instead of it two folders or two files, or a folder and COCO's JSON file.
-        reading: what is said of the images beside what the files say.
+        images, masks: instead of `data`, two folders or two files, or a folder and COCO's JSON
+            file.
+        reading: how to read the images, beyond what their files say.
         cleaning: what is done to the values of the masks.
 
     Raises:
@@ -188,7 +190,7 @@ def find_pairs(
         if isinstance(match.mask, Drawing):
             if info.pages > 1:
                 raise InputError(
-                    f"{str(match.image[0])!r} is a stack, where polygons are of images"
+                    f"{str(match.image[0])!r} is a stack, but polygons are drawn on single images"
                 )
             pairs.append(
                 Pair(
@@ -287,7 +289,7 @@ def pairs_from_arrays(
 
 
 def kind(info: ImageInfo) -> str:
-    """Channels and depth, for people."""
+    """Channels and depth in words."""
     named = {1: "grey", 3: "RGB"}.get(info.channels, f"{info.channels} channels of")
     if info.names:
         return f"{', '.join(info.names)} {info.dtype}"
@@ -314,7 +316,8 @@ def _image_info(files: Sequence[Path], reading: Reading, names: tuple[str, ...])
         ):
             raise InputError(
                 f"{str(file)!r} is {kind(info)} {_size(info)}, but {str(files[0])!r} "
-                f"{kind(infos[0])} {_size(infos[0])}: the channels of an image are grey files alike"
+                f"{kind(infos[0])} {_size(infos[0])}: the channels of an image must be grey files "
+                "of one size and type"
             )
     return reading.of(replace(infos[0], channels=len(files), names=names))
 
@@ -400,7 +403,7 @@ def _check_alike(pair: Pair, first: Pair) -> None:
 
 
 def _with_palettes(pairs: list[Pair]) -> list[Pair]:
-    """Palettes that say the same of all masks make indices the values, others the colours.
+    """If all palettes agree, the indices are the mask values, otherwise the colours are.
 
     Raises:
         InputError: colours must be the values, but one stands for two used indices.

@@ -184,7 +184,8 @@ def _from_runs(
     ends = np.cumsum(runs)
     if not len(runs) or ends[-1] != height * width:
         raise InputError(
-            f"runs of {int(ends[-1]) if len(runs) else 0:,} pixels, where it has {height * width:,}"
+            f"runs of {int(ends[-1]) if len(runs) else 0:,} pixels, but the image has "
+            f"{height * width:,}"
         )
     bounds = ends[: len(ends) // 2 * 2]  # where runs inside begin and end, by turns
     if not len(bounds) or bounds[0] == bounds[-1]:
@@ -252,7 +253,7 @@ def _points(flat: Sequence[Any]) -> NDArray[np.float64]:
 
 def _runs(drawn: Mapping[str, Any], size: tuple[int, int] | None) -> NDArray[np.int64]:
     if tuple(drawn["size"]) != size:
-        raise ValueError(f"runs for a size of {drawn['size']}, where its image has {size}")
+        raise ValueError(f"runs for a size of {drawn['size']}, but its image has {size}")
     counts = drawn["counts"]
     runs = np.array(_unpacked(counts) if isinstance(counts, str) else counts, np.int64)
     if runs.ndim != 1 or (runs < 0).any() or (runs > MAX_PIXELS).any():

@@ -1,8 +1,7 @@
 """Regions: unions of classes that may overlap, such as a whole tumour and its core.
 
 Each is learnt by a sigmoid of its own, as nnU-Net does it (Isensee et al. 2021,
-doi:10.1038/s41592-020-01008-z). Where one map of labels is wanted, they are written into it in
-their order, so that later ones overwrite earlier ones.
+doi:10.1038/s41592-020-01008-z). In a label map, later regions overwrite earlier ones.
 """
 
 from __future__ import annotations
@@ -44,8 +43,8 @@ class Regions:
     """The regions of masks with known classes.
 
     Args:
-        values: the mask values of each region, by its name; the first is the one that a label map
-            has where the region is and no later one.
+        values: the mask values of each region, by its name; the first one stands for the region in
+            a label map.
         classes: of the masks.
 
     Attributes:
@@ -77,8 +76,8 @@ class Regions:
         if len(set(written)) < len(written) or len(written) < 2:
             raise InputError(
                 f"regions {', '.join(self.names)} begin with the mask values "
-                f"{', '.join(map(str, written))}: give two regions or more, each with another "
-                "value first, which is the one that it has in a label map"
+                f"{', '.join(map(str, written))}: give two regions or more, each with a different "
+                "first value, which stands for it in a label map"
             )
         if not outside:
             raise InputError(
@@ -105,7 +104,7 @@ class Regions:
         )
 
     def found(self, probability: NDArray[np.floating], threshold: float) -> NDArray[np.bool_]:
-        """Where (R, H, W) each region is, by its probability."""
+        """Where (R, H, W) each region is found, by its probability."""
         return np.asarray(probability > threshold)
 
     def label_map(self, probability: NDArray[np.floating], threshold: float) -> NDArray[np.uint8]:
@@ -131,12 +130,12 @@ class Regions:
         return found
 
     def lines(self) -> str:
-        """The regions for people."""
+        """The regions in words."""
         return "; ".join(f"{n} = {', '.join(map(str, v))}" for n, v in self.values.items())
 
 
 def known_regions(info: Mapping[str, Any], classes: ClassTable) -> Regions | None:
-    """The regions of a model, by its config.json; None: it knows classes.
+    """The regions of a model, by its config.json; None: it has classes.
 
     Raises:
         InputError: a damaged model.

@@ -19,11 +19,10 @@ from unet.training.batches import Key, sample_rng
 class CropSamples:
     """Augmented crops of the training images; an epoch sees each image as often as crops fit.
 
-    Of an image that is labelled only in part, each crop has a label in it, at a random place, and
-    an epoch has as many crops as its labelled pixels would fill.
-
-    Beside these an epoch has crops of synthetic images, if there are any, so many that they have
-    their share, each image in turn, from epoch to epoch.
+    Each crop of a partly labelled image contains a labelled pixel, at a random place, and an epoch
+    has as many crops as its labelled pixels would fill. If there are synthetic images, an epoch
+    also has crops of them, as many as their share requires; the images are taken in turn from epoch
+    to epoch.
 
     Args:
         size: height and width of a crop.
@@ -31,7 +30,7 @@ class CropSamples:
         border: w0 and sigma of the border weights (arXiv 1505.04597, eq. 2); None: no weights.
             Where masks number objects, these are the cells.
         cells: the class of the cells between which these are.
-        share: of the synthetic images among the crops.
+        share: the share of crops from synthetic images.
     """
 
     def __init__(

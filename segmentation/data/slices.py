@@ -22,11 +22,11 @@ from unet.words import counted
 
 @dataclass(frozen=True)
 class Layers:
-    """Slices (H, W, C) as one image (H, W, N C), of which `layers[rows, columns]` is read when
-    asked for.
+    """Slices (H, W, C) as one image (H, W, N C), of which `layers[rows, columns]` is read on
+    demand.
 
     Attributes:
-        parts: in their order; the middle one is the slice that is meant.
+        parts: the slices in order; the middle one is the slice to label.
     """
 
     parts: Sequence[Array | Blocks]
@@ -52,7 +52,7 @@ class Layers:
 
 
 def near(index: int, count: int, slices: int) -> list[int]:
-    """The numbers of the slices around one of a stack; at the ends the nearest is repeated.
+    """The indices of the slices around a slice of a stack; at the ends the nearest one is repeated.
 
     Args:
         count: of the stack's slices.
@@ -70,13 +70,13 @@ def near_page(page: int, info: ImageInfo, slices: int) -> list[int]:
 
 
 def middle(image: Array, slices: int) -> Array:
-    """The slice that is meant, (H, W, C), of an image (H, W, slices C)."""
+    """The middle slice, (H, W, C), of an image (H, W, slices C)."""
     channels = image.shape[2] // slices
     return image[..., slices // 2 * channels :][..., :channels]
 
 
 def shown(pair: Pair, image: Array) -> Array:
-    """The slice that is meant, (H, W, C), of what the pair's `read_image` gave."""
+    """The middle slice, (H, W, C), of what the pair's `read_image` gave."""
     return middle(image, max(1, len(pair.around)))
 
 
@@ -95,7 +95,7 @@ def known_slices(info: Mapping[str, Any]) -> int:
 
 
 def channel_names(names: Sequence[str], channels: int, slices: int) -> tuple[str, ...]:
-    """What the channels of `Layers` are, of slices of so many channels, which may have names."""
+    """Names for the channels of `Layers`, from the number of channels of a slice or their names."""
     if slices == 1:
         return tuple(names)
     each = list(names) or ([""] if channels == 1 else [f"channel {i}" for i in range(channels)])
@@ -106,7 +106,7 @@ def channel_names(names: Sequence[str], channels: int, slices: int) -> tuple[str
 
 
 def with_neighbours(pairs: Sequence[Pair], slices: int) -> list[Pair]:
-    """The same pairs, whose images have those before and behind them in their stack as channels.
+    """The same pairs, whose images have the neighbouring slices of their stack as further channels.
 
     The slices of a file or volume are a stack, and so are the files of a folder that have one size
     and are numbered without a gap.
@@ -203,13 +203,13 @@ def _place(pair: Pair, slices: int) -> Place:
 def _check_numbered(files: Sequence[Place], infos: Sequence[ImageInfo], slices: int) -> None:
     """Refuses files that are not the slices of one stack, in their order."""
     rule = (
-        f"slices are taken {slices} together: pages of a stack, slices of a volume, or files of "
-        f"one size that are numbered without a gap, and in {str(files[0].stack)!r}"
+        f"--slices {slices} takes neighbouring pages of a stack, slices of a volume, or files of "
+        f"one size that are numbered without a gap, but in {str(files[0].stack)!r}"
     )
     sizes = sorted({(i.height, i.width) for i in infos})
     if len(sizes) > 1:
         shown = some(f"{h} x {w}" for h, w in sizes)
-        raise InputError(f"{rule} are {len(sizes)} sizes, {shown}")
+        raise InputError(f"{rule} there are {len(sizes)} sizes, {shown}")
     if len(files) < 2 or not files[0].number:
         raise InputError(f"{rule} {files[0].name} is a single image")
     numbers = [int(file.number) for file in files]
@@ -220,7 +220,7 @@ def _check_numbered(files: Sequence[Place], infos: Sequence[ImageInfo], slices: 
 
 
 def told_stacks(pairs: Sequence[Pair]) -> str:
-    """Which slices were taken for neighbours, for people."""
+    """Which slices were taken as neighbours, in words."""
     places = {pair.source: _place(pair, len(pair.around)) for pair in pairs}
     stacks = Counter(place.key for place in places.values())
     sizes = sorted(set(stacks.values()))
@@ -228,4 +228,4 @@ def told_stacks(pairs: Sequence[Pair]) -> str:
     first = next(iter(places.values()))
     name = Path(first.stack).name
     name += f"/{first.key[1]}*" if first.name else ""
-    return f"those next to each in {counted(len(stacks), 'stack')} of {of} ({name})"
+    return f"neighbours within {counted(len(stacks), 'stack')} of {of} ({name})"

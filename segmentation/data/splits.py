@@ -101,8 +101,8 @@ def split_pairs(
 
 
 def unit_of(pairs: Sequence[Pair]) -> Callable[[Pair], object]:
-    """What of a pair is on one side of a split: where there are several volumes its volume, whose
-    slices look alike, else its image.
+    """What a split keeps together: the volume of a pair if there are several volumes, since slices
+    look alike, else its image.
     """
     if len({pair.stack for pair in pairs if pair.stack}) > 1:
         return lambda pair: pair.stack or pair.source

@@ -29,19 +29,19 @@ def check_class_weights(class_weights: Sequence[float], classes: int) -> None:
 
 
 class Cells(NamedTuple):
-    """Which of two classes are cells, and what lies between them."""
+    """Which of two classes is cells, and what lies between them."""
 
     label: int  # the class that lies in more pieces: 0 or 1
     parted: bool  # whether thin membranes of the other class part them
 
 
 def find_cells(masks: Iterable[NDArray[np.uint8]]) -> Cells:
-    """Which class of masks with two are cells, and whether thin membranes part them.
+    """Which class of masks with two classes is cells, and whether thin membranes separate them.
 
     Both follow from shapes alone, so that they are the same at any resolution, and whichever class
     has the lower mask value. Pieces count by their size, as 1 / sum(share^2) (the inverse Simpson
-    index): n equal cells are n pieces, however many specks lie beside them. Thin membranes part the
-    cells where these are more than 2.5 pieces an image and the pixels of the other class lie in
+    index): n equal cells are n pieces, however many specks lie beside them. Thin membranes separate
+    the cells if there are more than 2.5 pieces per image and the pixels of the other class lie in
     gaps between two cells that are
 
     - narrow: their median half-width is below 3/4 of the cells' median depth, as that of a
@@ -66,7 +66,7 @@ def find_cells(masks: Iterable[NDArray[np.uint8]]) -> Cells:
 
 
 def _pieces(masks: Sequence[NDArray[np.bool_]]) -> float:
-    """In how many equal pieces of an image two of its pixels meet as seldom; 0 without a pixel."""
+    """The effective number of pieces (inverse Simpson index) of an image; 0 without a pixel."""
     sizes = [np.bincount(ndimage.label(mask)[0][mask]).astype(float) for mask in masks]
     pairs = sum(float(size.sum()) ** 2 for size in sizes)
     return pairs / max(sum(float((size**2).sum()) for size in sizes), 1.0)

@@ -154,7 +154,7 @@ def _described(
         "outputs": [
             {
                 "id": "probabilities",
-                "description": f"one channel a {kind}: {metadata(model)['decision']}",
+                "description": f"one channel per {kind}: {metadata(model)['decision']}",
                 "axes": [
                     {"type": "batch"},
                     {"type": "channel", "channel_names": _identifiers(names)},

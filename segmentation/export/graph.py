@@ -123,11 +123,13 @@ def metadata(model: SegmentationUNet) -> dict[str, str]:
             f"the values of {saved.dtype} files as stored"
         ),
         "output": (
-            f"probabilities: float32 (batch, {model.out_channels}, height, width), one channel a "
-            f"region ({', '.join(regions.names)}), which may overlap"
+            f"probabilities: float32 (batch, {model.out_channels}, height, width), one channel "
+            f"per region ({', '.join(regions.names)}), which may overlap"
             if regions
-            else f"probabilities: float32 (batch, {len(table.values)}, height, width), one channel "
-            "a class, which add up to 1"
+            else (
+                f"probabilities: float32 (batch, {len(table.values)}, height, width), one channel "
+                "per class, which add up to 1"
+            )
         ),
         "dtype": saved.dtype,
         "classes": json.dumps(table.values),

@@ -1,4 +1,4 @@
-"""Whether probabilities are what they say: calibration error, Brier score, and the temperature.
+"""Whether probabilities are calibrated: calibration error, Brier score, and the temperature.
 
 Of two classes the probability of the second one is judged, against whether a pixel is of it; of
 more that of the most probable class, against whether it is the right one.

@@ -1,10 +1,9 @@
 """Scores of a model on labelled images: of the whole set, of each image, and the threshold to use.
 
 Every number of classes has Dice, IoU and accuracy; of two classes they are at the threshold in use.
-Where one of these are cells that thin membranes part there are the scores of the ISBI 2012
-challenge as well, of the cells: at the threshold in use, and each at its own best one, as the
-challenge reports them. Of numbered objects there are the scores of objects
-(`segmentation.judging.instances`).
+If one of them is cells between thin membranes, there are also the scores of the ISBI 2012 challenge
+for the cells: at the threshold in use, and each at its own best one, as the challenge reports them.
+Of numbered objects there are the scores of objects (`segmentation.judging.instances`).
 """
 
 from __future__ import annotations
@@ -88,7 +87,7 @@ class Evaluation:
         thresholds: at which the ISBI scores are tried for `challenge`, beside the threshold in use:
             half a second for 512 x 512 pixels; none: not tried. Where depth parts objects, at which
             these are tried, beside the threshold in use.
-        cells: which of two classes are cells that membranes part; None: there are no ISBI scores.
+        cells: which of two classes is cells between membranes; None: there are no ISBI scores.
         warping: also count the warping error, which takes seconds for each image and threshold.
         smallest: of objects: those that were found with fewer pixels do not count.
         regions: what is found instead of the table's classes: Dice, IoU and loss are theirs, the
@@ -131,7 +130,8 @@ class Evaluation:
 
     @property
     def has_threshold(self) -> bool:
-        """Whether a threshold parts the classes: of more than two the most probable is taken."""
+        """Whether a threshold separates the classes; of more than two the most probable is
+        taken."""
         return len(self.table.values) == 2
 
     def add(
@@ -150,7 +150,7 @@ class Evaluation:
         Args:
             objects: numbers (H, W) of the objects in the mask, where the classes are of such.
             fitted: a temperature was fitted on it, so that it does not count for the calibration.
-            depth: (H, W), by which predicted objects are parted; None: by their border class.
+            depth: (H, W), which separates predicted objects; None: their border class does.
         """
         by_region: list[ConfusionMatrix] = []
         found = classes(probability, self.threshold, self.regions)
@@ -313,7 +313,7 @@ class Evaluation:
         return self.confusion.occurs
 
     def never_predicted(self) -> list[str]:
-        """The names of the classes that masks have and no pixel was predicted to be."""
+        """The names of classes that occur in masks but were predicted for no pixel."""
         predicted = self.confusion.counts.sum(0)
         if self.regions:
             predicted = np.array([one.counts[:, 1].sum() for one in self.by_region])
@@ -359,7 +359,7 @@ class Evaluation:
         return {key: _jsonable(value) for key, value in found.items()}
 
     def lines(self, worst: int = 10) -> list[str]:
-        """A table for people: classes, ISBI scores, and the worst images."""
+        """A printable table: classes, ISBI scores, and the worst images."""
         found, best = self.scores(), self.challenge()
         width = max(6, *(len(name) for name in self.kinds))
         row = f"{{:>{width}}}" + "{:>11}" * 5
@@ -388,13 +388,13 @@ class Evaluation:
             )
         if self.fitted:
             lines.append(
-                f"the temperature was fitted on {counted(self.fitted, 'image')} of these: left out "
-                "of the calibration"
+                f"the temperature was fitted on {counted(self.fitted, 'image')} of these, left "
+                "out of the calibration figures"
             )
         if missing := self.missing():
             lines.append(f"no mask has {', '.join(missing)}: left out of the means")
         if never := self.never_predicted():
-            lines.append(f"not one pixel was predicted to be {' or '.join(never)}")
+            lines.append(f"no pixel was predicted as {' or '.join(never)}")
         if self.objects:
             lines += ["", *_object_lines(found)]
         if self.isbi:
@@ -409,15 +409,15 @@ class Evaluation:
                 lines.append(f"{name:13}{line}")
         if self.isbi:
             lines += [
-                f"of the cells, {class_names(self.table)[self.isbi.cells]}. V_Rand, V_Info: "
-                "F-scores once borders are thinned, mean of the images.",
-                "Rand error: 1 - F of pairs of pixels in one cell; pixel error: 1 - F of the "
-                "pixels of cells, no share of wrong pixels.",
+                f"of the cells, {class_names(self.table)[self.isbi.cells]}. V_Rand and V_Info are "
+                "F-scores after the borders are thinned, averaged over the images.",
+                "Rand error: 1 - F-score of the pairs of pixels in one cell; pixel error: 1 - "
+                "F-score of the cell pixels, not the share of wrong pixels.",
             ]
             if best:
                 count = len(self.isbi.thresholds)
                 lines.append(
-                    f"best: each at the best for it of {count} thresholds, on these images"
+                    f"best: each at its best of {count} thresholds, chosen on these images"
                 )
         shown = [key for key in LISTED if key in found]
         lines += ["", "".join(f"{key:>10}" for key in shown) + "  worst images"]
@@ -555,8 +555,8 @@ def _object_lines(found: dict[str, float]) -> list[str]:
         ("AJI", "aji", "aggregated Jaccard index"),
     )
     return [
-        f"{found['objects']:.0f} objects, {found['found']:.0f} found; the two numbers of an image "
-        f"differ by {found['count_error']:.1f} on average",
+        f"{found['objects']:.0f} objects, {found['found']:.0f} found; the two counts differ by "
+        f"{found['count_error']:.1f} per image on average",
         *(f"{name:10}{_shown(found[key]):>8}  {what}" for name, key, what in rows),
     ]
 

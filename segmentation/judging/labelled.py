@@ -64,7 +64,7 @@ def labelled_data(
 
 
 def known_cells(models: Sequence[SegmentationUNet], data: SegmentationData) -> int | None:
-    """Which of two classes are cells that membranes part, as the models know it; None: neither.
+    """Which of two classes is cells between membranes, according to the models; None: neither.
 
     A model of earlier versions does not know it: the masks to score say it.
 
@@ -107,5 +107,5 @@ def held_out(pairs: Sequence[Pair], runs: Sequence[SegmentationOptions]) -> list
                 "the run held nothing out (--val 0), so each image was trained on: give other "
                 "labelled images with --data"
             )
-        raise InputError("each image was seen by one of the models: score them one by one")
+        raise InputError("one of the models was trained on each image: score the models one by one")
     return unseen

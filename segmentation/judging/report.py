@@ -1,4 +1,5 @@
-"""An evaluation for people: `report.png`, a run on one page, and files of scores and pictures."""
+"""The report of an evaluation: `report.png`, a run on one page, and files of scores and
+pictures."""
 
 from __future__ import annotations
 
@@ -143,7 +144,7 @@ def write_scores(
 
 
 def reliability_figure(evaluation: Evaluation) -> Figure:
-    """What came true of the pixels by their probability, and how many pixels have each."""
+    """A reliability diagram: the observed share for each probability, and the number of pixels."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -153,7 +154,7 @@ def reliability_figure(evaluation: Evaluation) -> Figure:
     calibration, scores = evaluation.calibration, evaluation.calibration.scores()
     bins = calibration.bins()
     predicted, observed = ([one[key] for one in bins] for key in ("predicted", "observed"))
-    above.plot([0, 1], [0, 1], color="#888888", lw=1, label="as it should be")
+    above.plot([0, 1], [0, 1], color="#888888", lw=1, label="ideal")
     above.plot(predicted, observed, "o-", color=TRAINING, label="found")
     name = shortened(class_names(evaluation.table)[1], 40)
     what = f"pixels that are {name}" if evaluation.has_threshold else "pixels that are right"
@@ -237,7 +238,7 @@ def _title(figure: SubFigure, name: str, evaluation: Evaluation, kind: str) -> N
         facts.append(f"threshold {evaluation.threshold:g}")
     text = f"{shortened(name, 80)}\n{'   '.join(facts)}"
     if never := evaluation.never_predicted():
-        text += f"\nnot one pixel was predicted to be {shortened(' or '.join(never), 80)}"
+        text += f"\nno pixel was predicted as {shortened(' or '.join(never), 80)}"
     figure.suptitle(text, fontsize=12, fontweight="bold", parse_math=False)
 
 

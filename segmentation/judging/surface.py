@@ -96,7 +96,7 @@ class SurfaceScores:
         return [*rows, ("mean", far, near)]
 
     def lines(self) -> list[str]:
-        """A table for people."""
+        """A printable table."""
         width = max(6, *(len(kind) for kind in self.kinds))
         of = counted(len(self.cases), "volume" if self.unit != "pixels" else "image")
         lines = [

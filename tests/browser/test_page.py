@@ -192,7 +192,7 @@ def test_a_picture_comes_out_of_noise(tab, served, tmp_path) -> None:
     tab.fill("#seed input", "5")
     assert tab.locator("#sampler input").input_value() == "dpmpp-2m-sde"
     choose(tab, "sampler", "ddim")
-    tab.get_by_label("Show where each word goes").check()
+    tab.get_by_label("Show where each word is looked at").check()
     tab.click("#draw")
     first = download(tab, "00001.png", tmp_path)
     said = (

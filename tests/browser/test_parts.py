@@ -132,7 +132,7 @@ def test_what_is_painted_on_each_image_is_learnt_from_until_it_is_taken_back(tmp
     # The second is shown, but the editor still holds the first, or its Undo has brought it back.
     kept = put_by(kept, second, drawn_on(first, strokes[0]))
     assert [*kept] == [first.key]
-    with pytest.warns(UserWarning, match="not on the picture of x do not count"):
+    with pytest.warns(UserWarning, match="not on the picture of x are ignored"):
         assert put_by({}, second, drawn_on(first, strokes[0])) == {}
     kept = put_by(kept, second, drawn_on(second, strokes[1]))
     lesson = save_lesson(page, None, known, [*kept.values()])

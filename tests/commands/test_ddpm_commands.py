@@ -303,7 +303,7 @@ def test_how_a_run_trains_may_change_and_is_said(trained, tmp_path, capsys) -> N
     more = ("--lr", 0.5, "--device", "cpu", "--save-every", 7, "--steps", step)
     assert run_train("--out", run, "--resume", *more) == 0
     told = capsys.readouterr().out
-    assert f"going on with --steps {step}, --lr 0.5, --device cpu, --save-every 7, until" in told
+    assert f"continuing with --steps {step}, --lr 0.5, --device cpu, --save-every 7 instead" in told
     found = load_config(DiffusionOptions, run / "config.yaml")
     assert (found["lr"], found["steps"], found["save_every"]) == (0.5, step, 7)
 
@@ -388,9 +388,9 @@ def test_few_steps_are_learnt_from_a_model_and_sampled_by_default(
     capsys.readouterr()
     samples = ("--model", run / "model", "--count", 2, "--out")
     assert run_sample(*samples, tmp_path / "four") == 0
-    assert "by jump: 4 evaluations" in capsys.readouterr().out
+    assert "with jump: 4 evaluations" in capsys.readouterr().out
     assert run_sample(*samples, tmp_path / "one", "--steps", 1, "--guidance", 2) == 0
-    assert "by jump: 1 evaluation of" in capsys.readouterr().out
+    assert "with jump: 1 evaluation of" in capsys.readouterr().out
     assert run_sample(*samples, tmp_path / "plain", "--sampler", "ddim", "--steps", 3) == 0
     python = load(run / "model")(2)
     for i in range(2):
@@ -410,7 +410,7 @@ def test_few_steps_are_learnt_from_a_model_and_sampled_by_default(
         assert run_train("--out", tmp_path / "no", *arguments) == 2
         assert error in capsys.readouterr().err
     assert run_sample(*samples, tmp_path / "no", "--guide", teacher, "--guidance", 2) == 2
-    assert "knows no jumps" in capsys.readouterr().err
+    assert "takes no jumps" in capsys.readouterr().err
     assert not (tmp_path / "no").exists()
 
 
@@ -418,7 +418,7 @@ def test_samples_are_written_as_asked_for(trained, tmp_path, capsys) -> None:
     model, out = trained / "run/model", tmp_path / "out"
     common = ("--model", model, "--steps", 4, "--count", 5, "--class", 1, 0)
     assert run_sample(*common, "--out", out, "--npz", "--gif", "--guidance", 2) == 0
-    assert "4 evaluations of the network an image, each for twice" in capsys.readouterr().out
+    assert "4 evaluations of the network per image, each for twice" in capsys.readouterr().out
     with np.load(out / "samples.npz") as arrays:
         images, labels = arrays["images"], arrays["labels"]
     assert (images.shape, images.dtype) == ((5, 12, 12, 1), np.uint8)

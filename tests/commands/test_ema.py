@@ -27,7 +27,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_width_that_was_kept_comes_back_and_others_are_models(run: Path, capsys) -> None:
     assert command(["--run", str(run), "--std", "0.1", "0.08"]) == 0
-    assert "% off its profile" in capsys.readouterr().out
+    assert "% from the wanted profile" in capsys.readouterr().out
     kept = load_weights(RunFolder(run).kept_snapshots()[Profile(0.1, 32)])
     found = SegmentationUNet.from_pretrained(run / "model-0.1")
     torch.testing.assert_close(dict(found.state_dict()), kept, atol=1e-5, rtol=1e-4)

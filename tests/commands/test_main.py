@@ -53,9 +53,9 @@ def test_version(capsys) -> None:
         (["--versoin"], "there is no option --versoin; did you mean --version?"),
         (["train-seg", "--uot", "x"], "there is no option --uot; did you mean --out?"),
         (["predict-seg", "--model", "m"], "--input and --out must be given"),
-        (["--tyro-print-completion"], "--tyro-print-completion needs a shell behind it"),
+        (["--tyro-print-completion"], "--tyro-print-completion needs a shell after it"),
         (["--tyro-print-completion", "elvish"], "one of bash, zsh, fish"),
-        (["--tyro-write-completion", "bash"], "needs a shell and a file behind it"),
+        (["--tyro-write-completion", "bash"], "needs a shell and a file after it"),
         (["--tyro-write-completion", "bash", "/gone/x"], "No such file or directory: '/gone/x'"),
     ],
 )

@@ -216,7 +216,7 @@ def test_a_painted_stack_becomes_a_run_whose_model_predicts(
     qtbot.waitUntil(lambda: widget.said.value.startswith("step "), timeout=240_000)
     widget.stop.changed.emit(True)
     qtbot.waitUntil(lambda: widget.start.enabled, timeout=240_000)
-    assert "stopped before it was judged" in errors[0]
+    assert "stopped before its first evaluation" in errors[0]
     assert (tmp_path / "run-2/state").is_dir()
 
 

@@ -119,7 +119,7 @@ def test_a_segmentation_goes_up_without_a_picture_and_later_where_the_hub_was_aw
     again = ("--resume", "--push-to-hub", "someone/again")
     assert train(train_seg, "--out", tmp_path / "run", *again) == 0
     assert hub.commits["someone/again"] == [FILES]
-    assert "going on with --push-to-hub someone/again" in capsys.readouterr().out
+    assert "continuing with --push-to-hub someone/again" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -191,5 +191,5 @@ def test_what_has_no_whole_model_of_its_own_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(InputError, match="whole by themselves, and one of --"):
             DiffusionOptions(**given, **more)
-    with pytest.raises(InputError, match="--push-to-hub has no place here, where every fold"):
+    with pytest.raises(InputError, match="--push-to-hub does not go with a cross-validation"):
         crossval_seg.CrossvalOptions(**given)

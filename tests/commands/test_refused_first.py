@@ -112,9 +112,9 @@ def test_every_path_that_is_not_there(name: str, kind: type, capsys: Any) -> Non
 @pytest.mark.parametrize(
     ("data", "why"),
     [
-        ("https://example.org/x.zip", "an address elsewhere, and only files here are read"),
-        ("~/nowhere", "~ stands for a home folder where a shell reads it, so give "),
-        ("", "--data is empty, as of a variable that is not set"),
+        ("https://example.org/x.zip", "an address on the Web, but only local files are read"),
+        ("~/nowhere", "only a shell expands ~, so give "),
+        ("", "--data is empty, perhaps an unset variable"),
     ],
 )
 def test_data_that_are_not_here_for_a_reason(name: str, data: str, why: str, capsys: Any) -> None:

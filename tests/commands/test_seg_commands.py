@@ -325,9 +325,9 @@ def test_of_three_classes_no_threshold_is_taken(tmp_path, capsys):
     model.save_pretrained(tmp_path / "model")
     arguments = ("--model", tmp_path / "model", "--data", data, "--out", tmp_path / "out")
     assert run_eval(*arguments, "--threshold", "0.4") == 2
-    assert "the model knows 3" in capsys.readouterr().err
+    assert "the model has 3 and takes" in capsys.readouterr().err
     assert run_eval(*arguments, "--warping") == 2
-    assert "cells that thin membranes part" in capsys.readouterr().err
+    assert "cells between thin membranes" in capsys.readouterr().err
     assert run_eval(*arguments) == 0
     printed = capsys.readouterr().out
     assert not any(word in printed for word in ("threshold", "V_Rand", "pixel error"))
@@ -349,7 +349,7 @@ def test_folds_have_no_image_in_common_to_be_scored_on(trained, tmp_path, capsys
     config.write_text(config.read_text().replace("fold: null", "fold: 1/2"))
     models = (trained / "run/model", tmp_path / "run/model")
     assert run_eval("--model", *models, "--out", tmp_path / "out") == 2
-    assert "each image was seen by one of the models" in capsys.readouterr().err
+    assert "one of the models was trained on each image" in capsys.readouterr().err
 
 
 # -- crossval_seg.py ------------------------------------------------------------------------------
@@ -401,7 +401,7 @@ def test_an_interrupted_cross_validation_ends_as_one_that_is_not(
         patch.setattr(Trainer, "_step", interrupted)
         patch.setattr(sys, "argv", ["scripts/crossval_seg.py"])
         assert run_crossval(*arguments) == 130
-    told = re.findall("(?m)^go on with: (.*)$", capsys.readouterr().out)
+    told = re.findall("(?m)^continue with: (.*)$", capsys.readouterr().out)
     (command,) = told  # by the name of Python, or by its path where that is not found
     assert command.endswith(f"python scripts/crossval_seg.py --out {out} --resume")
     assert not (out / "crossval.json").exists()
@@ -435,9 +435,9 @@ def test_a_finished_cross_validation_only_reports_again(crossval, capsys, monkey
     [
         (("--folds", "1"), "--folds 1 must be at least 2"),
         (("--folds", "7"), "fold '1/7'"),
-        (("--fold", "1/3"), "--fold has no place here"),
-        (("--val", "0.5"), "--val has no place here"),
-        (("--val-names", "1"), "--val-names has no place here"),
+        (("--fold", "1/3"), "--fold does not go with a cross-validation"),
+        (("--val", "0.5"), "--val does not go with a cross-validation"),
+        (("--val-names", "1"), "--val-names does not go with a cross-validation"),
         (("--network", "unett"), "'unett' is no preset"),
         (("--data", "no/such/folder"), "no/such/folder"),
         (("--recipe", "none"), "no recipe 'none'"),

@@ -95,7 +95,7 @@ def test_a_diffusion_model_starts_a_segmentation(data: Path, tmp_path: Path, cap
     assert (
         f"started with trunk, head.norm of {tmp_path / 'model'}, as it is at timestep {t}" in told
     )
-    assert "anew: head.conv" in told
+    assert "newly initialised: head.conv" in told
     student = SegmentationUNet.from_pretrained(tmp_path / "run/model")
     pixels = np.random.default_rng(0).integers(0, 256, (24, 32, 1), np.uint8)
     seen = Normalisation.from_dict(student.info["normalisation"])(pixels)
@@ -213,7 +213,7 @@ def test_a_segmentation_starts_a_diffusion_model(data: Path, tmp_path: Path, cap
     teacher.save_pretrained(tmp_path / "model")
     given = ("--data", data / "image", "--init", tmp_path / "model", "--out", tmp_path / "run")
     assert run_ddpm(*given, *SHORT, "--size", 16) == 0
-    assert "the same at every timestep; anew: head.conv" in capsys.readouterr().out
+    assert "the same at every timestep; newly initialised: head.conv" in capsys.readouterr().out
     student = DiffusionUNet.from_pretrained(tmp_path / "run/model")
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 1), np.uint8)
     x = to_unit(torch.from_numpy(pixels)).permute(2, 0, 1)
@@ -235,7 +235,7 @@ def test_grey_and_colour_cross(data: Path, tmp_path: Path, capsys) -> None:
     diffusion_model(tmp_path / "grey")
     images = ("--data", data / "image", "--size", 16)
     for init, colour, done in (
-        ("grey", "rgb", "shared out to colour"),
+        ("grey", "rgb", "spread over the colours"),
         ("colour", "grey", "summed to"),
     ):
         given = "--init", tmp_path / init, "--colour", colour, "--out", tmp_path / init / "run"
@@ -359,7 +359,7 @@ def test_what_was_not_measured_has_no_label_of_our_own(tmp_path: Path, capsys) -
     assert "nothing was measured in 4.tif of the unlabelled images" in capsys.readouterr().err
     (tmp_path / "more/4.tif").unlink()
     assert run_seg(*given) == 0
-    assert "4 images, synthetic or with labels of our own" in capsys.readouterr().out
+    assert "4 images, synthetic or with predicted labels" in capsys.readouterr().out
     # The model knows how its images are to be read.
     judged = ("--model", tmp_path / "run/model", "--data", tmp_path / "cells")
     argv = map(str, (*judged, "--out", tmp_path / "scores", "--device", "cpu"))
@@ -399,7 +399,7 @@ def test_unlabelled_images_come_first(data: Path, unlabelled: Path, tmp_path: Pa
     assert {f.relative_to(labels).as_posix() for f in labels.rglob("*.tif")} == {
         f"{name}.tif" for name in of
     }
-    assert "own labels" in told
+    assert "predicted labels" in told
     assert DiffusionUNet.from_pretrained(tmp_path / "one/pretraining/model").config.time
     assert run_seg(*given, "--out", tmp_path / "one") == 2
     assert "holds a run already" in capsys.readouterr().err

@@ -253,10 +253,10 @@ def test_a_network_without_text_is_refused(config: UNetConfig) -> None:
 
 def test_nothing_recorded_is_said(model: DiffusionUNet) -> None:
     with recorded_attention(model) as record:
-        with pytest.raises(InputError, match="0 forwards are recorded"):
+        with pytest.raises(InputError, match="0 forward passes are recorded"):
             record.maps((4, 4))
         model(**inputs())
-        with pytest.raises(InputError, match=r"1 forwards are recorded, and slice\(3, None"):
+        with pytest.raises(InputError, match=r"1 forward passes are recorded, and slice\(3, None"):
             record.maps((4, 4), slice(3, None))
 
 

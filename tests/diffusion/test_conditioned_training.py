@@ -363,7 +363,7 @@ def test_pictures_are_read_batch_by_batch(
     assert events[:8] == [*"01234567"]
     assert events[8:] == [*"0123", "network", *"4567", "network"]
     before = (folder / "made/grid.png").stat()
-    for shape, told in (((SIDE, SIDE, 3), "it holds colours, where"), ((SIDE, SIDE), "values [9]")):
+    for shape, told in (((SIDE, SIDE, 3), "it holds colours, but"), ((SIDE, SIDE), "values [9]")):
         write_image(folder / "masks/7.png", np.full(shape, 9, np.uint8))
         events.clear()
         assert run(*sample, folder / "made", "--overwrite") == 2

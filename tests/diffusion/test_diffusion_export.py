@@ -67,4 +67,4 @@ def test_the_command_exports_and_refuses_a_package(tmp_path: Path, capsys) -> No
     assert out.is_file()
     argv = ["--model", str(folder), "--to", "bioimageio", "--image", str(out), str(out)]
     assert export.command(argv) == 2
-    assert "called once an image, not once a step" in capsys.readouterr().err
+    assert "called once per image, not once per step" in capsys.readouterr().err

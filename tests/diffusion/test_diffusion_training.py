@@ -369,11 +369,11 @@ def test_text_is_learned_by_an_optimizer_and_a_start_of_its_own() -> None:
     plain = DiffusionOptions(width=8)
     fit, why = chosen_fit(text)
     assert (fit.lr, fit.beta2, fit.batch_size) == (7e-4, 0.99, 32)
-    assert why.why == "with captions muon is untried"
+    assert why.why == "muon is untried with captions"
     fit, _ = chosen_fit(plain)
     assert (fit.lr, fit.beta2, fit.batch_size) == (2e-2, 0.999, 32)
     fit, why = chosen_fit(replace(plain, optimizer="adamw"))
-    assert (fit.lr, fit.batch_size, why.why) == (2e-3, 64, "as asked for")
+    assert (fit.lr, fit.batch_size, why.why) == (2e-3, 64, "as requested")
     assert [
         chosen_fit(replace(plain, **given))[0].optimizer
         for given in ({}, {"captions": True}, {"init": "a/model"}, {"shard": True}, {"lr": 1e-3})

@@ -349,11 +349,11 @@ def test_short_memory_is_told_with_an_estimate_and_a_cure(tmp_path):
         fit(toy_task(options), plan_fit(options))
     text = str(told.value)
     assert text.startswith("the memory of cpu ran out at step 1: the backward pass needs about")
-    sample, total = (float(text.split(unit)[0].split()[-1]) for unit in (" GiB a", " GiB for"))
+    sample, total = (float(text.split(unit)[0].split()[-1]) for unit in (" GiB per", " GiB for"))
     assert total == pytest.approx(8 * sample, rel=0.01)
     # Four maps of 8 channels at 16 x 16 are kept at least, and not a hundred of them.
     assert 4 * 8 * 16 * 16 * 4 < sample * 2**30 < 100 * 8 * 16 * 16 * 4
-    assert "--accumulate 2 takes half of it" in text
+    assert "--accumulate 2 needs half of it" in text
     cured = ToyOptions(out=tmp_path / "run", steps=3, memory=4, accumulate=2, resume=True)
     with run_folder(plan_fit(cured)):
         assert fit(toy_task(cured), plan_fit(cured))
@@ -377,7 +377,7 @@ def test_what_a_step_held_is_given_back_before_its_need_is_measured(tmp_path, mo
         freed.append(device.type)
 
     monkeypatch.setattr("unet.training.step.give_back", give_back)
-    with pytest.raises(RunError, match="GiB a sample"), run_folder(plan_fit(options)):
+    with pytest.raises(RunError, match="GiB per sample"), run_folder(plan_fit(options)):
         fit(dataclasses.replace(task, loss=loss), plan_fit(options))
     assert freed == ["cpu"]
 
@@ -407,4 +407,4 @@ def test_a_process_that_gets_no_more_memory(tmp_path):
         list(map(str, command)), capture_output=True, text=True, preexec_fn=short, timeout=300
     )
     assert done.returncode == 1
-    assert "--accumulate 2 takes half of it" in assert_one_sentence(done.stderr)
+    assert "--accumulate 2 needs half of it" in assert_one_sentence(done.stderr)

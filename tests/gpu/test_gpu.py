@@ -252,7 +252,7 @@ def test_memory_that_runs_out_is_told_and_the_run_can_go_on(tmp_path: Path, quic
     torch.cuda.set_per_process_memory_fraction(min(1.0, 2**29 / held))
     try:
         with pytest.raises(
-            RunError, match=r"the memory of cuda.* ran out at step 3: .* GiB a sample"
+            RunError, match=r"the memory of cuda.* ran out at step 3: .* GiB per sample"
         ):
             train_segmentation(
                 segmentation_options(

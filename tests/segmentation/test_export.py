@@ -223,7 +223,7 @@ def test_refusals_from_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     folder = saved(tmp_path / "m", [0, 255], GREY)
     with pytest.raises(InputError, match="2 models cannot be exported as one"):
         load(folder, folder, device="cpu").export("onnx", tmp_path / "m.onnx")
-    with pytest.raises(InputError, match="needs an image like those of the training"):
+    with pytest.raises(InputError, match="needs an image like the training images"):
         load(folder, device="cpu").export("bioimageio", tmp_path / "m.zip")
     image = np.zeros((20, 20), np.uint8)
     with pytest.raises(InputError, match="has 20 x 20 pixels, but its test needs"):

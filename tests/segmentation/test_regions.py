@@ -153,7 +153,7 @@ def test_regions_from_the_command_to_masks_and_scores(tmp_path, capsys):
         (["whole"], "such as whole=1,2,3 core=2,3"),
         (["a=1", "a=2"], "each region once"),
         (["a=1", "b=7"], "region b has the mask values 7"),
-        (["a=1", "b=1,2"], "each with another value first"),
+        (["a=1", "b=1,2"], "each with a different first value"),
         (["a=1,2,3"], "two regions or more"),
         (["a=0,1", "b=2,3"], "one has to be the background"),
         (["mask=1", "b=2"], "names of their own"),

@@ -150,7 +150,7 @@ def test_nothing_need_be_held_out(corner, tmp_path, capsys, reports):
     given = ("--data", corner, "--ignore-value", 7, *SMALL, "--val", 0, "--out", tmp_path / "run")
     assert run_train(*given) == 0
     printed = capsys.readouterr().out
-    assert "nothing is held out, so no figure tells of other images" in printed
+    assert "nothing is held out, so no figure tells how the model does on new images" in printed
     assert "the last ones" in printed
     model = SegmentationUNet.from_pretrained(tmp_path / "run/model")
     assert model.info["threshold"] == 0.5
@@ -220,7 +220,7 @@ def test_how_a_run_trains_may_change_and_is_said(folder, tmp_path, capsys):
     capsys.readouterr()
     assert run_train("--out", run, "--resume", "--max-minutes", 0.01, "--workers", 1) == 0
     told = capsys.readouterr().out
-    assert "going on with --max-minutes 0.01, --workers 1, until now --steps 2\n" in told
+    assert "continuing with --max-minutes 0.01, --workers 1 instead of --steps 2\n" in told
     assert "started with" not in told  # the weights are those of the state
     found = load_config(SegmentationOptions, run / "config.yaml")
     assert (found["steps"], found["max_minutes"], found["workers"]) == (None, 0.01, 1)
@@ -231,7 +231,7 @@ def test_from_python_what_is_not_given_is_the_runs_own(folder, tmp_path, capsys)
     assert run_train("--data", folder, "--out", run, *SMALL, "--lr", 0.01) == 0
     again = {"out": run, "data": str(folder), "resume": True}
     train(SegmentationOptions(**again, evaluations=1))
-    assert "going on with" not in capsys.readouterr().out
+    assert "continuing with" not in capsys.readouterr().out
     found = load_config(SegmentationOptions, run / "config.yaml")
     assert (found["lr"], found["steps"], found["width"]) == (0.01, 2, 4)
     with pytest.raises(InputError, match=r"--data .*, not --data phantom"):
@@ -257,8 +257,8 @@ def test_a_stopped_and_resumed_training_is_that_of_one_sitting(folder, tmp_path,
     for part in ("model", "ema"):
         assert all(torch.equal(v, states[1][part][k]) for k, v in states[0][part].items())
     told = capsys.readouterr().out
-    assert "training beside them: 2 images" in told
-    assert "0.75 of the crops, in none of the figures" in told
+    assert "also for training: 2 images" in told
+    assert "0.75 of the crops, never scored" in told
 
 
 @pytest.mark.parametrize(
@@ -269,7 +269,7 @@ def test_a_stopped_and_resumed_training_is_that_of_one_sitting(folder, tmp_path,
         ("values", "label/0.png': unexpected values 3 in"),
         ("small", "--crop 32 is larger than a synthetic image, 16 pixels a side"),
         ("share", "--synthetic-share 1.0 must be above 0"),
-        ("alone", "--synthetic-share 0.25 is a share of nothing"),
+        ("alone", "--synthetic-share 0.25 has no effect without"),
     ],
 )
 def test_synthetic_images_that_do_not_go_with_the_real_ones_are_refused(
@@ -311,7 +311,7 @@ def test_the_demo_shows_what_it_says(tmp_path, capsys, monkeypatch):
         assert str(run / "diffusion" / picture) in printed
         assert (run / "diffusion" / picture).exists()
     assert re.search(r"V_Rand 0\.\d+, V_Info 0\.\d+, pixel error 0\.\d+", printed)
-    assert re.search(r"random weights 0\.\d+, from the trunk that draws 0\.\d+", printed)
+    assert re.search(r"random weights 0\.\d+, from the diffusion model 0\.\d+", printed)
     assert (run / "meeting/meeting.png").exists()
 
 
@@ -374,7 +374,7 @@ def test_average_precision_is_of_objects(tmp_path):
             write_image(tmp_path / folder / "image" / f"{i}.png", image)
             write_image(tmp_path / folder / "label" / f"{i}.png", labels)
     for given, message in (
-        ({"data": str(tmp_path / "classes")}, "objects that the masks number"),
+        ({"data": str(tmp_path / "classes")}, "compares numbered objects"),
         ({"data": str(tmp_path / "objects"), "instances": True}, "held-out masks have none"),
     ):
         options = SegmentationOptions(out=tmp_path / "run", best_by="ap", **given)
@@ -525,7 +525,7 @@ def test_cells_that_are_not_held_out_keep_no_weights(tmp_path):
     assert (plan.best_by, plan.border) == ("loss", (10, 5))
     assert re.search("not scored +class 1", "\n".join(plan.lines()))
     asked = replace(options, best_by="v_rand")
-    with pytest.raises(InputError, match="the held-out masks have none, of class 1"):
+    with pytest.raises(InputError, match=r"the held-out masks have none \(class 1\)"):
         decide(asked, load_data(asked))
 
 
@@ -801,7 +801,7 @@ def test_membranes_are_trained_to_close_and_other_masks_are_not(folder, tmp_path
         ("half", ("--best-by", "loss"), 10.0, "loss"),
     ):
         assert run_train("--data", cells, "--out", tmp_path / name, *SMALL, *given) == 0
-        assert ("thin membranes part" in capsys.readouterr().out) == (name != "asked")
+        assert ("thin membranes separate" in capsys.readouterr().out) == (name != "asked")
         saved = load_config(SegmentationOptions, tmp_path / name / "config.yaml")
         assert (saved["border_weight"], saved["best_by"]) == (weight, by)
     blobs = tmp_path / "blobs"

@@ -135,7 +135,7 @@ def test_probabilities_of_several_classes_come_last_and_add_up(tmp_path: Path) -
     colours = np.array(found.classes, np.uint8)
     assert np.array_equal(found(IMAGE), colours[probability.argmax(axis=-1)])
     assert found.classes == ((0, 0, 0), (0, 128, 0), (255, 0, 0))
-    with pytest.raises(InputError, match="the second of two classes, but the model knows 3"):
+    with pytest.raises(InputError, match="the second of two classes, but the model has 3 classes"):
         found.labels(IMAGE)
 
 
@@ -165,7 +165,7 @@ def test_models_that_know_objects_otherwise_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="average models for the same classes"):
         load(new, plain, device="cpu")
     model = SegmentationUNet.from_pretrained(new)
-    with pytest.raises(InputError, match="knows objects by 'stars'"):
+    with pytest.raises(InputError, match="encodes objects as 'stars'"):
         SegmentationUNet(model.config, 2, model.info | {"objects": "stars"})
     with pytest.raises(InputError, match="has 2 channels, a logit and the depth, not 1"):
         SegmentationUNet(model.config, 1, model.info)
@@ -230,7 +230,7 @@ def test_files_and_stacks(model: Segmenter, tmp_path: Path) -> None:
     assert np.array_equal(model(str(tmp_path / "x.png")), mask)
     assert np.array_equal(model(tmp_path / "x.tif"), np.stack([mask, mask]))
     write_image(tmp_path / "rgb.png", np.stack([IMAGE] * 3, axis=-1))
-    with pytest.raises(InputError, match=r"rgb.png' has 3 channels of uint8, where the training"):
+    with pytest.raises(InputError, match=r"rgb.png' has 3 channels of uint8, but the training"):
         model(tmp_path / "rgb.png")
     write_image(tmp_path / "deep.png", IMAGE.astype(np.uint16))
     with pytest.raises(InputError, match=r"has 1 channel of uint16, .*: give it in uint8"):

@@ -139,7 +139,7 @@ def test_scores_and_more_training_follow_without_a_flag(run, tmp_path, capsys):
     assert eval_seg.command([*argv[:2], *map(str, given)]) == 0
     assert run_train("--out", run, "--resume", "--steps", 3) == 0
     printed = capsys.readouterr().out
-    assert "those next to each in 1 stack of 6 slices (image/s*)" in printed
+    assert "neighbours within 1 stack of 6 slices (image/s*)" in printed
     assert "3 as channels" in printed
     card = (run / "model/README.md").read_text()
     assert "from segmentation import load" in card

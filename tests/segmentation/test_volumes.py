@@ -291,14 +291,14 @@ def test_an_interrupted_prediction_goes_on(folder, tmp_path, monkeypatch, capsys
         with pytest.raises(KeyboardInterrupt):
             predict_volume(predictor(folder), source, out)
     for key, given in (("threshold", {"threshold": 0.6}), ("uncertainty", {"uncertainty": True})):
-        with pytest.raises(InputError, match=f"begun with another {key}"):
+        with pytest.raises(InputError, match=f"started with another {key}"):
             predict_volume(predictor(folder, **given), source, out)
     SegmentationUNet(UNetConfig(channels=2, multipliers=(1, 2), patch=2), 1, INFO).save_pretrained(
         tmp_path / "other"
     )
-    with pytest.raises(InputError, match="begun with another model"):
+    with pytest.raises(InputError, match="started with another model"):
         predict_volume(predictor(str(tmp_path / "other")), source, out)
-    assert "2 of 4 slabs are there: the same command goes on" in capsys.readouterr().out
+    assert "2 of 4 slabs are done: the same command continues" in capsys.readouterr().out
     with monkeypatch.context() as patch:
         seen = stop_after(patch, 9)
         patch.setattr(volumes, "TOLD_EVERY", 0)
@@ -306,8 +306,8 @@ def test_an_interrupted_prediction_goes_on(folder, tmp_path, monkeypatch, capsys
     assert seen == [4, 6]
     said = [line for line in capsys.readouterr().out.splitlines() if "slab" in line]
     assert said[:2] == [
-        "goes on: 2 of 4 slabs are there already",
-        "3 of 4 slabs are there, 1 minute left",
+        "continuing: 2 of 4 slabs are done already",
+        "3 of 4 slabs are done, 1 minute left",
     ]
     for found, right in zip(levels(out), expected(folder, tmp_path), strict=True):
         assert np.array_equal(found, right)
@@ -380,7 +380,7 @@ def test_a_killed_prediction_goes_on_to_the_same_voxels(folder, tmp_path):
     assert process.returncode == -signal.SIGKILL
     assert "0" in record.read_text().rpartition("\n")[2]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "goes on: " in done.stdout
+    assert "continuing: " in done.stdout
     assert predict_volume(predictor(folder), tmp_path / "x.zarr", tmp_path / "whole") == []
     for found, right in zip(levels(tmp_path / "out"), levels(tmp_path / "whole"), strict=True):
         assert np.array_equal(found, right)
@@ -408,7 +408,7 @@ def test_a_slab_that_cannot_be_read_is_left_for_another_run(folder, tmp_path, ca
     assert "x.zarr" in message
     chunk.write_bytes(whole)
     assert predict_volume(predictor(folder), source, out) == []
-    assert "goes on: 3 of 4 slabs" in capsys.readouterr().out
+    assert "continuing: 3 of 4 slabs" in capsys.readouterr().out
     assert np.array_equal(levels(out)[0], expected(folder, tmp_path)[0])
 
 

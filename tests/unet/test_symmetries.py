@@ -75,7 +75,7 @@ def test_what_looks_alike_either_way_up_has_all_symmetries(images: Images) -> No
     flips, why = found(images, 64)
     assert flips is True
     assert "up and down cannot be told apart" in why
-    assert "right of 240 crops of 24 images" in why
+    assert "of 240 crops of 24 images" in why
 
 
 def test_of_streets_up_and_down_are_told_but_not_left_and_right() -> None:
@@ -94,14 +94,14 @@ def test_digits_and_letters_have_no_symmetry() -> None:
 def test_few_and_tiny_images_tell_nothing(count: int, side: int) -> None:
     flips, why = found(noise(count, side), 64)
     assert flips is True, why
-    assert ("cannot tell otherwise" in why) == (count < 8 or side < 8)
+    assert (" to tell" in why) == (count < 8 or side < 8)
 
 
 def test_slices_of_a_stack_are_not_recognised_by_their_tissue() -> None:
     """Each is the one before with a little of another."""
     first, last = np.stack(membranes(2)).astype(np.float64)
     stack = [first + (last - first) * t for t in np.linspace(0, 1, 24)]
-    assert found(stack, 128) == (True, "slices of one stack cannot tell otherwise")
+    assert found(stack, 128) == (True, "slices of one stack are too alike to tell")
 
 
 def test_constant_images_have_all_symmetries() -> None:

@@ -1,4 +1,5 @@
-"""Folders of a DICOM series: a file a slice, in the order of their places along the normal."""
+"""Folders of a DICOM series: one file per slice, in the order of their positions along the
+normal."""
 
 from __future__ import annotations
 
@@ -89,7 +90,7 @@ def _opened(folder: Path, _changed: int) -> Volume:
             raise InputError(f"{file.name} has white as zero (MONOCHROME1): save it as MONOCHROME2")
         kinds = [_kind(one) for one in (head, first)]
         if kinds[0] != kinds[1]:
-            raise InputError(f"{file.name} is {kinds[0]}, where the first one is {kinds[1]}")
+            raise InputError(f"{file.name} is {kinds[0]}, but the first one is {kinds[1]}")
     slices = sorted((_slice(*item) for item in heads.items()), key=lambda s: (s.place, s.file.name))
     rows, columns, samples, dtype = _kind(first)
     plain = all((s.slope, s.intercept) == (1, 0) for s in slices)

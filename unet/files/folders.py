@@ -1,4 +1,4 @@
-"""What folders of images and of masks are called, by which masks are told from images."""
+"""Usual names of folders of images and of masks, which distinguish masks from images."""
 
 from __future__ import annotations
 

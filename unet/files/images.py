@@ -91,7 +91,7 @@ def list_images(folder: Path) -> list[Path]:
 
 
 def no_images(folder: Path) -> InputError:
-    """What to say of a folder that has no images, or none where they are looked for."""
+    """The message for a folder that has no images, or none where they are looked for."""
     said = f"{str(folder)!r}: no image in this folder ({', '.join(SUFFIXES)})"
     ours: list[Path] = []
     files = files_below(folder, ours)
@@ -118,7 +118,7 @@ def walk(root: Path, ours: list[Path] | None = None) -> Iterator[tuple[str, list
     store counts as a file.
 
     Args:
-        ours: a list that these folders of this project are added to.
+        ours: a list to which such folders of this project are added.
     """
     seen: set[str] = set()  # folders, to which links may lead back
     for folder, subfolders, names in os.walk(root, followlinks=True):
@@ -137,7 +137,7 @@ def walk(root: Path, ours: list[Path] | None = None) -> Iterator[tuple[str, list
 
 
 def files_below(folder: Path, ours: list[Path] | None = None) -> list[Path]:
-    """What `walk` meets, in natural order of the paths."""
+    """The files that `walk` finds, in natural order of the paths."""
     found = []
     for place, names in walk(folder, ours):
         above = [natural_key(part) for part in Path(place).parts]
@@ -148,7 +148,7 @@ def files_below(folder: Path, ours: list[Path] | None = None) -> list[Path]:
 def images_below(folder: Path) -> list[Path]:
     """Image files of a folder and of those below it, in natural order of the paths; or its volumes.
 
-    What `walk` passes over is left out.
+    What `walk` skips is left out.
 
     Raises:
         InputError: no such folder, or no image in it.
@@ -198,7 +198,7 @@ def image_info(path: Path, reading: Reading = AS_STORED) -> ImageInfo:
     A size above MAX_PIXELS is reported, not refused: `read_image` refuses it.
 
     Args:
-        reading: what is said of the file beside what it says itself.
+        reading: how to read the file, beyond what it says itself.
 
     Raises:
         InputError: not an image, no such channel, or a stack whose pages differ, or too many.
@@ -246,10 +246,10 @@ def read_image(
 
     Args:
         page: 0-based slice of a stack; None for a file that holds one image.
-        reading: what is said of the file beside what it says itself.
+        reading: how to read the file, beyond what it says itself.
         alpha: read the alpha channel, too, as the last one, where there is one.
-        background: red, green and blue from 0 to 255 of what transparent pixels are laid over;
-            None: alpha is dropped, and they keep the colour that is stored.
+        background: the colour under transparent pixels: red, green and blue from 0 to 255; None:
+            alpha is dropped, and they keep the colour that is stored.
 
     Returns:
         (H, W, C): uint8 or uint16 as stored, 1-bit as uint8 0 and 255, any other integer or float
@@ -257,7 +257,7 @@ def read_image(
 
     Raises:
         InputError: not an image, damaged, larger than MAX_PIXELS, no such page or channel; NaN
-            where no data are not declared to be NaN; infinite.
+            although it is not declared to be no data; infinite values.
     """
     with _read(path, page, reading) as found:
         return read_page(found, reading, alpha=alpha, background=background)
@@ -312,11 +312,11 @@ def map_image(
 
 @dataclass(frozen=True)
 class Blocks:
-    """A slice (H, W, C) of a volume, of which `blocks[rows, columns]` is read when asked for.
+    """A slice (H, W, C) of a volume, of which `blocks[rows, columns]` is read on demand.
 
     Attributes:
         path, page, reading: as `read_image` takes them.
-        info: of what is read.
+        info: describes what is read.
     """
 
     path: Path
@@ -384,7 +384,7 @@ def read_mask(
                     "channel differs: the mask is in there; save that channel as the mask"
                 )
         if info.channels not in (1, 3):
-            raise InputError(f"it has {info.channels} channels, where a mask has 1 or a colour 3")
+            raise InputError(f"it has {info.channels} channels, but a mask has 1, or 3 for colours")
         if array.dtype.kind == "f":
             known = np.isfinite(array) & (abs(array) < 2**31)
             if not (known & ((array == np.round(array)) | lossy)).all():
@@ -408,7 +408,7 @@ def write_image(path: Path, array: Array, palette: bytes | None = None) -> None:
         palette: red, green and blue of each value in turn: uint8 (H, W) are written as indices.
 
     Raises:
-        InputError: a suffix, shape or dtype that does not go together.
+        InputError: a suffix, shape and dtype that do not go together.
         OSError: the folder cannot be written.
     """
     suffix = path.suffix.lower()

@@ -1,4 +1,5 @@
-"""The values of masks: numbers or colours, and what they say of themselves, for both tasks."""
+"""The values of masks, numbers or colours, and what follows from their frequencies, for both
+tasks."""
 
 from __future__ import annotations
 
@@ -125,7 +126,7 @@ class Survey:
             self.kinds.setdefault(frozenset(values), name)
 
     def soft(self) -> tuple[list[Value], list[Value]] | None:
-        """The true values, and those between them, where edges are soft; None: they are not."""
+        """The true values, and those between them, if edges are soft; None: they are not."""
         thin = sorted(self._thin(), key=as_colour)
         if len(thin) < 3:
             return None

@@ -59,7 +59,7 @@ def open_nifti(path: Path) -> Iterator[Volume]:
         )
     count = len(image.shape)
     if not 2 <= count <= 4:
-        raise InputError(f"it has {count} axes {image.shape}, where X, Y, Z and T can be read")
+        raise InputError(f"it has {count} axes {image.shape}, but only X, Y, Z and T can be read")
     space, time = image.header.get_xyzt_units()
     units = ("" if time is None else _UNITS.get(time, ""), *(_UNITS.get(space or "", ""),) * 3)
     header, known = image.header, space in (None, "unknown", "mm") and count == 3

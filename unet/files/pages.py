@@ -1,4 +1,4 @@
-"""What every kind of image file comes to: pages of (H, W, C), from axes that have names."""
+"""The common form of all image files: pages of (H, W, C), from named axes."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class ImageInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """What is said of files beside what they say themselves.
+    """How files are read, beyond what they say themselves.
 
     Attributes:
         axes: of TIFF and NPY arrays and volumes, as "CYX"; C and S are channels, others slices.
@@ -87,7 +87,7 @@ class Reading:
                 )
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values, which `from_dict` reads back; what is not said is left out, and `rgb`."""
+        """JSON values, which `from_dict` reads back; without `rgb` and what is not given."""
         nodata: float | str | None = self.nodata
         if self.nodata is not None and not math.isfinite(self.nodata):
             nodata = str(nodata)  # JSON has no NaN
@@ -130,7 +130,7 @@ class Reading:
         return found
 
     def of(self, info: ImageInfo) -> ImageInfo:
-        """What is read of a file whose header says this."""
+        """The header of what is read, from the header of the file."""
         if self.nodata is not None:
             info = replace(info, nodata=self.nodata)
         chosen = self.chosen(info)
@@ -190,7 +190,7 @@ GetPage: TypeAlias = Callable[[int], Page]  # IndexError past the last page
 
 @dataclass(frozen=True)
 class Stored:
-    """An array in a file, of whose leading axes each index is read by itself.
+    """An array in a file; each index of its leading axes is read by itself.
 
     Attributes:
         axes, shape: a letter and a length for each axis.
@@ -206,7 +206,7 @@ class Stored:
 
     def __post_init__(self) -> None:
         if not {"Y", "X"} <= set(self.axes) or len(self.axes) != len(self.shape):
-            raise InputError(f"its axes {self.axes} of {self.shape} are no rows and columns")
+            raise InputError(f"its axes {self.axes} of {self.shape} are not rows and columns")
         if not {"Y", "X"} <= set(self.axes[self.leading :]):
             raise InputError(f"its axes {self.axes} do not end in rows and columns")
 
@@ -220,7 +220,7 @@ class Stored:
             return self
         if len(axes) != len(self.axes):
             raise InputError(
-                f"axes {axes} are {len(axes)}, but it has {len(self.axes)}: {self.axes} of "
+                f"axes {axes} name {len(axes)} axes, but it has {len(self.axes)}: {self.axes} of "
                 f"{' x '.join(map(str, self.shape))}"
             )
         return replace(self, axes=axes)
@@ -304,12 +304,12 @@ class Sliceable(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Volume:
-    """An array that is read in parts, and what its file says of it.
+    """An array that is read in parts, and its metadata.
 
     Attributes:
-        axes: a letter for each; "": nothing is said.
-        chunks: lengths along the axes of what is stored, and read, at once.
-        shards: lengths of what is written at once, where several chunks share a file.
+        axes: a letter for each; "": not known.
+        chunks: the size of a chunk, which is stored and read at once, along each axis.
+        shards: the size of what is written at once, where several chunks share a file.
         names: of the channels.
         scale, translation: of each axis: the size of a pixel and the place of the first one.
         units: of these; "" where none is said.
@@ -370,14 +370,16 @@ class Volume:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Whatever goes wrong in here with a file is an InputError that names it; nothing is warned of:
+    """Any error with a file in this context is an InputError that names it. Warnings are silenced:
     a file is read whole or refused."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if path.is_symlink() and not path.exists():
                 target = os.readlink(path)
-                raise InputError(f"a link to {target!r}, where nothing is: mend it, or delete it")
+                raise InputError(
+                    f"a link to {target!r}, which does not exist: mend it, or delete it"
+                )
             yield
     except InputError as error:
         raise InputError(f"{str(path)!r}: {error}") from error.__cause__
@@ -387,7 +389,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def guessed_axes(shape: Sequence[int]) -> str:
-    """The axes of an array of which nothing is said: (H, W), (H, W, C) or (N, H, W[, C]).
+    """The axes of an array that does not name them: (H, W), (H, W, C) or (N, H, W[, C]).
 
     A last axis of 1, 3 or 4 is taken as channels, and one of up to WIDEST beside longer ones.
 

@@ -29,12 +29,12 @@ def open_raster(
     """An image (H, W, C) to slice: decoded where it is small, else mapped from its file.
 
     Mapped are uncompressed TIFF (of any axes, not turned) and NPY files, which `read_image` would
-    refuse for having more than MAX_PIXELS. Of a slice of a volume that has more than IN_MEMORY
-    the rectangles are read that are asked for.
+    refuse for having more than MAX_PIXELS. Of a slice of a volume with more than IN_MEMORY pixels,
+    rectangles are read on demand.
 
     Args:
         info: what `image_info` says of the file, where it is known already.
-        reading: what is said of the file beside what it says itself.
+        reading: how to read the file, beyond what it says itself.
 
     Raises:
         InputError: as `read_image`; a large image that cannot be mapped.

@@ -1,4 +1,4 @@
-"""Image sets in few large files: WebDataset's tars, and Parquet or Arrow files of `datasets`.
+"""Image sets in a few large files: WebDataset's tars, and Parquet or Arrow files of `datasets`.
 
 A member is named like a file below its shard, `x.tar/000012.png`, `x.parquet/12.image`, and so is
 read at any place, by any process, wherever an image file is (`unet.files.images`). Of each shard
@@ -42,7 +42,7 @@ class Shard(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Field:
-    """What a sample says beside its pictures: a part, or a key of a part in JSON."""
+    """What a sample has beside its pictures: a part, or a key of a part in JSON."""
 
     part: str
     key: str = ""
@@ -79,7 +79,7 @@ class Sharded:
     Attributes:
         images, masks: the member of each sample; no masks where none were asked for.
         parts: "train" or "val", where the names of the shards say it.
-        label, caption: what says the class and the caption, where the first sample has it.
+        label, caption: the field of the class and of the caption, if the first sample has it.
         left: folders of masks, whose samples are left out.
     """
 
@@ -122,7 +122,7 @@ def find_shards(data: Path) -> list[Path]:
 
 
 def read_shards(files: Sequence[Path], *, masks: bool, caption_key: str | None = None) -> Sharded:
-    """What the shards hold. Files that are named test are left out, where others are named train.
+    """The samples of the shards. Files that are named test are left out, if others are named train.
 
     Args:
         masks: every sample has a mask, too; else shards for validation are left out as well, and
@@ -154,8 +154,8 @@ def read_shards(files: Sequence[Path], *, masks: bool, caption_key: str | None =
             of_masks = [folder.as_posix() for folder in mask_folders(map(Path, folders), Path())]
             if of_masks and masks:
                 raise InputError(
-                    f"the masks in it lie in a folder of their own, {of_masks[0]}, where a sample "
-                    "has its image and its mask under one name: unpack it, and name the folder "
+                    f"the masks in it lie in a folder of their own, {of_masks[0]}, but a sample "
+                    "needs its image and its mask under one name: unpack it, and name the folder "
                     "that comes out of it"
                 )
             left += [f"{file}/{folder}" for folder in of_masks]

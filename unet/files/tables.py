@@ -1,4 +1,4 @@
-"""Parquet and Arrow files of samples, a row each, mapped from the disk by Hugging Face `datasets`.
+"""Parquet and Arrow files of samples, one per row, mapped from the disk by Hugging Face `datasets`.
 
 A Parquet file is converted once, into the cache of that library.
 """

@@ -38,8 +38,8 @@ class Tar:
                     raise InputError(f"its header at byte {tar.offset:,} is damaged: copy it anew")
         except tarfile.TarError as error:
             raise InputError(
-                f"not a whole uncompressed tar ({said(error)}): copy it anew, or unpack its "
-                "compression, as samples are read at any place"
+                f"not a whole uncompressed tar ({said(error)}): copy it anew, or decompress it, "
+                "since samples are read in any order"
             ) from error
         stored = np.array(names, np.bytes_)
         order = np.argsort(stored, kind="stable")

@@ -138,7 +138,10 @@ def _check_chain(tif: Any) -> int:
         if not offset:
             return len(seen)
         if offset in seen or len(seen) >= MAX_PAGES:
-            raise InputError(f"page {len(seen)} leads back, or there are {MAX_PAGES:,} or more")
+            raise InputError(
+                f"page {len(seen)} points back to an earlier one, or there are {MAX_PAGES:,} or "
+                "more"
+            )
         if offset + kind.tagnosize > file.size:
             raise InputError(f"page {len(seen)} is missing from the stack")
         seen.add(offset)
@@ -226,8 +229,8 @@ def _series(tif: Any, series: Any) -> Stored:
     if len(series.pages) == 1 and math.prod(shape) == math.prod(page.shape):
         return Stored(axes, shape, 0, lambda _: _decode(page, tif).reshape(shape), page)
     raise InputError(
-        f"its description says {axes} {shape}, which its {len(series.pages)} pages of {page.shape} "
-        "are not"
+        f"its description says {axes} {shape}, which its {len(series.pages)} pages of "
+        f"{page.shape} do not match"
     )
 
 
@@ -254,7 +257,7 @@ def _chain(tif: Any, first: Any, reading: Reading) -> GetPage:
                 raise InputError(f"page {index} is missing from the stack") from None
             raise
         if seen.setdefault(page.offset, index) != index:
-            raise InputError(f"page {index} leads back to page {seen[page.offset]}")
+            raise InputError(f"page {index} points back to page {seen[page.offset]}")
         if index and (page.is_reduced or page.is_mask):
             raise IndexError(index)
         return page
@@ -336,7 +339,7 @@ def _check_declared(segment: bytes, compression: int, wide: int, high: int, samp
         found = [low - top, right - left]
     if found is None or found[0] > max(high, 1) or found[1] > wide or components > max(samples, 4):
         said = "unknown size" if found is None else f"{found[0]} x {found[1]} x {components}"
-        raise InputError(f"a tile of {said}, where {high} x {wide} x {samples} fit")
+        raise InputError(f"a tile of {said}, but only {high} x {wide} x {samples} fit")
 
 
 def _info(page: Any, stored: Stored, tif: Any, reading: Reading) -> ImageInfo:

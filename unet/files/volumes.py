@@ -1,7 +1,7 @@
 """Volumes that need not fit into memory: Zarr stores, HDF5 and NIfTI files, folders of DICOM.
 
-Each comes to a `unet.files.pages.Volume`, whose slices are read like the pages of a stack. The
-packages that read them are extras; a missing one is named with the command that brings it.
+Each becomes a `unet.files.pages.Volume`, whose slices are read like the pages of a stack. The
+packages that read them are extras; a missing one is named with the command that installs it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def is_volume_file(path: Path) -> bool:
 
 
 def volume_name(path: Path) -> str:
-    """What files made of it are called: "x" of x.ome.zarr and x.nii.gz, "x_raw" of x.h5:/raw."""
+    """The name for files made from it: "x" for x.ome.zarr and x.nii.gz, "x_raw" for x.h5:/raw."""
     kind = _kind(path)
     if kind == "zarr":
         root, inside = split_zarr(path)
@@ -91,8 +91,8 @@ def open_volume(path: Path) -> Iterator[Volume]:
 def turned(image: Path, mask: Path) -> tuple[bool, bool, bool]:
     """Which of slices, rows and columns run the other way in a mask than in its image, of one size.
 
-    That is what both files say of their places in the body, as DICOM and NIfTI do. Where one of
-    them does not say it, or both run alike, nothing is turned.
+    Both files say it by their positions in the body, as DICOM and NIfTI do. If one of them does
+    not, or both run the same way, nothing is turned.
 
     Raises:
         InputError: they run otherwise, and no turn of these axes brings the voxels together.
@@ -119,9 +119,9 @@ def turned(image: Path, mask: Path) -> tuple[bool, bool, bool]:
         return found[0], found[1], found[2]
     raise InputError(
         f"slices, rows and columns run to {_towards(theirs)} in {str(image)!r}, but to "
-        f"{_towards(own)} in {str(mask)!r}, by what the files say of places in the body: resample "
-        "the mask onto the image or, where its voxels do lie as the image's, save it with the "
-        "affine of the image, or with sform_code and qform_code 0, which say nothing"
+        f"{_towards(own)} in {str(mask)!r}, by the positions in the body that the files give: "
+        "resample the mask onto the image or, if its voxels do match the image's, save it with "
+        "the affine of the image, or with sform_code and qform_code 0 (unknown)"
     )
 
 

@@ -21,7 +21,7 @@ JSON_BYTES = 2**24  # no config is larger
 
 
 def file_trouble(error: OSError) -> str | None:
-    """What is wrong with which file or disk; None: the error is about neither."""
+    """A sentence on the file or disk that an error is about; None: it is about neither."""
     if error.filename is None and error.errno not in DISK_FULL:
         return None
     text = error.strerror or str(error)
@@ -64,7 +64,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_json(file: Path, most: int = JSON_BYTES) -> dict[str, Any]:
-    """The object in a JSON file of UTF-8; what is no file, such as a device, is none.
+    """The object in a JSON file in UTF-8; only regular files are read, no devices.
 
     Args:
         most: bytes; an eighth as many values are read.

@@ -133,8 +133,8 @@ def _node(root: Path, inside: str) -> zarr.Array | zarr.Group:
             raise InputError(f"{_OBJECTS} ({said(error)})") from error
         if "Codec" in type(error).__name__:
             raise InputError(
-                f"its chunks take a codec that is not installed ({said(error)}): install what "
-                "brings it, or save the array with another one, such as zstd"
+                f"its chunks need a codec that is not installed ({said(error)}): install its "
+                "package, or save the array with another one, such as zstd"
             ) from error
         raise
 

@@ -157,7 +157,7 @@ def make_batches(
 
 
 def next_batch(batches: Iterator[Any]) -> Any:
-    """The next batch; what a worker process says of it, or its end, is told as here.
+    """The next batch; errors of a worker process, and its death, become errors of this process.
 
     Raises:
         InputError: a sample cannot be read.

@@ -1,4 +1,4 @@
-"""Command lines: one dataclass a command, read by tyro, repeatable from the YAML file it saves.
+"""Command lines: one dataclass per command, read by tyro, repeatable from the YAML file it saves.
 
 A command is three parts: a dataclass, a function that takes it, and the call of `run_script`::
 
@@ -113,9 +113,9 @@ def run_script(
     """Parse `argv` as a `cls`, call `run` with it, and return the exit status.
 
     The status is what `run` returns (None is 0); 1 after a RunError; 2 after an InputError, a file
-    that the system refuses or a full disk, each told as ``error: <one sentence>`` on stderr; 128 +
-    the signal after an Interrupted, with the command that goes on; 130 after Ctrl-C; 141 when the
-    reader of stdout went away. Every other exception is a bug and keeps its traceback. One of
+    that the system refuses or a full disk, each printed as ``error: <one sentence>`` on stderr; 128
+    + the signal after an Interrupted, with the command that resumes; 130 after Ctrl-C; 141 when the
+    reader of stdout has closed it. Every other exception is a bug and keeps its traceback. One of
     several processes ends here, with that status.
     """
     for stream in (sys.stdout, sys.stderr):
@@ -127,7 +127,7 @@ def run_script(
 
 
 def typed(command: str | None = None) -> list[str]:
-    """The words before the options that run a command, in the form in which this one was called.
+    """The words that run a command, without its options, in the form in which this one was called.
 
     They are ``python scripts/train_seg.py``, ``unet-train-seg``, ``unet train-seg`` or ``python -m
     unet_diffusion train-seg``, with a path where the shell does not find the program by its name.
@@ -190,12 +190,12 @@ def complete(options: Any, argv: Sequence[str], program: str) -> None:
     writes = argv[0].replace("_", "-") == COMPLETION[1]
     if len(argv) != 2 + writes or argv[1] not in SHELLS:
         file = " and a file" if writes else ""
-        raise InputError(f"{argv[0]} needs a shell{file} behind it: one of {', '.join(SHELLS)}")
+        raise InputError(f"{argv[0]} needs a shell{file} after it: one of {', '.join(SHELLS)}")
     tyro.cli(options, args=list(argv), prog=program)
 
 
 def completable(cls: type, recipes: Path | None = None) -> type:
-    """`cls` with the options that `parse` takes beside its fields, for `complete`."""
+    """`cls` with the options that `parse` takes in addition to its fields, for `complete`."""
     more: list[Any] = [("config", Path | None, dataclasses.field(default=None))]
     if recipes is not None:
         names = tuple(sorted(file.stem for file in recipes.glob("*.yaml")))
@@ -241,7 +241,7 @@ def _status(
     except Interrupted as stop:
         if int(os.environ.get("RANK", 0)) == 0:
             command = [*typed(), "--out", str(getattr(options, "out", "")), "--resume"]
-            print(f"go on with: {shlex.join(command)}", flush=True)
+            print(f"continue with: {shlex.join(command)}", flush=True)
         return int(stop.code or 1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -278,7 +278,7 @@ def _take(argv: list[str], option: str) -> tuple[list[str], str | None]:
             raise InputError(f"{option} is given twice; give one, and options beside it")
         found = value if equals else next(tokens, "")
         if not found or found.startswith("--"):
-            raise InputError(f"{option} needs a value behind it")
+            raise InputError(f"{option} needs a value after it")
     return rest, found
 
 
@@ -296,7 +296,7 @@ def _base(cls: type, argv: list[str], recipes: Path | None) -> tuple[list[str], 
     if config is not None:
         values = _over(values, load_config(cls, config))
     if "--resume" in argv:
-        # A run goes on with its own settings, whatever else is chosen over them.
+        # A resumed run keeps its own settings, except for those that are given anew.
         out = _take(argv, "--out")[1] or values.get("out") or getattr(cls, "out", None)
         if out is not None and (Path(out) / "config.yaml").is_file():
             own = load_config(cls, Path(out) / "config.yaml")
@@ -333,7 +333,7 @@ def _check_given(cls: type, argv: list[str]) -> None:
     for name in field_types(cls).keys() - _TEXTS:
         option = f"--{name.rstrip('_').replace('_', '-')}"
         if "" in (_values(argv, option) or ()):
-            raise InputError(f"{option} is empty, as of a variable that is not set: give a value")
+            raise InputError(f"{option} is empty, perhaps an unset variable: give a value")
 
 
 def _unchecked(cls: type, values: dict[str, Any]) -> Any:
@@ -356,7 +356,8 @@ def _unchecked(cls: type, values: dict[str, Any]) -> Any:
 
 
 def stdout_is_closed() -> bool:
-    """Whether the reader of stdout (such as head) went away; what is left for it goes nowhere."""
+    """Whether the reader of stdout (such as head) has closed it; the rest of the output is
+    dropped."""
     try:
         print(flush=True)
     except BrokenPipeError:
@@ -366,7 +367,7 @@ def stdout_is_closed() -> bool:
 
 
 def _missing(cls: type, argv: list[str], values: Mapping[str, Any]) -> str:
-    """One sentence for the options that must be given and are not, or nothing."""
+    """One sentence on required options that are missing, or nothing."""
     missing = [
         f"--{field.name.replace('_', '-')}"
         for field in dataclasses.fields(cls)
@@ -387,7 +388,7 @@ def _diagnosis(cls: type, argv: list[str], box: str) -> str:
     unknown = re.search(r"Unrecognized options: (\S+)", text)
     if unknown and unknown[1] in argv[1:]:
         before = argv[argv.index(unknown[1], 1) - 1]
-        return f"'{unknown[1]}' behind '{before}' is of no option (--help lists the options)"
+        return f"'{unknown[1]}' after '{before}' belongs to no option (--help lists the options)"
     for name, hint in field_types(cls).items():
         option = f"--{name.replace('_', '-')}"
         given = _values(argv, option)

@@ -117,7 +117,7 @@ def save_config(config: Any, path: Path | str, remarks: Iterable[str] = ()) -> N
 def keep_config(options: Any, run: Path, remarks: Iterable[str] = ()) -> None:
     """Write the options of a run to its folder; with --resume only where they are other ones.
 
-    A run that goes on finds its choices made, and knows no reasons any more.
+    A resumed run finds its choices made, and no longer knows the reasons.
     """
     file = run / "config.yaml"
     saved = dataclasses.replace(options, resume=False)
@@ -206,6 +206,6 @@ def equal(value: Any, other: Any) -> bool:
 
 
 def nearest(name: str, valid: list[str]) -> str:
-    """The end of a sentence about the unknown option `name`: which of `valid` was meant."""
+    """The end of a message about the unknown option `name`: which of `valid` was probably meant."""
     match = difflib.get_close_matches(name, valid, n=1)
     return f"; did you mean {match[0]}?" if match else "; --help lists the options"

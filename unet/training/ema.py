@@ -1,4 +1,5 @@
-"""Moving averages of a model's weights and buffers, and such as are chosen after training."""
+"""Moving averages of a model's weights and buffers, and averages whose width is chosen after
+training."""
 
 from __future__ import annotations
 
@@ -62,11 +63,11 @@ class EMA:
 
 
 class PowerEMA(EMA):
-    """An average whose profile is a power of the time, however long the run gets to be.
+    """An average whose profile is a power of the time, however long the run becomes.
 
     After step T the weights of step t count as t^gamma (Karras et al., EDM2, arXiv 2312.02696, eq.
     2), so an early step is forgotten at the same rate as the run is getting longer. From two of
-    these, kept at some moments of a run, an average of any other width is put together later.
+    these, kept at some moments of a run, an average of any other width can be computed later.
 
     Args:
         model: the model to follow.
@@ -102,13 +103,13 @@ def exponent(std: float) -> float:
 
 
 def put_together(kept: Sequence[Profile], wanted: Profile) -> tuple[NDArray[np.float64], float]:
-    """The factors with which averages that were kept add up to one that was not.
+    """The factors by which kept averages are combined into one that was not kept.
 
     They are those of the least squares between the profiles (EDM2, eq. 5 and appendix C.4).
 
     Returns:
-        A factor for each of `kept`, and the error that is left: the norm of the difference between
-        the profiles over the norm of the wanted one.
+        A factor for each of `kept`, and the remaining error: the norm of the difference between the
+        profiles over the norm of the wanted one.
     """
     among = np.array([[_product(a, b) for b in kept] for a in kept])
     with_wanted = np.array([_product(a, wanted) for a in kept])

@@ -279,8 +279,8 @@ class Trainer:
                 self._written("a snapshot", save)
 
     def _written(self, what: str, write: Callable[[], object]) -> bool:
-        """Writes to the run folder. A full disk is told once and passed over while the run goes on,
-        as there may be room again when the next state is saved."""
+        """Writes to the run folder. A full disk is reported once and otherwise ignored during the
+        run, as there may be room again when the next state is saved."""
         try:
             write()
         except (OSError, DiskError) as error:
@@ -328,7 +328,7 @@ class Trainer:
             tqdm.write(text)
 
     def _bar(self) -> tqdm[Any]:
-        """One line with loss, speed and time left; none where nobody watches (no terminal)."""
+        """One line with loss, speed and time left; none without a terminal."""
         total = self.timetable.steps or round(self.timetable.seconds)
         unit = "step" if self.timetable.steps else "s"
         hidden = None if self.main else True

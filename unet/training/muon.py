@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# a, b, c of the quintic x <- a x + b x^3 + c x^5 that takes all of (0, 1] near to 1 in five turns.
+# a, b, c of the quintic x <- a x + b x^3 + c x^5 that takes all of (0, 1] close to 1 in five
+# iterations.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 OTHERS = 0.05  # learning rate of what is no matrix, as a share of that of the matrices
 
 
 class Muon(torch.optim.AdamW):
-    """Steps of one length in all directions that a weight can take.
+    """Steps of equal length in all directions of weight space.
 
     The momentum of a weight of two or more dimensions is laid out as a matrix, outputs x (inputs x
     kernel), and the step is the nearest semi-orthogonal matrix to it: its singular values become
@@ -97,7 +98,7 @@ def orthogonal(matrices: Tensor, turns: int = 5) -> Tensor:
     """U V^T for U S V^T, about, of each matrix (N, rows, columns): singular values 0.7 to 1.2.
 
     On a GPU it multiplies in bfloat16, as Muon's author does: what the rounding leaves is less than
-    what five turns leave.
+    what five iterations leave.
     """
     a, b, c = NEWTON_SCHULZ
     tall = matrices.shape[1] > matrices.shape[2]

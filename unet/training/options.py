@@ -1,4 +1,4 @@
-"""`FitOptions`: what every training script offers on its command line. Free of torch."""
+"""`FitOptions`: the options of every training command. Does not import torch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BUDGETS = ("steps", "epochs", "max_minutes")  # options of which one is given
 
 @dataclass(frozen=True, kw_only=True)
 class ReadingOptions:
-    """What a command line says of image files beside what they say themselves."""
+    """How image files are read, beyond what they say themselves."""
 
     axes: str | None = None
     """Axes of TIFF and NPY files and volumes that do not name them, such as CYX or ZYXC: C are
@@ -38,7 +38,7 @@ class ReadingOptions:
 
     @property
     def reading(self) -> Reading:
-        """The same, as the readers take it."""
+        """These options, as the readers take them."""
         from unet.files.pages import Reading
 
         return Reading(axes=self.axes, channels=self.channels, nodata=self.nodata)
@@ -75,7 +75,7 @@ class MaskOptions(ReadingOptions):
 class FitOptions:
     """The part of a training command's options that is about the loop.
 
-    What is None was not given: each task decides it, by its data (`unet.training.plan`).
+    None means not given: each task decides it from its data (`unet.training.plan`).
     """
 
     out: Path
@@ -218,7 +218,7 @@ class FitOptions:
 
 
 def check_paths(options: Any, made: Sequence[str] = ("out",)) -> None:
-    """Refuses files and folders that are not there, before any is read, which can take minutes.
+    """Refuses paths that do not exist, before anything is read, which can take minutes.
 
     Args:
         options: a dataclass; a field that is a Path, or a tuple of them, names what is read.

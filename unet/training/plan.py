@@ -1,6 +1,6 @@
-"""What a training run will be: decided once, before it starts, from the options and the data.
+"""The plan of a training run: decided once, before it starts, from the options and the data.
 
-A task has one function that decides. What follows reads its plan, in which nothing is left open.
+Each task has one function that decides. All later code reads its plan, in which nothing is open.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from unet.weights.start import Start
 from unet.words import counted
 
 DEFAULT_MINUTES = 10.0  # of a run without a budget
-AS_ASKED = "as asked for"  # the reason of what was given
+AS_ASKED = "as requested"  # the reason of what was given
 Options = TypeVar("Options", bound=FitOptions)
 GPU_WORKERS = 4  # processes that prepare batches for a GPU
 
 
 class Decision(NamedTuple):
-    """One thing that was decided: told before training, and kept in config.yaml."""
+    """One decision: printed before training, and kept in config.yaml."""
 
     what: str
     value: str
@@ -32,7 +32,7 @@ class Decision(NamedTuple):
 
 
 class Budget(NamedTuple):
-    """What a run may take."""
+    """The budget of a run."""
 
     amount: float
     unit: Literal["steps", "epochs", "minutes"]
@@ -73,14 +73,14 @@ class FitPlan:
     push_to_hub: str | None = None
 
     def together(self, processes: int = 1) -> int:
-        """Samples that go through the network together in a step: they fit into memory with all
-        that the backward pass needs, so that as many do without it."""
+        """Samples that go through the network together in a step: as they fit into memory with a
+        backward pass, as many fit without one."""
         return max(1, self.batch_size // (self.accumulate * processes))
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunPlan:
-    """What every task decides; a task adds what is its own.
+    """What every task decides; a task adds its own fields.
 
     Attributes:
         decisions: what was decided and why.
@@ -96,7 +96,7 @@ class RunPlan:
     start: Start | None
 
     def lines(self) -> list[str]:
-        """The decisions for people, a line each."""
+        """The decisions as text, one line each."""
         return told(self.decisions)
 
 
@@ -108,14 +108,14 @@ def choose_optimizer(
     From random weights muon learns in minutes what adamw does not (docs/experiments.md).
 
     Args:
-        against_muon: reasons to take adamw, and whether each of them holds.
+        against_muon: reasons to use adamw, and whether each of them holds.
     """
     if options.optimizer:
         return options.optimizer, AS_ASKED
     reasons = {
         **against_muon,
         "muon does not go with --shard": options.shard,
-        "--lr alone is taken for adamw's": options.lr is not None,
+        "--lr without --optimizer is taken as adamw's": options.lr is not None,
     }
     for why, holds in reasons.items():
         if holds:
@@ -124,7 +124,7 @@ def choose_optimizer(
 
 
 def filled(options: Options, fit: FitPlan, **decided: Any) -> Options:
-    """The command line with what was left open filled in, which repeats the run."""
+    """The command line with every open choice filled in, which repeats the run."""
     names = ("batch_size", "optimizer", "lr", "momentum", "beta2")
     return dataclasses.replace(options, **{n: getattr(fit, n) for n in names}, **decided)
 
@@ -138,7 +138,7 @@ def plan_fit(
     momentum: float = 0.9,
     beta2: float = 0.999,
 ) -> FitPlan:
-    """The plan of a command line; the arguments are what a task decides where that says nothing."""
+    """The plan of a command line; the arguments are a task's choices where it leaves them open."""
     on_cpu = options.device == "cpu" or pick_device("auto").type == "cpu"
     decided: dict[str, Any] = {
         "batch_size": batch_size,

@@ -1,4 +1,4 @@
-"""What of a run may be changed when it goes on: how it is trained, but not what it is."""
+"""What may change when a run is resumed: how it is trained, but not what it is."""
 
 from __future__ import annotations
 
@@ -23,11 +23,10 @@ _PATHS = (
 
 
 def resumed(options: Options) -> Options:
-    """The options of a run that goes on with --resume; those of other runs as they are.
-
-    What is not given (None) is as the run has it. What differs is said where it is about the loop
-    (budget, learning rate and its schedule, device, precision, memory, workers, evaluations, logs),
-    and is refused where it is about what is trained on what.
+    """The options of a run that is resumed with --resume; those of other runs unchanged. What is
+    not given (None) is taken from the run. What differs is printed if it is about the loop (budget,
+    learning rate and its schedule, device, precision, memory, workers, evaluations, logs), and
+    refused if it is about the model or the data.
 
     Raises:
         InputError: names what is refused, and what the run was started with.
@@ -47,7 +46,7 @@ def resumed(options: Options) -> Options:
         _refuse(options, before, refused)
     if changed and is_main_process():
         now, was = (_flags(kind, _given(values, changed)) for values in (vars(options), before))
-        print(f"going on with {now}, until now {was}", flush=True)
+        print(f"continuing with {now} instead of {was}", flush=True)
     return options
 
 
@@ -57,7 +56,7 @@ def _refuse(options: FitOptions, before: Mapping[str, Any], names: list[str]) ->
         _flags(kind, {name: values[name] for name in names}) for values in (vars(options), before)
     )
     text = (
-        f"the run in {run} was started with {was}, not {now}: leave that out to go on with it, or "
+        f"the run in {run} was started with {was}, not {now}: leave that out to resume it, or "
         "give another --out for a new run"
     )
     if hasattr(options, "init") and not {"init", "network", "width"} & set(names):

@@ -118,7 +118,7 @@ class RunFolder:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def cut_log(self, step: int) -> None:
-        """Drops the lines after `step` and a half-written one, so that none stands twice."""
+        """Drops the lines after `step` and a half-written one, so that none occurs twice."""
         if self.metrics.exists():
             kept = [json.dumps(e) + "\n" for e in read_log(self.metrics) if e["step"] <= step]
             write_text(self.metrics, "".join(kept))
@@ -171,7 +171,8 @@ def is_main_process() -> bool:
 
 
 def check_first(options: FitOptions) -> None:
-    """Refuses what the options tell of alone, before data are read, which can take minutes.
+    """Refuses what the options alone show to be wrong, before data are read, which can take
+    minutes.
 
     Raises:
         InputError: see `RunFolder.check` and `check_paths`.

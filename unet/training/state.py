@@ -1,4 +1,4 @@
-"""What of a run is saved, and how a run takes it up again."""
+"""What is saved of a run, and how it is resumed from that."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from unet.weights.folder import check_fit
 class RunState:
     """The weights, the optimizer and the random numbers of a run, as one dictionary.
 
-    Weights that are not trained are left out: a run that goes on has them from where it started.
+    Weights that are not trained are left out: a resumed run loads them from its start again.
 
     Args:
         model: as it is trained, without the wrapper of several processes.
@@ -72,7 +72,7 @@ class RunState:
     def restore(
         self, state: Mapping[str, Any], say: Callable[[str], None]
     ) -> tuple[Progress, dict[str, float]]:
-        """Goes on from what `capture` gave: where that run stood, and its best figures.
+        """Restores what `capture` gave: the progress of that run, and its best figures.
 
         Raises:
             InputError: it is of another network or optimizer, or no state at all.

@@ -118,7 +118,7 @@ class Stepper:
         return True
 
     def _not_finite(self, what: str, value: float, parts: list[Batch], progress: Progress) -> None:
-        """Says which step is left out, and stops where it may not be."""
+        """Reports the step that is left out, and stops if it may not be."""
         names = [self.task.samples.name(int(i)) for batch in parts for i in batch["index"]]
         names = sorted({n for part in self.processes.gather(names) for n in part})
         text = f"the {what} is {value} at step {progress.step + 1}, in a batch of "
@@ -146,11 +146,11 @@ class Stepper:
                     lambda: self.task.loss(self.plain, one), self.plain.parameters()
                 )
                 text += (
-                    f": the backward pass needs about {kept / 2**30:.3g} GiB a sample, "
+                    f": the backward pass needs about {kept / 2**30:.3g} GiB per sample, "
                     f"{kept * count / 2**30:.3g} GiB for the {count} that go through the network "
                     "together"
                 )
         return (
-            f"{text}; --accumulate {2 * self.plan.accumulate} takes half of it for the same "
-            "result, --checkpointing less, and so do a smaller --batch-size and smaller images"
+            f"{text}; --accumulate {2 * self.plan.accumulate} needs half of it for the same "
+            "result; --checkpointing, a smaller --batch-size and smaller images need less, too"
         )

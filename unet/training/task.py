@@ -1,4 +1,4 @@
-"""What a task hands to `fit`, and what it is told of the processes that share the work."""
+"""What a task gives to `fit`, and the processes that share the work."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Processes:
 
     @property
     def main(self) -> bool:
-        """Whether this is the one that says what was done."""
+        """Whether this is the process that prints what was done."""
         return self.rank == 0
 
     def wait(self) -> None:
@@ -113,7 +113,7 @@ class Task:
     evaluate: Callable[[Any, Processes], Mapping[str, float]] | None = None
     """Figures over held-out data, the same on every process; None: nothing is held out."""
     held_out: str = "held out"
-    """What the figures are of, for people."""
+    """What the figures are of, in words."""
     finish: Callable[[Batch], Batch] | None = None
     """What is made of a whole batch, in the process that prepares it, to which it is pickled."""
     score: str = "loss"

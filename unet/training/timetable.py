@@ -1,4 +1,4 @@
-"""Where a run stands in its budget, and what follows: learning rate, evaluations."""
+"""The position of a run in its budget, and what follows from it: learning rate, evaluations."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Progress:
 
 
 class Timetable:
-    """What is due when, in a run over so many samples.
+    """When each thing is due, in a run over so many samples.
 
     Attributes:
         steps: all that the run takes; 0: it ends by the clock.

@@ -18,7 +18,7 @@ PROJECT = "unet-diffusion"  # the project or experiment, where the environment n
 
 
 class Trackers:
-    """The trackers of a run; those of one that goes on go on, too, where they can.
+    """The trackers of a run; those of a resumed run are resumed, too, if they can be.
 
     Args:
         step: at which the run stands.
@@ -52,7 +52,7 @@ class Trackers:
                 _keep(plan.out, name, _NAMED[name](tracker.tracker))
 
     def log(self, values: Mapping[str, float], group: str, step: int) -> None:
-        """Tells them figures at a step, each named group/name."""
+        """Logs figures at a step, each named group/name."""
         for tracker in self.started:
             tracker.log({f"{group}/{name}": float(v) for name, v in values.items()}, step=step)
 
@@ -91,7 +91,7 @@ _NAMED: dict[str, Callable[[Any], str]] = {  # what a tracker calls the run that
 
 
 def _kept(run: Path, tracker: str) -> str | None:
-    """What a tracker calls the run, from an earlier sitting of it."""
+    """The tracker's name of the run, from before it was resumed."""
     file = run / "state" / "trackers.json"
     return read_json(file).get(tracker) if file.is_file() else None
 

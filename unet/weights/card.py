@@ -24,7 +24,7 @@ _MARK = re.compile(r"^<!-- Written by unet-diffusion, .*-->\n", re.MULTILINE)
 
 @dataclass(frozen=True, kw_only=True)
 class Usage:
-    """What a model's class says of it, for its card."""
+    """What the class of a model gives for its card."""
 
     title: str
     summary: str
@@ -43,7 +43,7 @@ class Usage:
     """Command lines that use it."""
 
     facts: Mapping[str, str]
-    """What using it needs, such as the classes, by name."""
+    """Facts for using it, such as the classes, by name."""
 
 
 def model_card(

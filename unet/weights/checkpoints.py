@@ -1,4 +1,4 @@
-"""`read_checkpoint`: the weights of other projects' segmentations, in a file that they saved.
+"""`read_checkpoint`: segmentations of other projects, from the files that these save.
 
 Two networks have an exact counterpart here: the classic one of milesial's Pytorch-UNet and of what
 copies it, and of segmentation_models.pytorch (smp) the Unet with the encoder vgg13_bn. Their shape
@@ -34,7 +34,7 @@ class Checkpoint(NamedTuple):
     """A segmentation in a file.
 
     Attributes:
-        what: the network that it is, and how its images are scaled, for people.
+        what: the network, and how its images are scaled, in words.
         config: of its trunk.
         info: its normalisation, as the models of this project keep it.
         state: of a `SegmentationUNet`; of smp without the head, whose convolution is 3x3.

@@ -1,4 +1,4 @@
-"""Weights of a trunk with a timestep for one without, and the other way round: the same function.
+"""Weights of a trunk with a timestep as those of one without, and vice versa: the same function.
 
 All are pure functions of a config and the state dict of its `UNet`, and give both anew.
 """
@@ -62,7 +62,7 @@ def without_conditioning(
     class_index: int = -1,
     context: Tensor | None = None,
 ) -> Trunk:
-    """The trunk that gives without timestep, class and text what this one gives with these.
+    """The trunk without timestep, class and text that gives what this one gives for fixed ones.
 
     At a fixed timestep and class the embedding is a constant, and so is what each block makes of
     it: it goes into the affine map of the block's second norm (scale and shift), or into the bias
@@ -81,7 +81,7 @@ def without_conditioning(
     if config.vector_channels:
         raise InputError(
             f"a network that takes a vector of {config.vector_channels} numbers, such as that of "
-            "Stable Diffusion XL, does not become one without"
+            "Stable Diffusion XL, cannot become one without"
         )
     folded = dict(state)
     if config.embedding_channels:
@@ -100,7 +100,7 @@ def without_conditioning(
 def with_time(
     config: UNetConfig, state: Mapping[str, Tensor], *, scale_shift: bool = True
 ) -> Trunk:
-    """A trunk with a timestep, of which it makes nothing yet: the same function at every t.
+    """A trunk with a timestep, which has no effect yet: the same function at every t.
 
     The projections of the embedding start at zero, the embedding itself at random weights (of
     PyTorch's generator).
@@ -120,9 +120,10 @@ def with_time(
 
 
 def with_jumps(config: UNetConfig, state: Mapping[str, Tensor]) -> Trunk:
-    """A trunk that is told of jumps, of which it makes nothing yet: the same function at each.
+    """A trunk with an input for jumps, which has no effect yet: the same function for every jump.
 
-    The embedding of jumps ends with zeros, and begins as that of timesteps, which knows its waves.
+    The last layer of the embedding of jumps is zero; the first one is that of the embedding of
+    timesteps, whose sinusoids it has learnt.
     """
     config = replace(config, jumps=True)
     fresh = {k: v for k, v in UNet(config).state_dict().items() if k.startswith(_JUMP)}
@@ -133,7 +134,7 @@ def with_jumps(config: UNetConfig, state: Mapping[str, Tensor]) -> Trunk:
 
 
 def without_jumps(config: UNetConfig, state: Mapping[str, Tensor]) -> Trunk:
-    """The trunk that knows single timesteps alone, as this one does when it is told of no jump."""
+    """The trunk without an input for jumps: the function of this one without a jump."""
     kept = {k: v for k, v in state.items() if not k.startswith(_JUMP)}
     return Trunk(replace(config, jumps=False), kept)
 
@@ -141,8 +142,8 @@ def without_jumps(config: UNetConfig, state: Mapping[str, Tensor]) -> Trunk:
 def with_channels(config: UNetConfig, state: Mapping[str, Tensor], in_channels: int) -> Trunk:
     """The trunk for images of another number of channels, of which one side is 1.
 
-    Of a grey image it gives the same, were it shown in colour or the reverse: the first
-    convolution's weights are shared out to equal channels, or those of all channels are summed.
+    It gives the same for a grey image in colour, or the reverse: the weights of the first
+    convolution are divided among equal channels, or summed over the channels.
 
     Raises:
         InputError: two numbers of channels that are both above 1.
@@ -181,7 +182,7 @@ def check_channels(given: int, wanted: int) -> None:
     if given != wanted and 1 not in (given, wanted):
         raise InputError(
             f"a network for {given} channels cannot become one for {wanted}: only grey and colour "
-            "are turned into each other"
+            "are converted into each other"
         )
 
 
@@ -248,14 +249,14 @@ def only_token(context: Tensor | None, channels: int) -> Tensor:
     if context is None or context.ndim != 2 or context.shape[1] != channels or not len(context):
         found = None if context is None else tuple(context.shape)
         raise InputError(
-            f"a network that reads text of {channels} channels becomes one without for a given "
-            f"context of shape (L, {channels}), not {found}"
+            f"a network that reads text of {channels} channels becomes one without text only for "
+            f"a given context of shape (L, {channels}), not {found}"
         )
     if not torch.equal(context, context[:1].expand_as(context)):
         raise InputError(
-            f"attention to {len(context)} tokens that differ depends on the pixel, so it cannot be "
-            "folded into weights: only a context of one token can, such as the empty text of a "
-            "text encoder that was trained along; that of CLIP has 77"
+            f"attention to {len(context)} tokens that differ depends on the pixel, so it cannot "
+            "be folded into weights: only a context of one token can, such as the empty text of a "
+            "text encoder that was trained with it; that of CLIP has 77"
         )
     return context[0].double()
 

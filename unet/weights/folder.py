@@ -70,7 +70,7 @@ class FolderModel(nn.Module, ABC):
 
     @abstractmethod
     def usage(self, where: str) -> Usage:
-        """What its card says of its use, whatever its `info` holds.
+        """The usage part of its card; it must not fail, whatever `info` holds.
 
         Args:
             where: what to load it from, a folder or a repository on the Hub.
@@ -211,7 +211,7 @@ class FolderModel(nn.Module, ABC):
 
 
 def model_folder(path: str | Path, **download: Any) -> Path:
-    """The folder of a model: itself, or where what a repository on the Hub holds is kept.
+    """The folder of a model: the path itself, or the local copy of a repository on the Hub.
 
     Args:
         download: what else `huggingface_hub.hf_hub_download` takes.
@@ -383,7 +383,7 @@ def _has_edited_card(api: HfApi, repo_id: str, revision: str | None) -> bool:
 
 @contextmanager
 def _told(repo_id: str) -> Iterator[None]:
-    """Makes one sentence of what keeps the Hub from taking an upload."""
+    """Turns whatever keeps the Hub from taking an upload into one sentence."""
     try:
         yield
     except TypeError:  # an option that there is not
@@ -401,7 +401,7 @@ def _told(repo_id: str) -> Iterator[None]:
 
 
 def _unreached(repo_id: str, options: Mapping[str, Any]) -> str:
-    """Why the Hub, which is asked once, does not answer; nothing where it does.
+    """Why the Hub, which is asked once, does not answer; empty if it does.
 
     Raises:
         InputError: files that are too large to be a model's.

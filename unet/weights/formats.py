@@ -34,7 +34,7 @@ _QUANTISED = ["Conv", "ConvTranspose", "MaxPool", "Concat", "Relu"]  # not the p
 
 @dataclass(frozen=True, kw_only=True)
 class Exportable:
-    """A function of tensors, and what a file of it says of them.
+    """A function of tensors, with the names and metadata of its file.
 
     Attributes:
         module: in evaluation mode, on the CPU; traced, so its Python may not depend on values.
@@ -170,7 +170,7 @@ class Exportable:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Without what the tracers say to their developers."""
+    """Silences the tracers' warnings to developers."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,4 +1,4 @@
-"""What `torch.save` wrote, read without running what is in it, in no more memory than it takes."""
+"""Reads files of `torch.save` without running code in them, in no more memory than their size."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def load_pickle(file: Path, what: str, *, mapped: bool = False) -> Any:
     """Tensors, numbers, strings, and lists and dictionaries of them, on the CPU.
 
     Args:
-        what: the file should be, for messages.
+        what: what the file should be, for messages.
         mapped: tensors are read when they are used, which files of PyTorch before 1.6 do not allow.
 
     Raises:

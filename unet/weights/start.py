@@ -21,14 +21,14 @@ _LAST = "head.conv"
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """Weights of a model, which are read when they are needed, and what is known of it.
+    """Weights of a model, which are read when they are needed, and facts about it.
 
     Attributes:
-        where: what they are, for people: the model, and what was done to it.
+        where: what they are, in words: the model, and what was done to it.
         config: the trunk's shape.
         info: as `FolderModel` keeps it.
         read: gives the state dict of the model, trunk and head.
-        crossed: whether they have learnt the other task than the one that they start.
+        crossed: whether they were trained for the other task than the one that they start.
     """
 
     where: str
@@ -48,7 +48,7 @@ class Start:
         Args:
             config: of the other trunk.
             change: config and state of the trunk to those of the other one.
-            done: what was done to the trunk, for people.
+            done: what was done to the trunk, in words.
         """
 
         def read() -> Mapping[str, Tensor]:
@@ -72,7 +72,7 @@ class Start:
         return self.changed(
             replace(self.config, in_channels=channels),
             lambda config, trunk: with_channels(config, trunk, channels),
-            f"its first weights {'summed to grey' if channels == 1 else 'shared out to colour'}",
+            f"its first weights {'summed to grey' if channels == 1 else 'spread over the colours'}",
         )
 
     def for_inputs(self, kept: int, more: int, done: str) -> Start:
@@ -81,7 +81,7 @@ class Start:
         Args:
             kept: channels that are kept.
             more: channels after them, whose weights are zero.
-            done: what was done, for people.
+            done: what was done, in words.
         """
         return self.changed(
             replace(self.config, in_channels=kept + more),
@@ -128,7 +128,7 @@ def read_start(path: str) -> Start:
 
 
 def at_random(start: Start, seed: int) -> Start:
-    """A start with the network of another one and nothing else of it: random weights."""
+    """A start with the network of another one, but random weights."""
 
     def read() -> Mapping[str, Tensor]:
         torch.manual_seed(seed)
@@ -158,7 +158,7 @@ def take_over(model: FolderModel, start: Start, *, own: Sequence[str] = ()) -> s
     load_strictly(model, {**trunk, **beside, **taken}, start.where)
     anew = ", ".join(dict.fromkeys(_layer(k) for k in beside if k not in taken))
     found = ", ".join(["trunk", *dict.fromkeys(map(_layer, taken))])
-    return f"{found} of {start.where}" + (f"; anew: {anew}" if anew else "")
+    return f"{found} of {start.where}" + (f"; newly initialised: {anew}" if anew else "")
 
 
 def _layer(key: str) -> str:

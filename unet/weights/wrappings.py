@@ -1,4 +1,4 @@
-"""The state dict of a network inside what people save around it: wrappers, prefixes, others."""
+"""Finds the state dict of a network inside wrappers, prefixes and other saved parts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the widgets share: the images of a layer, where results are placed, work in a thread."""
+"""Shared by the widgets: the images of a layer, the placement of results, work in a thread."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Planes:
         """An image (H, W, C), as stored.
 
         Args:
-            opaque: what is transparent in RGBA is laid over white, as of files.
+            opaque: put transparent pixels of RGBA over white, as for files.
         """
         place = self.place(number)
         if self.channels_first:
@@ -100,7 +100,7 @@ def placement(layer: Image, ndim: int) -> dict[str, Any]:
 
 
 def told(work: Callable[[], None]) -> None:
-    """Does what a button is for; what goes wrong is a sentence in napari's notification."""
+    """Runs the action of a button; an error becomes a sentence in napari's notification."""
     try:
         work()
     except Exception as error:
@@ -114,7 +114,7 @@ class Told(Exception):
 def guarded(
     steps: Callable[..., Generator[Any, None, Any]], *arguments: object
 ) -> Generator[Any, None, Any]:
-    """The steps, whose errors are `Told`: of a RuntimeError in a thread napari tells nobody."""
+    """The steps, with errors as `Told`: napari does not show a RuntimeError of a thread."""
     try:
         return (yield from steps(*arguments))
     except Exception as error:
@@ -131,12 +131,12 @@ def in_thread(
     failed: Callable[[str], None],
     finished: Callable[[], None],
 ) -> GeneratorWorker:
-    """Works in a thread, with napari's progress bar; what goes wrong is a sentence in napari.
+    """Works in a thread, with napari's progress bar; an error becomes a sentence in napari.
 
     Args:
         steps: a generator function, and its arguments.
         total: of the steps; 0: not known.
-        what: is done.
+        what: what is done, for the progress bar.
         yielded, returned: are given each step, and the result.
         failed: is given the sentence about what went wrong, which napari shows for a while.
         finished: is called whatever came of it.

@@ -54,7 +54,7 @@ class LearnWidget(Container):
         self.start = PushButton(text="Train")
         self.stop = PushButton(text="Stop", enabled=False)
         self.said = Label(value="", label="progress")
-        self.said.native.setWordWrap(True)  # lest a long path widens the widget
+        self.said.native.setWordWrap(True)  # so that a long path does not widen the widget
         self.use = PushButton(text="Predict with the trained model", enabled=False)
         given = [self.image, self.channels, self.painted, self.minutes, self.out, self.init]
         super().__init__(widgets=[*given, self.start, self.stop, self.said, self.use])
@@ -102,16 +102,16 @@ class LearnWidget(Container):
         self.start.enabled, self.stop.enabled, self.use.enabled = False, True, False
 
     def halt(self) -> None:
-        """Lets the training end, which can take a minute."""
+        """Stops the training, which can take a minute."""
         self.stopped.set()
         self.stop.enabled, self.said.value = False, "stopping, once the state is saved"
 
     def done(self, model: Path) -> None:
-        """A model was trained: it can be used."""
+        """Offers a newly trained model for use."""
         self.model, self.said.value = model, f"trained: {model}"
 
     def ended(self) -> None:
-        """Whatever came of it, another training can begin, and the last model is for use."""
+        """Whatever the outcome, another training can begin, and the last model can be used."""
         self.start.enabled, self.stop.enabled = True, False
         self.use.enabled = self.model is not None
 
@@ -126,7 +126,8 @@ class LearnWidget(Container):
 def painted_on(planes: Planes, labels: Labels) -> Array:
     """What was painted on each image (..., H, W).
 
-    Of a layer that has the axis of the channels, too, a pixel is what it is on any of them.
+    If the layer also has the axis of the channels, a pixel counts as painted if it is on any of
+    them.
 
     Raises:
         InputError: a layer of another size.
@@ -188,7 +189,7 @@ def new_folders(out: Path) -> tuple[Path, Path]:
 
 
 def trained(words: list[object], run: Path, stopped: threading.Event) -> Generator[str, None, Path]:
-    """Runs a training, and yields how far it is.
+    """Runs a training, and yields its progress.
 
     Returns:
         The folder of the model.
@@ -206,12 +207,12 @@ def trained(words: list[object], run: Path, stopped: threading.Event) -> Generat
     command.check()
     model = run / "model"
     if not model.is_dir():
-        raise RunError("it was stopped before it was judged once, so there is no model yet")
+        raise RunError("it was stopped before its first evaluation, so there is no model yet")
     return model
 
 
 def progress(command: Command, run: Path) -> str:
-    """The last line of a run's figures; before there are any the last one that it said."""
+    """The last line of a run's figures; before there are any, the last line that it printed."""
     log = run / "metrics.jsonl"
     entries = [entry for entry in read_log(log) if "loss" in entry] if log.exists() else []
     if entries:

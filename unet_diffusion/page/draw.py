@@ -1,4 +1,4 @@
-"""The tab Draw: pictures of a diffusion model, shown as they come out of noise."""
+"""The tab Draw: pictures of a diffusion model, shown as they emerge from noise."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def tab(page: Page, blocks: gr.Blocks) -> None:
             )
             kind = gr.Dropdown([ANY], value=ANY, label="Class", visible=False, elem_id="class")
             prompt = gr.Textbox(label="Prompt", visible=False, elem_id="prompt")
-            negative = gr.Textbox(label="Lead away from (with guidance)", visible=False)
+            negative = gr.Textbox(label="Steer away from (with guidance)", visible=False)
             condition = gr.File(
                 label="Picture or mask to draw from", visible=False, elem_id="condition"
             )
@@ -45,7 +45,7 @@ def tab(page: Page, blocks: gr.Blocks) -> None:
             sampler = gr.Dropdown(list(SAMPLERS), label="Sampler", elem_id="sampler")
             guidance = gr.Slider(1, 10, 1, step=0.1, label="Guidance", visible=False)
             seed = gr.Number(0, precision=0, minimum=0, label="Seed", elem_id="seed")
-            attention = gr.Checkbox(label="Show where each word goes", visible=False)
+            attention = gr.Checkbox(label="Show where each word is looked at", visible=False)
             with gr.Row():
                 draw = gr.Button("Draw", variant="primary", elem_id="draw")
                 stop = gr.Button("Stop")
@@ -60,7 +60,7 @@ def tab(page: Page, blocks: gr.Blocks) -> None:
             )
             said = gr.Markdown("" if names else NONE, elem_id="draw-said")
             maps = gr.Gallery(
-                label="Where each word goes",
+                label="Where each word is looked at",
                 visible=False,
                 format="png",
                 columns=1,
@@ -180,7 +180,7 @@ def asked(
     text: str,
     file: str | None,
 ) -> tuple[Wanted, ImageSampler]:
-    """What each picture is to show, and what draws it.
+    """The request for each picture, and the sampler that draws it.
 
     Raises:
         InputError: what the model does not know; a condition that is missing, or too large.

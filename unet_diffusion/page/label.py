@@ -45,7 +45,7 @@ VIEW = 1024  # pixels a side of what is shown, at most
 
 @dataclass
 class Labelled:
-    """The images of one person, and what was found in them; probabilities lie on the disk."""
+    """The images of one user and their predictions; probabilities are kept on the disk."""
 
     folder: Path
     model: str
@@ -70,7 +70,7 @@ class Labelled:
         self._write(image, source, found, depth)
 
     def decide(self, threshold: float) -> None:
-        """All images anew at another threshold; nothing is predicted again."""
+        """Decides all images again at another threshold; nothing is predicted again."""
         old = self.predictor
         parts = old.segmenter.predict, old.segmenter.table, threshold
         self.predictor = FilePredictor(*parts, labels=old.labels, reading=old.reading)
@@ -132,7 +132,10 @@ def picture(done: Labelled, image: Slice, layer: str, opacity: float) -> RGB:
     if layer == "probability":
         over = heat(found.max(axis=0))
     elif layer == "uncertainty" and segmenter.of_regions:
-        raise InputError("uncertainty is of classes, and this model knows regions that overlap")
+        raise InputError(
+            "uncertainty needs classes that exclude each other, but this model predicts regions "
+            "that overlap"
+        )
     elif layer == "uncertainty":
         over = heat(entropy_map(found))
     else:
@@ -148,7 +151,7 @@ def picture(done: Labelled, image: Slice, layer: str, opacity: float) -> RGB:
 
 
 def meaning(done: Labelled, layer: str) -> str:
-    """What the colours of a layer stand for."""
+    """The legend of the colours of a layer."""
     table = done.predictor.segmenter.table
     if layer == "mask":
         return swatches(class_legend(table))

@@ -78,7 +78,8 @@ class Sheet:
 
     @property
     def key(self) -> Hashable:
-        """Alike for sheets of one image with the same classes, by whichever model of a base."""
+        """The same for sheets of one image with the same classes, by any model with the same
+        base."""
         place = self.image.path, self.image.page
         return base_of(self.done.model), self.segmenter.table.values, place
 
@@ -111,7 +112,7 @@ def put_by(sheets: Sheets, shown: Sheet | None, drawn: Mapping[str, Any] | None)
         found[sheet.key] = sheet.painted(drawn)
     elif any(layer[..., 3].any() for layer in drawn["layers"]):
         gr.Warning(
-            f"strokes that are not on the picture of {shown.image.name} do not count: show the "
+            f"strokes that are not on the picture of {shown.image.name} are ignored: show the "
             "image, and paint on it"
         )
     return {key: one for key, one in found.items() if (one.classes != IGNORE).any()}
@@ -119,7 +120,7 @@ def put_by(sheets: Sheets, shown: Sheet | None, drawn: Mapping[str, Any] | None)
 
 @dataclass(frozen=True)
 class Lesson:
-    """What one person has painted: a folder of images and masks, and the runs that learnt from it.
+    """What one user has painted: a folder of images and masks, and the runs that learnt from it.
 
     Attributes:
         folder: holds labelled/ and held-out/, which `unet train-seg` reads, and run-1/, ....
@@ -203,7 +204,7 @@ def free_value(segmenter: Segmenter) -> Value:
 
 
 def judges(page: Page, known: Known) -> list[Pair]:
-    """The labelled images that judge: those of --held-out, or those that the model's run held out.
+    """The labelled images for scoring: those of --held-out, or those that the model's run held out.
 
     Raises:
         InputError: there are none.
@@ -213,8 +214,8 @@ def judges(page: Page, known: Known) -> list[Pair]:
     config = known.path.parent / "config.yaml"
     if not config.is_file():
         raise InputError(
-            f"nothing says whether what is learnt is better: {known.name} is in no run folder; "
-            "start the page with --held-out and a folder of labelled images"
+            f"there is nothing to compare the old and the new model on: {known.name} is in no run "
+            "folder; start the page with --held-out and a folder of labelled images"
         )
     run = SegmentationOptions(**load_config(SegmentationOptions, config))
     pairs = find_data(run)
@@ -253,7 +254,7 @@ def canvas(image: RGB) -> RGB:
 def save_lesson(page: Page, lesson: Lesson | None, known: Known, sheets: Sequence[Sheet]) -> Lesson:
     """Writes the images of the sheets, with what is painted, into the folder of the lesson.
 
-    It is made at the first time, and holds no image of which all that was painted was taken back.
+    It is made the first time, and holds no image on which everything painted was undone.
     """
     if lesson is None or lesson.base != base_of(known.name):
         pairs = judges(page, known)
@@ -281,12 +282,12 @@ def save_lesson(page: Page, lesson: Lesson | None, known: Known, sheets: Sequenc
 
 
 def base_of(name: str) -> str:
-    """The name of the model that a model has learnt on from, its own if it has not."""
+    """The name of the model that a model started from; its own name if there is none."""
     return name.partition(" + ")[0]
 
 
 def check_teachable(segmenter: Segmenter) -> None:
-    """Refuses a model that strokes on single images do not teach, as they have one class each."""
+    """Refuses a model that strokes on single images cannot train, as each stroke has one class."""
     what = ""
     if segmenter.of_regions:
         what = "knows regions that overlap"
@@ -294,7 +295,7 @@ def check_teachable(segmenter: Segmenter) -> None:
         what = f"takes {segmenter.slices} neighbouring slices together"
     if what:
         raise InputError(
-            f"this model {what}, which strokes on single images do not teach: train it on by unet "
+            f"this model {what}, which strokes on single images cannot teach: train it on by unet "
             "train-seg --init"
         )
 
@@ -312,13 +313,13 @@ def tab(page: Page, current: gr.State, model: gr.Dropdown) -> None:
     """Builds the tab; `current` holds what was labelled in the tab before, `model` is chosen."""
     lesson, sheet, sheets, better = gr.State(None), gr.State(None), gr.State({}), gr.State(None)
     gr.Markdown(
-        "Paint over what is wrong, in the colour of the class that it is. What is not painted, and "
-        "*don't know*, counts for nothing. What you painted on other images, or before you showed "
-        "this one again, counts on."
+        "Paint over what is wrong, in the colour of the right class. Unpainted pixels and *don't "
+        "know* are ignored. What you painted on other images, or before you showed this one "
+        "again, still counts."
     )
     with gr.Row():
         shown = gr.Dropdown([], label="Image", interactive=True, elem_id="learn-image", scale=2)
-        see = gr.Slider(0, 1, 0.5, step=0.05, label="Opacity of what was found", scale=2)
+        see = gr.Slider(0, 1, 0.5, step=0.05, label="Opacity of the prediction", scale=2)
         take = gr.Button("Show the image", elem_id="learn-show", scale=1)
     legend = gr.HTML()
     editor = gr.ImageEditor(
@@ -423,7 +424,7 @@ def tab(page: Page, current: gr.State, model: gr.Dropdown) -> None:
             time.sleep(1)
         command.check()
         if not (run / "model").is_dir():
-            raise InputError("it was stopped before it was judged once: the old model is kept")
+            raise InputError("it was stopped before its first evaluation: the old model is kept")
         _, new = score(run / "model", held, segmenter.table.ignore_value)
         what = f"{figure} on {counted(len(find_pairs(held)), 'held-out image')}"
         place = run.relative_to(page.folder)
@@ -480,7 +481,7 @@ def tab(page: Page, current: gr.State, model: gr.Dropdown) -> None:
 def command_line(
     known: Known, lesson: Lesson, run: Path, minutes: float, sheet: Sheet
 ) -> list[object]:
-    """The command that learns from a lesson; anybody can type it again."""
+    """The command that learns from a lesson, which can be repeated in a terminal."""
     table, instances = sheet.segmenter.table, sheet.segmenter.instances
     value = lesson.ignore if isinstance(lesson.ignore, tuple) else (lesson.ignore,)
     words: list[object] = ["train-seg", "--data", lesson.folder / "labelled"]

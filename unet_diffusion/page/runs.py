@@ -1,4 +1,5 @@
-"""The tab Runs: the runs of a folder as they are, live; those of the page stop and go on."""
+"""The tab Runs: the live state of the runs in a folder; those of the page can be stopped and
+resumed."""
 
 from __future__ import annotations
 
@@ -41,7 +42,7 @@ def shown_runs(page: Page) -> dict[str, Path]:
 
 
 def command_of(run: Path) -> str:
-    """The command that trains a run: which of them its options are of.
+    """The command that trains a run, found by the options of the run.
 
     Raises:
         InputError: none that goes on.
@@ -56,7 +57,9 @@ def command_of(run: Path) -> str:
         return "train-ddpm"
     if isinstance(options, dict) and "border_weight" in options:
         return "train-seg"
-    raise InputError(f"{run.name} is no run of train-seg or train-ddpm, so it cannot go on here")
+    raise InputError(
+        f"{run.name} is no run of train-seg or train-ddpm, so it cannot be resumed here"
+    )
 
 
 def state_of(run: Path) -> str:
@@ -66,7 +69,7 @@ def state_of(run: Path) -> str:
             with FileLock(run / ".lock", blocking=False):
                 pass
         except Timeout:
-            return "at work"
+            return "running"
     return "ended" if (run / "report.png").exists() else "stopped"
 
 
@@ -92,7 +95,7 @@ def tab(page: Page) -> None:
             names, value=names[-1] if names else None, label="Run", elem_id="run", scale=2
         )
         minutes = gr.Number(
-            0, label="Minutes in all (0: as it has)", minimum=0, elem_id="more-minutes"
+            0, label="Minutes in all (0: unchanged)", minimum=0, elem_id="more-minutes"
         )
         again = gr.Button("Resume", variant="primary", elem_id="resume")
         stop = gr.Button("Stop", elem_id="stop-run")
@@ -144,19 +147,19 @@ def tab(page: Page) -> None:
         with contextlib.suppress(subprocess.TimeoutExpired):
             command.process.wait(8)  # in which most mistakes are told
             command.check()
-        return f"**{given}** goes on"
+        return f"**{given}** is resumed"
 
     @sentences
     def halt(given: str) -> str:
         run = chosen(given)
         job = page.job
         if job is None or job.run != run or not job.command.running:
-            if state_of(run) == "at work":
+            if state_of(run) == "running":
                 raise InputError(
                     f"{given} was not started on this page: press Ctrl-C where it runs, and its "
                     "state is saved"
                 )
-            raise InputError(f"{given} is not at work")
+            raise InputError(f"{given} is not running")
         job.command.stop()
         gr.Info(f"{given} has stopped, and its state is saved")  # the timer tells the line anew
         return f"**{given}**: {state_of(run)}"

@@ -1,4 +1,4 @@
-"""What the tabs share: models, jobs, errors as sentences."""
+"""Shared by the tabs: models, jobs, errors as sentences."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Job:
 
 @dataclass
 class Page:
-    """What the page works with.
+    """The state of the page.
 
     Attributes:
         folder: holds everything that the page writes.
@@ -108,7 +108,7 @@ class Page:
             return self._loaded[known.name]
 
     def results(self) -> Path:
-        """A new folder for what one person is given; its name is not one that can be guessed."""
+        """A new folder for the results of one user; its name cannot be guessed."""
         place = self.folder / "files" / "results"
         place.mkdir(parents=True, exist_ok=True)
         return Path(tempfile.mkdtemp(dir=place))
@@ -128,7 +128,8 @@ class Page:
         return self.job.command
 
     def ended(self, session: str | None) -> None:
-        """A tab was closed, or Stop pressed: its job ends, and is saved, or does not begin."""
+        """Ends the job of a tab that was closed or stopped, saving its state; a job that has not
+        begun does not begin."""
         if self.learner == session:
             self.learner = None
         if self.job is not None and self.job.session == session is not None:
@@ -165,7 +166,7 @@ def interactive(components: Sequence[Any], value: bool) -> dict[str, Any]:
 
 
 def sentences(work: Callable[..., Any]) -> Callable[..., Any]:
-    """What goes wrong in an event of the page becomes a sentence there, without uploads' paths."""
+    """An error in an event of the page becomes a sentence there, without the paths of uploads."""
 
     def told(error: Exception) -> gr.Error:
         if isinstance(error, gr.Error):
@@ -202,7 +203,7 @@ def _without_folders(text: str) -> str:
 
 
 def swatches(legend: Legend) -> str:
-    """What colours stand for, as HTML: names are other people's text."""
+    """The legend of colours as HTML, with names escaped."""
     box = "display:inline-block;width:1em;height:1em;border:1px solid #888;background:"
     return " &emsp; ".join(
         f"<span style='{box}rgb({r}, {g}, {b})'></span> {html.escape(name)}"

@@ -142,7 +142,7 @@ def test_a_transparent_hole_is_the_hole(tmp_path: Path) -> None:
     assert found[3].sum() == 16
     assert not found[:3, 4:8, 4:8].any()
     write_image(tmp_path / "y.png", rgba[..., :3])
-    with pytest.raises(InputError, match="nothing in it is transparent"):
+    with pytest.raises(InputError, match="no pixel of it is transparent"):
         find_condition("hole", 3).given(tmp_path / "y.png", COLOUR)
 
 
@@ -281,10 +281,10 @@ def test_a_recipe_that_is_none_is_refused(said: str, told: str) -> None:
 def test_an_image_gets_no_picture_of_another_image(tmp_path: Path, flag: str) -> None:
     for place in ("image/a/0.png", "image/b/0.png", "mask/b/0.png"):
         write_image(tmp_path / place, IMAGES[0] // 200)
-    with pytest.raises(InputError, match=r"no \w+ for 1 image, such as '.*image/a/0\.png': it has"):
+    with pytest.raises(InputError, match=r"no \w+ for 1 image, such as '.*image/a/0\.png': give"):
         DiffusionData(tmp_path / "image", **{flag: str(tmp_path / "mask")})
     for images in ("", "image"):
-        with pytest.raises(InputError, match=r"/image/\w/0.png' would be the \w+ of itself: let"):
+        with pytest.raises(InputError, match=r"/image/\w/0.png' would be its own \w+: give"):
             DiffusionData(tmp_path / images, **{flag: str(tmp_path / "image")})
 
 
@@ -298,5 +298,5 @@ def test_a_folder_that_does_not_fit_is_one_sentence(folders: tuple[Path, Path, P
         DiffusionData(image, condition=str(mask))
     condition = find_condition(str(mask), 1)
     write_image(mask / "2.png", np.full((20, 24), 3, np.uint8))
-    with pytest.raises(InputError, match=r"holds the values \[3\], where the conditions have"):
+    with pytest.raises(InputError, match=r"holds the values \[3\], but the conditions have"):
         condition.read(mask / "2.png")

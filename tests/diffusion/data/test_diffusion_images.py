@@ -248,7 +248,7 @@ def test_depth_and_alpha_are_told(tmp_path: Path) -> None:
     Image.fromarray(rgba, "RGBA").save(tmp_path / "alpha.png")
     text = DiffusionData(tmp_path).describe()
     assert "RGB uint8, grey uint16, all converted to RGB uint8\n" in text
-    assert "transparent pixels are laid over the colour 255 255 255" in text
+    assert "transparent pixels are put over the colour 255 255 255" in text
 
 
 def test_a_damaged_file_is_named_or_left_out_once(
@@ -260,7 +260,7 @@ def test_a_damaged_file_is_named_or_left_out_once(
         DiffusionData(tmp_path)
     (tmp_path / "8.png").unlink()
     (tmp_path / "8.png").symlink_to("gone.png")
-    with pytest.raises(InputError, match=r"8\.png': a link to 'gone\.png', where.*--skip-bad"):
+    with pytest.raises(InputError, match=r"8\.png': a link to 'gone\.png', which.*--skip-bad"):
         DiffusionData(tmp_path)
     (tmp_path / "8.png").unlink()
     with pytest.raises(InputError, match=r"7\.png.*--skip-bad"):
@@ -718,7 +718,7 @@ def test_flips_can_be_asked_for(
         ({"channels": 2}, "its 3 channels are not 2"),
         ({"classes": True}, "has no classes"),
         ({"captions": True}, "has no captions"),
-        ({"captions": True, "flips": True}, "flips make left"),
+        ({"captions": True, "flips": True}, "flips turn what"),
     ],
 )
 def test_arguments_that_do_not_fit_are_named(
@@ -903,7 +903,7 @@ def test_tables_of_captions_are_read_as_they_are_meant(
             ["a", "b", "c"],
             r"line 3 of .*metadata\.jsonl' gives 0\.png another caption than an earl",
         ),
-        ([["a", "b"], "c"], r"line 1 of .*: the caption of 0\.png is no text, but \['a', 'b'\]"),
+        ([["a", "b"], "c"], r"line 1 of .*: the caption of 0\.png must be text, not \['a', 'b'\]"),
         (["", ""], r"all captions are empty, such as that of .*0\.png"),
     ],
 )
@@ -921,7 +921,7 @@ def test_another_key_of_the_captions_is_named(tmp_path: Path) -> None:
     save(tmp_path, 2, "{}.png", COLOUR)
     lines = [json.dumps({"file_name": f"{i}.png", "de": "eins"}) for i in range(2)]
     (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
-    with pytest.raises(InputError, match="has no text or caption or prompt, but file_name, de"):
+    with pytest.raises(InputError, match="has file_name, de, but no text or caption or prompt"):
         DiffusionData(tmp_path, captions=True)
     data = DiffusionData(tmp_path, captions=True, how=HowToRead(caption_key="de"))
     assert data.caption(0) == "eins"

@@ -75,7 +75,7 @@ def test_what_is_no_mask_is_told(tmp_path):
     options = {"out": tmp_path / "run", "data": str(tmp_path / "images"), "target": "mask"}
     with pytest.raises(InputError, match="leave out --colour"):
         DiffusionOptions(**options, classes=True)
-    with pytest.raises(InputError, match=r"hold 1.. values up to 255, where masks have up to 32"):
+    with pytest.raises(InputError, match=r"hold 1.. values up to 255, but masks have up to 32"):
         train(DiffusionOptions(**options, condition=str(tmp_path / "images")))
 
 
@@ -90,7 +90,7 @@ def test_greys_of_soft_edges_are_no_classes(tmp_path, levels):
         write_image(tmp_path / f"masks/{i}.png", soft.astype(np.uint8))
     data = DiffusionData(tmp_path / "images", condition=str(tmp_path / "masks"))
     assert data.condition.kind == "picture"
-    told = "no masks, as the edges between 0, 255 are soft" in data.describe()
+    told = "not masks, as the edges between 0, 255 are soft" in data.describe()
     assert told == (levels < 32)  # of more values nobody expects classes
     assert Condition.from_dict(data.condition.to_dict()) == data.condition
     said = r"soft edges, or .* around 0, 255\? --mask-values 0 255 gives each pixel the nearest"
@@ -292,7 +292,7 @@ def test_masks_that_do_not_go_with_the_images_are_refused(tmp_path):
     images = tmp_path / "images"
     with pytest.raises(InputError, match="leave out --condition"):
         DiffusionOptions(data=str(images), joint=tmp_path, condition="grey")
-    with pytest.raises(InputError, match=r"0\.png' would be the mask of itself"):
+    with pytest.raises(InputError, match=r"0\.png' would be its own mask"):
         DiffusionData(images, joint=images)
     (tmp_path / "masks/1/3.png").unlink()
     with pytest.raises(InputError, match=r"has no mask for 1 image, such as '.*/3\.png'"):

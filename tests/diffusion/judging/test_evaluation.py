@@ -134,7 +134,8 @@ def test_accuracy_is_that_of_the_class_asked_for_and_of_the_worst(tmp_path: Path
     assert found["class accuracy"] == 0.95
     assert found["worst class"] == "a"
     assert found["accuracy of the worst class"] == 10 / 11
-    assert any("one only has class" in note for note in found["notes"])  # "0", "1" in the file
+    # "0" and "1" are in the file.
+    assert any("only the real images have class" in note for note in found["notes"])
     with pytest.raises(InputError, match="brightness knows b, a, but the model makes a, c"):
         Judge(judge.data, Brightness(), ["a", "c"])
 

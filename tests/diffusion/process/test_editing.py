@@ -220,7 +220,7 @@ def test_what_cannot_be_inverted_is_refused() -> None:
     schedule = NoiseSchedule(zero_snr=True)
     with pytest.raises(InputError, match="timestep 999 has no signal"):
         invert(wavy_denoiser(schedule, "v"), image(), schedule.timesteps(10))
-    with pytest.raises(InputError, match="1 iteration a step or more, not 0"):
+    with pytest.raises(InputError, match="at least 1 iteration per step, not 0"):
         invert(wavy_denoiser(S, "v"), image(), [5], iterations=0)
 
 

@@ -69,7 +69,7 @@ def test_a_lesser_denoiser_leads_away_like_the_null_conditioning() -> None:
     found = Guided(good, 3.0, lesser)(x, T)
     assert_close(found.x0, GaussianDenoiser(S, mean=0.6, std=0.1)(x, T).x0, atol=1e-5, rtol=1e-5)
     assert_close(Guided(good, 3.0, good)(x, T), good(x, T), atol=1e-6, rtol=1e-6)
-    with pytest.raises(InputError, match=r"noise levels \(linear, 10 levels\) than .* to guide \("):
+    with pytest.raises(InputError, match=r"noise levels \(linear, 10 levels\) than .* guides \("):
         Guided(good, 3.0, GaussianDenoiser(NoiseSchedule(steps=10), mean=0.0, std=0.1))
 
 

@@ -565,7 +565,7 @@ def test_noise_is_that_of_the_pipeline_unless_another_is_asked_for(pipeline: Pat
     for init in (pipeline, pipeline / "unet"):
         schedule, prediction, told = noise(init)
         assert (schedule.beta_start, prediction) == (SCHEDULER["beta_start"], "eps")
-        assert told.count(f"as of {pipeline}") == 2
+        assert told.count(f"that of {pipeline}") == 2
     schedule, prediction, told = noise(pipeline, noise="linear", timesteps=50, prediction="v")
     assert (schedule.kind, schedule.steps, prediction) == ("linear", 50, "v")
     assert "as of" not in told

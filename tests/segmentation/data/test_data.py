@@ -380,8 +380,8 @@ def test_the_table_is_printed_with_shares() -> None:
 @pytest.mark.parametrize(
     ("mask", "sentence"),
     [
-        (np.arange(40), "40 distinct values .0, 1, 2, .*39., over 32: instance masks"),
-        (np.repeat(np.arange(40), [900, *[9] * 20, *[7] * 19]), "instance masks"),
+        (np.arange(40), "40 distinct values .0, 1, 2, .*39., more than 32: if they number objects"),
+        (np.repeat(np.arange(40), [900, *[9] * 20, *[7] * 19]), "they number objects"),
         (np.arange(10**5), "distinct values"),
         (RNG.integers(0, 256, (5000, 3)), "distinct values"),
         (np.full(9, 255), "all mask pixels have the value 255"),
@@ -394,7 +394,7 @@ def test_masks_that_hold_no_classes_are_explained(mask: Array, sentence: str) ->
 
 
 def test_the_ignored_value_must_occur() -> None:
-    with pytest.raises(InputError, match="ignore value 7: the masks hold 0, 255"):
+    with pytest.raises(InputError, match="ignore value 7 is in no mask: the masks hold 0, 255"):
         table_of([0, 255], ignore=7)
     with pytest.raises(InputError, match="all mask pixels have the value 0"):
         table_of([0, 255], ignore=255)

@@ -275,7 +275,7 @@ def test_a_class_may_be_absent_if_it_has_a_name() -> None:
     assert table.values == (0, 1, 2)
     assert table.shares == (0.5, 0.5, 0.0)
     assert table.lines()[0] == "value   0 -> background  50.00%"
-    with pytest.raises(InputError, match="all mask pixels have the value 0, and two are needed"):
+    with pytest.raises(InputError, match="all mask pixels have the value 0, but two are needed"):
         ClassTable.of([np.zeros((2, 2), int)], names=INSTANCE_NAMES)
     with pytest.raises(InputError, match="3 shares, 2 names"):
         ClassTable.from_dict(table.to_dict() | {"names": ["a", "b"]})

@@ -329,7 +329,10 @@ REFUSED = {
     "NaN": (broken(segmentation=[[1, 2, 3, float("nan")]]), "no number or beyond"),
     "far away": (broken(segmentation=[[1, 2, 3, 1e300]]), "no number or beyond 1,048,576"),
     "runs of another size": (broken(segmentation=RUNS | {"size": [3, 4]}), r"runs for a size of"),
-    "too few runs": (broken(segmentation=RUNS | {"counts": [3, 4]}), "runs of 7 pixels, where it"),
+    "too few runs": (
+        broken(segmentation=RUNS | {"counts": [3, 4]}),
+        "runs of 7 pixels, but the image",
+    ),
     "negative runs": (broken(segmentation=RUNS | {"counts": [-3]}), "whole numbers from 0 on"),
     "huge runs": (broken(segmentation=RUNS | {"counts": [2**62] * 4}), "whole numbers from 0 on"),
     "half a number": (broken(segmentation=RUNS | {"counts": "PP"}), "are cut off"),

@@ -62,7 +62,7 @@ def test_a_turned_mask_is_read_as_its_image_lies(tmp_path: Path) -> None:
         assert np.array_equal(masks(pairs), MASK)
         assert pairs[0].turned == tuple(sign < 0 for sign in signs[::-1])
         told = SegmentationData(pairs, ()).describe()
-        assert ("1 mask turned to lie as the image does" in told) == (min(signs) < 0)
+        assert ("1 mask reoriented to match the image" in told) == (min(signs) < 0)
     assert pairs[0].where.endswith("mask.nii.gz' page 2")
 
 

@@ -122,7 +122,7 @@ def test_eval_seg_calibrates_on_images_that_it_does_not_judge(model, tmp_path, c
     (tmp_path / "data/masks/0.png").rename(tmp_path / "data/masks/9.png")
     assert run(str(tmp_path / "second")) == 0
     said = capsys.readouterr().out
-    assert "the temperature was fitted on 2 images of these: left out of the calibration" in said
+    assert "the temperature was fitted on 2 images of these, left out of the calibration" in said
     assert run(str(tmp_path / "third"), "--val-names", "1", "--calibrate") == 2
     assert "here is a single one" in capsys.readouterr().err
     assert run(str(tmp_path / "third"), "--threshold", "0.3", "--calibrate") == 2

@@ -242,7 +242,7 @@ def test_the_scores_of_cells_are_there_only_where_there_are_cells():
     assert found.challenge() == {}
     with pytest.raises(ValueError, match="evaluate with cells"):
         found.best_threshold("v_rand")
-    assert "1 - F of the pixels of cells" in "\n".join(scored(data_of(2)).lines())
+    assert "1 - F-score of the cell pixels" in "\n".join(scored(data_of(2)).lines())
 
 
 def test_of_more_classes_there_is_no_talk_of_a_threshold():
@@ -432,7 +432,7 @@ def test_held_out_are_images_that_no_run_saw(tmp_path):
     tail = SegmentationOptions(out=tmp_path, val=0.7)
     assert [p.name for p in held_out(pairs, folds[:1])] == ["0", "1"]
     assert [p.name for p in held_out(pairs, [folds[1], tail])] == ["2", "3"]
-    with pytest.raises(InputError, match="each image was seen"):
+    with pytest.raises(InputError, match="trained on each image"):
         held_out(pairs, folds)
 
 
@@ -477,7 +477,7 @@ def test_objects_are_scored_beside_their_classes() -> None:
     assert whole.images[1].scores["ap"] == 1
     assert [image.name for image in whole.worst_first()] == ["1", "2"]
     said = "\n".join(whole.lines())
-    assert "24 objects, 15 found; the two numbers of an image differ by 4.5 on average" in said
+    assert "24 objects, 15 found; the two counts differ by 4.5 per image on average" in said
     assert "AP 0.5      0.4444" in said
     assert not whole.never_predicted()
     saved = json.loads(json.dumps(whole.to_dict(), allow_nan=False))
@@ -501,7 +501,7 @@ def test_a_class_that_is_never_predicted_is_named() -> None:
     assert not found.never_predicted()
     add(found, data, 1, np.zeros_like(data.objects(1)))
     assert found.never_predicted() == ["cell"]
-    assert "not one pixel was predicted to be cell" in "\n".join(found.lines())
+    assert "no pixel was predicted as cell" in "\n".join(found.lines())
 
 
 def test_objects_of_earlier_models_are_parted_by_their_border_class() -> None:

@@ -246,7 +246,7 @@ def test_matplotlib_is_imported_when_a_report_is_drawn(tmp_path):
 
 def test_the_report_names_a_class_that_is_never_predicted():
     evaluation, data = evaluation_of(3, 2)
-    said = "not one pixel was predicted to be"
+    said = "no pixel was predicted as"
     assert not any(said in t.get_text() for t in texts_of(report_figure("", [], evaluation, data)))
     found = Evaluation(data.table)
     for i in range(2):

@@ -123,7 +123,7 @@ def test_a_link_to_nothing_is_listed_and_named_when_it_is_read(
     for listing in (list_images, images_below):
         assert listing(tmp_path) == [tmp_path / name]
     for read in (image_info, read_image, read_mask):
-        with pytest.raises(InputError, match=f"{name}': a link to '{target or name}', where noth"):
+        with pytest.raises(InputError, match=f"{name}': a link to '{target or name}', which does"):
             read(tmp_path / name)
 
 
@@ -590,7 +590,7 @@ BAD: dict[str, tuple[bytes, str]] = {
     "zstd bomb": (packed(50000, imagecodecs.zstd_encode(ZEROS)), "damaged"),
     "jpeg in tiff": (packed(7, pillow(GREY, "JPEG")), "damaged"),
     "empty tiff": (b"II*\0" + bytes(20), "damaged|no page"),
-    "ring of pages": (bigtiff(*[{}] * 120, then=16), "leads back to page 0|several pages"),
+    "ring of pages": (bigtiff(*[{}] * 120, then=16), "points back to page 0|several pages"),
     "lost page": (bigtiff({}, then=10**6), "page 1 is missing"),
     "cmyk tiff": (tiff(noise(7, 5, 4), photometric="separated"), "save it as grey or RGB"),
     "complex tiff": (tiff(GREY.astype(np.complex64)), "8 or 16 bits or float"),

@@ -117,7 +117,7 @@ def test_plain_zarr_says_its_axes_or_is_told(tmp_path, version):
     if version == 2:  # as xarray says it
         made.attrs["_ARRAY_DIMENSIONS"] = ["time", "x", "y"]
         check_pages(tmp_path / "x.zarr", turned)
-        with pytest.raises(InputError, match="axes ZCYX are 4, but it has 3"):
+        with pytest.raises(InputError, match="axes ZCYX name 4 axes, but it has 3"):
             image_info(tmp_path / "x.zarr", Reading(axes="ZCYX"))
 
 
@@ -147,7 +147,7 @@ def test_masks_keep_whole_numbers_and_floats_become_float32(tmp_path):
         ("complex.zarr", "not numbers"),
         ("datasets.zarr", "multiscales name no datasets"),
         ("twice.zarr", "name them with --axes"),
-        ("s3://bucket/x.zarr", "an address elsewhere"),
+        ("s3://bucket/x.zarr", "an address on the Web"),
     ],
 )
 def test_what_is_no_zarr_image_is_one_sentence(tmp_path, monkeypatch, path, sentence):
@@ -391,7 +391,7 @@ def test_colours_of_dicom_are_channels(tmp_path):
         ({"SeriesInstanceUID": "1.9"}, "which series is meant.*2 series"),
         ({"NumberOfFrames": 2}, "holds several images"),
         ({"PhotometricInterpretation": "MONOCHROME1"}, "white as zero"),
-        ({"Rows": 10}, "where the first one is"),
+        ({"Rows": 10}, "but the first one is"),
         ({"PixelData": b"12"}, "cannot be decoded"),
     ],
 )
