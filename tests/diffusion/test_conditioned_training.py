@@ -335,7 +335,7 @@ def test_a_tree_of_pictures_becomes_a_tree_of_images(
     assert sorted(folder.rglob("*")) == before
     one = (folder / "masks/1.png", "--out", folder / "made", "--overwrite")
     assert run(*sample, *one) == 0
-    assert "note: 4 files in --out" in capsys.readouterr().err
+    assert "still holds 4 files" in capsys.readouterr().err
 
 
 def test_pictures_are_read_batch_by_batch(

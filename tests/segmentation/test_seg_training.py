@@ -265,7 +265,7 @@ def test_a_stopped_and_resumed_training_is_that_of_one_sitting(folder, tmp_path,
     ("change", "told"),
     [
         ("empty", "no image in this folder"),
-        ("colour", "holds images of RGB uint8, where the real ones are grey uint8"),
+        ("colour", "holds images of RGB uint8, but the real ones are grey uint8"),
         ("values", "label/0.png': unexpected values 3 in"),
         ("small", "--crop 32 is larger than a synthetic image, 16 pixels a side"),
         ("share", "--synthetic-share 1.0 must be above 0"),

@@ -398,7 +398,7 @@ def test_a_lora_run_holds_small_weights_alone_and_what_they_belong_to(
     assert f"to be used with {base}" in (small / "model/README.md").read_text()
     assert run(describe, "Options", small / "model") == 0
     shown = capsys.readouterr().out
-    assert re.search(rf"LoRA of rank 2: [\d,]+ numbers beside \d+ layers of {base}", shown)
+    assert re.search(rf"LoRA of rank 2: [\d,]+ parameters beside \d+ layers of {base}", shown)
     model, before = load_model(small / "model"), read_unet(pipeline / "unet").state_dict()
     after = model.state_dict()
     changed = {k for k in before if not torch.equal(before[k], after[k])}
