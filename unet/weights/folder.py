@@ -275,13 +275,13 @@ def read_config(folder: Path, weights: str = WEIGHTS) -> dict[str, Any]:
 
 
 def _near(missing: Path) -> str:
-    """What there is in the place of a folder that is not there, for the end of a sentence."""
+    """The folders beside a missing one, as the end of a sentence."""
     place = next((above for above in missing.parents if above.is_dir()), None)
     if place is None:
         return ""
     shown = sorted(path.name for path in place.iterdir() if path.is_dir() and path.name[0] != ".")
-    found = {0: "no folder is", 1: f"the folder {some(shown)} is"}
-    return f"; in {str(place)!r} {found.get(len(shown), f'the folders {some(shown)} are')}"
+    found = {0: "no folder", 1: f"the folder {some(shown)}"}
+    return f"; {str(place)!r} holds {found.get(len(shown), f'the folders {some(shown)}')}"
 
 
 def save_weights(state: Mapping[str, Tensor], file: Path) -> None:

@@ -299,9 +299,9 @@ def test_a_mistyped_path_is_not_looked_up_on_the_hub(tmp_path, monkeypatch):
     monkeypatch.setattr(
         "unet.weights.folder._download", lambda *a, **k: pytest.fail("asked the Hub")
     )
-    there = {"runs": "the folder mine is", "runs/mine": "no folder is", ".": "the folder runs is"}
+    there = {"runs": "the folder mine", "runs/mine": "no folder", ".": "the folder runs"}
     for path, place in {"runs/x": "runs", "runs/mine/model": "runs/mine", "./model": "."}.items():
-        said = rf"is no folder: .* RUN/model; in '{place}' {there[place]}$"
+        said = rf"is no folder: .* RUN/model; '{place}' holds {there[place]}$"
         for read in (SegmentationUNet.from_pretrained, read_start):
             with pytest.raises(InputError, match=said):
                 read(path)
