@@ -180,7 +180,7 @@ def unfit(held_out: Path, models: Sequence[Known]) -> list[str]:
     from segmentation.judging.labelled import labelled_data
     from segmentation.segmenter import load_models
 
-    said, judged = [], 0
+    said, judged, pairs = [], 0, find_pairs(held_out)
     for known in models:
         if known.task != "segmentation":
             continue
@@ -190,7 +190,7 @@ def unfit(held_out: Path, models: Sequence[Known]) -> list[str]:
             continue  # the page teaches no such model
         judged += 1
         try:
-            labelled_data(networks, find_pairs(held_out), table)
+            labelled_data(networks, pairs, table)
         except InputError as error:
             said.append(f"--held-out {held_out} does not go with the model {known.name}: {error}")
     if said and len(said) == judged:

@@ -294,12 +294,10 @@ class Condition:
         try:
             if info.pages > 1:
                 raise InputError(f"it is a stack of {info.pages} pages: give a file for each")
-            if self.kind == "mask" and self.cleaning:
-                pass
-            elif self.kind == "mask":
-                if info.channels != 1 and info.palette is None:
+            if self.kind == "mask":
+                if not self.cleaning and info.channels != 1 and info.palette is None:
                     raise InputError("it holds colours, but the conditions are numbers")
-                if info.lossy:
+                if not self.cleaning and info.lossy:
                     raise InputError("JPEG and WebP change the values of masks: save it as PNG")
             else:
                 image_based = self.kind in ("lowres", "noise", "hole")
