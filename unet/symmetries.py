@@ -81,7 +81,8 @@ def find_symmetries(
     """
     read = min(len(indices), CROPS)
     if read < LEAST_IMAGES:
-        return Symmetries(True, f"{counted(read, 'image')} are too few to tell")
+        verb = "is" if read == 1 else "are"
+        return Symmetries(True, f"{counted(read, 'image')} {verb} too few to tell")
     read = min(read, max(LEAST_IMAGES, PIXELS // math.prod(load(indices[0]).shape[-2:])))
     chosen = [load(indices[(2 * k + 1) * len(indices) // (2 * read)]) for k in range(read)]
     if _alike(chosen):
