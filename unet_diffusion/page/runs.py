@@ -104,6 +104,7 @@ def tab(page: Page) -> None:
     gallery = gr.Gallery(
         label="Report and samples",
         columns=3,
+        object_fit="contain",
         format="png",
         elem_id="samples",
         buttons=["fullscreen", "download"],
