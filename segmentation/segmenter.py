@@ -24,6 +24,7 @@ from segmentation.data.slices import Layers, known_slices, near_page
 from segmentation.export.bioimage import write_package
 from segmentation.export.graph import exportable
 from segmentation.model import SegmentationUNet
+from segmentation.pictures import grey_or_rgb
 from segmentation.predict import Precision, Predictor, Probability, Source, classes
 from segmentation.uncertainty import disagreement_map, entropy_map
 from unet.device import pick_device
@@ -452,6 +453,11 @@ class Segmenter:
         if self.table.ignore_value is None or not isinstance(source, RasterSource):
             return found
         return np.where(source.missing(self._nodata, rows), np.uint8(IGNORE), found)
+
+    def picture(self, source: RasterSource, step: int = 1) -> NDArray[np.uint8]:
+        """An image (H, W, 3) to look at, or each `step`-th pixel of it."""
+        nodata = self._nodata if source.nodata is None else source.nodata
+        return grey_or_rgb(np.asarray(source.shown[::step, ::step]), nodata)
 
     @property
     def _nodata(self) -> float | None:

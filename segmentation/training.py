@@ -390,7 +390,7 @@ class SegmentationTask:
             probability = predict(TensorSource(torch.tensor(image)))
             found = classes(probability, model.info["threshold"], regions)
             mask = regions.true_map(mask) if regions else mask
-            grey = grey_or_rgb(self.data.pairs[i].read_shown())
+            grey = grey_or_rgb(self.data.pairs[i].read_shown(), self.data.nodata(i))
             shown = grey_or_rgb((probability[-1] * 255).astype(np.uint8)[..., None])
             rows.append(
                 [

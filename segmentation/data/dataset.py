@@ -133,6 +133,11 @@ class SegmentationData:
             self._objects[index] = numbers
         return numbers
 
+    def nodata(self, index: int) -> float | None:
+        """The value of an image's pixels where nothing was measured, if there is one."""
+        declared = self.pairs[index].info.nodata
+        return self.normalisation.nodata if declared is None else declared
+
     def describe(self, *, names: bool = True) -> str:
         """A printable description: images, sizes, channels, bit depth, classes, split.
 
