@@ -1,7 +1,7 @@
 """Which files of a folder are images and which are their masks, in common layouts. Only names of
 files are read, and a few text files that say more: `classes.txt`, nnU-Net's `dataset.json`, and
-JSON files of polygons where there are no masks. Whatever is ambiguous is an error that asks, never
-a guess.
+files of polygons where there are no masks. Whatever is ambiguous is an error that asks, never a
+guess.
 """
 
 from __future__ import annotations
@@ -14,13 +14,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PureWindowsPath
 
+import yaml
+
 from segmentation.data.masks import VOID
 from segmentation.data.polygons import (
     BACKGROUND,
     FILE_BYTES,
     Drawing,
+    is_yolo,
     read_coco,
     read_labelme,
+    read_yolo,
 )
 from unet.errors import InputError, not_there
 from unet.files.folders import IMAGE_FOLDERS, MASK_FOLDERS
@@ -107,7 +111,7 @@ def find_layout(
     if images is not None and masks is not None:
         if masks.suffix.lower() == ".json" and masks.is_file():
             return _drawn(_coco(masks, [images], ""))
-        if drawn := _labelme(images, masks):
+        if drawn := _labelme(images, masks) or _yolo(images, masks):
             return _drawn(drawn)
         if _is_file(images) and _is_file(masks):
             return Layout(matches=[_pair(images, masks)])
@@ -145,7 +149,9 @@ def _in_folder(data: Path) -> Layout:
     images = [folder for folder in folders if folder.name.lower() in IMAGE_FOLDERS]
     masks = [folder for folder in folders if folder.name.lower() in MASK_FOLDERS]
     if not any(_has_images(folder) for folder in masks) and (
-        drawn := _coco_files(data, folders, images, masks) or _labelme_folder(data, images, masks)
+        drawn := _coco_files(data, folders, images, masks)
+        or _labelme_folder(data, images, masks)
+        or (_yolo(images[0], masks[0]) if len(images) == len(masks) == 1 else [])
     ):
         return _drawn(drawn)
     masks = [folder for folder in masks if _has_images(folder)] or masks
@@ -445,6 +451,60 @@ def _labelme(images: Path, jsons: Path) -> list[Match]:
         Match(name=picture.stem, image=(picture,), mask=read_labelme(files[picture.stem]))
         for picture in pictures
     ]
+
+
+def _yolo(images: Path, labels: Path) -> list[Match]:
+    """NAME.txt for each image, also below train/ and val/ in both; nothing, if there is none such
+    file."""
+    if not (images.is_dir() and labels.is_dir()) or images == labels or _has_images(labels):
+        return []
+    files = {
+        file.relative_to(labels).with_suffix(""): file
+        for file in files_below(labels)
+        if file.suffix.lower() == ".txt" and file.name not in _CLASSES
+    }
+    pictures = {f.relative_to(images).with_suffix(""): f for f in _tree(images)} if files else {}
+    if not any(is_yolo(files[name]) for name in pictures if name in files):
+        return []
+    parts = {name: _part_in(str(name.parent)) for name in [*pictures, *files]}
+    if "train" in parts.values():
+        pictures = {name: f for name, f in pictures.items() if parts[name] != "test"}
+        files = {name: f for name, f in files.items() if parts[name] != "test"}
+    _check_alone(
+        [picture for name, picture in pictures.items() if name not in files],
+        [file for name, file in files.items() if name not in pictures],
+        "NAME.txt belongs to NAME.jpg; of an image without any object it is empty",
+    )
+    classes = _yolo_names(labels)
+    return [
+        Match(
+            name=".".join(name.parts[bool(parts[name]) :]),
+            image=(picture,),
+            mask=read_yolo(files[name], classes),
+            part=parts[name],
+        )
+        for name, picture in pictures.items()
+    ]
+
+
+def _yolo_names(labels: Path) -> dict[int, str]:
+    """The names of the classes in the nearest YAML file that has some, or classes.txt."""
+    for folder in (labels, *labels.absolute().parents[:2]):
+        for file in sorted(folder.glob("*.y*ml")):
+            try:
+                with file.open("rb") as stream:
+                    said = yaml.safe_load(stream.read(_NAMES_BYTES))
+                names = said.get("names") if isinstance(said, dict) else None
+                if isinstance(names, list):
+                    names = dict(enumerate(names))
+                if isinstance(names, dict):
+                    return {int(number): str(name) for number, name in names.items()}
+            except (OSError, RecursionError, TypeError, ValueError, yaml.YAMLError) as error:
+                line = " ".join(str(error).split())
+                raise InputError(f"{str(file)!r} names no classes of YOLO: {line}") from error
+        if names := _class_names(folder):
+            return names
+    return {}
 
 
 def _has_images(folder: Path) -> bool:
