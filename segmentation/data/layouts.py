@@ -12,6 +12,7 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path, PureWindowsPath
 
 import yaml
@@ -49,6 +50,11 @@ _CELLPOSE = re.compile(r"(_seg\.npy|_cp_output\.\w+|_flows\.\w+|_outlines\.\w+|_
 _CITYSCAPES = ("_gtFine_labelTrainIds", "_gtFine_labelIds")  # the masks among its pictures
 _CLASSES = ("classes.txt", "class_names.txt", "labels.txt")
 _NUMBERED = re.compile(r"[-_ ]?[0-9]+$")  # behind the name of a folder of masks
+_WORD = "|".join(sorted((*IMAGE_FOLDERS, *MASK_FOLDERS), key=len, reverse=True))
+_WORDS = [  # image1.png and mask1.png; a_raw.png and a_mask.png
+    re.compile(rf"({_WORD})(?![a-z]).*"),
+    re.compile(rf".*(?<![a-z])({_WORD})"),
+]
 _NAMES_BYTES, _CHUNK = 2**16, 2**22
 _PARTS = (("train", TRAIN_FOLDERS), ("val", VAL_FOLDERS), ("test", ("test", "testing")))
 
@@ -650,13 +656,14 @@ def _matched(
             f"{said}, or put each mask into a folder like that of its image: there is no {what} in "
             f"{str(root / bare)!r}"
         )
-    for image_names in _readings(images):
-        for mask_names in _readings(masks):
-            of = dict(zip(mask_names, masks, strict=True))
-            if len(of) == len(masks) and set(of) == set(image_names):
-                return [
-                    _pair(image, of[name]) for image, name in zip(images, image_names, strict=True)
-                ]
+    by_name = (
+        [dict(zip(names, files, strict=True)) for names in _readings(files)]
+        for files in (images, masks)
+    )
+    readings = list(product(*by_name))
+    for of_image, of_mask in readings:
+        if of_image.keys() == of_mask.keys():
+            return [_pair(image, of_mask[name]) for name, image in of_image.items()]
     if len(images) == len(masks) == 1 and stem_of(masks[0]).startswith(stem_of(images[0])):
         return [_pair(images[0], masks[0])]
     # Each mask by itself: with an ending of its own.
@@ -672,9 +679,14 @@ def _matched(
             alone.append(image)
         else:
             del free[hit]
+    rest = list(free.values())
+    for of_image, of_mask in readings:  # by names of which more are equal
+        without = [image for name, image in of_image.items() if name not in of_mask]
+        if len(without) < len(alone):
+            alone, rest = without, [m for name, m in of_mask.items() if name not in of_image]
     _check_alone(
         alone,
-        list(free.values()),
+        rest,
         "a mask is named as its image, but for an ending that all masks share, such as _mask",
     )
     stem, times = Counter(map(stem_of, masks)).most_common(1)[0]
@@ -715,14 +727,16 @@ def _side_by_side(data: Path) -> Layout:
     """Images and masks in one folder: an ending that all masks share tells them apart."""
     files = [file for file in list_images(data) if not _CELLPOSE.search(file.name.lower())]
     stems = {stem_of(file) for file in files}
-    words = [re.sub(r"[_\-. ]*[0-9]+$", "", stem_of(file).lower()) for file in files]
-    if set(words) <= {*IMAGE_FOLDERS, *MASK_FOLDERS}:  # image1.png, mask1.png
-        kinds = [
-            [f for f, word in zip(files, words, strict=True) if word in names]
-            for names in (IMAGE_FOLDERS, MASK_FOLDERS)
-        ]
-        if kinds[0] and kinds[1]:
-            return Layout(matches=_matched(kinds[0], kinds[1], data, data))
+    for pattern in _WORDS:
+        said = [pattern.fullmatch(stem_of(file).lower()) for file in files]
+        words = [word[1] for word in said if word is not None]
+        if len(words) == len(files):
+            images, masks = (
+                [file for file, word in zip(files, words, strict=True) if word in names]
+                for names in (IMAGE_FOLDERS, MASK_FOLDERS)
+            )
+            if images and masks:
+                return Layout(matches=_matched(images, masks, data, data))
     endings: Counter[str] = Counter()
     for file in files:
         for m in re.finditer(r"[_\-. ]", stem_of(file)):

@@ -48,6 +48,7 @@ from unet.files.shards import is_member, read_member
 from unet.files.tiff import open_tiff
 from unet.files.volumes import is_volume, is_volume_file, open_volume
 from unet.files.writing import replacing
+from unet.words import counted
 
 Colour: TypeAlias = tuple[int, int, int]
 
@@ -107,6 +108,8 @@ def no_images(folder: Path) -> InputError:
         return InputError(f"{said}, but the volume {str(volume)!r}: name it by itself")
     if ours:
         said += f", but in a {OURS}, {str(min(ours))!r}: name one by itself if it is meant"
+    elif files:
+        said += f", but {counted(len(files), 'file')} of other kinds, such as {files[0].name}"
     return InputError(said)
 
 
