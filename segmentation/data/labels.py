@@ -138,6 +138,9 @@ def find_labels(
             labels = _of_objects(pairs, ignore_value, notes)
         else:
             labels = _of_classes(pairs, survey, others, ignore_value, names, notes)
+    if names and labels.instances:
+        told = "names of classes are left out, as the masks number objects"
+        labels = replace(labels, notes=(*labels.notes, told))
     if found := regions or pairs[0].regions:
         if labels.instances:
             raise InputError("regions are made of classes, but the masks number objects")
