@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from unet.errors import InputError
+from unet.files.folders import mask_files
 from unet.files.images import (
     image_info,
     images_below,
@@ -107,6 +108,14 @@ def test_a_folder_of_folders_of_images_names_the_first_with_some(tmp_path: Path)
     first = re.escape(repr(str(tmp_path / "day2" / "a")))
     with pytest.raises(InputError, match=f"in this folder .*, but in {first}: name one"):
         list_images(tmp_path)
+
+
+def test_masks_beside_their_images_are_told_by_their_names() -> None:
+    masks = ("a_mask.png", "b_GT.tif", "c label.png", "mask1.png", "labels_2.png")
+    images = ("a.jpg", "b_raw.tif", "c.png", "Image1.png", "img_2.png")
+    others = ("mask.png", "d_mask.png", "damask.png", "dam.png", "masked.png", "image_mask_of.png")
+    files = [Path("x", name) for name in (*masks, *images, *others)]
+    assert mask_files([*files, Path("d.png")]) == [Path("x", name) for name in masks]
 
 
 def test_files_are_listed_in_natural_order_without_hidden_ones(tmp_path: Path) -> None:
