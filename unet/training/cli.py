@@ -369,14 +369,18 @@ def stdout_is_closed() -> bool:
 
 def _missing(cls: type, argv: list[str], values: Mapping[str, Any], box: str) -> str:
     """One sentence on what is required and missing, or nothing; `box` is what tyro says."""
-    hints, types = get_type_hints(cls, include_extras=True), field_types(cls)
+    hints = get_type_hints(cls, include_extras=True)
     required = [
         field.name
         for field in dataclasses.fields(cls)
         if field.default is field.default_factory is dataclasses.MISSING
         and field.name not in values
     ]
-    bare = [name for name in required if hints[name] == tyro.conf.Positional[types[name]]]
+    bare = [
+        name
+        for name in required
+        if tyro.conf.Positional in getattr(hints[name], "__metadata__", ())
+    ]
     options = [f"--{name.replace('_', '-')}" for name in required if name not in bare]
     missing = [option for option in options if _values(argv, option) is None]
     if not missing and "Required options" in box:
