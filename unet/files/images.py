@@ -48,7 +48,6 @@ from unet.files.shards import is_member, read_member
 from unet.files.tiff import open_tiff
 from unet.files.volumes import is_volume, is_volume_file, open_volume
 from unet.files.writing import replacing
-from unet.words import counted
 
 Colour: TypeAlias = tuple[int, int, int]
 
@@ -109,7 +108,7 @@ def no_images(folder: Path) -> InputError:
     if ours:
         said += f", but in a {OURS}, {str(min(ours))!r}: name one by itself if it is meant"
     elif files:
-        said += f", but {counted(len(files), 'file')} of other kinds, such as {files[0].name}"
+        said += f", but files of other kinds, such as {files[0].name}"
     return InputError(said)
 
 
