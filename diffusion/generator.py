@@ -155,7 +155,12 @@ class ImageGenerator:
         prompts = _several(prompts)
         if not all(isinstance(prompt, str) for prompt in prompts):
             raise InputError(f"prompts are texts, not {prompts!r:.200}")
-        files = [Path(file) for file in _several(pictures)]
+        files = _several(pictures)
+        if not all(isinstance(file, (str, Path)) for file in files):
+            raise InputError(
+                "pictures are paths of image files, not the pixels themselves: save these as files"
+            )
+        files = [Path(file) for file in files]
         given = max(len(classes) + len(prompts), len(files))
         count = _whole("count", given or 1 if count is None else count, 1)
         if given > count:

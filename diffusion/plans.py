@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -89,8 +89,10 @@ class Plans:
         def run(places: range, seeds: Sequence[int], wanted: Wanted) -> Iterator[Step]:
             source, size = NoiseSource(seeds), self.canvas(wanted)
             x = self.noise(source, size)
-            given = self._given(source, [padded(w, size) for w in wanted])
-            return sample(self.denoiser, x, self.timesteps, **given)
+            asked = [padded(w, size) for w in wanted]
+            steps = sample(self.denoiser, x, self.timesteps, **self._given(source, asked))
+            holed = (condition := self.model.condition) is not None and condition.kind == "hole"
+            return around_holes(steps, asked) if holed else steps
 
         return self._plan(run, self.timesteps)
 
@@ -175,6 +177,21 @@ class Plans:
     @property
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+
+def around_holes(run: Iterable[Step], wanted: Sequence[Asked]) -> Iterator[Step]:
+    """The steps of a run of images with holes, of which the last one leaves the given pixels as
+    they are: the network only comes near to them.
+    """
+    for step in run:
+        x = step.x
+        if step.t == CLEAN:
+            x = x.clone()
+            for made, asked in zip(x, wanted, strict=True):
+                if (picture := asked.read()) is not None:
+                    *image, hole = picture.to(made)
+                    made.copy_(torch.where(hole > 0, made, torch.stack(image)))
+        yield replace(step, x=x)
 
 
 def made_size(wanted: Ask, size: tuple[int, int]) -> tuple[int, int]:

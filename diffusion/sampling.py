@@ -190,7 +190,11 @@ class ImageSampler:
         if name in self.classes:
             return self.classes.index(str(name))
         if isinstance(name, str) or not 0 <= name < len(self.classes):
-            known = f"knows {', '.join(self.classes)}" if self.classes else "was trained without"
+            known = (
+                f"knows {', '.join(self.classes)}"
+                if self.classes
+                else "was trained without classes"
+            )
             raise InputError(f"class {name!r} is none of the model's, which {known}")
         return int(name)
 

@@ -53,8 +53,8 @@ class SegmentationOptions(LabelOptions, FitOptions):
     """Momentum of muon, sgd and rmsprop, beta1 of adamw; none given: 0.9, with muon 0.8."""
 
     data: str = "phantom"
-    """A folder with images and masks (image/ label/, images/ masks/, ..., polygons of COCO or
-    labelme, or the two ISBI 2012 stacks), or shards (WebDataset's tars, Parquet, Arrow);
+    """A folder with images and masks (image/ label/, images/ masks/, ..., polygons of COCO,
+    labelme or YOLO, or the two ISBI 2012 stacks), or shards (WebDataset's tars, Parquet, Arrow);
     isbi2012: the challenge's stacks, downloaded once; phantom: generated membrane images;
     annotators: such images with six masks each, which disagree;
     stains: generated cells in two channels."""

@@ -23,7 +23,7 @@ from segmentation.data.inputs import Inputs
 from segmentation.data.layouts import stem_of
 from segmentation.data.regions import file_name
 from segmentation.data.slices import Layers, Place, around_each
-from segmentation.pictures import grey_or_rgb, instance_overlay, overlay, overlay_legend
+from segmentation.pictures import instance_overlay, overlay, overlay_legend
 from segmentation.predict import Predictor, Probability
 from segmentation.segmenter import RasterSource, Segmenter
 from segmentation.uncertainty import disagreement_map, entropy_map
@@ -178,7 +178,7 @@ class FilePredictor:
         table = self.segmenter.table
         write_image(mask, table.decode(decided), palette=table.palette)
         write_image(probability, as_16_bit(found))
-        shown = grey_or_rgb(np.asarray(source.shown))
+        shown = self.segmenter.picture(source)
         if not self.numbers:
             write_image(picture, overlay(shown, decided, table))
             return
@@ -215,7 +215,7 @@ class FilePredictor:
                 for writer, values in zip(unsure, mapped, strict=True):
                     writer.write(top, values)
                 small.append(decided[-top % step :: step, ::step])
-        preview = grey_or_rgb(np.asarray(source.shown[::step, ::step]))
+        preview = segmenter.picture(source, step)
         write_image(picture, overlay(preview, np.concatenate(small), table))
 
 

@@ -14,6 +14,7 @@ from skimage.segmentation import expand_labels
 from segmentation.data.classes import IGNORE, ClassTable, class_names
 from segmentation.data.samples import CropSamples
 from segmentation.data.slices import middle
+from unet.files.pages import missing
 from unet.files.pictures import RGB, Colour, Legend, composite, font, panel, shortened
 
 SAMPLES = 16  # in the picture of augmented crops
@@ -38,24 +39,28 @@ NEAR = 4  # pixels by which instances grow to meet their neighbours
 SMALLEST, LARGEST = 9, 16  # pixels of an instance's number
 
 
-def grey_or_rgb(image: NDArray[Any]) -> RGB:
+def grey_or_rgb(image: NDArray[Any], nodata: float | None = None) -> RGB:
     """An image (H, W, C) of any type as (H, W, 3) uint8, to look at.
 
     8-bit images of one or three channels stay as they are; others are stretched to the 0.5 and 99.5
     percentiles of their values, of other numbers of channels each by itself, which are then added
-    up in colours (`unet.files.pictures.composite`).
+    up in colours (`unet.files.pictures.composite`). In these, pixels where nothing was measured are
+    black.
+
+    Args:
+        nodata: the value of pixels where nothing was measured, beside NaN.
     """
     alike = image.shape[2] in (1, 3)
     if image.dtype == np.uint8 and alike:
         return composite(image)
+    known = ~missing(image, nodata)
     parts = [image] if alike else np.split(image, image.shape[2], axis=2)
-    return composite(np.concatenate([_stretched(part) for part in parts], axis=2))
+    return composite(np.concatenate([_stretched(part, known) for part in parts], axis=2))
 
 
-def _stretched(image: NDArray[Any]) -> NDArray[np.uint8]:
-    known = image[np.isfinite(image)] if image.dtype.kind == "f" else image
-    low, high = np.percentile(known, [0.5, 99.5]) if known.size else (0, 1)
-    scaled = (np.nan_to_num(image, nan=low) - low) / max(high - low, 1e-12)
+def _stretched(image: NDArray[Any], known: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    low, high = np.percentile(image[known], [0.5, 99.5]) if known.any() else (0, 1)
+    scaled = np.where(known[..., None], (image - low) / max(high - low, 1e-12), 0)
     return (np.clip(scaled, 0, 1) * 255).astype(np.uint8)
 
 

@@ -24,6 +24,7 @@ from segmentation.data.slices import Layers, known_slices, near_page
 from segmentation.export.bioimage import write_package
 from segmentation.export.graph import exportable
 from segmentation.model import SegmentationUNet
+from segmentation.pictures import grey_or_rgb
 from segmentation.predict import Precision, Predictor, Probability, Source, classes
 from segmentation.uncertainty import disagreement_map, entropy_map
 from unet.device import pick_device
@@ -34,7 +35,7 @@ from unet.files.pages import ALL, Array, ImageInfo, Reading, missing
 from unet.files.rasters import open_raster
 from unet.files.volumes import is_volume
 from unet.weights.formats import Format
-from unet.words import channels_said, counted
+from unet.words import counted
 
 Image: TypeAlias = "Array | Tensor | str | Path"  # or a batch of them
 
@@ -51,7 +52,7 @@ def load(
 ) -> Segmenter:
     """A trained model to call; of several models, their mean.
 
-    The masks are those that `predict_seg.py` writes with the same settings.
+    The masks are those that `unet predict-seg` writes with the same settings.
 
     Args:
         models: model folders, such as "runs/mine/model", or repositories on the Hugging Face Hub,
@@ -453,6 +454,11 @@ class Segmenter:
             return found
         return np.where(source.missing(self._nodata, rows), np.uint8(IGNORE), found)
 
+    def picture(self, source: RasterSource, step: int = 1) -> NDArray[np.uint8]:
+        """An image (H, W, 3) to look at, or each `step`-th pixel of it."""
+        nodata = self._nodata if source.nodata is None else source.nodata
+        return grey_or_rgb(np.asarray(source.shown[::step, ::step]), nodata)
+
     @property
     def _nodata(self) -> float | None:
         return Normalisation.from_dict(self.predict.models[0].info["normalisation"]).nodata
@@ -523,7 +529,7 @@ class Segmenter:
         if path.is_dir() and not is_volume(path):
             raise InputError(
                 f"{str(path)!r} is a folder: give one of its images, or label all of them with "
-                "predict_seg.py"
+                "unet predict-seg"
             )
         reading = self.reading
         info = image_info(path, reading)
@@ -589,7 +595,9 @@ def _as_batch(image: Array, channels: int) -> tuple[Array, bool]:
     wanted = f"(H, W, {channels}) or a batch (N, H, W, {channels})"
     if channels == 1:
         wanted = "(H, W), (H, W, 1) or a batch (N, H, W), (N, H, W, 1)"
-    kind = channels_said(channels)
+    kind = {1: "grey images (1 channel)", 3: "RGB images (3 channels)"}.get(
+        channels, f"images of {channels} channels"
+    )
     cure = f"an image has the shape {wanted}"
     if not image.size:
         raise InputError(f"the image has the shape {shape}, so it holds no pixel: {cure}")
@@ -611,7 +619,7 @@ def _as_batch(image: Array, channels: int) -> tuple[Array, bool]:
         cure = "give one channel, such as image[..., 0]"
         if image.ndim == 3:
             cure += f", or image[..., None] if it is a batch of images {shape[2]} pixels wide"
-    raise InputError(f"an image of shape {shape} does not fit a model for {kind} images: {cure}")
+    raise InputError(f"an image of shape {shape} does not fit a model for {kind}: {cure}")
 
 
 def _converted(pixels: Array, dtype: str, nodata: float | None = None) -> Array:

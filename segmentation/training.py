@@ -67,6 +67,7 @@ FIGURES = (
     "ap",
     "pq",
 )  # of an evaluation
+RARE = 0.01  # share of the pixels, below which a class needs more weight
 PICTURED = 4  # held-out images in the pictures of a run
 
 
@@ -158,10 +159,22 @@ def _finish(
     model.save_pretrained(folder)
     if never := found.never_predicted():
         which = "held-out" if data.val else "training"
-        print(f"note: in the {which} images no pixel was predicted as {' or '.join(never)}")
+        what = f"in the {which} images no pixel was predicted as {' or '.join(never)}"
+        print(f"note: {what}: train for longer{also_balanced(never, plan.options, data)}")
     print(f"report: {write_report(plan.fit.out, found, data)}")
     upload(SegmentationUNet, plan.fit)
     return figures
+
+
+def also_balanced(
+    never: Sequence[str], options: SegmentationOptions, data: SegmentationData
+) -> str:
+    """The advice to weight classes, if rare ones were never predicted and nothing weights them."""
+    if options.balance or options.class_weights or data.regions:
+        return ""
+    shares = dict(zip(class_names(data.table), data.table.shares, strict=True))
+    rare = any(shares[name] < RARE for name in never)
+    return ", or with --balance, which gives rare classes more weight" if rare else ""
 
 
 def load_data(
@@ -390,7 +403,7 @@ class SegmentationTask:
             probability = predict(TensorSource(torch.tensor(image)))
             found = classes(probability, model.info["threshold"], regions)
             mask = regions.true_map(mask) if regions else mask
-            grey = grey_or_rgb(self.data.pairs[i].read_shown())
+            grey = grey_or_rgb(self.data.pairs[i].read_shown(), self.data.nodata(i))
             shown = grey_or_rgb((probability[-1] * 255).astype(np.uint8)[..., None])
             rows.append(
                 [

@@ -142,7 +142,8 @@ def _write(sampler: MaskSampler, image: Slice, files: list[Path], threshold: flo
     write_image(mask, table.decode(decided))
     write_image(probable, as_16_bit(probability))
     write_image(unsure, as_16_bit(entropy_map(probability)[None]))
-    seen = read_image(image.path, reading=Reading(nodata=sampler.sampler.reading.nodata))
-    write_image(picture, overlay(grey_or_rgb(seen), decided, table))
+    reading = Reading(nodata=sampler.sampler.reading.nodata)
+    seen = grey_or_rgb(read_image(image.path, reading=reading), reading.of(image.info).nodata)
+    write_image(picture, overlay(seen, decided, table))
     for file, sample in zip(kept, samples, strict=False):
         write_image(file, table.decode(sample))

@@ -132,7 +132,7 @@ def find_masks(files: Sequence[str], coding: Coding, cleaning: MaskCleaning) -> 
         raise InputError(
             f"the files up to {survey.first[values[-1]]} hold {len(values)} values up to "
             f"{values[-1]}, but masks have up to {MAX_CLASSES} values of 0 to 255: name a folder "
-            "of masks"
+            "of masks, in which a value stands for a class; numbers of objects are not learnt"
         )
     if len(values) < 2:
         raise InputError(f"all pixels of the masks have the value {values[0]}; two are needed")

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from diffusion.data.captions import TABLES, has_text_files, read_captions
 from diffusion.data.shapes import HELD_OUT, SIDE, example, example_caption
 from unet.errors import InputError, not_there
-from unet.files.folders import mask_folders
+from unet.files.folders import mask_files, mask_folders
 from unet.files.images import (
     OURS,
     WHITE,
@@ -312,6 +312,10 @@ def _walk(root: Path) -> tuple[list[str], list[str], list[Path], str]:
     if masks:
         below = [folder.relative_to(root).parts for folder in masks]
         images = [i for i in images if not any(i[2][: len(of)] == of for of in below)]
+    files = mask_files(Path(path) for _, path, _ in images)
+    if files:
+        dropped = set(map(str, files))
+        images = [image for image in images if str(Path(image[1])) not in dropped]
     if predicted and not images:
         raise InputError(
             f"{str(root)!r}: nothing but predictions is in it: name the folder of the images"
@@ -322,5 +326,12 @@ def _walk(root: Path) -> tuple[list[str], list[str], list[Path], str]:
     # Not of a class of that name: all images are in such folders, or none is in a split's.
     split = all(parts and parts[0].lower() in _SPLITS for _, _, parts in images)
     tops = ["".join(parts[split : split + 1]) for _, _, parts in images]
-    left = left_out({"folder of masks": masks, "file of predictions": [*predicted], OURS: ours})
+    left = left_out(
+        {
+            "folder of masks": masks,
+            "file of masks": files,
+            "file of predictions": [*predicted],
+            OURS: ours,
+        }
+    )
     return [path for _, path, _ in images], tops, tables, left

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Mapping
@@ -145,7 +146,7 @@ class WholeImages:
     def lines(self) -> list[str]:
         """A printable description: images, sizes, colours and values."""
         infos = self.infos.values()
-        sizes = sorted({(info.height, info.width) for info in infos})
+        sizes = sorted({(info.height, info.width) for info in infos}, key=math.prod)
         size = " to ".join(f"{h} x {w}" for h, w in dict.fromkeys((sizes[0], sizes[-1])))
         if self._crops:
             size = f"{size} for crops of {self.size[0]} x {self.size[1]}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -133,6 +134,11 @@ class SegmentationData:
             self._objects[index] = numbers
         return numbers
 
+    def nodata(self, index: int) -> float | None:
+        """The value of an image's pixels where nothing was measured, if there is one."""
+        declared = self.pairs[index].info.nodata
+        return self.normalisation.nodata if declared is None else declared
+
     def describe(self, *, names: bool = True) -> str:
         """A printable description: images, sizes, channels, bit depth, classes, split.
 
@@ -140,7 +146,7 @@ class SegmentationData:
             names: name some of the images.
         """
         infos = [pair.info for pair in self.pairs[: self.synthetic.start]]
-        sizes = sorted({(info.height, info.width) for info in infos})
+        sizes = sorted({(info.height, info.width) for info in infos}, key=math.prod)
         size = " to ".join(f"{h} x {w}" for h, w in dict.fromkeys((sizes[0], sizes[-1])))
         lines = [f"{counted(len(infos), 'image')} of {size}, {kind(infos[0])}", *self.table.lines()]
         if greys := sum(pair.reading.rgb for pair in self.pairs):

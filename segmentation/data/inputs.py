@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from unet.errors import InputError, not_there
-from unet.files.folders import mask_folders
+from unet.files.folders import mask_files, mask_folders
 from unet.files.images import (
     OURS,
     PREDICTED,
@@ -27,7 +27,8 @@ class Inputs:
     Attributes:
         files: images in natural order; volumes where there is no image.
         root: the folder in or below which they lie; None: a single file, which was named itself.
-        masks: folders of masks, whose images lie beside or above them, and are left out.
+        masks: folders of masks, whose images lie beside or above them, and masks beside their
+            images, all of which are left out.
         left: files that are left out as masks or predictions.
         ours: folders that are left out because this project wrote them.
     """
@@ -50,9 +51,17 @@ class Inputs:
     @property
     def remark(self) -> str:
         """A sentence about the files that are left out; empty if there are none."""
-        predicted = [file for file in self.left if set(self.masks).isdisjoint(file.parents)]
-        found = {"folder of masks": self.masks, "file of predictions": predicted, OURS: self.ours}
-        return left_out(found)
+        masks = set(self.masks)
+        predicted = [file for file in self.left if masks.isdisjoint([file, *file.parents])]
+        files = masks & set(self.left)
+        return left_out(
+            {
+                "folder of masks": [*masks - files],
+                "file of masks": [*files],
+                "file of predictions": predicted,
+                OURS: self.ours,
+            }
+        )
 
 
 def find_inputs(source: Path, out: Path | None = None) -> Inputs:
@@ -83,9 +92,10 @@ def find_inputs(source: Path, out: Path | None = None) -> Inputs:
         made |= {f for f in every if f.is_relative_to(place) and PREDICTED.search(f.stem)}
     kept = [[f for f in files if f not in made] for files in (images, volumes)]
     masks = mask_folders((file.parent for files in kept for file in files), folder)
+    masks += mask_files(file for files in kept for file in files)
     beside = set(masks)
     for files in kept:
-        if meant := [file for file in files if beside.isdisjoint(file.parents)]:
+        if meant := [file for file in files if beside.isdisjoint([file, *file.parents])]:
             read = set(meant)
             left = [file for file in images or volumes if file not in read]
             return Inputs(meant, folder, masks, left, ours)

@@ -28,7 +28,15 @@ from segmentation.data.polygons import Drawing
 from segmentation.data.regions import Regions
 from segmentation.data.slices import shown
 from unet.errors import InputError
-from unet.files.mask_values import MAX_CLASSES, Survey, Value, code_values, some, value_codes
+from unet.files.mask_values import (
+    MAX_CLASSES,
+    Survey,
+    Value,
+    as_colour,
+    code_values,
+    some,
+    value_codes,
+)
 from unet.files.pages import Array, missing
 from unet.words import counted
 
@@ -130,6 +138,9 @@ def find_labels(
             labels = _of_objects(pairs, ignore_value, notes)
         else:
             labels = _of_classes(pairs, survey, others, ignore_value, names, notes)
+    if names and labels.instances:
+        told = "names of classes are left out, as the masks number objects"
+        labels = replace(labels, notes=(*labels.notes, told))
     if found := regions or pairs[0].regions:
         if labels.instances:
             raise InputError("regions are made of classes, but the masks number objects")
@@ -199,6 +210,11 @@ def _survey(pairs: Sequence[Pair], read: Callable[[int], Array]) -> tuple[Survey
     return Survey.of(measured()), others
 
 
+def _declare_nodata(pairs: Sequence[Pair]) -> bool:
+    """Whether some image has a value for pixels where nothing was measured."""
+    return any(pair.info.nodata is not None for pair in pairs)
+
+
 def _like_objects(survey: Survey, pairs: Sequence[Pair]) -> tuple[bool, bool]:
     """Whether the masks look as if they numbered objects, and whether they clearly do."""
     first, wide = pairs[0].mask, pairs[0].read_mask().dtype != np.uint8  # as few of classes are
@@ -223,8 +239,12 @@ def _of_objects(pairs: Sequence[Pair], ignore_value: Value | None, notes: list[s
             f"{overlaps:,} pixels belong to two objects (the later file has them), {holes:,} "
             "objects have holes"
         )
+    marked = None if ignore_value is None else IGNORE
+    if marked is None and _declare_nodata(pairs):
+        marked = IGNORE
+        notes.append(_told_marked(marked))
     classes = (object_classes(pair.read_mask(), ignore_value) for pair in pairs)
-    table = ClassTable.of(classes, None if ignore_value is None else IGNORE, OBJECT_NAMES)
+    table = ClassTable.of(classes, marked, OBJECT_NAMES)
     return Labels(table=table, ignore_value=ignore_value, instances=True, notes=tuple(notes))
 
 
@@ -253,11 +273,17 @@ def _of_classes(
             f"mask value {ignore_value} is only where nothing was measured, and is ignored"
         )
     said: Mapping[int, str] = dict(enumerate(names)) or pairs[0].classes
-    values = sorted(v for v in pixels if isinstance(v, int) and v != ignore_value)
+    marked = ignore_value
+    if marked is None and _declare_nodata(pairs):
+        taken = {as_colour(value) for value in (*pixels, *said)}
+        marked = next(v for v in (VOID, 128, *range(VOID)) if as_colour(v) not in taken)
+        pixels[marked] = 0
+        notes.append(_told_marked(marked))
+    values = sorted(v for v in pixels if isinstance(v, int) and v != marked)
     if said and (not values or any(isinstance(v, tuple) for v in pixels)):
         notes.append("names of classes are left out, as the masks are colours")
         said = {}
-    table = ClassTable.counted(pixels, ignore_value, _named(values, said), _palette(pairs))
+    table = ClassTable.counted(pixels, marked, _named(values, said), _palette(pairs))
     return Labels(table=table, ignore_value=ignore_value, notes=tuple(notes))
 
 
@@ -277,6 +303,10 @@ def _named(values: Sequence[int], said: Mapping[int, str]) -> Mapping[Value, str
 
 def _told_declared(value: int) -> str:
     return f"mask value {value} has no label, as its files declare"
+
+
+def _told_marked(value: int) -> str:
+    return f"predicted masks have the value {value} where nothing was measured"
 
 
 def _told_drawings(pairs: Sequence[Pair], what: str) -> list[str]:

@@ -1,7 +1,7 @@
 """Which files of a folder are images and which are their masks, in common layouts. Only names of
 files are read, and a few text files that say more: `classes.txt`, nnU-Net's `dataset.json`, and
-JSON files of polygons where there are no masks. Whatever is ambiguous is an error that asks, never
-a guess.
+files of polygons where there are no masks. Whatever is ambiguous is an error that asks, never a
+guess.
 """
 
 from __future__ import annotations
@@ -12,15 +12,20 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path, PureWindowsPath
+
+import yaml
 
 from segmentation.data.masks import VOID
 from segmentation.data.polygons import (
     BACKGROUND,
     FILE_BYTES,
     Drawing,
+    is_yolo,
     read_coco,
     read_labelme,
+    read_yolo,
 )
 from unet.errors import InputError, not_there
 from unet.files.folders import IMAGE_FOLDERS, MASK_FOLDERS
@@ -45,6 +50,11 @@ _CELLPOSE = re.compile(r"(_seg\.npy|_cp_output\.\w+|_flows\.\w+|_outlines\.\w+|_
 _CITYSCAPES = ("_gtFine_labelTrainIds", "_gtFine_labelIds")  # the masks among its pictures
 _CLASSES = ("classes.txt", "class_names.txt", "labels.txt")
 _NUMBERED = re.compile(r"[-_ ]?[0-9]+$")  # behind the name of a folder of masks
+_WORD = "|".join(sorted((*IMAGE_FOLDERS, *MASK_FOLDERS), key=len, reverse=True))
+_WORDS = [  # image1.png and mask1.png; a_raw.png and a_mask.png
+    re.compile(rf"({_WORD})(?![a-z]).*"),
+    re.compile(rf".*(?<![a-z])({_WORD})"),
+]
 _NAMES_BYTES, _CHUNK = 2**16, 2**22
 _PARTS = (("train", TRAIN_FOLDERS), ("val", VAL_FOLDERS), ("test", ("test", "testing")))
 
@@ -107,7 +117,7 @@ def find_layout(
     if images is not None and masks is not None:
         if masks.suffix.lower() == ".json" and masks.is_file():
             return _drawn(_coco(masks, [images], ""))
-        if drawn := _labelme(images, masks):
+        if drawn := _labelme(images, masks) or _yolo(images, masks):
             return _drawn(drawn)
         if _is_file(images) and _is_file(masks):
             return Layout(matches=[_pair(images, masks)])
@@ -145,7 +155,9 @@ def _in_folder(data: Path) -> Layout:
     images = [folder for folder in folders if folder.name.lower() in IMAGE_FOLDERS]
     masks = [folder for folder in folders if folder.name.lower() in MASK_FOLDERS]
     if not any(_has_images(folder) for folder in masks) and (
-        drawn := _coco_files(data, folders, images, masks) or _labelme_folder(data, images, masks)
+        drawn := _coco_files(data, folders, images, masks)
+        or _labelme_folder(data, images, masks)
+        or (_yolo(images[0], masks[0]) if len(images) == len(masks) == 1 else [])
     ):
         return _drawn(drawn)
     masks = [folder for folder in masks if _has_images(folder)] or masks
@@ -447,6 +459,60 @@ def _labelme(images: Path, jsons: Path) -> list[Match]:
     ]
 
 
+def _yolo(images: Path, labels: Path) -> list[Match]:
+    """NAME.txt for each image, also below train/ and val/ in both; nothing, if there is none such
+    file."""
+    if not (images.is_dir() and labels.is_dir()) or images == labels or _has_images(labels):
+        return []
+    files = {
+        file.relative_to(labels).with_suffix(""): file
+        for file in files_below(labels)
+        if file.suffix.lower() == ".txt" and file.name not in _CLASSES
+    }
+    pictures = {f.relative_to(images).with_suffix(""): f for f in _tree(images)} if files else {}
+    if not any(is_yolo(files[name]) for name in pictures if name in files):
+        return []
+    parts = {name: _part_in(str(name.parent)) for name in [*pictures, *files]}
+    if "train" in parts.values():
+        pictures = {name: f for name, f in pictures.items() if parts[name] != "test"}
+        files = {name: f for name, f in files.items() if parts[name] != "test"}
+    _check_alone(
+        [picture for name, picture in pictures.items() if name not in files],
+        [file for name, file in files.items() if name not in pictures],
+        "NAME.txt belongs to NAME.jpg; of an image without any object it is empty",
+    )
+    classes = _yolo_names(labels)
+    return [
+        Match(
+            name=".".join(name.parts[bool(parts[name]) :]),
+            image=(picture,),
+            mask=read_yolo(files[name], classes),
+            part=parts[name],
+        )
+        for name, picture in pictures.items()
+    ]
+
+
+def _yolo_names(labels: Path) -> dict[int, str]:
+    """The names of the classes in the nearest YAML file that has some, or classes.txt."""
+    for folder in (labels, *labels.absolute().parents[:2]):
+        for file in sorted(folder.glob("*.y*ml")):
+            try:
+                with file.open("rb") as stream:
+                    said = yaml.safe_load(stream.read(_NAMES_BYTES))
+                names = said.get("names") if isinstance(said, dict) else None
+                if isinstance(names, list):
+                    names = dict(enumerate(names))
+                if isinstance(names, dict):
+                    return {int(number): str(name) for number, name in names.items()}
+            except (OSError, RecursionError, TypeError, ValueError, yaml.YAMLError) as error:
+                line = " ".join(str(error).split())
+                raise InputError(f"{str(file)!r} names no classes of YOLO: {line}") from error
+        if names := _class_names(folder):
+            return names
+    return {}
+
+
 def _has_images(folder: Path) -> bool:
     return any(is_image_file(file) or is_volume_file(file) for file in files_below(folder))
 
@@ -590,13 +656,14 @@ def _matched(
             f"{said}, or put each mask into a folder like that of its image: there is no {what} in "
             f"{str(root / bare)!r}"
         )
-    for image_names in _readings(images):
-        for mask_names in _readings(masks):
-            of = dict(zip(mask_names, masks, strict=True))
-            if len(of) == len(masks) and set(of) == set(image_names):
-                return [
-                    _pair(image, of[name]) for image, name in zip(images, image_names, strict=True)
-                ]
+    by_name = (
+        [dict(zip(names, files, strict=True)) for names in _readings(files)]
+        for files in (images, masks)
+    )
+    readings = list(product(*by_name))
+    for of_image, of_mask in readings:
+        if of_image.keys() == of_mask.keys():
+            return [_pair(image, of_mask[name]) for name, image in of_image.items()]
     if len(images) == len(masks) == 1 and stem_of(masks[0]).startswith(stem_of(images[0])):
         return [_pair(images[0], masks[0])]
     # Each mask by itself: with an ending of its own.
@@ -612,9 +679,14 @@ def _matched(
             alone.append(image)
         else:
             del free[hit]
+    rest = list(free.values())
+    for of_image, of_mask in readings:  # by names of which more are equal
+        without = [image for name, image in of_image.items() if name not in of_mask]
+        if len(without) < len(alone):
+            alone, rest = without, [m for name, m in of_mask.items() if name not in of_image]
     _check_alone(
         alone,
-        list(free.values()),
+        rest,
         "a mask is named as its image, but for an ending that all masks share, such as _mask",
     )
     stem, times = Counter(map(stem_of, masks)).most_common(1)[0]
@@ -655,14 +727,16 @@ def _side_by_side(data: Path) -> Layout:
     """Images and masks in one folder: an ending that all masks share tells them apart."""
     files = [file for file in list_images(data) if not _CELLPOSE.search(file.name.lower())]
     stems = {stem_of(file) for file in files}
-    words = [re.sub(r"[_\-. ]*[0-9]+$", "", stem_of(file).lower()) for file in files]
-    if set(words) <= {*IMAGE_FOLDERS, *MASK_FOLDERS}:  # image1.png, mask1.png
-        kinds = [
-            [f for f, word in zip(files, words, strict=True) if word in names]
-            for names in (IMAGE_FOLDERS, MASK_FOLDERS)
-        ]
-        if kinds[0] and kinds[1]:
-            return Layout(matches=_matched(kinds[0], kinds[1], data, data))
+    for pattern in _WORDS:
+        said = [pattern.fullmatch(stem_of(file).lower()) for file in files]
+        words = [word[1] for word in said if word is not None]
+        if len(words) == len(files):
+            images, masks = (
+                [file for file, word in zip(files, words, strict=True) if word in names]
+                for names in (IMAGE_FOLDERS, MASK_FOLDERS)
+            )
+            if images and masks:
+                return Layout(matches=_matched(images, masks, data, data))
     endings: Counter[str] = Counter()
     for file in files:
         for m in re.finditer(r"[_\-. ]", stem_of(file)):

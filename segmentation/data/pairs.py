@@ -167,8 +167,8 @@ def find_pairs(
     Args:
         data: a folder of images and one of masks (`image/ label/`, `images/ masks/`, nnU-Net's
             `imagesTr/ labelsTr/`, ...), or both side by side, `train/ val/` with one of these each,
-            a folder per image with a file per object, polygons of COCO or labelme, or ISBI 2012's
-            original stacks; see `segmentation.data.layouts`.
+            a folder per image with a file per object, polygons of COCO, labelme or YOLO, or ISBI
+            2012's original stacks; see `segmentation.data.layouts`.
         images, masks: instead of `data`, two folders or two files, or a folder and COCO's JSON
             file.
         reading: how to read the images, beyond what their files say.

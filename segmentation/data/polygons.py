@@ -1,4 +1,5 @@
-"""Masks that are drawn: the polygons and runs of pixels in COCO's and labelme's JSON files.
+"""Masks that are drawn: the polygons and runs of pixels in COCO's and labelme's JSON files, and the
+polygons in YOLO's text files.
 
 A pixel belongs to a polygon if its middle is inside by the even-odd rule; the first pixel has its
 middle at x = y = 0.5, as in COCO's own tools. So polygons that share an edge share no pixel.
@@ -22,6 +23,7 @@ from unet.files.pages import MAX_PIXELS, Array
 from unet.files.writing import read_json
 
 FILE_BYTES = 2**29  # of a JSON file; COCO's own largest has 470 MB
+YOLO_BYTES = 2**24  # of a text file, for one image
 FAR = 2**20  # pixels from the first one to a point, at most
 MAX_CROSSINGS = 2**24  # of one polygon's edges with rows of pixels
 MAX_DRAWN = 2**29  # pixels of the boxes of all objects of a mask, some seconds
@@ -35,7 +37,7 @@ class Shape:
 
     Attributes:
         label: the name of its class; None: what is inside is ignored.
-        polygons: (N, 2) of x and y in pixels; what is inside any of them is the object.
+        polygons: (N, 2) of x and y; what is inside any of them is the object.
         runs: instead of them lengths of runs outside, inside, outside, ..., column by column.
         group: shapes of one label and one group are one object.
     """
@@ -51,15 +53,17 @@ class Drawing:
     """The mask of one image, which is drawn when it is read.
 
     Attributes:
-        file: the JSON file.
+        file: the JSON or text file.
         image: the name of the image's file.
         size: rows and columns, as the file says or the image has; None: nobody said it yet.
+        relative: polygons are shares of width and height instead of pixels, until `of_size`.
     """
 
     file: Path
     image: str
     shapes: tuple[Shape, ...]
     size: tuple[int, int] | None = None
+    relative: bool = False
 
     @property
     def labels(self) -> list[str]:
@@ -75,7 +79,13 @@ class Drawing:
         if self.size is not None and self.size != (height, width):
             said = " x ".join(map(str, self.size))
             raise self._error(f"it is {height} x {width}, but was {said} when it was labelled")
-        return replace(self, size=(height, width))
+        shapes = self.shapes
+        if self.relative:
+            shapes = tuple(
+                replace(s, polygons=tuple(points * (width, height) for points in s.polygons))
+                for s in shapes
+            )
+        return replace(self, shapes=shapes, size=(height, width), relative=False)
 
     def read(self, classes: Mapping[int, str] | None = None) -> tuple[NDArray[np.int32], int, int]:
         """The mask (H, W) of classes or, where none are given, of objects from 1 on.
@@ -330,6 +340,61 @@ def _outline(kind: str, points: Sequence[Any]) -> NDArray[np.float64]:
             f"a {kind} of {len(corners)} points; draw it as a polygon, rectangle or circle"
         )
     return corners
+
+
+# -- YOLO
+
+
+def is_yolo(file: Path) -> bool:
+    """Whether a text file begins as YOLO's do: with the number of a class and those of its place.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        with file.open("rb") as stream:
+            words = stream.readline(2**16).split()
+    except OSError as error:
+        raise InputError(f"{str(file)!r} cannot be read ({error.strerror})") from error
+    try:
+        place = [float(word) for word in words[1:5]]
+    except ValueError:
+        return False
+    return len(place) == 4 and words[0].isdigit()
+
+
+def read_yolo(file: Path, names: Mapping[int, str]) -> Drawing:
+    """The mask in a text file of YOLO: in each line the number of a class, and the corners of a
+    polygon as shares of the width and the height of the image.
+
+    Args:
+        names: of the classes.
+
+    Raises:
+        InputError: damaged, too large, or boxes instead of polygons.
+    """
+    number, shapes = 0, []
+    try:
+        with file.open("rb") as stream:
+            data = stream.read(YOLO_BYTES + 1)
+        if len(data) > YOLO_BYTES:
+            raise ValueError(f"it has more than {YOLO_BYTES:,} bytes")
+        for line in data.decode("utf-8-sig").splitlines():
+            number += 1
+            if not (words := line.split()):
+                continue
+            if len(words) < 7:
+                what = "a box alone is no mask" if len(words) == 5 else "a polygon has 3 corners"
+                raise ValueError(f"it has {len(words)} numbers; {what}")
+            kind, points = int(words[0]), _points([float(word) for word in words[1:]])
+            if np.abs(points).max() > 2:
+                raise ValueError("its corners are no shares of the width and height of the image")
+            label = _label(names.get(kind, f"class {kind}"))
+            shapes.append(Shape(label=label, polygons=(points,)))
+    except (OSError, ValueError) as error:
+        where = f"line {number}: " if number else ""
+        raise InputError(f"{str(file)!r} is no YOLO file of masks: {where}{error}") from error
+    return Drawing(file=file, image=file.stem, shapes=tuple(shapes), relative=True)
 
 
 def _label(name: object) -> str | None:

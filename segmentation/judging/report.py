@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from segmentation.data.classes import class_names
+from segmentation.data.classes import IGNORE, class_names
 from segmentation.data.dataset import SegmentationData
+from segmentation.data.instances import UNKNOWN
 from segmentation.judging.evaluation import Evaluation, ImageScores
 from segmentation.pictures import (
     class_colours,
@@ -27,6 +28,7 @@ from segmentation.pictures import (
     grey_or_rgb,
     object_colours,
 )
+from unet.files.pages import missing
 from unet.files.pictures import RGB, Legend, fit_axis, marker_of, panel, shortened
 from unet.files.writing import replacing, write_text
 from unet.training.run import read_log
@@ -190,8 +192,10 @@ def picture_row(
     if data.regions:
         mask, table = data.regions.true_map(mask), data.regions.table
     count = len(table.values)
-    grey = grey_or_rgb(pair.read_shown())
-    found, objects = image.prediction, image.objects
+    shown, nodata = pair.read_shown(), data.nodata(image.index)
+    grey, unknown = grey_or_rgb(shown, nodata), missing(shown, nodata)
+    found = np.where(unknown, np.uint8(IGNORE), image.prediction)
+    objects = None if image.objects is None else np.where(unknown, UNKNOWN, image.objects)
     if objects is None:
         true, predicted = class_colours(mask, count), class_colours(found, count)
     else:

@@ -230,7 +230,7 @@ def test_a_model_makes_images_of_prompts_and_shows_where_their_words_are(
         (("--attention",), "give a --prompt"),
         (("--prompt", "a disc", "--class", "1"), "give one"),
         (("--prompt", "a disc", "--attention", "--attention-steps", "2", "9"), "end <= --steps 3"),
-        (("--class", "1"), "class '1' is none of the model's, which was trained without"),
+        (("--class", "1"), "class '1' is none of the model's, which was trained without classes"),
     ],
 )
 def test_a_mistaken_prompt_is_one_sentence_before_sampling(

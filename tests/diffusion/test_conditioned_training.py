@@ -139,6 +139,25 @@ def test_what_is_asked_for_becomes_rows_of_both(folder: Path) -> None:
     assert [bool(row.any()) for row in given["picture"]] == [True, False, True, False]
 
 
+def test_what_is_around_a_hole_stays_as_it_is(folder: Path) -> None:
+    """Also of a picture smaller than the model's images, and beside an image without a picture."""
+    asked = options(folder, condition="hole", classes=True)
+    model = make_model(decide(asked, load_data(asked)))
+    randomised(model)
+    sampler = ImageSampler(model, SamplingOptions(steps=2, sampler="ddim"))
+    image = np.random.default_rng(0).integers(0, 256, (11, 13, 3), np.uint8)
+    hole = np.zeros((11, 13), bool)
+    hole[3:7, 2:9] = True
+    cover = np.where(hole, np.uint8(0), np.uint8(255))
+    write_image(folder / "holed.png", np.dstack([image, cover]))
+    made = next(sampler.batches(1, [Asked(0, sampler.made_from(folder / "holed.png"))]))[0]
+    assert np.array_equal(made[~hole], image[~hole])
+    assert not np.array_equal(made[hole], image[hole])
+    any_image = next(sampler.batches(1, [0]))[0]
+    assert any_image.shape == (SIDE, SIDE, 3)
+    assert any_image.std() > 0
+
+
 # -- starts
 
 

@@ -146,6 +146,7 @@ def test_a_word_that_the_model_does_not_know_is_a_warning(
         ),
         ("plain", {"sampler": "plms"}, "sampler 'plms' is unknown; choose one of ddpm"),
         ("plain", {"classes": "cat"}, "class 'cat' is none of the model's, which was trained with"),
+        ("plain", {"pictures": np.zeros((8, 8, 3))}, "^pictures are paths of image files, not the"),
         ("plain", {"prompts": "red"}, "^a prompt needs a model that was trained with --captions"),
         ("plain", {"stepz": 3}, "'stepz' is no setting of a call: choose from count"),
         ("plain", {"device": "cpu"}, "'device' is no setting of a call.* given to load"),

@@ -294,6 +294,18 @@ def test_a_tree_of_images_becomes_a_tree_of_masks(folder, tmp_path, capsys):
     assert predict_seg.command(argv) == 0
 
 
+def test_masks_beside_their_images_are_left_out(tmp_path):
+    for name in ("b.png", "b_gt.png", "x/a.png", "x/a_mask.png", "x/masks/c.png"):
+        write_image(tmp_path / name, np.zeros((4, 4), np.uint8))
+    found = find_inputs(tmp_path)
+    assert [str(file.relative_to(tmp_path)) for file in found.files] == ["b.png", "x/a.png"]
+    assert {file.name for file in found.left} == {"b_gt.png", "a_mask.png", "c.png"}
+    assert found.remark.startswith(
+        f"left out: 1 folder of masks, such as {tmp_path / 'x/masks'}, and 2 files of masks, such "
+        f"as {tmp_path / 'b_gt.png'}; name"
+    )
+
+
 def test_an_image_named_like_a_file_of_another_one_s_prediction_is_predicted():
     names = ("a.png", "a_2.png", "a_mask.png", "a_probability.png", "a_nucleus.png", "legend.png")
     assert predictions([Path(name) for name in names]) == {

@@ -21,7 +21,7 @@ from segmentation.judging.evaluation import COARSE, evaluate
 from segmentation.model import SegmentationUNet
 from segmentation.options import RECIPES, SegmentationOptions
 from segmentation.predict import Predictor
-from segmentation.training import load_data, make_model, train
+from segmentation.training import also_balanced, load_data, make_model, train
 from tests.forks import SCRIPTS, run_forked
 from tests.unet.training.toy_training import compiled_in_one_graph
 from unet import InputError, UNetConfig
@@ -512,6 +512,23 @@ def test_a_class_without_pixels_gets_no_weight_and_that_is_said(tmp_path):
     assert re.search(r"not scored +border .*no held-out mask has it", said)
     target = torch.zeros(1, 4, 4, dtype=torch.long)
     assert torch.isfinite(plan.loss(torch.randn(1, 3, 4, 4), target))
+
+
+@pytest.mark.parametrize(
+    ("given", "side", "told"),
+    [
+        ({}, 2, True),
+        ({"balance": True}, 2, False),
+        ({"class_weights": (1, 9)}, 2, False),
+        ({}, 9, False),
+    ],
+)
+def test_what_is_rare_and_never_predicted_is_to_be_balanced(tmp_path, given, side, told):
+    masks = np.zeros((2, 32, 32), np.uint8)
+    masks[:, 4 : 4 + side, 4 : 4 + side] = 1
+    data = SegmentationData(pairs_from_arrays(masks, masks), names=["ground", "spot"])
+    said = also_balanced(["spot"], SegmentationOptions(out=tmp_path, **given), data)
+    assert ("--balance" in said) is told
 
 
 def test_cells_that_are_not_held_out_keep_no_weights(tmp_path):

@@ -282,7 +282,7 @@ REFUSED: list[tuple[str, int, Any, str]] = [
     ("uint8", 1, np.stack([IMAGE] * 3, -1), r"image\[\.\.\., 0\], or image\[\.\.\., None\] if it"),
     ("uint8", 1, np.stack([IMAGE] * 3, -1)[None], r"give one channel, such as image\[\.\.\., 0\]$"),
     ("uint8", 1, IMAGE[None, None], r"come last, so give np\.moveaxis\(image, -3, -1\)"),
-    ("uint8", 3, IMAGE, r"for RGB \(3 channels\) images: give np\.stack\(\[image\] \* 3"),
+    ("uint8", 3, IMAGE, r"for RGB images \(3 channels\): give np\.stack\(\[image\] \* 3"),
     ("uint8", 3, np.stack([IMAGE] * 3), r"np\.moveaxis\(image, -3, -1\)"),
     ("uint8", 3, np.stack([IMAGE] * 4, -1), r"image\[\.\.\., :3\]"),
     ("uint8", 3, np.stack([IMAGE] * 5), r"has the shape \(H, W, 3\) or a batch"),

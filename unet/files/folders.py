@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 IMAGE_FOLDERS = (
@@ -34,3 +34,27 @@ def mask_folders(folders: Iterable[Path], root: Path) -> list[Path]:
         for name in sorted(names)
         if name.lower() in MASK_FOLDERS and any(n.lower() in ("", *IMAGE_FOLDERS) for n in names)
     ]
+
+
+def mask_files(files: Iterable[Path]) -> list[Path]:
+    """Files of masks in the folders of their images, by their names: a_mask.png beside a.png or
+    a_raw.png, mask1.png beside image1.png.
+    """
+    stems: defaultdict[Path, set[str]] = defaultdict(set)
+    named = []
+    for file in files:
+        stem = file.stem.lower()
+        stems[file.parent].add(stem)
+        if stem.endswith(MASK_FOLDERS) or stem.startswith(MASK_FOLDERS):
+            named.append(file)
+    return [f for f in named if not stems[f.parent].isdisjoint(_of_images(f.stem.lower()))]
+
+
+def _of_images(stem: str) -> Iterator[str]:
+    """The names that the image of a mask of this name could have."""
+    for word in MASK_FOLDERS:
+        before, after = stem.removesuffix(word), stem.removeprefix(word)
+        if before != stem and before.endswith(("_", "-", ".", " ")):
+            yield from (before[:-1], *(before + kind for kind in IMAGE_FOLDERS))
+        if after != stem and after and not after[0].isalpha():
+            yield from (kind + after for kind in IMAGE_FOLDERS)

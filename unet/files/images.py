@@ -107,6 +107,8 @@ def no_images(folder: Path) -> InputError:
         return InputError(f"{said}, but the volume {str(volume)!r}: name it by itself")
     if ours:
         said += f", but in a {OURS}, {str(min(ours))!r}: name one by itself if it is meant"
+    elif files:
+        said += f", but files of other kinds, such as {files[0].name}"
     return InputError(said)
 
 

@@ -32,7 +32,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_type_hints
 
 import tyro
 
@@ -98,7 +98,8 @@ def parse(
             raise
         if isinstance(stop.__context__, InputError):  # from __post_init__
             raise stop.__context__ from None
-        text = _missing(cls, argv, values) or _diagnosis(cls, argv, stderr.getvalue())
+        box = stderr.getvalue()
+        text = _missing(cls, argv, values, box) or _diagnosis(cls, argv, box)
         raise InputError(text) from None
 
 
@@ -366,15 +367,24 @@ def stdout_is_closed() -> bool:
     return False
 
 
-def _missing(cls: type, argv: list[str], values: Mapping[str, Any]) -> str:
-    """One sentence on required options that are missing, or nothing."""
-    missing = [
-        f"--{field.name.replace('_', '-')}"
+def _missing(cls: type, argv: list[str], values: Mapping[str, Any], box: str) -> str:
+    """One sentence on what is required and missing, or nothing; `box` is what tyro says."""
+    hints = get_type_hints(cls, include_extras=True)
+    required = [
+        field.name
         for field in dataclasses.fields(cls)
         if field.default is field.default_factory is dataclasses.MISSING
         and field.name not in values
     ]
-    missing = [option for option in missing if _values(argv, option) is None]
+    bare = [
+        name
+        for name in required
+        if tyro.conf.Positional in getattr(hints[name], "__metadata__", ())
+    ]
+    options = [f"--{name.replace('_', '-')}" for name in required if name not in bare]
+    missing = [option for option in options if _values(argv, option) is None]
+    if not missing and "Required options" in box:
+        missing = [name.upper() for name in bare]
     text = " and ".join(filter(None, [", ".join(missing[:-1]), *missing[-1:]]))
     return f"{text} must be given (--help lists the options)" if missing else ""
 

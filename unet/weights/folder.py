@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import tempfile
@@ -217,8 +218,13 @@ def model_folder(path: str | Path, **download: Any) -> Path:
         download: what else `huggingface_hub.hf_hub_download` takes.
 
     Raises:
-        InputError: the Hub gives no such model.
+        InputError: no path, or the Hub gives no such model.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise InputError(
+            f"a model is named by the path of its folder, not by a {type(path).__name__}: of "
+            "several models give the paths one by one"
+        )
     folder = Path(path)
     # A path into a folder that is here was meant for this machine, mistyped as it may be.
     here = folder.exists() or folder.parent.exists()

@@ -23,7 +23,6 @@ from segmentation.output import AT_ONCE, FilePredictor, Slice, find_slices
 from segmentation.pictures import (
     class_colours,
     class_legend,
-    grey_or_rgb,
     instance_overlay,
     overlay,
     overlay_legend,
@@ -128,7 +127,7 @@ def picture(done: Labelled, image: Slice, layer: str, opacity: float) -> RGB:
     """An image (H, W, 3) with a layer over it; at opacity 0 the image alone."""
     source, (found, depth) = done.source(image), done.found(image)
     segmenter = done.predictor.segmenter
-    shown = grey_or_rgb(np.asarray(source.shown))
+    shown = segmenter.picture(source)
     if layer == "probability":
         over = heat(found.max(axis=0))
     elif layer == "uncertainty" and segmenter.of_regions:

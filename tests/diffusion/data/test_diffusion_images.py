@@ -468,6 +468,13 @@ def test_masks_beside_images_are_not_learnt_to_be_made(
     assert len(everything(DiffusionData(tmp_path / "x.tar"))) == 9
     assert f"left out: 1 folder of masks, such as {tmp_path / 'x.tar'}/t" in capsys.readouterr().err
     assert len(everything(DiffusionData(tmp_path / "train/label"))) == 9
+    for i, image in enumerate(COLOUR[:4]):
+        write_image(tmp_path / f"side/{i}.png", image)
+        write_image(tmp_path / f"side/{i}_mask.png", image)
+    capsys.readouterr()
+    assert len(everything(DiffusionData(tmp_path / "side"))) == 4
+    first = tmp_path / "side/0_mask.png"
+    assert f"left out: 4 files of masks, such as {first}; name" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("axes", [None, "CYX", "ZYX"])

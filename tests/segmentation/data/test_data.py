@@ -619,7 +619,7 @@ def test_an_image_that_stays_in_memory_is_decoded_once(
 
 
 def test_the_summary_says_what_was_found(tmp_path: Path) -> None:
-    for i, size in enumerate([(4, 5), (4, 5), (8, 6)]):
+    for i, size in enumerate([(4, 5), (9, 3), (8, 6)]):
         (tmp_path / "images").mkdir(exist_ok=True)
         rgba = RNG.integers(0, 256, (*size, 4), np.uint8)
         Image.fromarray(rgba).save(tmp_path / f"images/{i}.png")
@@ -627,8 +627,8 @@ def test_the_summary_says_what_was_found(tmp_path: Path) -> None:
     data = SegmentationData(*split_pairs(find_pairs(tmp_path)))
     assert data.describe().splitlines() == [
         "3 images of 4 x 5 to 8 x 6, RGB uint8",
-        "value 0 -> class 0   84.09%",
-        "value 1 -> class 1   15.91%",
+        "value 0 -> class 0   86.32%",
+        "value 1 -> class 1   13.68%",
         "alpha channel dropped in 3 images",
         f"values from {data.normalisation.low:g} to {data.normalisation.high:g}",
         "training: 2 images (0, 1)",

@@ -245,6 +245,8 @@ def test_a_data_set_of_instances() -> None:
     found = SegmentationData(pairs[:2], pairs[2:])
     assert found.instances
     assert "the masks number objects" in found.describe()
+    named = SegmentationData(pairs[:2], pairs[2:], names=["background", "nucleus"])
+    assert "names of classes are left out, as the masks number objects" in named.describe()
     data = SegmentationData(pairs[:2], pairs[2:], instances=True, ignore_value=999)
     for i, mask in enumerate(cells):
         wanted = np.where(mask == 999, IGNORE, mask > 0)

@@ -145,6 +145,24 @@ def test_images_and_masks_lie_side_by_side(tmp_path: Path, ending: str) -> None:
         find_pairs(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("image", "mask"),
+    [
+        ("image{}", "mask{}"),
+        ("IMG_{}", "Label_{}"),
+        ("a{} raw", "a{} mask"),
+        ("img{}_raw", "img{}_gt"),
+    ],
+)
+def test_words_tell_images_from_masks_side_by_side(tmp_path: Path, image: str, mask: str) -> None:
+    save(tmp_path, [f"{image.format(i)}.png" for i in range(4)], IMAGES)
+    save(tmp_path, [f"{mask.format(i)}.png" for i in range(4)], MASKS)
+    check(find_pairs(tmp_path))
+    (tmp_path / f"{mask.format(2)}.png").unlink()
+    with pytest.raises(InputError, match=rf"1 image without mask: {image.format(2)}\.png"):
+        find_pairs(tmp_path)
+
+
 def test_photographs_and_masks_of_one_name_lie_side_by_side(tmp_path: Path) -> None:
     save(tmp_path, [f"{i}.jpg" for i in range(4)], IMAGES)
     save(tmp_path, [f"{i}.png" for i in range(4)], MASKS)

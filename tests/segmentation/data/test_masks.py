@@ -304,6 +304,28 @@ def test_what_was_not_measured_is_in_no_statistic_and_ignored(
 
 
 @pytest.mark.parametrize(
+    ("values", "marked"), [((0, 1, 2), 255), ((0, 255), 128), ((0, 128, 255), 1), ("objects", 255)]
+)
+def test_predictions_mark_what_was_not_measured_where_no_mask_does(
+    tmp_path: Path, values: tuple[int, ...] | str, marked: int
+) -> None:
+    image = np.random.default_rng(0).integers(1, 9, (64, 64)).astype(np.int16)
+    image[:20] = -9999
+    tags = [(42113, "s", 0, "-9999", True)]
+    for i in range(3):
+        mask = blobs(i, tuple(range(9)) if isinstance(values, str) else values)
+        (tmp_path / "images").mkdir(exist_ok=True)
+        tifffile.imwrite(tmp_path / "images" / f"{i}.tif", image, extratags=tags)
+        write_image(tmp_path / "masks" / f"{i}.png", mask)
+    data = SegmentationData(find_pairs(tmp_path), instances=values == "objects")
+    assert data.table.values == ((0, 1) if values == "objects" else values)
+    assert data.table.decode(np.array([[0, IGNORE]], np.uint8)).tolist() == [[0, marked]]
+    assert f"predicted masks have the value {marked} where nothing was" in data.describe()
+    assert data.ignore_value is None
+    assert np.array_equal(data.load(0)[1] == IGNORE, image == -9999)
+
+
+@pytest.mark.parametrize(
     ("declared", "values", "ignored"),
     [("7", (0, 1), 7), ("200", (0, 1, 7), None), ("0", (0, 1, 7), None)],
 )

@@ -309,6 +309,27 @@ def test_masks_in_files_go_before_polygons(tmp_path: Path) -> None:
     assert all(isinstance(pair.mask, Path) for pair in find_pairs(tmp_path))
 
 
+@pytest.mark.parametrize("layout", ["{1}/{0}", "{0}/{1}"])
+def test_polygons_of_yolo_are_shares_of_their_images(tmp_path: Path, layout: str) -> None:
+    left, top = "1 0 0 0.5 0 0.5 1 0 1\n", "0 0 0 1 0 1 0.5 0 0.5\n"
+    for part, lines in (("train", ["", left, left]), ("val", [top, "", ""])):
+        with_images(tmp_path / layout.format(part, "images"))
+        labels = tmp_path / layout.format(part, "labels")
+        labels.mkdir(parents=True)
+        for i, line in enumerate(lines):
+            (labels / f"{i}.txt").write_text(line)
+    for said in ("names: [dirt, cell]", "names: {0: dirt, 1: cell}"):
+        (tmp_path / "data.yaml").write_text(said)
+        train, val = split_pairs(find_pairs(tmp_path))
+        assert [p.name for p in train] == [f"train_{i}" for i in range(3)]
+        assert [p.name for p in val] == [f"val_{i}" for i in range(3)]
+        data = SegmentationData(train, val)
+        assert data.table.names == ("background", "cell", "dirt")
+        assert not data.load(0)[1].any()
+        assert (data.load(1)[1] == (np.arange(WIDTH) < WIDTH / 2)).all()
+        assert (data.load(3)[1] == 2 * (np.arange(HEIGHT) < HEIGHT / 2)[:, None]).all()
+
+
 # -- what is refused
 
 
@@ -374,6 +395,28 @@ def test_what_labelme_draws_otherwise_is_named(
     with_images(tmp_path, ["0.png"])
     (tmp_path / "0.json").write_text(labelme(shape))
     with pytest.raises(InputError, match=rf"0\.json.*{reason}"):
+        find_pairs(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("0 0.5 0.5 0.2 0.2", "line 2: it has 5 numbers; a box alone is no mask"),
+        ("0 0.5 0.5 0.2", "line 2: it has 4 numbers; a polygon has 3 corners"),
+        ("0 0 0 1 0 1 1 0", "line 2: a polygon of shape"),
+        ("0 0 0 90 0 90 90", "line 2: its corners are no shares of the width and height"),
+        ("cell 0 0 1 0 1 1", "line 2: invalid literal"),
+        ("0 nan 0 1 0 1 1", "line 2: a polygon has a point that is no number"),
+    ],
+)
+def test_what_yolo_says_otherwise_is_named(tmp_path: Path, line: str, reason: str) -> None:
+    with_images(tmp_path / "images", ["0.png"])
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "labels" / "0.txt").write_text(f"0 0 0 1 0 1 1\n{line}\n")
+    with pytest.raises(InputError, match=rf"0\.txt' is no YOLO file of masks: {reason}"):
+        find_pairs(tmp_path)
+    (tmp_path / "labels" / "0.txt").rename(tmp_path / "labels" / "1.txt")
+    with pytest.raises(InputError, match="no image in this folder"):
         find_pairs(tmp_path)
 
 

@@ -19,7 +19,7 @@ from segmentation.data.normalisation import Normalisation
 from segmentation.data.pairs import Pair
 from segmentation.judging.evaluation import Evaluation
 from segmentation.judging.report import picture_row, report_figure, write_report, write_scores
-from segmentation.pictures import class_colours
+from segmentation.pictures import GREY, class_colours
 from tests.forks import run_forked
 from unet.files.pages import ImageInfo
 
@@ -208,6 +208,23 @@ def test_pictures_mark_what_is_wrong():
     assert "error: another class" in shown
     assert not any(word in text for text in shown for word in ("above", "below", "threshold"))
     assert [p.shape for p in picture_row(data, image, 16)] == [(12, 16, 3)] * 4
+
+
+def test_pictures_show_where_nothing_was_measured() -> None:
+    """The image black and as bright as without it, the prediction grey: nothing was found there."""
+    evaluation, data = evaluation_of(3, 1, dtype="uint16", channels=2)
+    image, pair = evaluation.images[0], data.pairs[0]
+    whole = picture_row(data, image)
+    hole = np.zeros(image.prediction.shape, bool)
+    hole[:8] = True
+    stored = np.where(hole[..., None], np.uint16(60000), pair.read_image())
+    stored[8:16] = pair.read_image()[:8]  # the same values as before, but for those of the hole
+    data.pairs[0] = replace(pair, image=stored, info=replace(pair.info, nodata=60000))
+    picture, _, prediction, _ = picture_row(data, image)
+    assert (picture[hole] == 0).all()
+    assert picture[~hole].max() == whole[0].max()
+    assert (prediction[hole] == GREY).all()
+    assert np.array_equal(prediction[~hole], whole[2][~hole])
 
 
 def test_scores_as_files(tmp_path):

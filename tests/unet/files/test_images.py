@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from unet.errors import InputError
+from unet.files.folders import mask_files
 from unet.files.images import (
     image_info,
     images_below,
@@ -99,11 +100,22 @@ def test_a_folder_of_folders_of_images_names_the_first_with_some(tmp_path: Path)
     write_image(tmp_path / ".hidden" / "x.png", np.zeros((4, 4), np.uint8))
     with pytest.raises(InputError, match=r"no image in this folder \([^)]*\)$"):
         list_images(tmp_path)
+    (tmp_path / "RoiSet.zip").touch()
+    with pytest.raises(InputError, match=r"but files of other kinds, such as RoiSet\.zip$"):
+        list_images(tmp_path)
     for place in ("day10", "day2/a"):
         write_image(tmp_path / place / "x.PNG", np.zeros((4, 4), np.uint8))
     first = re.escape(repr(str(tmp_path / "day2" / "a")))
     with pytest.raises(InputError, match=f"in this folder .*, but in {first}: name one"):
         list_images(tmp_path)
+
+
+def test_masks_beside_their_images_are_told_by_their_names() -> None:
+    masks = ("a_mask.png", "b_GT.tif", "c label.png", "mask1.png", "labels_2.png")
+    images = ("a.jpg", "b_raw.tif", "c.png", "Image1.png", "img_2.png")
+    others = ("mask.png", "d_mask.png", "damask.png", "dam.png", "masked.png", "image_mask_of.png")
+    files = [Path("x", name) for name in (*masks, *images, *others)]
+    assert mask_files([*files, Path("d.png")]) == [Path("x", name) for name in masks]
 
 
 def test_files_are_listed_in_natural_order_without_hidden_ones(tmp_path: Path) -> None:

@@ -132,6 +132,8 @@ def test_a_missing_file_is_named(folder: Path, name: str) -> None:
 
 
 def test_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="by the path of its folder, not by a list: of several"):
+        SegmentationUNet.from_pretrained([folder, folder])
     with pytest.raises(InputError, match="nothing is no folder: give a model folder"):
         SegmentationUNet.from_pretrained(tmp_path / "nothing")
     (tmp_path / "file").touch()
