@@ -142,6 +142,7 @@ def decide(
         *neighbours,
         *overlapping,
         Decision("crops", f"{crop[0]} x {crop[1]}, {fit.batch_size} per step", whole),
+        *_rare(data),
         told_augmentation,
         normalisation(
             data.normalisation,
@@ -461,6 +462,18 @@ def chosen_loss(
         gamma=options.focal_gamma,
     )
     return RegionLoss(loss, data.regions.members) if data.regions else loss, balance
+
+
+def _rare(data: SegmentationData) -> list[Decision]:
+    """The classes that crops are cut for, if any are rare."""
+    if data.instances or not data.table.rare:
+        return []
+    shares = [
+        f"{_class_name(data, k)} ({data.table.shares[k]:.2g} of the pixels)"
+        for k in data.table.rare
+    ]
+    told = f"a third of the crops contain {' or '.join(shares)}"
+    return [Decision("rare classes", told, "few others would")]
 
 
 def _synthetic(options: SegmentationOptions, data: SegmentationData) -> list[Decision]:

@@ -67,7 +67,6 @@ FIGURES = (
     "ap",
     "pq",
 )  # of an evaluation
-RARE = 0.01  # share of the pixels, below which a class needs more weight
 PICTURED = 4  # held-out images in the pictures of a run
 
 
@@ -172,8 +171,8 @@ def also_balanced(
     """The advice to weight classes, if rare ones were never predicted and nothing weights them."""
     if options.balance or options.class_weights or data.regions:
         return ""
-    shares = dict(zip(class_names(data.table), data.table.shares, strict=True))
-    rare = any(shares[name] < RARE for name in never)
+    names = class_names(data.table)
+    rare = any(names[k] in never for k in data.table.rare)
     return ", or with --balance, which gives rare classes more weight" if rare else ""
 
 

@@ -27,6 +27,7 @@ from unet.words import counted
 
 IGNORE = 255  # the class index of pixels that count neither in training nor in a score
 DTYPES = ("uint8", "uint16", "float32")  # of images
+RARE = 0.01  # share of the pixels below which few crops show a class
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +124,11 @@ class ClassTable:
             names=tuple(known[value] for value in ordered) if known else (),
             palette=palette,
         )
+
+    @property
+    def rare(self) -> tuple[int, ...]:
+        """The classes that have pixels, but less than RARE of them."""
+        return tuple(k for k, share in enumerate(self.shares) if 0 < share < RARE)
 
     def ignoring(self, value: Value) -> ClassTable:
         """The same classes with another ignored mask value.

@@ -15,6 +15,8 @@ from segmentation.data.depths import depths
 from segmentation.data.weights import border_weights
 from unet.training.batches import Key, sample_rng
 
+RARE_CROPS = 1 / 3  # share of the crops of real images that are cut for rare classes
+
 
 class CropSamples:
     """Augmented crops of the training images; an epoch sees each image as often as crops fit.
@@ -22,7 +24,9 @@ class CropSamples:
     Each crop of a partly labelled image contains a labelled pixel, at a random place, and an epoch
     has as many crops as its labelled pixels would fill. If there are synthetic images, an epoch
     also has crops of them, as many as their share requires; the images are taken in turn from epoch
-    to epoch.
+    to epoch. If classes are rare (`ClassTable.rare`), so are crops that each contain a pixel of
+    one, which take turns as well: a third of the crops of real images, as in nnU-Net
+    (doi 10.1038/s41592-020-01008-z, supplementary note 4).
 
     Args:
         size: height and width of a crop.
@@ -48,8 +52,14 @@ class CropSamples:
         self.data, self.augmentation, self.seed = data, augmentation, seed
         self.size, self.target_size, self.border = size, target_size, border
         self.cells = cells
-        used = [*data.train, *data.synthetic]
-        labelled = {i: float((data.load(i)[1] != IGNORE).mean()) for i in used}
+        labelled: dict[int, float] = {}
+        rare: dict[int, list[int]] = {k: [] for k in (() if data.instances else data.table.rare)}
+        for i in (*data.train, *data.synthetic):
+            mask = data.load(i)[1]
+            labelled[i] = float((mask != IGNORE).mean())
+            for k, images in rare.items():
+                if i in data.train and (mask == k).any():
+                    images.append(i)
         # The images with pixels that are ignored.
         self.partly = {i for i, part in labelled.items() if part < 1}
         self.images: list[int] = []
@@ -60,21 +70,29 @@ class CropSamples:
         self.others = 0
         if data.synthetic:
             self.others = max(1, round(len(self.images) * share / (1 - share)))
+        self.rare = [(k, images) for k, images in rare.items() if images]
+        more = RARE_CROPS / (1 - RARE_CROPS) if self.rare else 0
+        self.rare_crops = math.ceil(len(self.images) * more)
         self._weights: dict[int, Tensor] = {}
 
     def __len__(self) -> int:
-        return len(self.images) + self.others
+        return len(self.images) + self.others + self.rare_crops
 
-    def _image(self, epoch: int, index: int) -> int:
-        """The image that a crop is cut out of."""
+    def _cut(self, epoch: int, index: int) -> tuple[int, int | None]:
+        """The image that a crop is cut out of, and the rare class that it has to contain."""
         if index < len(self.images):
-            return self.images[index]
-        turn = epoch * self.others + index - len(self.images)
-        return self.data.synthetic[turn % len(self.data.synthetic)]
+            return self.images[index], None
+        index -= len(self.images)
+        if index < self.others:
+            turn = epoch * self.others + index
+            return self.data.synthetic[turn % len(self.data.synthetic)], None
+        turn, which = divmod(epoch * self.rare_crops + index - self.others, len(self.rare))
+        k, images = self.rare[which]
+        return images[turn % len(images)], k
 
     def __getitem__(self, key: Key) -> dict[str, Tensor]:
         epoch, index = key
-        i = self._image(epoch, index)
+        i, rare = self._cut(epoch, index)
         image, mask = (torch.tensor(a) for a in self.data.load(i))
         maps = {"mask": mask}
         if self.border is not None:
@@ -83,9 +101,9 @@ class CropSamples:
             maps["depth"] = torch.tensor(self.data.objects(i))
         rng = sample_rng(self.seed, epoch, index)
         corner = None
-        if i in self.partly:
-            labelled = np.flatnonzero(mask.numpy() != IGNORE)
-            corner = random_corner(mask.shape, rng, self.target_size, labelled)
+        if rare is not None or i in self.partly:
+            wanted = mask.numpy() == rare if rare is not None else mask.numpy() != IGNORE
+            corner = random_corner(mask.shape, rng, self.target_size, np.flatnonzero(wanted))
         crop, targets = augmented_crop(
             image, list(maps.values()), rng, self.augmentation, self.size, self.target_size, corner
         )
@@ -95,7 +113,7 @@ class CropSamples:
         return sample
 
     def name(self, index: int) -> str:
-        return self.data.pairs[self._image(0, index)].name
+        return self.data.pairs[self._cut(0, index)[0]].name
 
     def weights(self, i: int) -> Tensor:
         """Border weights (H, W) of an image, computed once."""

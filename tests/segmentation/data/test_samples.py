@@ -41,6 +41,29 @@ def test_an_epoch_sees_each_image_as_often_as_crops_fit(data):
     assert len(CropSamples(data, FLIPS, (500, 500), (500, 500))) == 2
 
 
+def test_a_third_of_the_crops_show_rare_classes() -> None:
+    """In turn, each from the images that have it; without one an epoch is what it was."""
+    images = np.random.default_rng(0).integers(0, 256, (5, 96, 96), np.uint8)
+    masks = np.zeros((5, 96, 96), np.uint8)
+    masks[:, :40] = 1
+    masks[1, 50:54, 60:64] = 2
+    masks[3, 10:16, 10:16] = 2
+    masks[3, 80:85, 5:10] = 3
+    pairs = pairs_from_arrays(images, masks)
+    data = SegmentationData(pairs[:4], pairs[4:])
+    assert data.table.rare == (2, 3)
+    samples = CropSamples(data, FLIPS, (32, 32), (32, 32))
+    assert len(samples) == 4 * 9 + 18
+    assert [samples.name(i) for i in range(36)] == [str(i // 9) for i in range(36)]
+    assert [samples._cut(0, 36 + i) for i in range(4)] == [(1, 2), (3, 3), (3, 2), (3, 3)]
+    assert samples._cut(1, 36) == samples._cut(0, 36 + 2)
+    for epoch in range(2):
+        for i in range(36, 54):
+            assert (samples[epoch, i]["mask"] == samples._cut(epoch, i)[1]).any()
+    whole = SegmentationData(pairs[:1], pairs[4:])
+    assert len(CropSamples(whole, FLIPS, (32, 32), (32, 32))) == 9
+
+
 def test_synthetic_images_have_their_share_and_are_in_nothing_else(data):
     """An epoch sees the real images as before; the others take turns, from epoch to epoch."""
     real = [data.pairs[i] for i in (*data.train, *data.val)]
@@ -56,7 +79,7 @@ def test_synthetic_images_have_their_share_and_are_in_nothing_else(data):
         assert len(samples) == 12 + others
         turns = [(epoch, 12 + i) for epoch in (0, 1) for i in range(min(others, 4))]
         for n, turn in enumerate(turns):
-            i = samples._image(*turn)
+            i = samples._cut(*turn)[0]
             assert n >= 4 or both.pairs[i].name == f"made {n % 3}"
             assert samples[turn]["image"].shape == (1, 32, 32)
     wrong = [replace(made[0], mask=np.where(made[0].mask > 0, 3, 0).astype(np.uint8))]
