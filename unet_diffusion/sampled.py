@@ -52,8 +52,9 @@ class MaskSampler:
         most = NoiseSchedule.from_dict(network.info["schedule"]).steps
         steps = options.steps and min(options.steps, most)
         self.sampler = ImageSampler(network, replace(options, steps=steps))
-        values = self.masks.values
-        self.table = ClassTable(values=values, shares=(1 / len(values),) * len(values))
+        values, palette = self.masks.values, self.masks.palette
+        shares = (1 / len(values),) * len(values)
+        self.table = ClassTable(values=values, shares=shares, palette=palette)
 
     def __call__(self, file: str | Path) -> Samples:
         """Class indices (S, H, W) of `table`, of the size of the image.
@@ -78,8 +79,7 @@ class MaskSampler:
 
     def _sampled(self, file: Path) -> Samples:
         wanted = [self.sampler.made_from(file).read()] * self.count
-        made = self.sampler(self.count, wanted)[..., 0]
-        return np.searchsorted(self.masks.values, made).astype(np.uint8)
+        return self.masks.classes(self.sampler(self.count, wanted))
 
     def probability(self, samples: Samples) -> Probability:
         """The share of the samples (K, H, W) of each class; of two (1, H, W), the second's."""
@@ -139,10 +139,10 @@ def _write(sampler: MaskSampler, image: Slice, files: list[Path], threshold: flo
     probability = sampler.probability(samples)
     decided = classes(probability, threshold)
     mask, probable, unsure, picture, *kept = files
-    write_image(mask, table.decode(decided))
+    write_image(mask, table.decode(decided), palette=table.palette)
     write_image(probable, as_16_bit(probability))
     write_image(unsure, as_16_bit(entropy_map(probability)[None]))
     seen = read_image(image.path, reading=Reading(nodata=sampler.sampler.reading.nodata))
     write_image(picture, overlay(grey_or_rgb(seen), decided, table))
     for file, sample in zip(kept, samples, strict=False):
-        write_image(file, table.decode(sample))
+        write_image(file, table.decode(sample), palette=table.palette)

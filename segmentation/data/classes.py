@@ -150,8 +150,8 @@ class ClassTable:
         if colour and mask.ndim == 2:
             mask = repeat(mask, "h w -> h w c", c=3)
         codes, comparable = value_codes(mask), colour == (mask.ndim == 3)
-        found, known = places(codes, self.values)
-        indices, unknown = found.astype(np.uint8), ~known | (not comparable)
+        place, known = places(codes, self.values)
+        indices, unknown = place.astype(np.uint8), ~known | (not comparable)
         if self.ignore_value is not None and comparable:
             ignored = codes == codes_of(np.array(self.ignore_value), colour)
             indices[ignored] = IGNORE

@@ -19,7 +19,7 @@ from segmentation.data.masks import joined
 from segmentation.data.polygons import Drawing
 from unet.errors import InputError
 from unet.files.images import image_info, read_image, read_mask
-from unet.files.mask_values import MaskCleaning, joint_palette
+from unet.files.mask_values import MaskCleaning, check_colours, joint_palette
 from unet.files.pages import AS_STORED, Array, ImageInfo, Reading
 from unet.files.volumes import turned
 
@@ -420,17 +420,7 @@ def _with_palettes(pairs: list[Pair]) -> list[Pair]:
         if pair.palette is None or not isinstance(pair.mask, Path):
             found.append(pair)
             continue
-        used = np.unique(read_mask(pair.mask, pair.page))
-        table = np.frombuffer(pair.palette, np.uint8).reshape(-1, 3)
-        colours = Counter(map(tuple, table[used].tolist()))
-        colour, times = colours.most_common(1)[0]
-        if times > 1:
-            twins = [int(i) for i in used if tuple(table[i].tolist()) == colour]
-            raise InputError(
-                f"{pair.where}: the indices {twins[0]} and {twins[1]} of its palette both have the "
-                f"colour {colour}, and other masks have other palettes or none, so that only "
-                "colours could say what is meant: give all masks one palette"
-            )
+        check_colours(pair.palette, read_mask(pair.mask, pair.page), pair.where)
         found.append(replace(pair, colours=True))
     return found
 

@@ -267,6 +267,24 @@ def joint_palette(masks: Iterable[tuple[bytes | None, Array]]) -> bytes | None:
     return b"".join(known.get(index, bytes(3)) for index in range(256))
 
 
+def check_colours(palette: bytes, mask: Array, where: str) -> None:
+    """Refuses a mask of indices (H, W) whose colours cannot be its values.
+
+    Raises:
+        InputError: it uses two indices of one colour; names `where`.
+    """
+    table = np.frombuffer(palette, np.uint8).reshape(-1, 3)
+    first: dict[tuple[int, ...], int] = {}
+    for index in np.unique(mask).tolist():
+        colour = tuple(table[index].tolist())
+        if (twin := first.setdefault(colour, index)) != index:
+            raise InputError(
+                f"{where}: the indices {twin} and {index} of its palette both have the "
+                f"colour {colour}, and other masks have other palettes or none, so that only "
+                "colours could say what is meant: give all masks one palette"
+            )
+
+
 def as_colour(value: Value) -> tuple[int, ...]:
     return value if isinstance(value, tuple) else (value, value, value)
 
