@@ -122,6 +122,11 @@ class ImageSampler:
         return masks.depth if (masks := self.model.masks) else 0
 
     @property
+    def _pictured(self) -> int:
+        """Channels of the images; 0 where masks alone are made."""
+        return self.channels - self.mask_channels
+
+    @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
@@ -259,7 +264,7 @@ class ImageSampler:
         size = None if self.model.any_size and not resize else (self.height, self.width)
         images = ImageKind(
             size=size,
-            channels=self.channels,
+            channels=self._pictured or self.channels,
             ranges=known_ranges(self.model.info),
             fine=self.pixels.fine,
             nodata=self.reading.nodata,
@@ -275,7 +280,7 @@ class ImageSampler:
     @property
     def background(self) -> Colour | None:
         """The colour under transparent pixels, as in training; None: alpha is a channel."""
-        if self.channels == 4:
+        if self._pictured == 4:
             return None
         try:
             return saved_colour(self.model.info.get("background")) or WHITE

@@ -43,7 +43,7 @@ class MaskSampler:
 
     def __init__(self, model: str | Path, count: int, options: SamplingOptions) -> None:
         network = load_for_sampling(model, options.device)
-        if network.masks is None or network.condition is None:
+        if network.masks is None or network.condition is None or network.joint:
             raise InputError(
                 f"{model} makes no masks from images: samples are drawn by a model of train-ddpm "
                 "--target mask --condition"

@@ -237,7 +237,8 @@ class DiffusionData:
         if self.condition is None:
             return image, None
         if self.condition.from_image:
-            return image, self.condition.make(image, rng)
+            seen = image[: self.channels - self.codes] if self.joint else image
+            return image, self.condition.make(seen, rng)
         return image, self.condition.as_tensor(pixels[..., self.channels :])
 
     def describe(self) -> str:

@@ -276,6 +276,49 @@ def test_image_and_mask_are_made_together_as_data_to_train_on(tmp_path, capsys):
     assert "makes images with masks, which eval-ddpm does not judge" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("condition", ["masks/2", "lowres:2"])
+def test_image_and_mask_are_made_together_from_a_picture(tmp_path, condition, short_runs):
+    """Beside the image and the codes of its mask the network sees the picture, and makes all else
+    as without; a model without it can start one."""
+    write(tmp_path, (0, 3, 9), count=6)
+    images, masks = tmp_path / "images", tmp_path / "masks/1"
+    given = condition if ":" in condition else str(tmp_path / condition)
+    data = DiffusionData(images, joint=masks, condition=given, val=1)
+    plain = DiffusionData(images, joint=masks, val=1)
+    assert (data.channels, data.codes, data.condition.channels) == (3, 2, 1 if ":" in given else 3)
+    for index in data.train:
+        assert torch.equal(data.batch([index])[0], plain.batch([index])[0])
+        picture, image = data.conditions([index])[0].picture, data.batch([index])[0][0, :1]
+        read = Path(given, Path(data.name(index)).name)
+        expected = (
+            data.condition.make(image, np.random.default_rng(0))
+            if data.condition.from_image
+            else data.condition.as_tensor(data.condition.read(read))
+        )
+        assert torch.equal(picture, expected)
+
+    def run(script, options, *argv):
+        assert run_script(script.main, options, list(map(str, argv))) == 0
+
+    said = ["--data", images, "--joint", masks, "--val", 1, "--width", 8, "--timesteps", 3]
+    said += ["--steps", 1, "--batch-size", 4, "--device", "cpu"]
+    run(train_ddpm, DiffusionOptions, *said, "--out", tmp_path / "plain")
+    said += ["--condition", given, "--init", tmp_path / "plain/model"]
+    run(train_ddpm, DiffusionOptions, *said, "--out", tmp_path / "run")
+    pictures = tmp_path / "pictures"
+    for i in range(2):
+        small = read_image(images / f"{i}.png")[::2, ::2]
+        write_image(pictures / f"{i}.png", small if ":" in given else read_image(masks / "1.png"))
+    made = ("--model", tmp_path / "run/model", "--condition", pictures, "--out", tmp_path / "made")
+    run(sample_ddpm, sample_ddpm.SampleOptions, *made, "--steps", 2, "--each", 2)
+    pairs = find_pairs(tmp_path / "made")
+    assert [pair.name for pair in pairs] == ["0_0", "0_1", "1_0", "1_1"]
+    assert {pair.read_image().shape for pair in pairs} == {(16, 16, 1)}
+    assert {v for pair in pairs for v in np.unique(pair.read_mask()).tolist()} <= {0, 3, 9}
+    with pytest.raises(InputError, match="makes no masks from images"):
+        MaskSampler(tmp_path / "run/model", 2, SamplingOptions(device="cpu"))
+
+
 COLOURS = [(0, 0, 0), (30, 200, 30), (200, 30, 30)]
 
 
@@ -380,8 +423,8 @@ def test_sampled_data_have_the_type_of_what_was_learnt(tmp_path, dtype):
 def test_masks_that_do_not_go_with_the_images_are_refused(tmp_path):
     write(tmp_path)
     images = tmp_path / "images"
-    with pytest.raises(InputError, match="leave out --condition"):
-        DiffusionOptions(data=str(images), joint=tmp_path, condition="grey")
+    with pytest.raises(InputError, match="leave out --target mask, --latents and --colour rgba"):
+        DiffusionOptions(data=str(images), joint=tmp_path, colour="rgba")
     with pytest.raises(InputError, match=r"0\.png' would be its own mask"):
         DiffusionData(images, joint=images)
     (tmp_path / "masks/1/3.png").unlink()
