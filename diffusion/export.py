@@ -9,12 +9,32 @@ import torch
 from torch import Tensor, nn
 
 from diffusion.model import DiffusionUNet
-from diffusion.process.prediction import get_prediction
+from diffusion.process.prediction import PredictionName, get_prediction
 from diffusion.process.schedule import NoiseSchedule
 from unet.errors import InputError
 from unet.weights.formats import Exportable
 
 TOKENS = 5  # of the example that is traced
+
+# What `diffusion.process.prediction` computes around the network, for programs without it: the
+# inputs for x = signal x0 + noise eps, and x0 and eps from what comes out.
+_EDM = "(signal**2 / 4 + noise**2)"
+FORMULAS: dict[PredictionName, dict[str, str]] = {
+    "eps": {"x0": "(x - noise * prediction) / signal", "eps": "prediction"},
+    "x0": {"x0": "prediction", "eps": "(x - signal * prediction) / noise"},
+    "v": {"x0": "signal * x - noise * prediction", "eps": "noise * x + signal * prediction"},
+    "flow": {
+        "noisy": "x / (signal + noise)",
+        "x0": "(x - noise * prediction) / (signal + noise)",
+        "eps": "(x + signal * prediction) / (signal + noise)",
+    },
+    "edm": {
+        "noisy": f"x / sqrt{_EDM}",
+        "timestep": "log(noise / signal) / 4",
+        "x0": f"signal * x / 4 / {_EDM} + noise * prediction / 2 / sqrt{_EDM}",
+        "eps": f"noise * x / {_EDM} - signal * prediction / 2 / sqrt{_EDM}",
+    },
+}
 
 
 class Evaluation(nn.Module):
@@ -95,8 +115,12 @@ def metadata(model: DiffusionUNet, multiple: int | None) -> dict[str, str]:
     get_prediction(prediction, schedule)  # which says what is wrong with one that is none
     size = "images of {} x {} in training".format(*model.size)
     size += f"; the network takes multiples of {multiple}" if multiple else " and only these"
-    parts = ["noisy: float32 (batch, channels, height, width), images from -1 to 1 with noise"]
-    parts += ["timestep: float32 (batch,), from 0 to steps - 1"]
+    formulas = {"noisy": "x", "timestep": "t"} | FORMULAS[prediction]
+    noisy = "" if formulas["noisy"] == "x" else ", scaled"
+    parts = [
+        "noisy: float32 (batch, channels, height, width), images from -1 to 1 with noise" + noisy,
+        f"timestep: float32 (batch,), {formulas['timestep']} for t from 0 to steps - 1",
+    ]
     if model.condition is not None:
         parts.append("picture: float32 (batch, channels, height, width), what it is made from")
     if model.text is not None:
@@ -105,19 +129,34 @@ def metadata(model: DiffusionUNet, multiple: int | None) -> dict[str, str]:
         parts.append("context: float32 (batch, length, channels) of the text encoder")
     if model.config.classes:
         parts.append(f"classes: int64 (batch,), {model.config.classes - 1} is any")
+    output = f"prediction: {prediction}, float32, of the images' size"
+    if model.out_channels == 2 * model.image_channels:
+        output += ", in the first half of the channels; the others are of the learned variance"
+    coded = {}
+    if (masks := model.masks) is not None:
+        codes = (masks.codes / 127.5 - 1).astype(int).tolist()
+        coded = {"masks": json.dumps({"values": masks.values, "codes": codes})}
     return {
         "task": "diffusion",
         "input": "; ".join(parts),
-        "output": f"prediction: {prediction}, float32, of the images' size",
+        "output": output,
         "prediction": str(prediction),
         "size": size,
         "classes": json.dumps(model.classes),
         "words": json.dumps(model.info["text"]["vocabulary"] if model.text is not None else []),
         "schedule": json.dumps(schedule.to_dict()),
         "alpha_bar": json.dumps([round(x, 9) for x in schedule.alpha_bar.tolist()]),
+        "signal": _listed(schedule.signal),
+        "noise": _listed(schedule.noise),
+        "step": json.dumps({"x": "signal[t] * x0 + noise[t] * eps"} | formulas),
+        **coded,
         "values": f"{model.pixels.values}, of {model.pixels.dtype}, are -1 to 1",
         "works_on": "latents of an autoencoder" if "autoencoder" in model.info else "pixels",
     }
+
+
+def _listed(rates: Tensor) -> str:
+    return json.dumps([float(f"{rate:.9g}") for rate in rates.tolist()])
 
 
 def _network_size(model: DiffusionUNet) -> tuple[int, int]:

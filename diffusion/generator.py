@@ -141,8 +141,8 @@ class ImageGenerator:
 
         Returns:
             (N, H, W, C) in the type of the training images, uint8, uint16 or float32 (`dtype`); of
-            a model of masks their values, uint8 (N, H, W, 1); of one of images with masks
-            (N, H, W, C + 1), the mask's value last.
+            a model of masks their values, uint8 (N, H, W, 1), or colours (N, H, W, 3); of one of
+            images with masks (N, H, W, C + 1), or C + 3, the mask's value or colour last.
 
         Raises:
             InputError (a ValueError): a setting out of range, an unknown one, or one that the model

@@ -141,10 +141,12 @@ def fitting(start: Start, images: int, info: Mapping[str, Any]) -> Start:
     for name in _beside(start.info):
         start = start.for_inputs(theirs, 0, f"without the {_weights(name)} of its {name[0]}")
     start = start.for_channels(images)
+    kept = images
     for name, channels in _beside(info).items():
         zeros = f"zeros for {counted(channels, 'channel')} of the {name[0]}"
-        start = start.for_inputs(images, channels, f"its {_weights(name)} with {zeros}")
-        codes = channels if "joint" in info else 0
+        start = start.for_inputs(kept, channels, f"its {_weights(name)} with {zeros}")
+        kept += channels
+        codes += channels if name[0] == "masks" else 0
     if "joint" in info or "joint" in start.info:
         drawn = theirs == images and not start.crossed
         start = start.for_outputs(images * patch if drawn else 0, codes * patch)
@@ -157,15 +159,16 @@ def _weights(beside: tuple[Any, ...]) -> str:
 
 
 def _beside(info: Mapping[str, Any]) -> dict[tuple[Any, ...], int]:
-    """What a model reads behind the channels of an image, at most one thing: its name first, and
-    what else its weights depend on; and its channels."""
-    if "condition" in info:
-        condition = Condition.from_dict(info["condition"])
-        return {("condition", condition.kind, condition.values): condition.channels}
+    """What a model reads behind the channels of an image, in this order: the name of each, what
+    else its weights depend on; and its channels."""
+    found: dict[tuple[Any, ...], int] = {}
     if "joint" in info:
         masks = MaskCoding.from_dict(info["joint"])
-        return {("masks", masks): masks.channels}
-    return {}
+        found["masks", masks] = masks.channels
+    if "condition" in info:
+        condition = Condition.from_dict(info["condition"])
+        found["condition", condition.kind, condition.values] = condition.channels
+    return found
 
 
 def take_over(model: DiffusionUNet, start: Start) -> str:

@@ -186,8 +186,9 @@ class DiffusionUNet(FolderModel):
             if self.condition is not None:
                 wanted += ', pictures="image.png"'
                 command += " --condition pictures"
-            if self.joint:
-                made = "(16, H, W, C + 1), the mask's value last"
+            if self.joint and self.masks is not None:
+                what = "colour" if self.masks.of_colours else "value"
+                made = f"(16, H, W, C + {self.masks.depth}), the mask's {what} last"
             elif self.masks is not None and self.condition is not None:
                 command = (
                     f"unet-predict-seg --model {shlex.quote(where)} --samples 16 --input images "

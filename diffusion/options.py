@@ -208,12 +208,10 @@ class DiffusionOptions(MaskOptions, FitOptions):
                 "--target mask makes masks, from noise alone or from the images of --condition: "
                 "leave out --colour, --latents, --classes and --captions"
             )
-        if self.joint and (
-            self.condition or self.latents or self.target == "mask" or self.colour == "rgba"
-        ):
+        if self.joint and (self.latents or self.target == "mask" or self.colour == "rgba"):
             raise InputError(
-                f"--joint {self.joint} makes grey or colour images and their masks out of noise: "
-                "leave out --condition, --target mask, --latents and --colour rgba"
+                f"--joint {self.joint} makes grey or colour images and their masks together: "
+                "leave out --target mask, --latents and --colour rgba"
             )
         cleaned = self.mask_values or self.threshold_masks
         if cleaned and not (self.joint or self.condition or self.target == "mask"):

@@ -14,7 +14,7 @@ from torch import Tensor
 from diffusion.attention_maps import attention_figure
 from diffusion.pictures import Images, fewer_pixels, grid, write_gif
 from unet.errors import InputError
-from unet.files.images import SAMPLES, files_below, read_image, write_image
+from unet.files.images import SAMPLES, files_below, read_image, read_mask, write_image
 from unet.files.pages import Array
 from unet.files.writing import replacing, write_text
 from unet.training.task import Processes
@@ -43,7 +43,8 @@ class SampleFolder:
     def __init__(self, path: Path, *, overwrite: bool = False) -> None:
         self.path, self.suffix = path, "png"
         self.names: Sequence[str] | None = None
-        self.labelled = False
+        self.masks, self.labelled = 0, False
+        self.palette: bytes | None = None
         if path.is_file() or (path.is_dir() and any(path.iterdir()) and not overwrite):
             raise InputError(f"--out {path} is in use: give --overwrite or another folder")
 
@@ -53,7 +54,8 @@ class SampleFolder:
         channels: int = 3,
         names: Sequence[str] | None = None,
         *,
-        labelled: bool = False,
+        masks: int = 0,
+        palette: bytes | None = None,
         dtype: str = "uint8",
     ) -> None:
         """Makes the folder, and removes what an earlier run wrote to it (nothing else).
@@ -61,15 +63,18 @@ class SampleFolder:
         All of the processes call it, and go on together.
 
         Args:
-            channels: of the images.
+            channels: of all that is made.
             names: of the files of images 0, 1, ..., instead of their numbers; with the folders
                 that they are in.
-            labelled: the last channel is the image's mask.
+            masks: how many channels, the last ones, are the values of a mask.
+            palette: of masks of indices, see `write_image`.
             dtype: of the images, which are PNG files where these hold so many channels of 8 bits,
                 else TIFF files.
         """
-        self.names, self.labelled = names, labelled
-        plain = channels - labelled in (1, 3, 4) and dtype == "uint8"
+        self.names, self.masks, self.palette = names, masks, palette
+        self.labelled = 0 < masks < channels
+        pictured = channels - masks if self.labelled else channels
+        plain = pictured in (1, 3, 4) and dtype == "uint8"
         self.suffix = "png" if plain else "tif"
         processes.wait()  # so that none finds what another has written already
         if processes.main:
@@ -102,17 +107,24 @@ class SampleFolder:
     def add(self, images: Array, first: int) -> None:
         """Writes images (N, H, W, C), the first of them under this number."""
         for number, image in enumerate(images, first):
-            file, *label = self.files(number)
-            write_image(file, image[..., :-1] if label else image)
-            for mask in label:
-                write_image(mask, image[..., -1:].astype(np.uint8))
+            files = self.files(number)
+            if self.labelled:
+                write_image(files[0], image[..., : -self.masks])
+                image = image[..., -self.masks :].astype(np.uint8)
+            write_image(files[-1], image, self.palette)
 
     def read(self, numbers: Sequence[int]) -> Array:
         """What was written, by whatever process."""
         found = []
         for number in numbers:
-            picture, *label = (read_image(file, alpha=True) for file in self.files(number))
-            found.append(np.concatenate([picture, *label], axis=2))
+            *images, last = self.files(number)
+            parts = [read_image(file, alpha=True) for file in images]
+            if self.masks:
+                mask = read_mask(last)
+                parts.append(mask.reshape(*mask.shape[:2], -1))
+            else:
+                parts.append(read_image(last, alpha=True))
+            found.append(np.concatenate(parts, axis=2))
         return np.stack(found)
 
     def files(self, number: int) -> tuple[Path, ...]:
@@ -135,8 +147,8 @@ class SampleFolder:
         return self._save(grid(np.stack(found)), "grid.png")
 
     def write_npz(self, numbers: Sequence[int], labels: Sequence[int] | None) -> None:
-        """`images` (N, H, W, C), with masks (N, H, W, C + 1), and `labels` int64 (N,) where
-        there are classes.
+        """`images` (N, H, W, C), with masks (N, H, W, C + 1), or C + 3 of colours, and `labels`
+        int64 (N,) where there are classes.
         """
         images = self.read(numbers)
         with replacing(self.path / "samples.npz") as temporary, temporary.open("wb") as file:

@@ -190,7 +190,8 @@ def around_holes(run: Iterable[Step], wanted: Sequence[Asked]) -> Iterator[Step]
             for made, asked in zip(x, wanted, strict=True):
                 if (picture := asked.read()) is not None:
                     *image, hole = picture.to(made)
-                    made.copy_(torch.where(hole > 0, made, torch.stack(image)))
+                    seen = made[: len(image)]  # before the codes of a mask
+                    seen.copy_(torch.where(hole > 0, seen, torch.stack(image)))
         yield replace(step, x=x)
 
 

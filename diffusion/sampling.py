@@ -110,11 +110,21 @@ class ImageSampler:
 
     @property
     def channels(self) -> int:
-        """Channels of what is made; of images with masks, the mask's value is the last."""
+        """Channels of what is made; of images with masks, the mask's value or colour is last."""
         if self.autoencoder:
             return self.autoencoder.image_channels
-        masks = self.model.masks
-        return self.model.image_channels - (masks.channels - 1 if masks else 0)
+        codes = masks.channels if (masks := self.model.masks) else 0
+        return self.model.image_channels - codes + self.mask_channels
+
+    @property
+    def mask_channels(self) -> int:
+        """How many of these, the last ones, are the values of a mask."""
+        return masks.depth if (masks := self.model.masks) else 0
+
+    @property
+    def _pictured(self) -> int:
+        """Channels of the images; 0 where masks alone are made."""
+        return self.channels - self.mask_channels
 
     @property
     def device(self) -> torch.device:
@@ -258,7 +268,7 @@ class ImageSampler:
         size = None if self.model.any_size and not resize else (self.height, self.width)
         images = ImageKind(
             size=size,
-            channels=self.channels,
+            channels=self._pictured or self.channels,
             ranges=known_ranges(self.model.info),
             fine=self.pixels.fine,
             nodata=self.reading.nodata,
@@ -274,7 +284,7 @@ class ImageSampler:
     @property
     def background(self) -> Colour | None:
         """The colour under transparent pixels, as in training; None: alpha is a channel."""
-        if self.channels == 4:
+        if self._pictured == 4:
             return None
         try:
             return saved_colour(self.model.info.get("background")) or WHITE
@@ -304,15 +314,15 @@ class ImageSampler:
         return self._images(self.pixels.stored, found if masks is None else masks.decode(found))
 
     def shown(self, images: Images) -> NDArray[np.uint8]:
-        """Images as bytes, and masks with greys that can be told apart, beside their images."""
+        """Images as bytes, and masks in colours or greys that differ, beside their images."""
         found, masks = self._images(self.pixels.shown, images), self.model.masks
         return found if masks is None else masks.shown(found)
 
     def _images(self, change: Callable[[Pixels], Array], made: Array) -> Array:
-        """What is made, its images changed, and the value of its masks, the last channel, kept."""
-        images, masks = np.split(made, [made.shape[-1] - (self.model.masks is not None)], axis=-1)
+        """What is made, its images changed, and the values of its masks, which are last, kept."""
+        images, values = np.split(made, [made.shape[-1] - self.mask_channels], axis=-1)
         changed = change(images)
-        return np.concatenate([changed, masks.astype(changed.dtype)], axis=-1)
+        return np.concatenate([changed, values.astype(changed.dtype)], axis=-1)
 
     # ------------------------------------------------------------------------------------------
     # Images

@@ -19,6 +19,7 @@ from unet.training.cli import run_script, say_next
 from unet.training.options import check_paths
 
 if TYPE_CHECKING:
+    from segmentation.data.pairs import Pair
     from unet_diffusion.page.shared import Known
 
 # The two quick trainings of the demo, with their shares of the minutes: the arguments of `unet`.
@@ -74,10 +75,11 @@ class AppOptions:
 def main(options: AppOptions) -> None:
     check_paths(options, made=("folder", "runs"))
     password = read_password(options.password_file)
+    held: list[Pair] = []
     if options.held_out is not None:
         from segmentation.data.pairs import find_pairs
 
-        find_pairs(options.held_out)  # which is read again by each training
+        held = find_pairs(options.held_out)  # which is read again by each training
     folder = options.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")
@@ -90,10 +92,17 @@ def main(options: AppOptions) -> None:
     with lock:
         # Uploads and results of an earlier page; what was painted and learnt lies beside them.
         shutil.rmtree(folder / "files", ignore_errors=True)
-        serve(options, folder, password)
+        serve(options, folder, password, held)
 
 
-def serve(options: AppOptions, folder: Path, password: str | None) -> None:
+def serve(
+    options: AppOptions, folder: Path, password: str | None, held: Sequence[Pair] = ()
+) -> None:
+    """Opens the page, and waits until it is to be closed.
+
+    Args:
+        held: the pairs of --held-out.
+    """
     # Read by Gradio as it is imported: no reports to its makers, and uploads in our own folder.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["GRADIO_TEMP_DIR"] = str(folder / "files")
@@ -110,7 +119,7 @@ def serve(options: AppOptions, folder: Path, password: str | None) -> None:
 
     models = given(options.model) if options.model else quick_ones(folder / "models")
     if options.held_out is not None:
-        for note in unfit(options.held_out, models):
+        for note in unfit(options.held_out, held, models):
             print(note, file=sys.stderr)
     page = Page(
         folder,
@@ -170,17 +179,16 @@ def given(folders: Sequence[str]) -> list[Known]:
     return list(found.values())
 
 
-def unfit(held_out: Path, models: Sequence[Known]) -> list[str]:
-    """What is to be said of the segmentations that images of --held-out cannot judge.
+def unfit(held_out: Path, held: Sequence[Pair], models: Sequence[Known]) -> list[str]:
+    """What is to be said of the segmentations that the pairs of --held-out cannot judge.
 
     Raises:
         InputError: it is all of them.
     """
-    from segmentation.data.pairs import find_pairs
     from segmentation.judging.labelled import labelled_data
     from segmentation.segmenter import load_models
 
-    said, judged, pairs = [], 0, find_pairs(held_out)
+    said, judged = [], 0
     for known in models:
         if known.task != "segmentation":
             continue
@@ -190,7 +198,7 @@ def unfit(held_out: Path, models: Sequence[Known]) -> list[str]:
             continue  # the page teaches no such model
         judged += 1
         try:
-            labelled_data(networks, pairs, table)
+            labelled_data(networks, held, table)
         except InputError as error:
             said.append(f"--held-out {held_out} does not go with the model {known.name}: {error}")
     if said and len(said) == judged:

@@ -136,7 +136,7 @@ def _opened(name: str) -> tuple[FolderModel, str, dict[str, Any]]:
 
     from diffusion.initial import described_lora, is_lora
     from diffusion.stable.lora import LORA
-    from unet.weights.folder import start_folder
+    from unet.weights.folder import near, start_folder
     from unet_diffusion.starting import KINDS, read_model
 
     if preset := PRESETS.get(name):
@@ -146,6 +146,7 @@ def _opened(name: str) -> tuple[FolderModel, str, dict[str, Any]]:
     if not (folder := start_folder(name)).exists():
         raise InputError(
             f"'{name}' is neither a preset ({', '.join(PRESETS)}) nor a model folder or checkpoint"
+            f"{near(folder)}"
         )
     if Path(name).is_file():
         return *_in_checkpoint(Path(name)), {}

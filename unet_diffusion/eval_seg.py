@@ -92,9 +92,14 @@ class EvalOptions(LabelOptions):
         if self.calibrate and self.threshold is not None:
             raise InputError("--calibrate moves the model's threshold: leave out --threshold")
         if self.calibrate:
+            from unet.weights.folder import near
+
             for folder in self.model:
                 if not Path(folder).is_dir():
-                    raise InputError(f"--calibrate writes into the model: {folder} is no folder")
+                    raise InputError(
+                        f"--calibrate writes into the model: {folder} is no folder"
+                        f"{near(Path(folder))}"
+                    )
 
 
 def main(options: EvalOptions) -> None:

@@ -176,8 +176,14 @@ def main(options: SampleOptions) -> None:
     for remark in (r for text in options.prompt for r in sampler.text.remarks(text)):
         print(f"note: {remark}", file=sys.stderr)
     plan = chosen_plan(options, sampler, wanted)
-    dtype = model.pixels.dtype
-    folder.begin(processes, sampler.channels, names, labelled=model.joint, dtype=dtype)
+    folder.begin(
+        processes,
+        sampler.channels,
+        names,
+        masks=sampler.mask_channels,
+        palette=model.masks.palette if model.masks else None,
+        dtype=model.pixels.dtype,
+    )
     parts = sampler.parts(sampler.sizes(wanted), processes)
     for part, images in zip(parts, made(options, sampler, plan, wanted, processes), strict=True):
         folder.add(images, options.first + part.start)

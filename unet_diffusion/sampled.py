@@ -43,7 +43,7 @@ class MaskSampler:
 
     def __init__(self, model: str | Path, count: int, options: SamplingOptions) -> None:
         network = load_for_sampling(model, options.device)
-        if network.masks is None or network.condition is None:
+        if network.masks is None or network.condition is None or network.joint:
             raise InputError(
                 f"{model} makes no masks from images: samples are drawn by a model of train-ddpm "
                 "--target mask --condition"
@@ -52,8 +52,9 @@ class MaskSampler:
         most = NoiseSchedule.from_dict(network.info["schedule"]).steps
         steps = options.steps and min(options.steps, most)
         self.sampler = ImageSampler(network, replace(options, steps=steps))
-        values = self.masks.values
-        self.table = ClassTable(values=values, shares=(1 / len(values),) * len(values))
+        values, palette = self.masks.values, self.masks.palette
+        shares = (1 / len(values),) * len(values)
+        self.table = ClassTable(values=values, shares=shares, palette=palette)
 
     def __call__(self, file: str | Path) -> Samples:
         """Class indices (S, H, W) of `table`, of the size of the image.
@@ -78,8 +79,7 @@ class MaskSampler:
 
     def _sampled(self, file: Path) -> Samples:
         wanted = [self.sampler.made_from(file).read()] * self.count
-        made = self.sampler(self.count, wanted)[..., 0]
-        return np.searchsorted(self.masks.values, made).astype(np.uint8)
+        return self.masks.classes(self.sampler(self.count, wanted))
 
     def probability(self, samples: Samples) -> Probability:
         """The share of the samples (K, H, W) of each class; of two (1, H, W), the second's."""
@@ -139,11 +139,11 @@ def _write(sampler: MaskSampler, image: Slice, files: list[Path], threshold: flo
     probability = sampler.probability(samples)
     decided = classes(probability, threshold)
     mask, probable, unsure, picture, *kept = files
-    write_image(mask, table.decode(decided))
+    write_image(mask, table.decode(decided), palette=table.palette)
     write_image(probable, as_16_bit(probability))
     write_image(unsure, as_16_bit(entropy_map(probability)[None]))
     reading = Reading(nodata=sampler.sampler.reading.nodata)
     seen = grey_or_rgb(read_image(image.path, reading=reading), reading.of(image.info).nodata)
     write_image(picture, overlay(seen, decided, table))
     for file, sample in zip(kept, samples, strict=False):
-        write_image(file, table.decode(sample))
+        write_image(file, table.decode(sample), palette=table.palette)

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffusion.data.masks import find_masks, read_cleaned, survey_of
+from diffusion.data.masks import find_masks, find_palette, read_cleaned, survey_of
 from diffusion.data.pixels import (
     Pixels,
     ValueRange,
@@ -395,7 +395,7 @@ def find_condition(
     Args:
         nodata: see `Condition.read`.
         said: "lowres:4", "grey", "noise:0.2", "hole", or a folder. Files there that all hold a few
-            whole numbers (or are indices of a palette) are masks, others are pictures, among them
+            whole numbers (or are indices of one palette) are masks, others are pictures, among them
             such whose edges are soft.
         files: those of the folder that go with images; none given: all in it and below it.
         background: the colour under transparent pixels of pictures, if all pictures stay visible on
@@ -440,7 +440,8 @@ def _of_folder(
         )
     files = [Path(file) for file in dict.fromkeys(given)] or images_below(folder)
     if cleaning:
-        known = find_masks(list(map(str, files)), "bits", cleaning).values
+        cleaned = find_masks(list(map(str, files)), "bits", cleaning).values
+        known = tuple(value for value in cleaned if isinstance(value, int))  # as cleaned ones are
         return Condition(kind="mask", channels=len(known), values=known, cleaning=cleaning)
     kinds: dict[tuple[int, str, bytes | None, bool], None] = {}
     transparent = False
@@ -451,6 +452,8 @@ def _of_folder(
         (channels == 1 or palette is not None) and dtype != "float32" and not lossy
         for channels, dtype, palette, lossy in kinds
     )
+    if masks and len({palette for _, _, palette, _ in kinds}) > 1:
+        masks = not find_palette(files)[1]
     survey = survey_of(files if masks else [], NOT_CLEANED)
     values = sorted(value for value in survey.pixels if isinstance(value, int))
     soft = len(values) <= MAX_CLASSES and survey.soft()

@@ -191,8 +191,8 @@ class DiffusionData:
         return found
 
     def images(self, indices: Sequence[int]) -> NDArray[np.uint8]:
-        """The same images as bytes (N, H, W, C), masks as greys, (N, H, W, 1), and both side by
-        side, (N, H, 2 W, C).
+        """The same images as bytes (N, H, W, C), masks as `MaskCoding.shown` gives them, and both
+        side by side, (N, H, 2 W, C).
         """
         found = np.stack([as_bytes(self.load(i)[1][..., : self.channels]) for i in indices])
         return found if self.masks is None else self.masks.shown(self.masks.decode(found))
@@ -237,7 +237,8 @@ class DiffusionData:
         if self.condition is None:
             return image, None
         if self.condition.from_image:
-            return image, self.condition.make(image, rng)
+            seen = image[: self.channels - self.codes] if self.joint else image
+            return image, self.condition.make(seen, rng)
         return image, self.condition.as_tensor(pixels[..., self.channels :])
 
     def describe(self) -> str:

@@ -7,8 +7,8 @@ those of an image that is generated with them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -17,9 +17,21 @@ from numpy.typing import NDArray
 
 from diffusion.data.pixels import Pixels
 from unet.errors import InputError
-from unet.files.images import read_mask
-from unet.files.mask_values import MAX_CLASSES, MaskCleaning, Survey
-from unet.files.pages import Array, naming
+from unet.files.images import image_info, read_mask
+from unet.files.mask_values import (
+    MAX_CLASSES,
+    MaskCleaning,
+    Survey,
+    Value,
+    as_colour,
+    check_colours,
+    code_values,
+    codes_of,
+    joint_palette,
+    listed,
+    places,
+)
+from unet.files.pages import Array, colour_table, naming
 
 Coding = Literal["bits", "one-hot"]
 
@@ -30,16 +42,28 @@ class MaskCoding:
     `info["joint"]` where images are made with them.
 
     Attributes:
-        values: of the masks, from 0 to 255, rising.
+        values: of the masks, rising: all of them numbers from 0 to 255, or all RGB colours.
+        palette: of masks of indices: red, green and blue of each in turn.
     """
 
-    values: tuple[int, ...]
+    values: tuple[Value, ...]
     coding: Coding = "bits"
+    palette: bytes | None = field(default=None, compare=False)
 
     @property
     def channels(self) -> int:
         """Digits of a code."""
         return self.codes.shape[1]
+
+    @property
+    def of_colours(self) -> bool:
+        """Whether the values are colours."""
+        return isinstance(self.values[0], tuple)
+
+    @property
+    def depth(self) -> int:
+        """Channels of a mask's values: 3 of colours, else 1."""
+        return 3 if self.of_colours else 1
 
     @property
     def codes(self) -> Pixels:
@@ -54,15 +78,26 @@ class MaskCoding:
         """The codes (H, W, C) of a mask file, once its values were cleaned.
 
         Raises:
-            InputError: it cannot be read, holds colours, or another value than these.
+            InputError: it cannot be read, or holds another value than these.
         """
-        mask = read_cleaned(file, cleaning)
-        indices = np.searchsorted(self.values, mask).clip(max=len(self.values) - 1)
-        known = mask.ndim == 2 and np.array(self.values)[indices] == mask
-        if not np.all(known):
-            strange = "colours" if mask.ndim == 3 else np.unique(mask[~known])[:5].tolist()
-            raise InputError(f"{str(file)!r} holds {strange}, but masks have {list(self.values)}")
+        mask = read_cleaned(file, cleaning, colours=self.of_colours)
+        if self.of_colours and mask.ndim == 2:
+            mask = mask[..., None].repeat(3, axis=2)
+        colour = mask.ndim == 3
+        codes = codes_of(mask, colour)
+        indices, known = places(codes, self.values)
+        known &= colour == self.of_colours
+        if not known.all():
+            strange = code_values(np.unique(codes[~known])[:5], colour)
+            raise InputError(
+                f"{str(file)!r} holds {listed(strange)}, but masks have {listed(self.values)}"
+            )
         return self.codes[indices]
+
+    def classes(self, mask: Array) -> NDArray[np.uint8]:
+        """The classes (..., H, W) of these values (..., H, W, V) alone, where V is `depth`."""
+        codes = codes_of(mask if self.of_colours else mask[..., 0], self.of_colours)
+        return places(codes, self.values)[0].astype(np.uint8)
 
     def indices(self, pixels: Pixels) -> NDArray[np.uint8]:
         """The class (..., H, W) whose code is nearest to pixels (..., H, W, C)."""
@@ -75,95 +110,141 @@ class MaskCoding:
         return self.codes[self.indices(pixels)]
 
     def decode(self, made: Pixels) -> Array:
-        """The channels (..., H, W, I) before the codes, unchanged, and then the mask's values.
+        """The channels (..., H, W, I) before the codes, unchanged, and then the mask's values, of
+        which each has `depth` channels.
 
         Args:
             made: (..., H, W, I + C); I is 0 where masks alone are made.
         """
         images, codes = np.split(made, [made.shape[-1] - self.channels], axis=-1)
-        values = np.array(self.values, np.uint8)[self.indices(codes)]
-        return np.concatenate([images, values[..., None]], axis=-1)
+        values = np.array(self.values, np.uint8).reshape(-1, self.depth)[self.indices(codes)]
+        return np.concatenate([images, values], axis=-1)
 
     def shown(self, decoded: Array) -> NDArray[np.uint8]:
-        """What `decode` gives of bytes, for people: mask values as greys from black to white,
-        (H, W, 1), or to the right of their image (H, 2 W, I).
+        """What `decode` gives of bytes, for people: mask values in their colours, or as greys from
+        black to white where they have none or the image is neither grey nor RGB; alone (H, W, C),
+        or to the right of their image (H, 2 W, C).
         """
-        images, masks = np.split(decoded, [decoded.shape[-1] - 1], axis=-1)
-        indices = np.searchsorted(self.values, masks)
-        greys = np.round(indices * (255 / (len(self.values) - 1))).astype(np.uint8)
-        if not (channels := images.shape[-1]):
-            return greys
-        return np.concatenate([images, greys.repeat(channels, axis=-1)], axis=-2)
+        images, masks = np.split(decoded, [decoded.shape[-1] - self.depth], axis=-1)
+        channels = images.shape[-1]
+        table = self._colours() if channels in (0, 1, 3) else self._greys()
+        pictures = table[self.classes(masks)]
+        if not channels:
+            return pictures
+        wide = max(channels, pictures.shape[-1])
+        both = (side.repeat(wide // side.shape[-1], axis=-1) for side in (images, pictures))
+        return np.concatenate([*both], axis=-2)
+
+    def _greys(self) -> NDArray[np.uint8]:
+        """A grey (K, 1) for each class."""
+        return np.linspace(0, 255, len(self.values)).round().astype(np.uint8)[:, None]
+
+    def _colours(self) -> NDArray[np.uint8]:
+        """The colour (K, 3) of each class, or a grey (K, 1) where they have none."""
+        if self.of_colours:
+            return np.array(self.values, np.uint8)
+        return self._greys() if self.palette is None else colour_table(self.palette)[[*self.values]]
 
     def said(self) -> str:
         """The coding in words."""
-        return f"masks of the values {', '.join(map(str, self.values))}, as {self.coding}"
+        kind = "colours" if self.of_colours else "values"
+        return f"masks of the {kind} {', '.join(map(str, self.values))}, as {self.coding}"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values, which `from_dict` reads back."""
-        return {"values": list(self.values), "coding": self.coding}
+        saved: dict[str, Any] = {"values": list(self.values), "coding": self.coding}
+        return saved if self.palette is None else {**saved, "palette": self.palette.hex()}
 
     @classmethod
     def from_dict(cls, saved: Any) -> MaskCoding:
         """What `to_dict` gave, from JSON; InputError if it is none."""
-        values = saved.get("values") if isinstance(saved, Mapping) else None
-        if (
-            not isinstance(values, list)
-            or not all(type(value) is int and 0 <= value <= 255 for value in values)
-            or not 2 <= len(values) <= MAX_CLASSES
-            or sorted(set(values)) != values
-            or saved.get("coding") not in get_args(Coding)
-        ):
-            raise InputError(f"the model's target is damaged: {saved!r:.200}")
-        return cls(values=tuple(values), coding=saved["coding"])
+        try:
+            values = [tuple(v) if isinstance(v, list) else v for v in saved["values"]]
+            numbers = [n for v in values for n in (v if isinstance(v, tuple) else (v,))]
+            palette = saved.get("palette")
+            palette = None if palette is None else bytes.fromhex(palette)
+            if (
+                not all(type(n) is int and 0 <= n <= 255 for n in numbers)
+                or np.shape(values)[1:] not in ((), (3,))
+                or not 2 <= len(values) <= MAX_CLASSES
+                or sorted(set(values)) != values
+                or saved["coding"] not in get_args(Coding)
+                or (palette is not None and len(palette) < 3 * (max(numbers) + 1))
+            ):
+                raise ValueError("no masks")
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise InputError(f"the model's target is damaged: {saved!r:.200}") from error
+        return cls(values=tuple(values), coding=saved["coding"], palette=palette)
 
 
 def find_masks(files: Sequence[str], coding: Coding, cleaning: MaskCleaning) -> MaskCoding:
     """The classes of mask files, all of which are read, and their values cleaned.
 
     Raises:
-        InputError: they are no masks: colours, values beyond 255, more than MAX_CLASSES or one;
-            values that contradict each other, or soft edges (`Survey.check`).
+        InputError: they are no masks: values beyond 0 to 255, more than MAX_CLASSES or one; values
+            that contradict each other, or soft edges (`Survey.check`, `check_colours`).
     """
-    survey = survey_of(map(Path, files), cleaning)
+    paths = [Path(file) for file in files]
+    palette, colours = (None, False) if cleaning else find_palette(paths)
+    for path in paths if colours else ():
+        if (own := image_info(path).palette) is not None:
+            check_colours(own, read_mask(path), repr(str(path)))
+    survey = survey_of(paths, cleaning, colours=colours)
     survey.check()
-    values = sorted(value for value in survey.pixels if isinstance(value, int))
-    if len(values) > MAX_CLASSES or values[-1] > 255:
+    found: set[Value] = {*survey.pixels}
+    if any(isinstance(value, tuple) for value in found):  # greys among colours are colours
+        found = {as_colour(value) for value in found}
+    values = sorted(found, key=as_colour)
+    numbers = [n for value in values for n in as_colour(value)]
+    if len(values) > MAX_CLASSES or not 0 <= min(numbers) <= max(numbers) <= 255:
+        last = max(survey.pixels, key=as_colour)
         raise InputError(
-            f"the files up to {survey.first[values[-1]]} hold {len(values)} values up to "
+            f"the files up to {survey.first[last]} hold {len(values)} values from {values[0]} to "
             f"{values[-1]}, but masks have up to {MAX_CLASSES} values of 0 to 255: name a folder "
             "of masks, in which a value stands for a class; numbers of objects are not learnt"
         )
     if len(values) < 2:
         raise InputError(f"all pixels of the masks have the value {values[0]}; two are needed")
-    return MaskCoding(values=tuple(values), coding=coding)
+    return MaskCoding(values=tuple(values), coding=coding, palette=palette)
 
 
-def survey_of(files: Iterable[Path], cleaning: MaskCleaning) -> Survey:
+def find_palette(files: Sequence[Path]) -> tuple[bytes | None, bool]:
+    """The palette of mask files, if all are of indices and agree on their colours, and whether
+    the classes are colours instead, as some files have another palette or none.
+    """
+    palettes = {image_info(file).palette for file in files}
+    if len(palettes) == 1:
+        return palettes.pop(), False
+    found = joint_palette((image_info(file).palette, read_mask(file)) for file in files)
+    return found, found is None
+
+
+def survey_of(files: Iterable[Path], cleaning: MaskCleaning, *, colours: bool = False) -> Survey:
     """The cleaned values of mask files, read until there are more than classes can be.
 
+    Args:
+        colours: the values of palette files are their colours, not their indices.
+
     Raises:
-        InputError: one that cannot be read, or holds colours.
+        InputError: one that cannot be read.
     """
     survey = Survey()
     for file in files:
-        mask = read_cleaned(file, cleaning)
-        if mask.ndim == 3:
-            raise InputError(
-                f"{str(file)!r} holds colours, but masks to learn from must hold numbers"
-            )
-        survey.add(repr(str(file)), mask)
+        survey.add(repr(str(file)), read_cleaned(file, cleaning, colours=colours))
         if len(survey.pixels) > MAX_CLASSES:
             break
     return survey
 
 
-def read_cleaned(file: Path, cleaning: MaskCleaning) -> Array:
+def read_cleaned(file: Path, cleaning: MaskCleaning, *, colours: bool = False) -> Array:
     """The values (H, W) or (H, W, 3) of a mask file that count.
+
+    Args:
+        colours: see `survey_of`.
 
     Raises:
         InputError: it cannot be read, or its colours are none of the values.
     """
-    mask = read_mask(file, lossy=bool(cleaning))
+    mask = read_mask(file, colours=colours, lossy=bool(cleaning))
     with naming(file):
         return cleaning(mask)

@@ -30,8 +30,8 @@ CROP = 64  # side of a crop where no size is given
 
 class WholeImages:
     """Whole images by number, as levels (H, W, C) of one type, and of one size unless crops are
-    cut. Behind the channels of an image lie those of the file that belongs to it, if there is one:
-    the picture that it is made from, or the codes of its mask.
+    cut. Behind the channels of an image lie the codes of its mask, if this is made with it, and
+    then the picture that it is made from, if it is made from one of a folder.
 
     Args:
         source, how: the images, and how they were read.
@@ -41,7 +41,7 @@ class WholeImages:
     Attributes:
         size, channels, codes, dtype, ranges, condition, masks, joint: see there.
         infos: what headers say: of all readable images, or of a sample of a large set.
-        partners: the file that belongs to each image, if there is one.
+        partners: the picture of each image, or else the mask, if there is one.
         left_out: the images that were found to be unreadable.
 
     Raises:
@@ -71,13 +71,13 @@ class WholeImages:
         self._cache: dict[int, Pixels] = {}
         self.infos = self._read_headers()
         self.joint = joint is not None
-        self.partners: list[str] = []
+        self._mask_files: list[str] = []
         if joint is not None:
             masks = masks or "bits"
-            self.partners = self._named_as_images("--joint", Path(joint), "mask")
+            self._mask_files = self._named_as_images("--joint", Path(joint), "mask")
         self.masks = None
         if masks is not None:
-            self.masks = find_masks(self.partners or source.files, masks, cleaning)
+            self.masks = find_masks(self._mask_files or source.files, masks, cleaning)
         self.codes = 0 if self.masks is None else self.masks.channels
         self.ranges, self.dtype, pictured = dict(ranges), "uint8", 0
         if self.masks is None or self.joint:
@@ -90,13 +90,16 @@ class WholeImages:
             pictures = condition if os.path.isdir(condition) else None
         elif condition is None or condition.from_image:
             pictures = None
+        self._pictures: list[str] = []
         if pictures is not None:
-            self.partners = self._named_as_images("--condition", Path(pictures), "condition")
+            self._pictures = self._named_as_images("--condition", Path(pictures), "condition")
+        self.partners = self._pictures or self._mask_files
         if isinstance(condition, str):
-            known = how.reading.nodata
+            known, files = how.reading.nodata, self._pictures
             over = how.background or WHITE
             means = cleaning if self.masks is None else NOT_CLEANED
-            condition = find_condition(condition, self.channels, known, self.partners, over, means)
+            shown = pictured or self.codes  # what a recipe makes the condition of
+            condition = find_condition(condition, shown, known, files, over, means)
         self.condition = condition
         self.size = self._find_size(size)
         self._keeps = self._bytes() <= CACHE_BYTES
@@ -233,24 +236,19 @@ class WholeImages:
     # A single image
 
     def _read(self, image: int) -> list[Pixels]:
-        """The levels of an image, and those of the file that goes with it, as large as they are."""
+        """The levels of an image, and those of the files that go with it, as large as they are."""
         pixels = self._read_image(image)
         if self._alike:
             self._check_size(image, pixels.shape[:2], self.size)
-        if not self.partners:
-            return [pixels]
-        file = Path(self.partners[image])
-        if self.condition is not None:
-            beside = self.condition.read(file, self._how.reading.nodata)
-        else:
-            assert self.masks is not None
-            beside = self.masks.read(file, self._cleaning)
-        if beside.shape[:2] != pixels.shape[:2]:
-            raise InputError(
-                f"'{file}' is {beside.shape[0]} x {beside.shape[1]}, but its image "
-                f"{pixels.shape[0]} x {pixels.shape[1]}"
-            )
-        return [pixels, beside]
+        parts = [pixels]
+        if self._mask_files and self.masks is not None:
+            file = Path(self._mask_files[image])
+            parts.append(_fitting(self.masks.read(file, self._cleaning), file, pixels))
+        if self._pictures and self.condition is not None:
+            file = Path(self._pictures[image])
+            read = self.condition.read(file, self._how.reading.nodata)
+            parts.append(_fitting(read, file, pixels))
+        return parts
 
     def _read_image(self, image: int) -> Pixels:
         if self.masks is not None and not self.joint:
@@ -292,6 +290,16 @@ class WholeImages:
             ) from error
         self.left_out.add(image)
         print(f"left out: {error}", file=sys.stderr)
+
+
+def _fitting(beside: Pixels, file: Path, pixels: Pixels) -> Pixels:
+    """What a file holds, which must have the size of its image."""
+    if beside.shape[:2] != pixels.shape[:2]:
+        raise InputError(
+            f"'{file}' is {beside.shape[0]} x {beside.shape[1]}, but its image "
+            f"{pixels.shape[0]} x {pixels.shape[1]}"
+        )
+    return beside
 
 
 def _colour(channels: int) -> str:

@@ -33,7 +33,7 @@ from unet.errors import InputError, said
 from unet.files.writing import read_json
 from unet.weights.convert import detect_layout, from_layout
 from unet.weights.diffusers_config import config_from_diffusers
-from unet.weights.folder import load_strictly
+from unet.weights.folder import load_strictly, near
 from unet.weights.layouts import Layout
 from unet.weights.pickles import check_whole, load_by_name
 from unet.weights.wrappings import all_keys, has_network, unwrapped
@@ -59,7 +59,7 @@ def check_folder(folder: Path, *, with_unet: bool = True) -> None:
     if not folder.is_dir():
         raise InputError(
             f"{folder} is no folder: give a diffusers pipeline folder, which holds "
-            f"{', '.join(f'{part}/' for part in CONFIGS)}"
+            f"{', '.join(f'{part}/' for part in CONFIGS)}{near(folder)}"
         )
     check_parts(folder)
     for part, config in (CONFIGS | (XL_CONFIGS if is_xl(folder) else {})).items():

@@ -19,6 +19,7 @@ from unet.files.mask_values import (
     code_values,
     codes_of,
     listed,
+    places,
     some,
     value_codes,
 )
@@ -154,10 +155,9 @@ class ClassTable:
         colour = isinstance(self.values[0], tuple)
         if colour and mask.ndim == 2:
             mask = repeat(mask, "h w -> h w c", c=3)
-        codes, table = value_codes(mask), codes_of(np.array(self.values), colour)
-        indices = np.searchsorted(table, codes).clip(max=len(table) - 1).astype(np.uint8)
-        comparable = colour == (mask.ndim == 3)
-        unknown = (table[indices] != codes) | (not comparable)
+        codes, comparable = value_codes(mask), colour == (mask.ndim == 3)
+        place, known = places(codes, self.values)
+        indices, unknown = place.astype(np.uint8), ~known | (not comparable)
         if self.ignore_value is not None and comparable:
             ignored = codes == codes_of(np.array(self.ignore_value), colour)
             indices[ignored] = IGNORE

@@ -19,7 +19,7 @@ from segmentation.data.masks import joined
 from segmentation.data.polygons import Drawing
 from unet.errors import InputError
 from unet.files.images import image_info, read_image, read_mask
-from unet.files.mask_values import MaskCleaning
+from unet.files.mask_values import MaskCleaning, check_colours, joint_palette
 from unet.files.pages import AS_STORED, Array, ImageInfo, Reading
 from unet.files.volumes import turned
 
@@ -408,43 +408,21 @@ def _with_palettes(pairs: list[Pair]) -> list[Pair]:
     Raises:
         InputError: colours must be the values, but one stands for two used indices.
     """
-    palettes = {pair.palette for pair in pairs}
-    if palettes == {None}:
+    if len({pair.palette for pair in pairs}) == 1:
         return pairs
-    if None not in palettes and (len(palettes) == 1 or _agree(pairs)):
-        return pairs
+    of_indices = [(p.palette, p.mask, p.page) for p in pairs if isinstance(p.mask, Path)]
+    if len(of_indices) == len(pairs) and all(palette for palette, _, _ in of_indices):
+        masks = ((palette, read_mask(file, page)) for palette, file, page in of_indices)
+        if (palette := joint_palette(masks)) is not None:
+            return [replace(pair, palette=palette) for pair in pairs]
     found = []
     for pair in pairs:
         if pair.palette is None or not isinstance(pair.mask, Path):
             found.append(pair)
             continue
-        used = np.unique(read_mask(pair.mask, pair.page))
-        table = np.frombuffer(pair.palette, np.uint8).reshape(-1, 3)
-        colours = Counter(map(tuple, table[used].tolist()))
-        colour, times = colours.most_common(1)[0]
-        if times > 1:
-            twins = [int(i) for i in used if tuple(table[i].tolist()) == colour]
-            raise InputError(
-                f"{pair.where}: the indices {twins[0]} and {twins[1]} of its palette both have the "
-                f"colour {colour}, and other masks have other palettes or none, so that only "
-                "colours could say what is meant: give all masks one palette"
-            )
+        check_colours(pair.palette, read_mask(pair.mask, pair.page), pair.where)
         found.append(replace(pair, colours=True))
     return found
-
-
-def _agree(pairs: Sequence[Pair]) -> bool:
-    """Whether all palettes have the same colours for the indices that are used."""
-    known: dict[int, tuple[int, ...]] = {}
-    for pair in pairs:
-        if pair.palette is None or not isinstance(pair.mask, Path):
-            return False
-        table = np.frombuffer(pair.palette, np.uint8).reshape(-1, 3)
-        for index in np.unique(read_mask(pair.mask, pair.page)).tolist():
-            colour = tuple(table[index].tolist())
-            if known.setdefault(index, colour) != colour:
-                return False
-    return True
 
 
 def _size(info: ImageInfo) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from filelock import FileLock
 
+from segmentation.data.pairs import find_pairs
 from tests.segmentation.test_segmenter import saved
 from unet.errors import InputError
 from unet.files.images import write_image
@@ -60,10 +61,11 @@ def test_held_out_images_go_with_a_model_or_it_is_said(tmp_path: Path) -> None:
         for name, values in {"fits": [0, 255], "strange": [0, 7]}.items()
     }
     stack = known(name="stack", path=Path(saved(tmp_path / "s", [0, 7], slices=3)))
-    assert unfit(tmp_path / "held", [models["fits"], stack]) == []
-    (note,) = unfit(tmp_path / "held", [*models.values()])
+    said = partial(unfit, tmp_path / "held", find_pairs(tmp_path / "held"))
+    assert said([models["fits"], stack]) == []
+    (note,) = said([*models.values()])
     assert note.startswith("note: --held-out ")
     assert "does not go with the model strange: " in note
     assert "the classes are 0, 7" in note
     with pytest.raises(InputError, match="does not go with the model strange"):
-        unfit(tmp_path / "held", [models["strange"], stack])
+        said([models["strange"], stack])

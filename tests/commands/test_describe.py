@@ -193,6 +193,7 @@ def test_checkpoints_of_other_projects(tmp_path: Path, capsys: pytest.CaptureFix
         (["classic", "--size", "0"], "--size 0 must be from 1 to"),
         (["classic", "--size", "1000000"], "--size 1000000 must be from 1 to"),
         ([str(SCRIPTS)], "config.json is missing"),
+        ([f"{SCRIPTS}/model"], f"or checkpoint; '{SCRIPTS}' holds "),
         (["classic", "--sizes", "8"], "no option --sizes; did you mean --size?"),
     ],
 )

@@ -149,7 +149,7 @@ def test_a_long_prompt_is_cut_and_said(pipeline: Path, tmp_path: Path, capsys: A
     [
         (("--prompt", "a"), "--model is missing"),
         (("--model", "PIPELINE"), "--prompt is missing"),
-        (("--model", "nowhere", "--prompt", "a"), "is no folder"),
+        (("--model", "OUT/sd", "--prompt", "a"), "' holds the folder there"),
         (("--model", "PIPELINE", "--prompt", "a", "--size", "60x64"), "multiples of 8"),
         (("--model", "PIPELINE", "--prompt", "a", "--size", "big"), "WIDTHxHEIGHT"),
         (("--model", "PIPELINE", "--prompt", "a", "--count", "0"), "--count 0"),
@@ -165,7 +165,9 @@ def test_a_long_prompt_is_cut_and_said(pipeline: Path, tmp_path: Path, capsys: A
 def test_mistakes_are_one_sentence(
     pipeline: Path, tmp_path: Path, capsys: Any, arguments: tuple[str, ...], message: str
 ) -> None:
+    (tmp_path / "there").mkdir()
     given = [str(pipeline) if a == "PIPELINE" else a for a in arguments]
+    given = [a.replace("OUT", str(tmp_path)) for a in given]
     assert run(*given, "--out", tmp_path / "out") == 2
     error = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
     assert len(error) == 1

@@ -243,6 +243,48 @@ def code_values(codes: NDArray[np.int64], colour: bool) -> list[Value]:
     return [(code >> 32, code >> 16 & 0xFFFF, code & 0xFFFF) for code in codes.tolist()]
 
 
+def places(
+    codes: NDArray[np.int64], values: Sequence[Value]
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """For each of `codes_of` its place among rising values, and whether it is one of them."""
+    table = codes_of(np.array(values), isinstance(values[0], tuple))
+    found = np.searchsorted(table, codes).clip(max=len(table) - 1)
+    return found, table[found] == codes
+
+
+def joint_palette(masks: Iterable[tuple[bytes | None, Array]]) -> bytes | None:
+    """The palette of masks of indices (H, W), from that of each; None: one has none, or they have
+    different colours for an index that they use.
+    """
+    known: dict[int, bytes] = {}
+    for palette, mask in masks:
+        if palette is None:
+            return None
+        for index in np.unique(mask).tolist():
+            colour = palette[3 * index : 3 * index + 3].ljust(3, b"\0")
+            if known.setdefault(index, colour) != colour:
+                return None
+    return b"".join(known.get(index, bytes(3)) for index in range(256))
+
+
+def check_colours(palette: bytes, mask: Array, where: str) -> None:
+    """Refuses a mask of indices (H, W) whose colours cannot be its values.
+
+    Raises:
+        InputError: it uses two indices of one colour; names `where`.
+    """
+    table = np.frombuffer(palette, np.uint8).reshape(-1, 3)
+    first: dict[tuple[int, ...], int] = {}
+    for index in np.unique(mask).tolist():
+        colour = tuple(table[index].tolist())
+        if (twin := first.setdefault(colour, index)) != index:
+            raise InputError(
+                f"{where}: the indices {twin} and {index} of its palette both have the "
+                f"colour {colour}, and other masks have other palettes or none, so that only "
+                "colours could say what is meant: give all masks one palette"
+            )
+
+
 def as_colour(value: Value) -> tuple[int, ...]:
     return value if isinstance(value, tuple) else (value, value, value)
 

@@ -262,8 +262,9 @@ def read_config(folder: Path, weights: str = WEIGHTS) -> dict[str, Any]:
         weights: the file that must stand beside it.
     """
     if not folder.is_dir():
-        there = "" if folder.exists() else _near(folder)
-        raise InputError(f"{folder} is no folder: give a model folder, such as RUN/model{there}")
+        raise InputError(
+            f"{folder} is no folder: give a model folder, such as RUN/model{near(folder)}"
+        )
     for name in (CONFIG, weights):
         if not (folder / name).is_file():
             raise InputError(
@@ -280,10 +281,12 @@ def read_config(folder: Path, weights: str = WEIGHTS) -> dict[str, Any]:
     return described
 
 
-def _near(missing: Path) -> str:
-    """The folders beside a missing one, as the end of a sentence."""
+def near(missing: Path) -> str:
+    """The folders that are in the place of a missing one, as the end of a sentence; nothing if it
+    is a file.
+    """
     place = next((above for above in missing.parents if above.is_dir()), None)
-    if place is None:
+    if place is None or missing.exists():
         return ""
     shown = sorted(path.name for path in place.iterdir() if path.is_dir() and path.name[0] != ".")
     found = {0: "no folder", 1: f"the folder {some(shown)}"}

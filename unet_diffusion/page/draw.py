@@ -126,8 +126,13 @@ def tab(page: Page, blocks: gr.Blocks) -> None:
             frames.append(frame)
             yield grid(drawer.shown(frame)), f"step {i} of {options.steps}", gr.skip(), gr.skip()
         folder = SampleFolder(page.results() / "pictures")
-        dtype = known.pixels.dtype
-        folder.begin(Processes(), drawer.channels, labelled=known.joint, dtype=dtype)
+        folder.begin(
+            Processes(),
+            drawer.channels,
+            masks=drawer.mask_channels,
+            palette=known.masks.palette if known.masks else None,
+            dtype=known.pixels.dtype,
+        )
         folder.add(frames[-1], 0)
         numbers = range(len(wanted))
         made = [folder.write_grid(numbers, drawer.shown)]

@@ -16,9 +16,10 @@ from diffusion.data.masks import MaskCoding
 from diffusion.options import DiffusionOptions, SamplingOptions
 from diffusion.output import SampleFolder
 from diffusion.training import train
+from segmentation.data.dataset import SegmentationData
 from segmentation.data.pairs import find_pairs
 from unet import InputError
-from unet.files.images import list_images, read_image, write_image
+from unet.files.images import list_images, read_image, read_mask, write_image
 from unet.files.mask_values import MaskCleaning
 from unet.training.cli import run_script
 from unet.training.task import Processes
@@ -51,8 +52,9 @@ def test_codes_become_the_values_again_through_noise(coding, count):
     assert np.array_equal(decoded[..., 0], np.array(values)[indices])
     assert np.array_equal(masks.nearest(noisy.astype(np.uint8)), masks.codes[indices])
     assert MaskCoding.from_dict(masks.to_dict()) == masks
-    with pytest.raises(InputError, match="target is damaged"):
-        MaskCoding.from_dict({**masks.to_dict(), "values": [3, 1]})
+    for damaged in ({"values": [3, 1]}, {"values": [1, [0, 0, 0]]}, {"palette": "00"}):
+        with pytest.raises(InputError, match="target is damaged"):
+            MaskCoding.from_dict({**masks.to_dict(), **damaged})
 
 
 def test_data_of_masks_are_their_codes_and_annotators_of_an_image_are_on_one_side(tmp_path):
@@ -75,7 +77,7 @@ def test_what_is_no_mask_is_told(tmp_path):
     options = {"out": tmp_path / "run", "data": str(tmp_path / "images"), "target": "mask"}
     with pytest.raises(InputError, match="leave out --colour"):
         DiffusionOptions(**options, classes=True)
-    with pytest.raises(InputError, match=r"hold 1.. values up to 255, but masks have up to 32"):
+    with pytest.raises(InputError, match=r"hold 1.. values from 0 to 255, but masks have up to 32"):
         train(DiffusionOptions(**options, condition=str(tmp_path / "images")))
 
 
@@ -274,12 +276,143 @@ def test_image_and_mask_are_made_together_as_data_to_train_on(tmp_path, capsys):
     assert "makes images with masks, which eval-ddpm does not judge" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("condition", ["masks/2", "lowres:2"])
+def test_image_and_mask_are_made_together_from_a_picture(tmp_path, condition, short_runs):
+    """Beside the image and the codes of its mask the network sees the picture, and makes all else
+    as without; a model without it can start one."""
+    write(tmp_path, (0, 3, 9), count=6)
+    images, masks = tmp_path / "images", tmp_path / "masks/1"
+    given = condition if ":" in condition else str(tmp_path / condition)
+    data = DiffusionData(images, joint=masks, condition=given, val=1)
+    plain = DiffusionData(images, joint=masks, val=1)
+    assert (data.channels, data.codes, data.condition.channels) == (3, 2, 1 if ":" in given else 3)
+    for index in data.train:
+        assert torch.equal(data.batch([index])[0], plain.batch([index])[0])
+        picture, image = data.conditions([index])[0].picture, data.batch([index])[0][0, :1]
+        read = Path(given, Path(data.name(index)).name)
+        expected = (
+            data.condition.make(image, np.random.default_rng(0))
+            if data.condition.from_image
+            else data.condition.as_tensor(data.condition.read(read))
+        )
+        assert torch.equal(picture, expected)
+
+    def run(script, options, *argv):
+        assert run_script(script.main, options, list(map(str, argv))) == 0
+
+    said = ["--data", images, "--joint", masks, "--val", 1, "--width", 8, "--timesteps", 3]
+    said += ["--steps", 1, "--batch-size", 4, "--device", "cpu"]
+    run(train_ddpm, DiffusionOptions, *said, "--out", tmp_path / "plain")
+    said += ["--condition", given, "--init", tmp_path / "plain/model"]
+    run(train_ddpm, DiffusionOptions, *said, "--out", tmp_path / "run")
+    pictures = tmp_path / "pictures"
+    for i in range(2):
+        small = read_image(images / f"{i}.png")[::2, ::2]
+        write_image(pictures / f"{i}.png", small if ":" in given else read_image(masks / "1.png"))
+    made = ("--model", tmp_path / "run/model", "--condition", pictures, "--out", tmp_path / "made")
+    run(sample_ddpm, sample_ddpm.SampleOptions, *made, "--steps", 2, "--each", 2)
+    pairs = find_pairs(tmp_path / "made")
+    assert [pair.name for pair in pairs] == ["0_0", "0_1", "1_0", "1_1"]
+    assert {pair.read_image().shape for pair in pairs} == {(16, 16, 1)}
+    assert {v for pair in pairs for v in np.unique(pair.read_mask()).tolist()} <= {0, 3, 9}
+    with pytest.raises(InputError, match="makes no masks from images"):
+        MaskSampler(tmp_path / "run/model", 2, SamplingOptions(device="cpu"))
+
+
+COLOURS = [(0, 0, 0), (30, 200, 30), (200, 30, 30)]
+
+
+def write_colours(folder: Path, stored: str) -> None:
+    for i in range(6):
+        image = np.random.default_rng(i).integers(0, 256, (16, 16)).astype(np.uint8)
+        write_image(folder / f"images/{i}.png", image)
+        indices = (image.astype(int) * 3 // 256).astype(np.uint8)
+        if stored == "colours" or (stored == "both" and i % 2):
+            write_image(folder / f"masks/{i}.png", np.array(COLOURS, np.uint8)[indices])
+        else:
+            order = (0, 2, 1) if stored == "other palettes" and i % 2 else (0, 1, 2)
+            palette = np.array([COLOURS[o] for o in order], np.uint8)
+            indices = np.argsort(order).astype(np.uint8)[indices]
+            write_image(folder / f"masks/{i}.png", indices, palette.tobytes())
+
+
+@pytest.mark.parametrize("stored", ["colours", "palette", "both", "other palettes"])
+def test_masks_in_colours_have_the_classes_of_train_seg_and_are_shown_in_colours(tmp_path, stored):
+    write_colours(tmp_path, stored)
+    masks = tmp_path / "masks"
+    table = SegmentationData(find_pairs(images=tmp_path / "images", masks=masks)).table
+    data = DiffusionData(tmp_path / "images", joint=masks, val=0)
+    assert (data.masks.values, data.masks.palette) == (table.values, table.palette)
+    for i, shown in zip(data.train, data.images(data.train), strict=True):
+        np.testing.assert_array_equal(shown[:, 16:], read_image(masks / Path(data.name(i)).name))
+    if stored != "colours":
+        twins = np.array([*COLOURS[:2], COLOURS[1]], np.uint8).tobytes()
+        write_image(masks / "0.png", read_mask(masks / "2.png"), twins)
+        with pytest.raises(InputError, match="1 and 2 of its palette both have the colour"):
+            DiffusionData(tmp_path / "images", joint=masks)
+
+
+@pytest.mark.parametrize("stored", ["colours", "palette"])
+def test_masks_in_colours_are_made_in_these(tmp_path, stored, short_runs):
+    write_colours(tmp_path, stored)
+    images, masks, made = tmp_path / "images", tmp_path / "masks", {}
+    table = SegmentationData(find_pairs(images=images, masks=masks)).table
+
+    def run(script, options, *argv):
+        assert run_script(script.main, options, list(map(str, argv))) == 0
+
+    def check(file):
+        mask = read_mask(file)
+        table.encode(mask)  # which refuses what is none of its values
+        assert {*map(tuple, read_image(file).reshape(-1, 3).tolist())} <= set(COLOURS)
+        return mask.reshape(16, 16, -1)
+
+    for kind, argv in {
+        "joint": ("--data", images, "--joint", masks),
+        "alone": ("--data", masks, "--target", "mask"),
+        "from-images": ("--data", masks, "--target", "mask", "--condition", images),
+    }.items():
+        argv = [*argv, "--out", tmp_path / kind, "--val", 0, "--width", 8, "--batch-size", 4]
+        argv += ["--timesteps", 3, "--steps", 1, "--device", "cpu"]
+        run(train_ddpm, DiffusionOptions, *argv)
+    depth = np.size(table.values[0])
+    for kind, channels in (("joint", 1 + depth), ("alone", depth)):
+        model, out = tmp_path / kind / "model", tmp_path / kind / "made"
+        given = ("--model", model, "--out", out, "--steps", 2, "--count", 3)
+        run(sample_ddpm, sample_ddpm.SampleOptions, *given)
+        made[kind] = load(model, device="cpu")(3, steps=2)
+        assert made[kind].shape == (3, 16, 16, channels)
+        files = list_images(out / ("label" if kind == "joint" else "images"))
+        for file, values in zip(files, made[kind], strict=True):
+            np.testing.assert_array_equal(check(file), values[..., -depth:])
+    for pair, both in zip(find_pairs(tmp_path / "joint/made"), made["joint"], strict=True):
+        np.testing.assert_array_equal(pair.read_image(), both[..., :1])
+    given = ("--model", tmp_path / "from-images/model", "--input", images / "0.png")
+    given += ("--out", tmp_path / "predicted", "--samples", 2, "--keep-samples")
+    run(predict_seg, predict_seg.PredictOptions, *given)
+    for name in ("mask", "sample_0", "sample_1"):
+        check(tmp_path / f"predicted/0_{name}.png")
+
+
+def test_colours_as_conditions_are_pictures_and_indices_of_one_palette_are_masks(tmp_path):
+    for stored, kind in (
+        ("palette", "mask"),
+        ("colours", "picture"),
+        ("both", "picture"),
+        ("other palettes", "picture"),
+    ):
+        write_colours(tmp_path / stored, stored)
+        masks = str(tmp_path / stored / "masks")
+        data = DiffusionData(tmp_path / stored / "images", condition=masks)
+        assert data.condition.kind == kind
+
+
 @pytest.mark.parametrize("dtype", ["uint16", "float32"])
 def test_sampled_data_have_the_type_of_what_was_learnt(tmp_path, dtype):
     made = np.random.default_rng(0).integers(0, 256, (2, 5, 4, 2)).astype(dtype)
     made[..., 0] = made[..., 0] * 16 + 0.25
     folder = SampleFolder(tmp_path / "made")
-    folder.begin(Processes(), 2, labelled=True, dtype=dtype)
+    folder.begin(Processes(), 2, masks=1, dtype=dtype)
     folder.add(made, 0)
     assert np.array_equal(folder.read(range(2)), made)
     pairs = find_pairs(tmp_path / "made")
@@ -290,8 +423,8 @@ def test_sampled_data_have_the_type_of_what_was_learnt(tmp_path, dtype):
 def test_masks_that_do_not_go_with_the_images_are_refused(tmp_path):
     write(tmp_path)
     images = tmp_path / "images"
-    with pytest.raises(InputError, match="leave out --condition"):
-        DiffusionOptions(data=str(images), joint=tmp_path, condition="grey")
+    with pytest.raises(InputError, match="leave out --target mask, --latents and --colour rgba"):
+        DiffusionOptions(data=str(images), joint=tmp_path, colour="rgba")
     with pytest.raises(InputError, match=r"0\.png' would be its own mask"):
         DiffusionData(images, joint=images)
     (tmp_path / "masks/1/3.png").unlink()

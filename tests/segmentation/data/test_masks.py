@@ -20,7 +20,7 @@ from segmentation.data.dataset import SegmentationData
 from segmentation.data.masks import are_instances
 from segmentation.data.pairs import find_pairs, pairs_from_arrays
 from unet.errors import InputError
-from unet.files.images import image_info, read_mask, write_image
+from unet.files.images import image_info, read_image, read_mask, write_image
 from unet.files.mask_values import MaskCleaning, Survey
 
 Array = NDArray[Any]
@@ -220,6 +220,16 @@ def test_masks_with_a_palette_are_indices_and_come_back_with_it(tmp_path: Path) 
         stored = image_info(tmp_path / name).palette
         assert stored is not None
         assert np.frombuffer(stored, np.uint8).reshape(-1, 3)[255].tolist() == [224, 224, 192]
+
+
+def test_palettes_that_are_cut_after_the_last_colour_of_their_mask_are_one(tmp_path: Path) -> None:
+    masks = [blobs(i, values) for i, values in enumerate(((0, 1), (0, 1, 2, 3), (0, 2)))]
+    cut = [COLOURS[: mask.max() + 1] for mask in masks]
+    table = SegmentationData(find_pairs(folder_of(tmp_path, masks, cut))).table
+    assert table.values == (0, 1, 2, 3)
+    write_image(tmp_path / "x.png", masks[1], palette=table.palette)
+    np.testing.assert_array_equal(read_mask(tmp_path / "x.png"), masks[1])
+    np.testing.assert_array_equal(read_image(tmp_path / "x.png"), np.array(COLOURS)[masks[1]])
 
 
 def test_palettes_in_another_order_make_colours_the_classes(tmp_path: Path) -> None:
