@@ -139,9 +139,11 @@ def test_what_is_asked_for_becomes_rows_of_both(folder: Path) -> None:
     assert [bool(row.any()) for row in given["picture"]] == [True, False, True, False]
 
 
-def test_what_is_around_a_hole_stays_as_it_is(folder: Path) -> None:
+@pytest.mark.parametrize("joint", [False, True])
+def test_what_is_around_a_hole_stays_as_it_is(folder: Path, joint: bool) -> None:
     """Also of a picture smaller than the model's images, and beside an image without a picture."""
-    asked = options(folder, condition="hole", classes=True)
+    masks = {"joint": folder / "masks"} if joint else {"classes": True}
+    asked = options(folder, condition="hole", **masks)
     model = make_model(decide(asked, load_data(asked)))
     randomised(model)
     sampler = ImageSampler(model, SamplingOptions(steps=2, sampler="ddim"))
@@ -150,11 +152,14 @@ def test_what_is_around_a_hole_stays_as_it_is(folder: Path) -> None:
     hole[3:7, 2:9] = True
     cover = np.where(hole, np.uint8(0), np.uint8(255))
     write_image(folder / "holed.png", np.dstack([image, cover]))
-    made = next(sampler.batches(1, [Asked(0, sampler.made_from(folder / "holed.png"))]))[0]
+    shown = None if joint else 0
+    made = next(sampler.batches(1, [Asked(shown, sampler.made_from(folder / "holed.png"))]))[0]
+    assert made.shape == (11, 13, 3 + joint)
+    made = made[..., :3]
     assert np.array_equal(made[~hole], image[~hole])
     assert not np.array_equal(made[hole], image[hole])
-    any_image = next(sampler.batches(1, [0]))[0]
-    assert any_image.shape == (SIDE, SIDE, 3)
+    any_image = next(sampler.batches(1, [shown]))[0]
+    assert any_image.shape == (SIDE, SIDE, 3 + joint)
     assert any_image.std() > 0
 
 
