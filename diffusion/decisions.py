@@ -372,7 +372,6 @@ def chosen_fit(options: DiffusionOptions, start: Start | None = None) -> tuple[F
     optimizer, why = choose_optimizer(
         options,
         {
-            "muon is untried with captions": options.captions,
             "muon's steps would move the weights of --init too far": (
                 options.init and options.few_steps is None and not new
             ),
@@ -430,13 +429,13 @@ def chosen_noise(
 
 
 def _own_noise(options: DiffusionOptions) -> Any:
-    """The kind of noise where neither an option nor a start gives one: flow for images alone and
-    with classes, where it was measured to come nearer to the data (docs/experiments.md).
+    """The kind of noise where neither an option nor a start gives one: flow for images alone, with
+    classes and with captions, where it was measured to be better (docs/experiments.md).
     """
     if options.prediction in _OWN_NOISE:
         return options.prediction
     of_betas = options.prediction or options.zero_snr or options.learn_variance
-    more = options.captions or options.condition or options.joint or options.latents
+    more = options.condition or options.joint or options.latents
     masks = options.target == "mask"
     return "cosine" if of_betas or more or masks else "flow"
 

@@ -27,8 +27,8 @@ class DiffusionOptions(MaskOptions, FitOptions):
 
     optimizer: OptimizerName | None = None
     """Optimizer. muon makes the steps of matrices orthogonal and leaves the rest to adamw. None
-    given: muon, but adamw with captions, --shard, --lr or --init, unless --few-steps, the masks of
-    --joint or a start from a segmentation leave much to learn."""
+    given: muon, but adamw with --shard, --lr or --init, unless --few-steps, the masks of --joint or
+    a start from a segmentation leave much to learn."""
 
     lr: float | None = None
     """Highest learning rate; none given: 2e-3, with captions 7e-4, with muon ten times as much,
@@ -144,7 +144,7 @@ class DiffusionOptions(MaskOptions, FitOptions):
     noise: Literal["cosine", "linear", "scaled-linear", "sigmoid", "flow", "edm"] | None = None
     """Noise schedule; none given: that of the model in --init, else that of --prediction flow or
     edm, else flow, the straight path of flow matching; but cosine with another --prediction,
-    --zero-snr, --learn-variance, --captions, --condition, --joint or --latents."""
+    --zero-snr, --learn-variance, --condition, --joint or --latents."""
 
     timesteps: int | None = None
     """Noise levels T; none given: those of a pipeline's schedule, else 1000."""

@@ -71,7 +71,7 @@ def network(data: DiffusionData, **values: Any) -> DiffusionUNet:
         ({"prediction": "edm"}, "edm", "edm", (-1.2, 1.2)),
         ({"zero_snr": True}, "cosine", "v", None),
         ({"learn_variance": True}, "cosine", "v", None),
-        ({"captions": True}, "cosine", "v", None),
+        ({"captions": True}, "flow", "flow", (0.0, 1.0)),
     ],
 )
 def test_images_alone_are_learnt_by_flow_matching(
@@ -367,17 +367,18 @@ def test_the_automatic_network_can_be_built_for_any_image(
 def test_text_is_learned_by_an_optimizer_and_a_start_of_its_own() -> None:
     text = DiffusionOptions(captions=True, width=8)
     plain = DiffusionOptions(width=8)
-    fit, why = chosen_fit(text)
-    assert (fit.lr, fit.beta2, fit.batch_size) == (7e-4, 0.99, 32)
-    assert why.why == "muon is untried with captions"
+    fit, _ = chosen_fit(text)
+    assert (fit.optimizer, fit.lr, fit.beta2, fit.batch_size) == ("muon", 7e-3, 0.99, 32)
+    fit, _ = chosen_fit(replace(text, optimizer="adamw"))
+    assert (fit.lr, fit.batch_size) == (7e-4, 32)
     fit, _ = chosen_fit(plain)
     assert (fit.lr, fit.beta2, fit.batch_size) == (2e-2, 0.999, 32)
     fit, why = chosen_fit(replace(plain, optimizer="adamw"))
     assert (fit.lr, fit.batch_size, why.why) == (2e-3, 64, "as requested")
     assert [
         chosen_fit(replace(plain, **given))[0].optimizer
-        for given in ({}, {"captions": True}, {"init": "a/model"}, {"shard": True}, {"lr": 1e-3})
-    ] == ["muon", "adamw", "adamw", "adamw", "adamw"]
+        for given in ({}, {"init": "a/model"}, {"shard": True}, {"lr": 1e-3})
+    ] == ["muon", "adamw", "adamw", "adamw"]
     begun = replace(plain, init="a/model")
     for crossed, expected in ((False, "adamw"), (True, "muon")):
         start = Start(where="a/model", config=UNetConfig(), info={}, read=dict, crossed=crossed)
