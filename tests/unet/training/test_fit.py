@@ -590,9 +590,9 @@ def test_a_budget_in_minutes_ends_in_time_with_its_last_evaluation(tmp_path):
     run = tmp_path / "run"
     assert toy("--out", run, "--max-minutes", 0.03).returncode == 0
     entries = read_log(run / "metrics.jsonl")
-    assert "val_loss" in entries[-1]
-    losses = [e["val_loss"] for e in entries if "val_loss" in e]
-    kept = [e["kept"] for e in entries if "val_loss" in e]
+    held_out = [e for e in entries if "val_loss" in e]
+    assert held_out[-1]["step"] == entries[-1]["step"]
+    losses, kept = ([e[name] for e in held_out] for name in ("val_loss", "kept"))
     assert kept == [loss < min(losses[:i], default=math.inf) for i, loss in enumerate(losses)]
     training = [e for e in entries if "loss" in e]
     assert 1.2 < training[-1]["seconds"] < 2.8
