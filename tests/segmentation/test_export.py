@@ -125,7 +125,7 @@ def test_onnx_gives_the_same_and_the_example_of_the_page_its_mask(
         np.testing.assert_allclose(found[0], here(model, image), atol=1e-4)
 
     page = (ROOT / "docs/how-to/export.md").read_text(encoding="utf-8")
-    example, *_ = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    *_, example = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     assert len(example.split("\n\n", 1)[1].splitlines()) <= 20
     monkeypatch.chdir(tmp_path)
     (tmp_path / "cells.onnx").write_bytes(onnx_file.read_bytes())
