@@ -25,8 +25,8 @@ class CropSamples:
     has as many crops as its labelled pixels would fill. If there are synthetic images, an epoch
     also has crops of them, as many as their share requires; the images are taken in turn from epoch
     to epoch. If classes are rare (`ClassTable.rare`), so are crops that each contain a pixel of
-    one, which take turns as well: a third of the crops of real images, as in nnU-Net
-    (doi 10.1038/s41592-020-01008-z, supplementary note 4).
+    one, which take turns as well: a third of the crops of real images, the share that nnU-Net cuts
+    for its foreground (doi 10.1038/s41592-020-01008-z).
 
     Args:
         size: height and width of a crop.
