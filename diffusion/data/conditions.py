@@ -14,6 +14,7 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -35,6 +36,7 @@ from diffusion.data.pixels import (
 from diffusion.data.ranges import RangeFinder
 from diffusion.data.sources import HowToRead, saved_colour
 from unet.errors import InputError
+from unet.files.folders import readings
 from unet.files.images import WHITE, Colour, image_info, images_below, read_image
 from unet.files.mask_values import MAX_CLASSES, NOT_CLEANED, MaskCleaning
 from unet.files.pages import Array, Reading
@@ -497,10 +499,11 @@ def _showing(files: Sequence[Path], nodata: float | None, colours: Sequence[Colo
 def partners(
     images: Sequence[str], folder: Path, what: str = "condition", root: Path | None = None
 ) -> list[str]:
-    """The file of a folder that goes with each image: of the same name, whatever its ending.
+    """The file of a folder that goes with each image: of the same name, whatever its suffix.
 
     It lies at the place below the folder where the image lies below its own, or is the only one of
-    that name that lies at the place of no image.
+    that name that lies at the place of no image. Else, names are equal but for an ending or a
+    beginning that all files share, and for a beginning or an ending that all images share.
 
     Args:
         what: what these files are, for messages.
@@ -540,6 +543,10 @@ def partners(
             f"{itself!r} would be its own {what}: give --data the folder of the images alone"
         )
     if alone:
+        for of_image, of_file in product(readings(of_images), readings(ends)):
+            if set(of_image) == set(of_file):
+                by_name = dict(zip(of_file, files, strict=True))
+                return [by_name[name] for name in of_image]
         raise InputError(
             f"{str(folder)!r} has no {what} for {counted(len(alone), 'image')}, such as "
             f"{alone[0]!r}: give each {what} its image's name, in folders like those of the images"

@@ -171,6 +171,9 @@ class WholeImages:
         if any(info.has_alpha for info in infos):
             colour = " ".join(map(str, self._how.background or ()))
             lines.append(f"transparent pixels are put over the colour {colour}")
+        for files in (self._pictures, self._mask_files):
+            if files and Path(files[0]).stem != (image := Path(self.source.files[0])).stem:
+                lines.append(f"{Path(files[0]).name} goes with {image.name}")
         return lines
 
     # ------------------------------------------------------------------------------------------

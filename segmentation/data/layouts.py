@@ -28,7 +28,7 @@ from segmentation.data.polygons import (
     read_yolo,
 )
 from unet.errors import InputError, not_there
-from unet.files.folders import IMAGE_FOLDERS, MASK_FOLDERS
+from unet.files.folders import IMAGE_FOLDERS, MASK_FOLDERS, readings
 from unet.files.images import (
     files_below,
     images_below,
@@ -657,11 +657,11 @@ def _matched(
             f"{str(root / bare)!r}"
         )
     by_name = (
-        [dict(zip(names, files, strict=True)) for names in _readings(files)]
+        [dict(zip(names, files, strict=True)) for names in readings([*map(stem_of, files)])]
         for files in (images, masks)
     )
-    readings = list(product(*by_name))
-    for of_image, of_mask in readings:
+    read = list(product(*by_name))
+    for of_image, of_mask in read:
         if of_image.keys() == of_mask.keys():
             return [_pair(image, of_mask[name]) for name, image in of_image.items()]
     if len(images) == len(masks) == 1 and stem_of(masks[0]).startswith(stem_of(images[0])):
@@ -680,7 +680,7 @@ def _matched(
         else:
             del free[hit]
     rest = list(free.values())
-    for of_image, of_mask in readings:  # by names of which more are equal
+    for of_image, of_mask in read:  # by names of which more are equal
         without = [image for name, image in of_image.items() if name not in of_mask]
         if len(without) < len(alone):
             alone, rest = without, [m for name, m in of_mask.items() if name not in of_image]
@@ -697,30 +697,6 @@ def _matched(
         f"the masks of {str(masked)!r} cannot be told to belong to the images of {str(where)!r}: "
         "give each mask the name of its image"
     )
-
-
-def _readings(files: Sequence[Path]) -> list[list[str]]:
-    """Stems as they are, without the ending that all share, and without the beginning."""
-    stems = [stem_of(file) for file in files]
-    found = [stems, [stem.removesuffix("_0000") for stem in stems]]
-    if len(stems) > 1:
-        ending = _common([stem[::-1] for stem in stems])[::-1]
-        for at in sorted({m.start() for m in re.finditer(r"[_\-. ]", ending)}):
-            cut = len(ending) - at
-            found.append([stem[:-cut] for stem in stems])
-        beginning = _common(stems)
-        cuts = {m.end() for m in re.finditer(r"[_\-. ]", beginning)}
-        cuts |= {len(beginning.rstrip("0123456789"))} - {0}  # image1, mask1
-        for at in sorted(cuts, reverse=True):
-            found.append([stem[at:] for stem in stems])
-    return [names for names in found if all(names) and len(set(names)) == len(names)]
-
-
-def _common(texts: Sequence[str]) -> str:
-    """The longest beginning of all of them."""
-    first, last = min(texts), max(texts)
-    same = (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)
-    return first[: next(same, min(len(first), len(last)))]
 
 
 def _side_by_side(data: Path) -> Layout:

@@ -1,9 +1,12 @@
-"""Usual names of folders of images and of masks, which distinguish masks from images."""
+"""Names of files and folders: which are of masks, and which files belong together."""
 
 from __future__ import annotations
 
+import os
+import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import product
 from pathlib import Path
 
 IMAGE_FOLDERS = (
@@ -58,3 +61,33 @@ def _of_images(stem: str) -> Iterator[str]:
             yield from (before[:-1], *(before + kind for kind in IMAGE_FOLDERS))
         if after != stem and after and not after[0].isalpha():
             yield from (kind + after for kind in IMAGE_FOLDERS)
+
+
+def readings(names: Sequence[str]) -> list[list[str]]:
+    """What the names of files can mean beside the names of others: as they are, and without the
+    beginning, the ending, or both, that all of them share. Only readings that tell all files apart.
+
+    Args:
+        names: without suffixes; the folders of paths are kept.
+    """
+    bare = [os.path.basename(name) for name in names]
+    places = [name.removesuffix(own) for name, own in zip(names, bare, strict=True)]
+    begins, ends = [0], [0]
+    if len(names) > 1:
+        ending = _common([name[::-1] for name in bare])[::-1]
+        ends += [len(ending) - m.start() for m in re.finditer(r"[_\-. ]", ending)]
+        beginning = _common(bare)
+        cuts = {m.end() for m in re.finditer(r"[_\-. ]", beginning)}
+        cuts |= {len(beginning.rstrip("0123456789"))} - {0}  # image1, mask1
+        begins += sorted(cuts, reverse=True)
+    found = [[name.removesuffix("_0000") for name in bare]]
+    found += [[name[b : len(name) - e] for name in bare] for b, e in product(begins, ends)]
+    whole = ([*map("".join, zip(places, of, strict=True))] for of in found if all(of))
+    return [of for of in whole if len(set(of)) == len(of)]
+
+
+def _common(texts: Sequence[str]) -> str:
+    """The longest beginning of all of them."""
+    first, last = min(texts), max(texts)
+    same = (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)
+    return first[: next(same, min(len(first), len(last)))]

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from diffusion.data.conditions import RECIPES, Condition, ImageKind, find_condition
+from diffusion.data.conditions import RECIPES, Condition, ImageKind, find_condition, partners
 from diffusion.data.images import DiffusionData
 from diffusion.data.sources import HowToRead
 from diffusion.model import DiffusionUNet
@@ -74,6 +74,21 @@ def test_a_picture_lies_where_its_image_lies_or_has_its_name_alone(
         image, picture = data.draw(int(i), RNG)[1:]
         assert picture is not None
         assert torch.equal(picture[1] == 1, image[0] > 2 * 99.5 / 255 - 1)
+
+
+@pytest.mark.parametrize(
+    ("images", "others"),
+    [("{}", "{}_edge"), ("x{0}/photo_{0}", "x{0}/sketch-{0}"), ("{}_rgb", "a_{}_ir")],
+)
+def test_names_may_share_an_ending_or_a_beginning(tmp_path: Path, images: str, others: str) -> None:
+    files = [str(tmp_path / f"image/{images.format(i)}.png") for i in range(12)]
+    own = [str(tmp_path / f"other/{others.format(i)}.png") for i in range(12)]
+    for file in own:
+        write_image(Path(file), IMAGES[0])
+    assert partners(files, tmp_path / "other", root=tmp_path / "image") == own
+    write_image(tmp_path / "other/notes.png", IMAGES[0])
+    with pytest.raises(InputError, match="has no condition for 12 images, such as"):
+        partners(files, tmp_path / "other", root=tmp_path / "image")
 
 
 def test_a_picture_that_could_be_one_of_several_is_refused(tmp_path: Path) -> None:
