@@ -196,10 +196,13 @@ def nearest_panel(samples: Images, data: Data, count: int = 4) -> Any:
 
 
 def _curves(axes: Axes, log: Sequence[dict[str, Any]]) -> None:
-    """The losses from the first evaluation on: earlier ones would take most of the axis."""
+    """The losses from the first evaluation on, or from the end of the first quarter of the run:
+    earlier ones would take most of the axis.
+    """
     from matplotlib.ticker import MaxNLocator
 
-    first = min((e["step"] for e in log if "val_loss" in e), default=0)
+    judged = [e["step"] for e in log if "val_loss" in e]
+    first = min(*judged, max(e["step"] for e in log) // 4) if judged else 0
     seen: list[float] = []
     for key, name, style in (
         ("loss", "training batches", {"color": TRAINING, "alpha": 0.3}),

@@ -12,15 +12,16 @@ from diffusion.judging.report import _curves
 @pytest.mark.parametrize("falls", [0.001, 0.3, 3.0])
 @pytest.mark.parametrize("evaluations", [0, 1, 6])
 def test_the_losses_fill_their_axis(falls, evaluations):
-    """However far they fall, and however high they were before the first evaluation."""
+    """However far they fall, however high they were at first, and whenever they are judged."""
     steps = np.arange(10, 610, 10)
     losses = 0.1 + falls * np.exp(-steps / 100) + 5 * (steps < 50)
     log = [{"step": int(s), "loss": float(v)} for s, v in zip(steps, losses, strict=True)]
     for k in range(1, evaluations + 1):
-        log.append({"step": 100 * k, "val_loss": 0.09 + falls / 8**k, "val_seen": 0.08})
+        step = 600 * k // evaluations
+        log.append({"step": step, "val_loss": 0.09 + falls / 8**k, "val_seen": 0.08})
     axes = Figure().subplots()
     _curves(axes, log)
-    first = 100 if evaluations else 0
+    first = min(600 // evaluations, 150) if evaluations else 0
     seen = [e[k] for e in log if e["step"] >= first for k in e if k != "step"]
     limits = np.array(axes.get_ylim())
     if axes.get_yscale() == "log":
