@@ -33,7 +33,8 @@ _STAINS = ((0, 90, 255), (0, 255, 0), (255, 0, 0), (255, 0, 255), (255, 255, 0),
 def composite(image: NDArray[np.uint8]) -> RGB:
     """An image (H, W, C) as (H, W, 3): grey, RGB, or each channel in a colour, added up.
 
-    Two channels are green and magenta, more are blue, green, red, magenta, yellow and cyan.
+    Two channels are green and magenta, more are blue, green, red, magenta, yellow and cyan. Where
+    many pixels would be white, as of bright channels of a satellite, all are made darker.
     """
     channels = image.shape[2]
     if channels == 1:
@@ -42,7 +43,9 @@ def composite(image: NDArray[np.uint8]) -> RGB:
         return image
     colours = ((0, 255, 0), (255, 0, 255)) if channels == 2 else _STAINS
     shown = np.array([colours[i % len(colours)] for i in range(channels)]) / 255
-    return np.clip(np.rint(image @ shown), 0, 255).astype(np.uint8)
+    added = image @ shown
+    bright = np.quantile(added.max(axis=2), 0.99) if added.size else 0
+    return np.clip(np.rint(added * (255 / max(bright, 255))), 0, 255).astype(np.uint8)
 
 
 def panel(

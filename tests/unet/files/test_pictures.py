@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from PIL import ImageDraw
 
-from unet.files.pictures import LETTERS, fit_axis, font, key, panel
+from unet.files.pictures import LETTERS, composite, fit_axis, font, key, panel
 
 COLOURS = st.tuples(*[st.integers(0, 255)] * 3)
 LEGENDS = st.lists(st.tuples(st.text(max_size=90), COLOURS), min_size=1, max_size=40)
@@ -89,3 +89,13 @@ def test_an_axis_fits_its_values(values):
         assert len(axes.get_yticks()) > 1
     if known.min() < known.max():
         assert np.ptp(known) > 0.85 * np.ptp(limits)
+
+
+def test_channels_add_up_and_bright_ones_stay_apart():
+    dark = np.array([[[100, 0, 0, 0, 0], [0, 50, 0, 0, 0], [0, 0, 30, 0, 20]]], np.uint8)
+    assert composite(dark).tolist() == [[[0, 35, 100], [0, 50, 0], [50, 20, 0]]]
+    bright = np.full((8, 8, 4), 200, np.uint8)
+    bright[:4, :, 3] = 100
+    shown = composite(bright)
+    assert shown.max() == 255
+    assert not np.array_equal(shown[0, 0], shown[7, 7])
