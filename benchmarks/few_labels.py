@@ -329,7 +329,7 @@ def compared(rows: list[dict[str, Any]]) -> Iterator[tuple[str, str, dict[str, l
 def table(rows: list[dict[str, Any]]) -> str:
     """Medians and, in brackets, the range over the seeds, in Markdown."""
     found = list(compared(rows))
-    names = list(found[0][2])
+    names = [name for name in FIGURES if all(name in figures for *_, figures in found)]
     lines = [
         f"| labels | way | seeds | {' | '.join(FIGURES[name] for name in names)} |",
         "|---|---|---|" + "---|" * len(names),
@@ -337,7 +337,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     for amount, way, figures in found:
         cells = [str(len(figures[names[0]]))]
         cells += [
-            f"{statistics.median(v):.3f} ({min(v):.3f}–{max(v):.3f})" for v in figures.values()
+            f"{statistics.median(v):.3f} ({min(v):.3f}–{max(v):.3f})"
+            for v in (figures[name] for name in names)
         ]
         lines.append(f"| {amount} | {way} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
