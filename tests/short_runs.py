@@ -10,8 +10,11 @@ import pytest
 SMALL = {
     "diffusion.data.sources.DRAWN": 500,
     "diffusion.training.SHOWN_LEVELS": 3,
-    "diffusion.training.LEAST_JUDGED": 16,
-    "diffusion.training.MOST_JUDGED": 16,
+    "diffusion.training.LEAST_JUDGED": 4,
+    "diffusion.training.MOST_JUDGED": 4,
+    "diffusion.sampling.STEPS": 3,
+    "diffusion.judging.steps.STEPS": 3,
+    "diffusion.judging.steps.FEWER": 2,
     "diffusion.judging.report.SHOWN": 4,
     "diffusion.judging.report.FRAMES": 4,
     "diffusion.judging.report.JUDGED": 4,
@@ -20,7 +23,7 @@ SMALL = {
 
 
 def shorten(patch: pytest.MonkeyPatch) -> None:
-    """Few shapes, few pictures in training, few held-out images for its figures, no report.png."""
+    """Few shapes, pictures, sampling steps and held-out images for its figures, no report.png."""
     for name, value in SMALL.items():
         patch.setattr(name, value)
     for task in ("segmentation", "diffusion"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from unet.config import UNetConfig
@@ -53,7 +52,7 @@ class Attention(nn.Module):
             y = attend_padded(q, k, v, mask)
         else:
             y = F.scaled_dot_product_attention(q, k, v, mask)
-        return self.out(rearrange(y, "b h n d -> b n (h d)"))
+        return self.out(y.transpose(1, 2).flatten(2))
 
     def probabilities(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
         """The softmax alone, for pictures: how x attends to each token, (B, heads, N, L)."""
@@ -62,7 +61,7 @@ class Attention(nn.Module):
         return _scores(q, k, mask).softmax(dim=-1, dtype=torch.float32)
 
     def _split(self, y: Tensor) -> Tensor:
-        return rearrange(y, "b n (h d) -> b h n d", h=self.heads)
+        return y.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, heads, N, d)
 
 
 def attend_by_hand(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -82,6 +81,17 @@ def _scores(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
     return scores if mask is None else scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
 
 
+# Not with einops: torch.compile traces its parsing of a pattern, which takes longer than all else.
+def _as_tokens(x: Tensor) -> Tensor:
+    """The pixels of a map (B, C, H, W) as tokens (B, H W, C)."""
+    return x.flatten(2).transpose(1, 2)
+
+
+def _as_map(tokens: Tensor, like: Tensor) -> Tensor:
+    """Tokens (B, H W, C) as a map (B, C, H, W) of the height and width of another one."""
+    return tokens.transpose(1, 2).unflatten(2, like.shape[-2:])
+
+
 class SelfAttention(nn.Module):
     """Normalised self-attention over all pixels, with a residual (DDPM, appendix B)."""
 
@@ -93,9 +103,7 @@ class SelfAttention(nn.Module):
             zero_init(self.attention.out)
 
     def forward(self, x: Tensor, cond: Conditioning) -> Tensor:
-        tokens = rearrange(self.norm(x), "b c h w -> b (h w) c")
-        y = self.attention(tokens)
-        return x + rearrange(y, "b (h w) c -> b c h w", h=x.shape[-2])
+        return x + _as_map(self.attention(_as_tokens(self.norm(x))), x)
 
 
 class FeedForward(nn.Module):
@@ -153,14 +161,14 @@ class SpatialTransformer(nn.Module):
 
     def forward(self, x: Tensor, cond: Conditioning) -> Tensor:
         h = self.norm(x)
-        tokens = rearrange(h if self.linear else self.proj_in(h), "b c h w -> b (h w) c")
+        tokens = _as_tokens(h if self.linear else self.proj_in(h))
         if self.linear:
             tokens = self.proj_in(tokens)
         for block in self.blocks:
             tokens = block(tokens, cond)
         if self.linear:
             tokens = self.proj_out(tokens)
-        h = rearrange(tokens, "b (h w) c -> b c h w", h=x.shape[-2])
+        h = _as_map(tokens, x)
         return x + (h if self.linear else self.proj_out(h))
 
 

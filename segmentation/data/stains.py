@@ -104,12 +104,14 @@ def _blob(
     wobble: float,
 ) -> NDArray[np.bool_]:
     """A rounded outline (H, W): a circle that is stretched and swings with a few waves."""
-    dy = np.arange(size[0])[:, None] - centre[0]
-    dx = np.arange(size[1])[None, :] - centre[1]
     stretch = rng.uniform(0.85, 1.18)
+    waves = [(k, rng.normal(0, wobble / k), rng.uniform(0, 2 * np.pi)) for k in (2, 3, 4)]
+    most = radius * (1 + sum(abs(height) for _, height, _ in waves))
+    dy, dx = (np.arange(n) - c for n, c in zip(size, centre, strict=True))
+    near = np.ix_(abs(dy) * stretch < most, abs(dx) / stretch < most)
+    dy, dx = dy[near[0]], dx[near[1]]
     angle = np.arctan2(dy, dx)
-    reach = sum(
-        rng.normal(0, wobble / k) * np.cos(k * angle + rng.uniform(0, 2 * np.pi)) for k in (2, 3, 4)
-    )
-    distance = np.hypot(dy * stretch, dx / stretch)
-    return np.asarray(distance < radius * (1 + reach))
+    reach = sum(height * np.cos(k * angle + phase) for k, height, phase in waves)
+    inside = np.zeros(size, bool)
+    inside[near] = np.hypot(dy * stretch, dx / stretch) < radius * (1 + reach)
+    return inside

@@ -386,7 +386,7 @@ def test_a_teacher_of_objects_is_what_init_gives(sparse, unlabelled, tmp_path) -
 
 
 def test_unlabelled_images_come_first(data: Path, unlabelled: Path, tmp_path: Path, capsys) -> None:
-    """Denoising, a teacher, a student; killed in any part they end with the same weights."""
+    """Denoising, a teacher, a student; killed in each part they end with the same weights."""
     given = ("--data", data, "--unlabelled", unlabelled, *TINY, "--steps", 6)
     assert run_seg(*given, "--out", tmp_path / "one") == 0
     told = capsys.readouterr().out
@@ -403,14 +403,15 @@ def test_unlabelled_images_come_first(data: Path, unlabelled: Path, tmp_path: Pa
     assert DiffusionUNet.from_pretrained(tmp_path / "one/pretraining/model").config.time
     assert run_seg(*given, "--out", tmp_path / "one") == 2
     assert "holds a run already" in capsys.readouterr().err
-    for place, part in enumerate(("pretraining", "teacher/labels", "")):
-        run = tmp_path / f"{place}"
+    run, again = tmp_path / "two", given
+    for part in ("pretraining", "teacher/labels", ""):
         with pytest.MonkeyPatch.context() as patch:
             kill_in(run / part, patch)
-            assert run_seg(*given, "--out", run) == 1
-        assert run_seg("--out", run, "--resume") == 0
-        ours, theirs = weights(run), weights(tmp_path / "one")
-        assert all(torch.equal(v, theirs[k]) for k, v in ours.items()), part
+            assert run_seg(*again, "--out", run) == 1
+        again = ("--resume",)
+    assert run_seg("--resume", "--out", run) == 0
+    ours, theirs = weights(run), weights(tmp_path / "one")
+    assert all(torch.equal(v, theirs[k]) for k, v in ours.items())
 
 
 def kill_in(folder: Path, patch: pytest.MonkeyPatch) -> None:

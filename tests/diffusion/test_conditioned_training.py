@@ -29,16 +29,10 @@ from unet_diffusion import sample_ddpm, train_ddpm
 from unet_diffusion.sampled import MaskSampler
 from unet_diffusion.starting import segmentation_start
 
+pytestmark = pytest.mark.usefixtures("short_runs")
+
 SIDE = 16
 TINY = ("--width", 8, "--batch-size", 4, "--timesteps", 3, "--evaluations", 1, "--steps", 1)
-
-
-@pytest.fixture(autouse=True)
-def few_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("SHOWN", "FRAMES", "JUDGED"):
-        monkeypatch.setattr(f"diffusion.judging.report.{name}", 4)
-    for name in ("LEAST_JUDGED", "MOST_JUDGED"):
-        monkeypatch.setattr(f"diffusion.training.{name}", 4)
 
 
 @pytest.fixture
@@ -69,6 +63,7 @@ def run(module: Any, kind: Any, *arguments: object) -> int:
     return run_script(module.main, kind, list(map(str, arguments)))
 
 
+@pytest.mark.usefixtures("reports")
 @pytest.mark.parametrize("beside", ["classes", "captions"])
 def test_a_picture_goes_with_classes_and_with_texts(folder: Path, beside: str) -> None:
     """Trained, gone on with, sampled from both or either, from the command and from Python."""

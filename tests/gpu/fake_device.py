@@ -35,8 +35,17 @@ SCHEDULE = NoiseSchedule(kind="cosine")
 
 
 def shortest(config: UNetConfig) -> UNetConfig:
-    """Each kind of layer once a level: a second one of its kind waits where the first does."""
-    return replace(config, blocks=1, transformer_depth=1)
+    """Each kind of layer once, in two levels: a second one waits where the first does."""
+    config = replace(config, blocks=1, transformer_depth=1)
+    if config.decoder != "unet":  # that adds maps of several levels
+        return config
+    decoder = config.decoder_multipliers
+    return replace(
+        config,
+        multipliers=config.multipliers[:2],
+        decoder_multipliers=decoder and decoder[:2],
+        attention_levels=(1,) if config.attention_levels else (),
+    )
 
 
 CONFIG = shortest(PRESETS["diffusion"].config)

@@ -416,6 +416,7 @@ def test_a_network_with_deep_supervision_is_compiled_as_one_graph(folder, tmp_pa
             batch_size=2,
             evaluations=1,
             precision="bf16",
+            network="segmentation-quick",
             deep_supervision=True,
             compile=compiled,
         )

@@ -232,8 +232,9 @@ def flat(grey: int) -> Picture:
 def wrong_pictures() -> dict[str, Picture]:
     rng = np.random.default_rng(0)
     circle = picture_of("a large red circle")
-    circles = [picture_of("a small blue circle", 32, seed)[:16, :16] for seed in range(200)]
-    whole = [part for part in circles if read(np.pad(part, ((0, 16), (0, 16), (0, 0)), "edge"))][:4]
+    parts = (picture_of("a small blue circle", 32, seed)[:16, :16] for seed in range(200))
+    seen = (part for part in parts if read(np.pad(part, ((0, 16), (0, 16), (0, 0)), "edge")))
+    whole = list(itertools.islice(seen, 4))
     four = np.concatenate([np.concatenate(whole[:2], 1), np.concatenate(whole[2:], 1)])
     pale = (0.4 * circle + 0.6 * 240).astype(np.uint8)
     orange = circle.copy()

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +62,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     return make
 
 
-@pytest.fixture(scope="module")
+@cache
+def read(path: Path) -> StableDiffusion:
+    """The model of a folder, which no test changes."""
+    return StableDiffusion.from_pretrained(path)
+
+
+@cache
+def their_parts(path: Path) -> dict[str, Any]:
+    return StableDiffusionPipeline.from_pretrained(path, **CHECKED).components
+
+
+@pytest.fixture
 def model(folder: Callable[..., Path]) -> StableDiffusion:
-    """That of version 1, which no test changes."""
-    return StableDiffusion.from_pretrained(folder())
+    return read(folder())
 
 
 def settings(sampler: Any = "dpmpp-2m", **more: Any) -> PictureSettings:
@@ -85,9 +97,10 @@ def half() -> Tensor:
 
 
 def their_pipeline(kind: Any, path: Path, sampler: str, **scheduler: Any) -> Any:
-    pipeline = kind.from_pretrained(path, **CHECKED)
+    parts = their_parts(path)
+    pipeline = kind(**parts, requires_safety_checker=False)
     pipeline.set_progress_bar_config(disable=True)
-    config = {k: v for k, v in pipeline.scheduler.config.items() if not k.startswith("_")}
+    config = {k: v for k, v in parts["scheduler"].config.items() if not k.startswith("_")}
     pipeline.scheduler = THEIRS[sampler].from_config(config | scheduler)
     return pipeline
 
@@ -118,7 +131,7 @@ def assert_same_as_theirs(model: StableDiffusion, run: Any, theirs: Any, **given
 @every_version
 @every_sampler
 def test_text_to_image_is_that_of_diffusers(folder, version: str, sampler: str) -> None:
-    model = StableDiffusion.from_pretrained(folder(version))
+    model = read(folder(version))
     run = model.sample(settings(sampler), SEEDS)
     theirs = their_pipeline(StableDiffusionPipeline, folder(version), sampler)
     assert_same_as_theirs(model, run, theirs)
@@ -127,7 +140,7 @@ def test_text_to_image_is_that_of_diffusers(folder, version: str, sampler: str) 
 @every_version
 @every_sampler
 def test_image_to_image_is_that_of_diffusers(folder, version: str, sampler: str) -> None:
-    model = StableDiffusion.from_pretrained(folder(version))
+    model = read(folder(version))
     run = model.sample(settings(sampler, strength=0.6), SEEDS, image=picture())
     theirs = their_pipeline(StableDiffusionImg2ImgPipeline, folder(version), sampler)
     images = (picture().expand(2, -1, -1, -1) + 1) / 2
@@ -141,7 +154,7 @@ def test_inpainting_is_that_of_diffusers(
 ) -> None:
     """4 channels: the known latents are put back. 9: the U-Net of an inpainting model sees them."""
     path = folder("v1", channels)
-    model = StableDiffusion.from_pretrained(path)
+    model = read(path)
     wanted = settings(sampler, strength=strength)
     run = model.sample(wanted, SEEDS, image=picture(), mask=half())
     theirs = their_pipeline(StableDiffusionInpaintPipeline, path, sampler)
@@ -177,7 +190,7 @@ def test_every_field_of_the_scheduler_counts(folder, sampler: str, scheduler: An
     theirs = their_pipeline(StableDiffusionPipeline, path, sampler, **scheduler)
     named = {"_class_name": THEIRS[sampler].__name__}
     config = named | SCHEDULER | {"prediction_type": "v_prediction", "timestep_spacing": "leading"}
-    model = StableDiffusion.from_pretrained(path)
+    model = copy.copy(read(path))
     model.schedule = PipelineSchedule.from_dict(config | scheduler)
     assert_same_as_theirs(model, model.sample(settings(sampler), SEEDS), theirs)
 
@@ -267,7 +280,7 @@ def test_a_size_of_its_own(model) -> None:
 
 def compvis(path: Path) -> tuple[DiffusionUNet, dict[str, Tensor]]:
     """A folder's U-Net, and a full CompVis checkpoint of it with another part and an EMA copy."""
-    unet = StableDiffusion.from_pretrained(path).unet
+    unet = read(path).unet
     state = to_layout(unet.state_dict(), unet.config, "compvis", prefix=COMPVIS_PREFIX)
     others = {"first_stage_model.conv.weight": torch.ones(2), "model_ema.decay": torch.ones(())}
     return unet, {k: v.contiguous() for k, v in (others | state).items()}
@@ -291,19 +304,19 @@ def test_a_checkpoint_is_read_by_its_shapes(
     else:
         content = {"state_dict": state, "global_step": 7}
         torch.save(content, file, _use_new_zipfile_serialization=kind == "ckpt")
-    read = StableDiffusion.from_pretrained(path, file).unet
+    found = StableDiffusion.from_pretrained(path, file).unet
     if with_config:
-        assert read.config == unet.config
-    assert_close(read.state_dict(), unet.state_dict())
+        assert found.config == unet.config
+    assert_close(found.state_dict(), unet.state_dict())
     x, t, context = torch.randn(2, 4, 8, 8), torch.tensor([7, 800]), torch.randn(2, 5, 16)
-    assert_close(read(x, t, context), unet(x, t, context))
+    assert_close(found(x, t, context), unet(x, t, context))
 
 
 def test_the_unets_file_of_another_folder_is_a_checkpoint(folder) -> None:
     path = folder()
     file = path / "unet" / "diffusion_pytorch_model.safetensors"
     unet = StableDiffusion.from_pretrained(path, file).unet
-    assert_close(unet.state_dict(), StableDiffusion.from_pretrained(path).unet.state_dict())
+    assert_close(unet.state_dict(), read(path).unet.state_dict())
 
 
 @pytest.mark.parametrize("name", ["sd-v1", "sd-v2"])
