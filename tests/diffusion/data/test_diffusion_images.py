@@ -161,8 +161,14 @@ def test_subfolders_are_classes(tmp_path: Path) -> None:
         folder = Path(data.name(i)).parent.name
         assert data.classes[data.labels[i]] == folder
     assert data.batch(data.val)[1].tolist() == [data.labels[i] for i in data.val]
-    assert "3 classes: 9 (11), 10 (10), cat (12)" in data.describe()
+    assert "\n3 classes: 9 (11), 10 (10), cat (12)\n25 images to train on" in data.describe()
     assert not data.flips
+    assert "3 classes, not used: 9 (11)" in DiffusionData(tmp_path).describe()
+    few = DiffusionData(tmp_path, classes=True, val=32)  # of 33
+    assert few.labels is not None
+    (name,) = (few.classes[few.labels[i]] for i in few.train)
+    others = ", ".join(f"{k} ({n})" for k, n in (("9", 11), ("10", 10), ("cat", 12)) if k != name)
+    assert f"\nnot learnt, as all of its images are held out: {others}; add" in few.describe()
 
 
 @pytest.mark.parametrize("also", ["one.png", None])
@@ -856,6 +862,20 @@ def test_transparent_pixels_show_the_background(
     Image.fromarray(rgba[..., 2:], "LA").save(tmp_path / "1.png")
     whole = DiffusionData(tmp_path, channels=4)
     np.testing.assert_array_equal(whole.images([0, 1]), [rgba, rgba[..., [2, 2, 2, 3]]])
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_colours_of_transparent_pixels_do_not_mix_into_others(tmp_path: Path, dtype: Any) -> None:
+    icon = np.zeros((24, 24, 4), dtype)
+    icon[5:19, 7:16] = np.iinfo(dtype).max * np.array([1.0, 0.2, 0, 1])
+    if dtype == np.uint8:
+        Image.fromarray(icon, "RGBA").save(tmp_path / "icon.png")
+    else:
+        write_image(tmp_path / "icon.tif", icon)
+    pixels = DiffusionData(tmp_path, size=15, channels=4, val=0).images([0])[0].astype(int)
+    edge = (pixels[..., 3] > 10) & (pixels[..., 3] < 245)
+    assert edge.any()
+    assert np.abs(pixels[pixels[..., 3] > 10][:, :3] - [255, 51, 0]).max() <= 2
 
 
 def test_channels_of_any_number_are_learnt_and_chosen(tmp_path: Path) -> None:
