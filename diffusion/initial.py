@@ -202,7 +202,8 @@ def _pixels(
 
 def is_lora(path: str | Path) -> bool:
     """Whether it is the model folder of a LoRA run."""
-    return all(Path(path, name).is_file() for name in (CONFIG, LORA))
+    known = isinstance(path, str | Path)  # else it is refused where the folder is read
+    return known and all(Path(path, name).is_file() for name in (CONFIG, LORA))
 
 
 def load_model(path: str | Path) -> DiffusionUNet:

@@ -79,8 +79,8 @@ class DiffusionOptions(MaskOptions, FitOptions):
     """Learn to make images of a class: subfolders, or the `labels` of an .npz."""
 
     captions: bool = False
-    """Learn to make images of a text: `shapes`, or a folder with a metadata.jsonl of lines such as
-    {"file_name": "0.png", "text": "a red circle"}."""
+    """Learn to make images of a text: `shapes`, shards, or a folder with 0.txt beside 0.png, or
+    with a metadata.jsonl of lines such as {"file_name": "0.png", "text": "a red circle"}."""
 
     condition: str | None = None
     """Learn to make each image from a picture: a folder of pictures or masks with the images'

@@ -19,6 +19,7 @@ from unet.training.config_file import load_config
 from unet.training.options import check_paths
 from unet.words import counted, listed
 
+STRENGTH = 0.6  # of variants of an image, where none is asked for
 SHOWN = 16  # images in the GIF and of whose attention there are pictures, at most
 
 if TYPE_CHECKING:
@@ -90,8 +91,8 @@ class SampleOptions(SamplingOptions):
     init: Path | None = None
     """Make variants of this image instead (SDEdit): noise is added to it and taken away."""
 
-    strength: float = 0.6
-    """With --init: how much of it is made anew, from 0 to 1."""
+    strength: float | None = None
+    """With --init: how much of it is made anew, above 0 and at most 1; none given: 0.6."""
 
     inpaint: Path | None = None
     """Make a part of this image anew (RePaint); with --mask."""
@@ -129,8 +130,13 @@ class SampleOptions(SamplingOptions):
             raise InputError(f"--count {self.count}: between two images there are at least 2")
         if self.interpolate and self.first:
             raise InputError("--first does not go with --interpolate, whose images have an order")
-        if not 0 < self.strength <= 1:
+        if self.strength is not None and not 0 < self.strength <= 1:
             raise InputError(f"--strength {self.strength} must be above 0 and at most 1")
+        if self.strength is not None and not self.init:
+            raise InputError(
+                f"--strength {self.strength} says how much of an image is made anew: give that "
+                "image with --init"
+            )
         if self.class_ and self.prompt:
             raise InputError("--class and --prompt each say what an image shows: give one")
         if self.attention and not self.prompt:
@@ -334,7 +340,7 @@ def chosen_plan(options: SampleOptions, sampler: ImageSampler, wanted: Wanted) -
     from unet.files.images import image_info
 
     if options.init:
-        return sampler.plans.variants(picture(options.init, sampler), options.strength)
+        return sampler.plans.variants(picture(options.init, sampler), options.strength or STRENGTH)
     if options.inpaint and options.mask:
         image, drawn = (image_info(path) for path in (options.inpaint, options.mask))
         if image.height * drawn.width != image.width * drawn.height:

@@ -68,6 +68,7 @@ def main(options: ClassifierOptions) -> None:
         channels=CHANNELS[options.colour] if options.colour else None,
         flips=False,
         skip_bad=options.skip_bad,
+        classes=True,
         fine=False,  # as what eval-ddpm shows it
     )
     train(data, options, width=options.width, shift=options.shift)

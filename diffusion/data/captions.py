@@ -1,8 +1,9 @@
 """Captions of image files, in the usual formats.
 
 `metadata.jsonl` (one JSON object per line) and `metadata.csv` name files relative to their folder,
-as Hugging Face's imagefolder does; or a `.txt` or `.caption` lies beside each image. A byte-order
-mark and Windows' backslashes are understood.
+as Hugging Face's imagefolder does; or a text file lies beside each image, such as `a.txt`,
+`a.caption` or `a.jpg.txt` for `a.jpg`. A byte-order mark, Windows' backslashes, and semicolons or
+tabs between columns are understood.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from unet.errors import InputError
+from unet.words import counted
 
 TABLES = ("metadata.jsonl", "metadata.csv")
 _FILE_KEYS = ("file_name", "file", "image", "filename")
@@ -26,21 +28,26 @@ _TEXT_BYTES = 2**16  # of one caption file
 
 
 def has_text_files(files: Sequence[str]) -> bool:
-    """Whether one of the first images has a caption file beside it."""
-    return any(os.path.isfile(_beside(file)) for file in files[:_LOOKED_AT])
+    """Whether an image has a caption file beside it, of some that are evenly spread."""
+    step = -(-len(files) // _LOOKED_AT)
+    return any(os.path.isfile(_beside(file)) for file in files[::step])
 
 
-def read_captions(files: Sequence[str], tables: Sequence[Path], key: str | None) -> list[str]:
-    """The caption of each file: of a table, or else of the text file beside it.
+def read_captions(
+    files: Sequence[str], tables: Sequence[Path], key: str | None
+) -> tuple[list[str], str]:
+    """The caption of each file, of a table or else of the text file beside it; and a note on
+    captions that are empty, and on those of files that are not among these.
 
     Args:
         key: of the captions in the tables; None: the first of text, caption and prompt that is
             there.
 
     Raises:
-        InputError: a file without a caption, a table or text that cannot be read.
+        InputError: files without a caption, a table or text that cannot be read.
     """
     known: dict[str, str] = {}
+    named: dict[str, str] = {}  # files as the tables name them
     for table in tables:
         for number, entry in _rows(table):
             name, caption = _entry(entry, key, f"line {number} of '{table}'")
@@ -50,13 +57,41 @@ def read_captions(files: Sequence[str], tables: Sequence[Path], key: str | None)
                     f"line {number} of '{table}' gives {name} another caption than an earlier one: "
                     "an image has one, so copy it for each of its captions, or leave one of them"
                 )
+            named[file] = name
     found: list[str] = []
+    lacking = []
     for file in files:
-        text = known.get(os.path.normpath(file))
-        found.append(_text_of(file, tables) if text is None else text)
+        path = os.path.normpath(file)
+        named.pop(path, None)
+        text = known[path] if path in known else _text_beside(file)
+        if text is None:
+            lacking.append(file)
+        else:
+            found.append(text)
+    others = next(iter(named.values()), "")
+    if lacking:
+        raise InputError(_no_caption(lacking, len(files), tables, others))
     if not any(found):
         raise InputError(f"all captions are empty, such as that of '{files[0]}'")
-    return found
+    empty = [file for file, text in zip(files, found, strict=True) if not text.strip()]
+    note = ""
+    if empty:
+        note += f"; {counted(len(empty), 'image')} with an empty one, such as '{empty[0]}'"
+    if named:
+        of = "is of a file that is" if len(named) == 1 else "are of files that are"
+        note += f"; {counted(len(named), 'caption')} {of} not among the images, such as {others!r}"
+    return found, note
+
+
+def _no_caption(lacking: Sequence[str], count: int, tables: Sequence[Path], others: str) -> str:
+    """The message for images without a caption; `others` is a file that a table names instead."""
+    have = "has" if len(lacking) == 1 else "have"
+    where = f"no line in {tables[0].name}" if tables else "no caption file"
+    said = f", which names files that are not there, such as {others!r}" if others else ""
+    return (
+        f"{len(lacking):,} of {counted(count, 'image')} {have} {where}{said}: '{lacking[0]}' needs "
+        f"its caption there, or a file '{_beside(lacking[0])}' with it"
+    )
 
 
 def _rows(table: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
@@ -65,8 +100,11 @@ def _rows(table: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"'{table}' cannot be read as UTF-8 text") from error
     if table.suffix == ".csv":
+        header = content.partition("\n")[0]
         try:
-            rows = csv.DictReader(io.StringIO(content, newline=""))
+            rows = csv.DictReader(
+                io.StringIO(content, newline=""), delimiter=max(",;\t", key=header.count)
+            )
             yield from ((rows.line_num, row) for row in rows)
         except csv.Error as error:
             raise InputError(f"'{table}' cannot be read as CSV: {error}") from error
@@ -119,12 +157,12 @@ def _placed(folder: Path, name: str) -> str:
     return direct
 
 
-def _text_of(file: str, tables: Sequence[Path]) -> str:
+def _text_beside(file: str) -> str | None:
+    """The caption in the text file beside an image; None: there is no such file."""
     path = _beside(file)
     try:
         if not os.path.isfile(path):
-            where = f"no line in {tables[0].name}" if tables else "no caption file"
-            raise InputError(f"'{file}' has {where}: add its caption, or {path!r} with it")
+            return None
         with open(path, "rb") as stream:
             data = stream.read(_TEXT_BYTES + 1)
         if len(data) > _TEXT_BYTES:
@@ -136,5 +174,6 @@ def _text_of(file: str, tables: Sequence[Path]) -> str:
 
 def _beside(file: str) -> str:
     """The caption file of an image; if there is none, the one that it should have."""
-    found = [os.path.splitext(file)[0] + ending for ending in _ENDINGS]
+    stem = os.path.splitext(file)[0]
+    found = [f"{start}{ending}" for start in (stem, file) for ending in _ENDINGS]
     return next((path for path in found if os.path.isfile(path)), found[0])

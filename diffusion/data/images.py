@@ -149,7 +149,7 @@ class DiffusionData:
         self.ranges, self.resized = whole.ranges, whole.resized
         self.condition, self.masks = whole.condition, whole.masks
         self.joint, self.codes = whole.joint, whole.codes
-        self.classes, self.captioned = source.classes, captions
+        self.classes, self._classed, self.captioned = source.classes, classes, captions
         self.crops, self.skip_bad = crops, skip_bad
         self._places = self._find_places()
         self.train, self.val = split(self._places, whole.groups(), val, seed, crops=crops)
@@ -246,8 +246,15 @@ class DiffusionData:
         lines = self._whole.lines()
         if self.labels is not None and self.channels > self.codes:
             counts = np.bincount(self.labels, minlength=len(self.classes)).tolist()
-            shown = listed(dict(zip(self.classes, counts, strict=True)))
-            lines.append(f"{counted(len(counts), 'class')}: {shown}")
+            images = dict(zip(self.classes, counts, strict=True))
+            used = "" if self._classed else ", not used"
+            lines.append(f"{counted(len(counts), 'class')}{used}: {listed(images)}")
+            learnt = {self.classes[label] for label in self.labels[self.train]}
+            if self._classed and (lost := {k: n for k, n in images.items() if k not in learnt}):
+                lines.append(
+                    f"not learnt, as all of its images are held out: {listed(lost)}; add some, or "
+                    "hold out none (--val 0)"
+                )
         elif self.source.below:
             lines.append(f"of these in folders below: {listed(self.source.below)}")
         if self.source.captioned:

@@ -244,11 +244,25 @@ def check_channels(have: int, channels: int) -> None:
         )
 
 
-def resized(pixels: Pixels, size: tuple[int, int]) -> Pixels:
-    """The largest part at the centre with the proportions of `size`, resized to it (Lanczos)."""
+def resized(pixels: Pixels, size: tuple[int, int], *, alpha: bool = False) -> Pixels:
+    """The largest part at the centre with the proportions of `size`, resized to it (Lanczos).
+
+    Args:
+        alpha: the last channel is alpha, by which colours are weighted, so that those of
+            transparent pixels do not mix into the others.
+    """
     height, width = pixels.shape[:2]
     if (height, width) == size:
         return pixels
+    if alpha:
+        cover = pixels[..., -1:].astype(np.float32)
+        weights = resized(np.concatenate([pixels[..., :-1] * (cover / 255), cover], axis=-1), size)
+        plain = resized(pixels, size)
+        share = weights[..., -1:] / 255
+        colours = weights[..., :-1] / np.maximum(share, 1e-6)
+        colours = np.where(share > 1 / 255, colours.clip(0, 255), plain[..., :-1])
+        found = np.concatenate([colours, plain[..., -1:]], axis=-1)
+        return np.rint(found).astype(np.uint8) if pixels.dtype == np.uint8 else found
     scale = min(height / size[0], width / size[1])
     top, left = (height - scale * size[0]) / 2, (width - scale * size[1]) / 2
     box = (left, top, width - left, height - top)

@@ -38,7 +38,8 @@ from unet.files.volumes import is_volume
 from unet.words import counted, left_out
 
 DRAWN = 20_000  # pictures of shapes
-_ARRAYS = ("images.npy", "labels.npy")  # of an .npz
+# Images and labels in an .npz, of these the first that is there: ours, those of MedMNIST and Keras.
+_ARRAYS = (("images", "labels"), ("train_images", "train_labels"), ("x_train", "y_train"))
 _SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")  # no classes
 ARCHIVE_BYTES = 2**32  # an .npz is unpacked into memory as a whole
 
@@ -61,7 +62,10 @@ class HowToRead:
         """(H, W, C) as stored; with alpha as a channel for all images, grey ones as colours."""
         if self.background is not None:
             return read_image(path, page, self.reading, background=self.background)
-        return read_image(path, page, self.reading, alpha=True)
+        pixels = read_image(path, page, self.reading, alpha=True)
+        if pixels.shape[2] == 2 and image_info(path, self.reading).has_alpha:
+            return pixels[..., [0, 0, 0, 1]]
+        return pixels
 
 
 def saved_colour(saved: Any) -> Colour | None:
@@ -102,7 +106,7 @@ class Source:
             return self.kind
         info = replace(image_info(Path(self.files[image]), self.how.reading), palette=None)
         if self.how.background is None and info.has_alpha:
-            return replace(info, channels=info.channels + 1, has_alpha=False)
+            return replace(info, channels=max(info.channels, 3) + 1, has_alpha=False)
         return info
 
 
@@ -153,14 +157,21 @@ def _draw(seed: int, side: int, image: int) -> Array:
 def _archive(path: Path, how: HowToRead) -> Source:
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            members = archive.zip.infolist()
-            unpacked = sum(m.file_size for m in members if m.filename in _ARRAYS)
+            used = next((pair for pair in _ARRAYS if pair[0] in archive), None)
+            if used is None:
+                held = ", ".join(archive.files[:8]) or "nothing"
+                raise InputError(
+                    f"'{path}' holds {held}, but no array `images`: save the images under this "
+                    "name, and their classes, if any, as `labels`"
+                )
+            names = [f"{name}.npy" for name in used]
+            unpacked = sum(m.file_size for m in archive.zip.infolist() if m.filename in names)
             if unpacked > ARCHIVE_BYTES:
                 raise InputError(
                     f"'{path}' unpacks to {unpacked:,} bytes, more than {ARCHIVE_BYTES:,}: give a "
                     "folder of images or an .npy stack, which are read as they are needed"
                 )
-            images, labels = archive["images"], archive.get("labels")
+            images, labels = archive[used[0]], archive.get(used[1])
             if not all(isinstance(a, np.ndarray | None) for a in (images, labels)):
                 raise TypeError("a member that is no array")
     except InputError:
@@ -242,7 +253,8 @@ def _in_files(path: Path, captions: bool, how: HowToRead) -> Source:
         captioned=bool(tables) or has_text_files(files),
     )
     if captions and source.captioned:
-        source = replace(source, caption=read_captions(files, tables, how.caption_key).__getitem__)
+        texts, note = read_captions(files, tables, how.caption_key)
+        source = replace(source, caption=texts.__getitem__, note=note)
     if "" in folders:
         return replace(source, below=Counter(filter(None, folders)))
     if len(set(folders)) < 2:

@@ -265,7 +265,8 @@ class WholeImages:
 
     def _resized(self, parts: list[Pixels]) -> list[Pixels]:
         """The parts in the size of all images; pixels of masks are of a class then, too."""
-        parts = [resized(part, self.size) for part in parts]
+        rgba = self.channels - self.codes == 4 and self._how.background is None
+        parts = [resized(p, self.size, alpha=rgba and i == 0) for i, p in enumerate(parts)]
         if self.masks is not None:
             mask = 1 if self.joint else 0
             parts[mask] = self.masks.nearest(parts[mask])

@@ -174,6 +174,9 @@ def test_a_mistake_is_one_sentence(
 def test_loading_refuses_what_is_no_diffusion_model(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is no folder: give a model folder"):
         load(tmp_path / "none")
+    for wrong, kind in ((None, "NoneType"), ([tmp_path, tmp_path], "list")):
+        with pytest.raises(InputError, match=f"by the path of its folder, not by a {kind}"):
+            load(wrong)  # type: ignore[arg-type]
     model = build("plain")
     del model.info["schedule"]
     model.save_pretrained(tmp_path)

@@ -167,9 +167,18 @@ def test_a_run_repeats_from_its_config(folder, tmp_path):
     assert weights[0] == weights[1]
 
 
-def test_a_run_resumes_with_its_own_settings(folder, tmp_path):
+def test_a_run_resumes_with_its_own_settings_and_their_reasons(folder, tmp_path, capsys):
+    def reasons():
+        lines = (tmp_path / "a/config.yaml").read_text().splitlines()
+        return [line.removeprefix("# ") for line in lines if line.startswith("# ")]
+
     assert run_train("--data", folder, "--out", tmp_path / "a", *SMALL) == 0
+    before = reasons()
+    assert any("muon" in line and "learns fastest" in line for line in before)
+    capsys.readouterr()
     assert run_train("--out", tmp_path / "a", "--resume", "--steps", "4") == 0
+    assert reasons() == [line.replace("2 steps", "4 steps") for line in before]
+    assert set(reasons()[1:]) <= set(capsys.readouterr().out.splitlines())
     assert [e["step"] for e in read_log(tmp_path / "a/metrics.jsonl") if "val_loss" in e] == [2, 4]
     config = load_config(SegmentationOptions, tmp_path / "a/config.yaml")
     assert config["width"] == 4

@@ -117,8 +117,11 @@ def find_shards(data: Path) -> list[Path]:
     if (data / "dataset_dict.json").is_file():
         return [file for path in shown if path.is_dir() for file in find_shards(path)]
     files = [path for path in shown if path.name.lower().endswith((*ENDINGS, *_COMPRESSED))]
-    others = any(p.is_dir() or p.name.lower().endswith(SUFFIXES) for p in shown)
-    return [] if others else files
+    if any(p.is_dir() or p.name.lower().endswith(SUFFIXES) for p in shown):
+        return []
+    # Beside each tar img2dataset writes a table of what is in it.
+    tars = {path.stem for path in files if path.suffix.lower() == ".tar"}
+    return [p for p in files if p.suffix.lower() != ".parquet" or p.stem not in tars]
 
 
 def read_shards(files: Sequence[Path], *, masks: bool, caption_key: str | None = None) -> Sharded:
@@ -254,14 +257,18 @@ def _pictures(shard: Shard, key: str, parts: Sequence[str], masks: bool) -> tupl
     images = [part for part in held if part not in targets]
     # Beside pictures arrays are most often features of them.
     images = [part for part in images if not part.lower().endswith("npy")] or images
+    chosen = []
     for what, found, wanted in (("image", images, True), ("mask", targets, masks)):
+        named = [part for part in found if part.partition(".")[0].lower() == what]
+        found = named or found
+        chosen += found[:1]
         if wanted and len(found) != 1:
             several = f"{len(found)} that could be the {what}" if found else f"no {what}"
             like = "image.png, a column image" if what == "image" else "mask.png, a column mask"
             raise InputError(
                 f"sample {key!r} has {several} among {', '.join(parts)}: name one as in {like}"
             )
-    return images[0], targets[0] if masks else ""
+    return chosen[0], chosen[1] if masks else ""
 
 
 def _is_mask(part: str) -> bool:

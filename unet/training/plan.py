@@ -6,6 +6,7 @@ Each task has one function that decides. All later code reads its plan, in which
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from unet.words import counted
 DEFAULT_MINUTES = 10.0  # of a run without a budget
 AS_ASKED = "as requested"  # the reason of what was given
 Options = TypeVar("Options", bound=FitOptions)
+_TOLD = re.compile(r"^# (.+?) {2,}(.+?) {2,}\((.*)\)\r?$", re.M)  # a decision in config.yaml
 GPU_WORKERS = 4  # processes that prepare batches for a GPU
 
 
@@ -172,6 +174,20 @@ def told_budget(options: FitOptions) -> Decision:
     return Decision(
         "budget", counted(amount, unit.removesuffix("s")), AS_ASKED if given else "the default"
     )
+
+
+def remembered(decisions: Iterable[Decision], fit: FitPlan) -> tuple[Decision, ...]:
+    """The decisions; of a resumed run with the reasons in its config.yaml where they are the same.
+
+    Such a run finds its choices made, and would take all of them for requested.
+    """
+    file, reasons = fit.out / "config.yaml", {}
+    if fit.resume and file.is_file():
+        # `save_config` escapes what is not ASCII
+        head = file.read_bytes().decode("unicode_escape", "replace")
+        for what, value, why in _TOLD.findall(head):
+            reasons[what, value] = why
+    return tuple(d._replace(why=reasons.get((d.what, d.value), d.why)) for d in decisions)
 
 
 def told(decisions: Iterable[Decision]) -> list[str]:

@@ -267,6 +267,10 @@ def read_config(folder: Path, weights: str = WEIGHTS) -> dict[str, Any]:
         )
     for name in (CONFIG, weights):
         if not (folder / name).is_file():
+            if (folder / "model" / CONFIG).is_file():
+                raise InputError(
+                    f"{folder} is no model folder, but the folder of a run: give {folder / 'model'}"
+                )
             raise InputError(
                 f"{folder} is no model folder, {name} is missing: a model folder holds {CONFIG} "
                 f"and {weights}, as training writes them to RUN/model"

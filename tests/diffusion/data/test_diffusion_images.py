@@ -161,8 +161,14 @@ def test_subfolders_are_classes(tmp_path: Path) -> None:
         folder = Path(data.name(i)).parent.name
         assert data.classes[data.labels[i]] == folder
     assert data.batch(data.val)[1].tolist() == [data.labels[i] for i in data.val]
-    assert "3 classes: 9 (11), 10 (10), cat (12)" in data.describe()
+    assert "\n3 classes: 9 (11), 10 (10), cat (12)\n25 images to train on" in data.describe()
     assert not data.flips
+    assert "3 classes, not used: 9 (11)" in DiffusionData(tmp_path).describe()
+    few = DiffusionData(tmp_path, classes=True, val=32)  # of 33
+    assert few.labels is not None
+    (name,) = (few.classes[few.labels[i]] for i in few.train)
+    others = ", ".join(f"{k} ({n})" for k, n in (("9", 11), ("10", 10), ("cat", 12)) if k != name)
+    assert f"\nnot learnt, as all of its images are held out: {others}; add" in few.describe()
 
 
 @pytest.mark.parametrize("also", ["one.png", None])
@@ -206,7 +212,7 @@ def test_metadata_of_subfolders_names_files_beside_it(tmp_path: Path) -> None:
         ('{"file_name": "1.png"}', "line 2 of"),
         ("[]", "line 2 of"),
         ('{"file_name": "1.png", "text": 3}', "line 2 of"),
-        ("", r"1\.png' has no line in metadata"),
+        ("", r"1 of \d images has no line in metadata\.jsonl: '.*1\.png' needs"),
         (b"\xff\xfe\x00", "cannot be read as UTF-8"),
     ],
 )
@@ -376,10 +382,22 @@ def test_labels_become_classes(tmp_path: Path, labels: Any, names: tuple[str, ..
     assert sample["label"].dtype == torch.int64
 
 
+@pytest.mark.parametrize("names", ["{}_images {}_labels", "x_{} y_{}"])
+def test_archives_of_others_give_the_images_that_they_train_on(tmp_path: Path, names: str) -> None:
+    """Those of MedMNIST, whose labels are (N, 1), and of Keras."""
+    arrays = {}
+    for k, part in enumerate(("test", "train")):
+        images, labels = (name.format(part) for name in names.split())
+        arrays |= {images: COLOUR[k : 30 + k], labels: np.arange(30)[:, None] % (3 + k)}
+    data = DiffusionData(archive(tmp_path, **arrays), classes=True)
+    assert data.classes == ("0", "1", "2", "3")
+    np.testing.assert_array_equal(data.images(range(30)), COLOUR[1:31])
+
+
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"other": COLOUR}, "cannot be read as an .npz with an array `images`"),
+        ({"x": COLOUR, "y": COLOUR}, r"set\.npz' holds x, y, but no array `images`: save"),
         ({"images": COLOUR.astype(np.complex64)}, r"set\.npz.* pixels of type complex64"),
         (
             {"images": rearrange(COLOUR, "b h w c -> b c h w")},
@@ -841,8 +859,23 @@ def test_transparent_pixels_show_the_background(
     found = DiffusionData(tmp_path, how=HowToRead(background=background)).images([0])[0]
     np.testing.assert_array_equal(found[:6], COLOUR[0][:6])
     assert (found[6:] == background).all()
+    Image.fromarray(rgba[..., 2:], "LA").save(tmp_path / "1.png")
     whole = DiffusionData(tmp_path, channels=4)
-    np.testing.assert_array_equal(whole.images([0])[0], rgba)
+    np.testing.assert_array_equal(whole.images([0, 1]), [rgba, rgba[..., [2, 2, 2, 3]]])
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_colours_of_transparent_pixels_do_not_mix_into_others(tmp_path: Path, dtype: Any) -> None:
+    icon = np.zeros((24, 24, 4), dtype)
+    icon[5:19, 7:16] = np.iinfo(dtype).max * np.array([1.0, 0.2, 0, 1])
+    if dtype == np.uint8:
+        Image.fromarray(icon, "RGBA").save(tmp_path / "icon.png")
+    else:
+        write_image(tmp_path / "icon.tif", icon)
+    pixels = DiffusionData(tmp_path, size=15, channels=4, val=0).images([0])[0].astype(int)
+    edge = (pixels[..., 3] > 10) & (pixels[..., 3] < 245)
+    assert edge.any()
+    assert np.abs(pixels[pixels[..., 3] > 10][:, :3] - [255, 51, 0]).max() <= 2
 
 
 def test_channels_of_any_number_are_learnt_and_chosen(tmp_path: Path) -> None:
@@ -865,11 +898,37 @@ def test_captions_lie_in_text_files_beside_images(tmp_path: Path) -> None:
         (tmp_path / f"{i}.txt").write_bytes(b"\xef\xbb\xbfa blob\r\n number " + str(i).encode())
     data = DiffusionData(tmp_path, captions=True)
     assert data.caption(index_of(data, 2)) == "a blob number 2"
-    (tmp_path / "0.txt").rename(tmp_path / "0.caption")
-    assert DiffusionData(tmp_path, captions=True).caption(index_of(data, 0)) == "a blob number 0"
-    (tmp_path / "3.txt").unlink()
-    with pytest.raises(InputError, match=r"3\.png' has no caption file: add its caption"):
+    for name in ("0.caption", "0.png.txt"):
+        next(tmp_path.glob("0*t*")).rename(tmp_path / name)
+        found = DiffusionData(tmp_path, captions=True)
+        assert found.caption(index_of(found, 0)) == "a blob number 0"
+    (tmp_path / "1.txt").write_text("")
+    described = DiffusionData(tmp_path, captions=True).describe()
+    assert f"; 1 image with an empty one, such as '{tmp_path / '1.png'}'" in described
+    for name in ("2.txt", "3.txt"):
+        (tmp_path / name).unlink()
+    message = r"2 of 4 images have no caption file: '.*2\.png' needs .* or a file '.*2\.txt'"
+    with pytest.raises(InputError, match=message):
         DiffusionData(tmp_path, captions=True)
+
+
+def test_captions_are_found_wherever_they_begin(tmp_path: Path) -> None:
+    save(tmp_path, 200, "{:03}.png", COLOUR[:1].repeat(200, axis=0))
+    for i in range(150, 200):
+        (tmp_path / f"{i:03}.txt").write_text("a blob")
+    with pytest.raises(InputError, match="150 of 200 images have no caption file"):
+        DiffusionData(tmp_path, captions=True)
+
+
+def test_captions_of_files_that_are_not_there_are_told(tmp_path: Path) -> None:
+    folder = captioned(tmp_path, 3)
+    (folder / "1.png").unlink()
+    described = DiffusionData(folder, captions=True).describe()
+    assert "; 1 caption is of a file that is not among the images, such as '1.png'" in described
+    (folder / "2.png").rename(folder / "3.png")
+    message = r"1 of 2 images has no line in metadata\.jsonl, which names .* such as '1\.png': "
+    with pytest.raises(InputError, match=message):
+        DiffusionData(folder, captions=True)
 
 
 @pytest.mark.parametrize(
@@ -881,6 +940,8 @@ def test_captions_lie_in_text_files_beside_images(tmp_path: Path) -> None:
             'image,prompt\nsub\\\\0.png,"a, b"\nsub\\\\1.png,c\n'.replace("\\\\", "\\"),
         ),
         ("metadata.csv", 'file_name,text\nsub/0.png,"a,\n b"\nsub/1.png,c\n'),
+        ("metadata.csv", "file_name;text\nsub/0.png;a, b\nsub/1.png;c\n"),
+        ("metadata.csv", "file_name\ttext\nsub/0.png\ta, b\nsub/1.png\tc\n"),
         (
             "metadata.jsonl",
             '{"file_name": "train/sub/0.png", "caption": "a, b"}\n'

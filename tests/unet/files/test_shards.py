@@ -188,6 +188,21 @@ def test_mistakes_name_the_shard_and_the_member(tmp_path: Path) -> None:
         read_image(tmp_path / "z.tar/1.png")
 
 
+def test_of_several_pictures_that_named_image_or_mask_is_taken(tmp_path: Path) -> None:
+    names = ("conditioning_image.png", "image.png", "label.png", "mask.png")
+    path = save_tar(tmp_path / "x.tar", {f"0.{name}": encoded(IMAGES[0]) for name in names})
+    read = found(path, masks=True)
+    assert (read.images, read.masks) == ([f"{path}/0.image.png"], [f"{path}/0.mask.png"])
+
+
+def test_tables_beside_tars_of_their_names_are_no_shards(tmp_path: Path) -> None:
+    """img2dataset writes 00000.tar, 00000.parquet and 00000_stats.json."""
+    tar = save_tar(tmp_path / "00000.tar", sample(0))
+    for name in ("00000.parquet", "00000_stats.json"):
+        (tmp_path / name).touch()
+    assert find_shards(tmp_path) == [tar]
+
+
 def test_a_packed_data_folder_gives_no_masks_as_images(tmp_path: Path) -> None:
     members = {f"set/{of}/{i}.png": encoded(IMAGES[i]) for of in ("label", "image") for i in (0, 1)}
     path = save_tar(tmp_path / "x.tar", members)
