@@ -111,7 +111,7 @@ class SegmentationData:
         """What `load` gives for the image as it is stored; kept where there is room."""
         pair = self.pairs[index]
         image = self.normalisation(stored, pair.info.nodata)
-        mask = self._labels.encode(pair, stored, self.normalisation.nodata)
+        mask = self._labels.encode(pair, stored, self.nodata(index))
         image.flags.writeable = mask.flags.writeable = False
         if image.nbytes + mask.nbytes <= self._free:
             self._free -= image.nbytes + mask.nbytes
@@ -136,8 +136,7 @@ class SegmentationData:
 
     def nodata(self, index: int) -> float | None:
         """The value of an image's pixels where nothing was measured, if there is one."""
-        declared = self.pairs[index].info.nodata
-        return self.normalisation.nodata if declared is None else declared
+        return self.normalisation.nodata_of(self.pairs[index].info.nodata)
 
     def describe(self, *, names: bool = True) -> str:
         """A printable description: images, sizes, channels, bit depth, classes, split.
@@ -151,9 +150,9 @@ class SegmentationData:
         lines = [f"{counted(len(infos), 'image')} of {size}, {kind(infos[0])}", *self.table.lines()]
         if greys := sum(pair.reading.rgb for pair in self.pairs):
             lines.append(f"{counted(greys, 'grey image')} among them, as RGB")
-        if turned := {str(pair.mask) for pair in self.pairs if any(pair.turned)}:
+        if flipped := {str(pair.mask) for pair in self.pairs if any(pair.flipped)}:
             lines.append(
-                f"{counted(len(turned), 'mask')} reoriented to match the image, by the positions "
+                f"{counted(len(flipped), 'mask')} reoriented to match the image, by the positions "
                 "in the body that both files give"
             )
         if alphas := sum(info.has_alpha for info in infos):

@@ -249,6 +249,20 @@ def test_half_precision_is_asked_for_and_gives_nearly_the_same():
         assert np.array_equal(Predictor([model])(source), rounded)
 
 
+def test_a_model_in_training_predicts_as_in_evaluation_and_goes_on_training():
+    model, source = network(replace(SAME, dropout=0.5)), TensorSource(torch.randn(1, 40, 40))
+    wanted = Predictor([model])(source)
+    assert np.array_equal(Predictor([model.train()])(source), wanted)
+    assert all(module.training for module in model.modules())
+
+
+def test_no_model_and_an_unknown_precision_are_refused():
+    with pytest.raises(InputError, match="takes one model or more, and none is given"):
+        Predictor([])
+    with pytest.raises(InputError, match="precision 'fp8' is unknown: choose from auto, fp32"):
+        Predictor([network(SAME)], precision="fp8")
+
+
 def test_an_ensemble_is_the_mean_of_its_models():
     models = [network(SAME, 1), network(CONFIGS["patch"], 2)]
     source = TensorSource(torch.randn(1, 30, 31))
