@@ -268,7 +268,7 @@ class Predictor:
         for model, image, turned, warmth in zip(
             self.models, images, self.symmetries, self.temperatures, strict=True
         ):
-            moved = image.to(self.device)
+            moved = image.to(self.device, next(model.parameters()).dtype)
             at_once = max(1, self.tile**2 // moved[0].numel())
             for turns in _alike(turned, moved, at_once):
                 batch = torch.stack([_turned(moved, turn) for turn in turns])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 from dataclasses import replace
@@ -247,6 +248,10 @@ def test_half_precision_is_asked_for_and_gives_nearly_the_same():
     assert 0 < abs(rounded - exact).max() < 0.02
     with torch.autocast("cpu", torch.bfloat16):  # as an evaluation in training has it
         assert np.array_equal(Predictor([model])(source), rounded)
+    for dtype in (torch.float64, torch.bfloat16):  # of the weights
+        found = Predictor([copy.deepcopy(model).to(dtype)])(source)
+        assert found.dtype == np.float32
+        assert abs(found - exact).max() < 0.02
 
 
 def test_a_model_in_training_predicts_as_in_evaluation_and_goes_on_training():
