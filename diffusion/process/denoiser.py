@@ -77,7 +77,7 @@ def for_batch(conditioning: dict[str, Any], batch: int) -> dict[str, Any]:
     Raises:
         InputError: no tensor, or one of neither one row nor as many as there are images.
     """
-    rows = {}
+    rows: dict[str, Any] = {}
     for name, value in conditioning.items():
         if value is None:
             rows[name] = None
