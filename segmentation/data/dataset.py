@@ -46,6 +46,7 @@ class SegmentationData:
     Attributes:
         slices: number of slices of a stack that are the channels of an image, each with channels of
             its own.
+        rare: the training images of each rare class (`ClassTable.rare`) that any of them has.
         notes: what was found and decided about the masks and images, one sentence each.
     """
 
@@ -94,12 +95,18 @@ class SegmentationData:
         self._cache: dict[int, tuple[NDArray[np.float32], NDArray[np.uint8]]] = {}
         self._objects: dict[int, NDArray[np.int32]] = {}
         self._free = cache_bytes
+        rare: dict[int, list[int]] = {k: [] for k in (() if self.instances else self.table.rare)}
         for index, pair in enumerate(self.pairs):
             mask = self._prepared(index, images.take(index))[1]
+            if index in self.train:
+                for k, holding in rare.items():
+                    if (mask == k).any():
+                        holding.append(index)
             if index in self.synthetic and (mask == IGNORE).all():
                 raise InputError(
                     f"{pair.where}: no pixel of this synthetic mask has a label: leave it out"
                 )
+        self.rare = {k: holding for k, holding in rare.items() if holding}
 
     def load(self, index: int) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
         """Normalised image (C, H, W) and class indices (H, W), both read-only."""
