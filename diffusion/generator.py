@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -112,7 +112,7 @@ class ImageGenerator:
         batch_size: int = SamplingOptions.batch_size,
         **settings: Any,
     ) -> Images:
-        """New images, the same as those of `unet-sample-ddpm` with these settings.
+        """New images, the same as those of `unet sample-ddpm` with these settings.
 
         Args:
             count: how many; None: as many as there are classes, prompts or pictures (the larger
@@ -195,7 +195,8 @@ def _several(given: Any) -> list[Any]:
     """A value or several as a list; None: an empty list."""
     if given is None:
         return []
-    return [given] if isinstance(given, (str, Path, int, np.integer)) else list(given)
+    one = isinstance(given, (str, Path)) or not isinstance(given, Iterable)
+    return [given] if one else list(given)
 
 
 def _whole(name: str, value: object, least: int) -> int:

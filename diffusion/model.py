@@ -137,8 +137,15 @@ class DiffusionUNet(FolderModel):
         a condition, `picture` (B, K, H, W) is joined to x.
         """
         if picture is not None:
+            if (len(picture), *picture.shape[2:]) != (len(x), *x.shape[2:]):
+                raise InputError(
+                    f"the picture has shape {tuple(picture.shape)}, but the image "
+                    f"{tuple(x.shape)}: give one of its size for each image"
+                )
             x = torch.cat([x, picture.to(x.dtype)], dim=1)
-        if tokens is not None and self.text is not None:
+        if tokens is not None:
+            if self.text is None:
+                raise InputError("this model has no text encoder for tokens: give a context")
             context, mask = self.text(tokens)
         features = self.trunk(x, t, context, mask=mask, classes=classes, vector=vector, jump=jump)
         return unpatch(self.head(features), self.config.patch, x.shape[-2:])

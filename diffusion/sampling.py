@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -174,12 +176,7 @@ class ImageSampler:
     def _denoiser_of(self, model: DiffusionUNet) -> DenoiserLike:
         """A model as a function of noisy images, in the precision asked for."""
         dtype = trained_precision(self.options.precision, self.device)
-
-        def network(x: Tensor, t: Tensor, **given: Any) -> Tensor:
-            with computing_in(dtype, x.device):
-                found: Tensor = model(x, t, **given)
-            return found
-
+        network = partial(_computed, model, dtype)  # no closure, which could not be pickled
         schedule = NoiseSchedule.from_dict(_saved(model, "schedule"))
         return Denoiser(network, schedule, _saved(model, "prediction"))
 
@@ -199,14 +196,18 @@ class ImageSampler:
         """
         if name in self.classes:
             return self.classes.index(str(name))
-        if isinstance(name, str) or not 0 <= name < len(self.classes):
+        try:
+            index = operator.index(name)  # type: ignore[arg-type]  # a name is none
+        except TypeError:
+            index = -1
+        if not 0 <= index < len(self.classes):
             known = (
                 f"knows {', '.join(self.classes)}"
                 if self.classes
                 else "was trained without classes"
             )
             raise InputError(f"class {name!r} is none of the model's, which {known}")
-        return int(name)
+        return index
 
     def wanted(
         self,
@@ -417,6 +418,15 @@ class ImageSampler:
             for done, step in enumerate(run, start=1):
                 record.paused, x = done not in counted, step.x
         return self._decoded(x), record.maps((self.height, self.width))
+
+
+def _computed(
+    model: DiffusionUNet, dtype: torch.dtype | None, x: Tensor, t: Tensor, **given: Any
+) -> Tensor:
+    """What the model makes of x, in the type of its weights, or under autocast to another one."""
+    with computing_in(dtype, x.device):
+        found: Tensor = model(x.to(next(model.parameters()).dtype), t, **given)
+    return found
 
 
 def with_defaults(options: SamplingOptions, model: DiffusionUNet) -> SamplingOptions:

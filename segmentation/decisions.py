@@ -466,11 +466,10 @@ def chosen_loss(
 
 def _rare(data: SegmentationData) -> list[Decision]:
     """The classes that crops are cut for, if any are rare."""
-    if data.instances or not data.table.rare:
+    if not data.rare:
         return []
     shares = [
-        f"{_class_name(data, k)} ({data.table.shares[k]:.2g} of the pixels)"
-        for k in data.table.rare
+        f"{_class_name(data, k)} ({data.table.shares[k]:.2g} of the pixels)" for k in data.rare
     ]
     told = f"a third of the crops contain {' or '.join(shares)}"
     return [Decision("rare classes", told, "few others would")]

@@ -48,10 +48,10 @@ class SegmentationUNet(FolderModel):
     def __init__(
         self, config: UNetConfig, out_channels: int, info: Mapping[str, Any] | None = None
     ) -> None:
-        if config.time or config.classes or config.context_channels is not None:
+        if config.embedding_channels or config.context_channels is not None:
             raise InputError(
-                "a segmentation has no timestep, class or context to give: build its network with "
-                "time=False, classes=0 and context_channels=None"
+                "a segmentation has no timestep, class, vector or context to give: build its "
+                "network with time=False, classes=0, vector_channels=0 and context_channels=None"
             )
         super().__init__(config, out_channels, info)
         if (known := self.info.get("objects")) not in (None, DEPTH):

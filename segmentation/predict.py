@@ -87,7 +87,7 @@ class Predictor:
     """Class probabilities of one model or the mean of several, and depth if they give it.
 
     Args:
-        models: models for the same classes, in evaluation mode. Copies of them predict.
+        models: models for the same classes. Copies of them predict, in evaluation mode.
         tile: largest side of the tiles in pixels, rounded down to a multiple of the models' stride.
             Images up to this size are predicted whole, larger ones in tiles as equal as may be.
             Where memory runs out, smaller tiles are taken from then on, which is said on stderr.
@@ -99,7 +99,8 @@ class Predictor:
             of the weights, or of an autocast around.
 
     Raises:
-        InputError: models that differ in channels or classes; an overlap of more than half a tile.
+        InputError: no model; models that differ in channels or classes; an unknown precision; an
+            overlap of more than half a tile.
     """
 
     def __init__(
@@ -111,12 +112,14 @@ class Predictor:
         symmetries: bool = False,
         precision: Precision = "fp32",
     ) -> None:
+        if not models:
+            raise InputError("a prediction takes one model or more, and none is given")
         first = _shape(models[0])
         for model in models:
             if (theirs := _shape(model)) != first:
                 raise InputError(f"a model with {theirs} cannot be averaged with one with {first}")
         self.models = [folded(model) for model in models]
-        self.turns = [trained_symmetries(model) if symmetries else (0,) for model in models]
+        self.symmetries = [trained_symmetries(model) if symmetries else (0,) for model in models]
         self.temperatures = [temperature(model) for model in models]
         self.depth, self.overlapping = models[0].depth, models[0].overlapping
         self.kinds = 1 if self.depth else models[0].out_channels  # probabilities of a pixel
@@ -138,7 +141,7 @@ class Predictor:
     @property
     def members(self) -> int:
         """Predictions that are averaged: models, times the symmetries of each."""
-        return sum(map(len, self.turns))
+        return sum(map(len, self.symmetries))
 
     def __call__(self, source: Source, *, entropies: bool = False) -> Probability:
         """Probabilities (K, H, W) of a whole image; a single one is that of class 1.
@@ -263,9 +266,9 @@ class Predictor:
         """Mean over the models and the symmetries, as many at a time as fit into a tile."""
         total = torch.zeros(self._channels(entropies), h, w, device=self.device)
         for model, image, turned, warmth in zip(
-            self.models, images, self.turns, self.temperatures, strict=True
+            self.models, images, self.symmetries, self.temperatures, strict=True
         ):
-            moved = image.to(self.device)
+            moved = image.to(self.device, next(model.parameters()).dtype)
             at_once = max(1, self.tile**2 // moved[0].numel())
             for turns in _alike(turned, moved, at_once):
                 batch = torch.stack([_turned(moved, turn) for turn in turns])
@@ -313,10 +316,10 @@ def temperature(model: SegmentationUNet) -> float:
 def folded(model: SegmentationUNet) -> SegmentationUNet:
     """A copy for prediction alone: the same function up to rounding, in less time and memory.
 
-    Batch normalisation goes into the weights of the convolution before it, activations overwrite
-    their input, and weights are laid out channels_last.
+    It is in evaluation mode: batch normalisation goes into the weights of the convolution before
+    it, activations overwrite their input, and weights are laid out channels_last.
     """
-    model = copy.deepcopy(model)
+    model = copy.deepcopy(model).eval()
     for block in model.modules():
         if not isinstance(block, ConvBlock):
             continue

@@ -78,9 +78,9 @@ def load(
     for name, value, least in (("tile", tile, 1), ("overlap", overlap, 0)):
         if value < least:
             raise InputError(f"{name}={value} must be at least {least}")
-    with as_keywords("device"):
+    with as_keywords("device", "precision"):
         loaded, table, found = load_models(models, device)
-    predict = Predictor(loaded, tile=tile, overlap=overlap, symmetries=tta, precision=precision)
+        predict = Predictor(loaded, tile=tile, overlap=overlap, symmetries=tta, precision=precision)
     return Segmenter(predict, table, found if threshold is None else threshold, min_size=min_size)
 
 
@@ -181,10 +181,9 @@ class RasterSource:
         normalisation = Normalisation.from_dict(model.info["normalisation"])
         return torch.from_numpy(normalisation(np.asarray(self.pixels[rows, columns]), self.nodata))
 
-    def missing(self, nodata: float | None, rows: slice = ALL) -> NDArray[np.bool_]:
-        """Where (rows, W) nothing was measured; `nodata` is what the training images declared."""
-        seen = np.asarray(self.shown[rows])
-        return missing(seen, nodata if self.nodata is None else self.nodata)
+    def missing(self, normalisation: Normalisation, rows: slice = ALL) -> NDArray[np.bool_]:
+        """Where (rows, W) nothing was measured."""
+        return missing(np.asarray(self.shown[rows]), normalisation.nodata_of(self.nodata))
 
     @property
     def shown(self) -> Array | Blocks:
@@ -258,7 +257,7 @@ class Segmenter:
     @property
     def dtype(self) -> str:
         """Type of the images: "uint8", "uint16" or "float32"."""
-        return Normalisation.from_dict(self.predict.models[0].info["normalisation"]).dtype
+        return self._normalisation.dtype
 
     @property
     def classes(self) -> tuple[Value, ...]:
@@ -452,16 +451,16 @@ class Segmenter:
             found = without_specks(found, self.min_size)
         if self.table.ignore_value is None or not isinstance(source, RasterSource):
             return found
-        return np.where(source.missing(self._nodata, rows), np.uint8(IGNORE), found)
+        return np.where(source.missing(self._normalisation, rows), np.uint8(IGNORE), found)
 
     def picture(self, source: RasterSource, step: int = 1) -> NDArray[np.uint8]:
         """An image (H, W, 3) to look at, or each `step`-th pixel of it."""
-        nodata = self._nodata if source.nodata is None else source.nodata
-        return grey_or_rgb(np.asarray(source.shown[::step, ::step]), nodata)
+        shown = np.asarray(source.shown[::step, ::step])
+        return grey_or_rgb(shown, self._normalisation.nodata_of(source.nodata))
 
     @property
-    def _nodata(self) -> float | None:
-        return Normalisation.from_dict(self.predict.models[0].info["normalisation"]).nodata
+    def _normalisation(self) -> Normalisation:
+        return Normalisation.from_dict(self.predict.models[0].info["normalisation"])
 
     @property
     def reading(self) -> Reading:
@@ -501,7 +500,7 @@ class Segmenter:
             batched = info.pages > 1
         else:
             pages, batched = _as_batch(_as_array(image), self.channels)
-            pages = _converted(pages, self.dtype, self._nodata)
+            pages = _converted(pages, self.dtype, self._normalisation.nodata)
             count, h, w, _ = pages.shape
             info = ImageInfo(
                 height=h, width=w, channels=self.channels, dtype=self.dtype, pages=count

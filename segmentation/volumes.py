@@ -369,7 +369,7 @@ class _Work:
             "min_size": self.segmenter.min_size,
             "tile": predict.tile,
             "overlap": predict.overlap,
-            "tta": [list(turns) for turns in predict.turns],
+            "tta": [list(turns) for turns in predict.symmetries],
             "precision": str(predict.dtype),
             **({"uncertainty": self.predictor.unsure} if self.predictor.unsure else {}),
             "reading": self.reading.to_dict(),

@@ -104,3 +104,18 @@ def test_what_others_run_names_what_is_there() -> None:
     assert files >= set(re.findall(r'"(\w+)"', packages[1]))
     allowed = set((ROOT / ".dockerignore").read_text("utf-8").split())
     assert files <= {name.removeprefix("!") for name in allowed}
+
+
+def test_a_network_and_a_training_of_your_own_run_as_they_stand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (DOCS / "how-to/python.md").read_text(encoding="utf-8")
+    examples = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    (network,) = (e for e in examples if "import PRESETS" in e)
+    exec(compile(network, "python.md", "exec"), {})
+    found: dict[str, Any] = {}
+    exec(compile(examples[-1], "python.md", "exec"), found)
+    sample = {name: x[None] for name, x in found["Squares"]()[1, 0].items()}
+    left = found["loss"](found["trained"], sample)
+    assert left < 0.5 * found["loss"](lambda noisy: noisy, sample)

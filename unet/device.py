@@ -74,7 +74,12 @@ def trained_precision(name: str, device: torch.device) -> torch.dtype | None:
 
     auto: bfloat16 on an NVIDIA GPU that supports it, as training does there; else float32,
     so that a CPU gives the same numbers as any other.
+
+    Raises:
+        InputError: an unknown name.
     """
+    if name not in ("auto", "fp32", "bf16", "fp16"):
+        raise InputError(f"--precision {name!r} is unknown: choose from auto, fp32, bf16, fp16")
     if name == "auto" and device.type != "cuda":
         return None
     kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}

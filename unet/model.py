@@ -144,7 +144,12 @@ class UNet(nn.Module):
         if self.jump_embedding is not None and jump is not None:
             terms.append(self.jump_embedding(jump))
         if self.class_embedding is not None:
-            terms.append(self.class_embedding(classes))
+            try:
+                terms.append(self.class_embedding(classes))
+            except IndexError as error:  # not on a GPU, which reports it later
+                raise InputError(
+                    f"a class is beyond those of this network, 0 to {self.config.classes - 1}"
+                ) from error
         if self.vector_embedding is not None:
             terms.append(self.vector_embedding(vector))
         return self.act(sum(terms)) if terms else None
@@ -168,6 +173,18 @@ class UNet(nn.Module):
         jump: Tensor | None,
     ) -> None:
         config = self.config
+        given = {"x": x, "t": t, "context": context, "mask": mask, "classes": classes}
+        for name, value in (given | {"vector": vector, "jump": jump}).items():
+            if value is not None and not isinstance(value, Tensor):
+                raise InputError(
+                    f"{name} is a {type(value).__name__}, but networks take tensors: convert it "
+                    "with torch.as_tensor"
+                )
+        if not x.is_floating_point():
+            raise InputError(
+                f"the image holds {x.dtype}, but this network takes floating-point numbers: "
+                "convert and scale it, such as image / 127.5 - 1 of 8 bits"
+            )
         if x.ndim != 4 or x.shape[1] != config.in_channels or 0 in x.shape[2:]:
             raise InputError(
                 f"the image has shape {tuple(x.shape)}, but this network takes (B, "
@@ -197,6 +214,8 @@ class UNet(nn.Module):
                     f"{name} has shape {tuple(value.shape)}, but a batch of {batch} needs "
                     f"({batch},): one value per image"
                 )
+        if classes is not None and classes.dtype not in (torch.int64, torch.int32):
+            raise InputError(f"classes hold {classes.dtype}, no indices: give classes.long()")
         if vector is not None and vector.shape != (batch, config.vector_channels):
             raise InputError(
                 f"the vector has shape {tuple(vector.shape)}, but this network and a batch of "

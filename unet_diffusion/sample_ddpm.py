@@ -290,10 +290,10 @@ def find_conditions(options: SampleOptions, *, masks: bool) -> Inputs:
             f"--condition {path} is a volume: save its slices as images, such as PNG files"
         )
     found = find_inputs(path)
-    if masks and found.masks:
+    if masks and (beside := [*found.mask_folders, *found.mask_files]):
         raise InputError(
             f"--condition {path} holds images beside masks, such as those of "
-            f"{found.masks[0]}: name a folder of masks alone"
+            f"{beside[0]}: name a folder of masks alone"
         )
     for folder in dict.fromkeys(file.parent for file in found.files):
         if folder.resolve().is_relative_to(out):

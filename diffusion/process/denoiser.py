@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from diffusion.process.prediction import (
@@ -76,16 +75,23 @@ def for_batch(conditioning: dict[str, Any], batch: int) -> dict[str, Any]:
     """The conditioning with its one-row tensors repeated for a batch.
 
     Raises:
-        InputError: a tensor of neither one row nor as many as there are images.
+        InputError: no tensor, or one of neither one row nor as many as there are images.
     """
-    rows = {}
+    rows: dict[str, Any] = {}
     for name, value in conditioning.items():
-        if value is not None and len(value) not in (1, batch):
+        if value is None:
+            rows[name] = None
+            continue
+        if not isinstance(value, Tensor) or value.ndim == 0:
+            raise InputError(
+                f"{name} is {value!r:.80}: give a tensor of one row per image, or one for all"
+            )
+        if len(value) not in (1, batch):
             raise InputError(
                 f"{name} has {counted(len(value), 'row')} for {counted(batch, 'image')}: give one "
                 "row per image, or one for all"
             )
-        rows[name] = None if value is None else value.expand(batch, *value.shape[1:])
+        rows[name] = value.expand(batch, *value.shape[1:])
     return rows
 
 
@@ -116,8 +122,15 @@ class Clipped:
         x0, eps, mix = found
         scale = torch.ones(1, 1, 1, 1).to(x0)
         if self.how == "dynamic":
-            values = rearrange(x0.abs(), "b c h w -> b (c h w)")
-            scale = values.quantile(_PERCENTILE, dim=1).clamp(min=1).view(-1, 1, 1, 1)
+            scale = _percentile(x0.abs().flatten(1)).clamp(min=1).view(-1, 1, 1, 1)
         clipped = (x0 / scale).clamp(-1, 1)
         signal, sigma = self.schedule.rates(t, x0)
         return Denoised(clipped, eps + signal / sigma * (x0 - clipped), mix)
+
+
+def _percentile(values: Tensor) -> Tensor:
+    """That of each row, (B, N) to (B,), as `torch.quantile`, which takes no 2^24 values or more."""
+    n = values.shape[1]
+    place = _PERCENTILE * (n - 1)
+    largest = values.topk(n - int(place), dim=1).values  # the one below that place is the last
+    return torch.lerp(largest[:, -1], largest[:, -2:][:, 0], place % 1)

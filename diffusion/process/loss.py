@@ -52,6 +52,7 @@ def diffusion_loss(
         noise: (B, C, H, W), standard normal.
         weighting: see `loss_weight`.
     """
+    _check_shapes(x0, noise, t)
     rule = get_prediction(prediction, schedule)
     signal, sigma = schedule.rates(t, x0)
     x = signal * x0 + sigma * noise
@@ -94,6 +95,7 @@ def jump_loss(
         t, near, to: (B,) timesteps, as `levels.jumps` gives them.
         noise: (B, C, H, W), standard normal.
     """
+    _check_shapes(x0, noise, t, near, to)
     schedule = teacher.schedule
     rule = get_prediction(teacher.prediction, schedule)
     signal, sigma = schedule.rates(t, x0)
@@ -117,6 +119,17 @@ def jump_loss(
     # A jump's target differs from the output by TEACHER_SHARE times what it does in eq. 11.
     error = error / torch.where(jumps.flatten(), TEACHER_SHARE, 1.0) ** 2
     return error / (error.detach() + _STEADY)  # eq. 22
+
+
+def _check_shapes(x0: Tensor, noise: Tensor, *times: Tensor) -> None:
+    """Lest they be broadcast: one noise for all images would be learnt as it is."""
+    found = [tuple(getattr(t, "shape", ())) for t in times]
+    if noise.shape != x0.shape or any(shape != (len(x0),) for shape in found):
+        raise InputError(
+            f"images {tuple(x0.shape)}, noise {tuple(noise.shape)} and timesteps "
+            f"{', '.join(map(str, found))} do not fit together: give noise of the images' shape "
+            f"and timesteps ({len(x0)},)"
+        )
 
 
 @functools.lru_cache(maxsize=8)

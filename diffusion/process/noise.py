@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -25,7 +26,7 @@ class NoiseSource:
 
     def __init__(self, seeds: Iterable[int]) -> None:
         self.generators = []
-        for seed in seeds:
+        for seed in map(operator.index, seeds):  # also NumPy's integers, but no fractions
             if not 0 <= seed < SEEDS:
                 raise InputError(f"seed {seed} must be from 0 to {SEEDS - 1}")
             self.generators.append(torch.Generator().manual_seed(seed))

@@ -20,6 +20,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 import scipy.special
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -195,8 +196,7 @@ class NoiseSchedule:
     @cached_property
     def _alpha_bar(self) -> np.ndarray:
         if self.kind == "flow":
-            signal, noise = self._straight(np.arange(self.steps))
-            return signal**2 / (signal**2 + noise**2)
+            return np.asarray(self._straight(np.arange(self.steps)).signal ** 2)
         if self.kind == "cosine":
             along = np.arange(self.steps + 1) / self.steps
             betas = 1 - _ratios(np.cos((along + 0.008) / 1.008 * np.pi / 2) ** 2)
@@ -222,9 +222,11 @@ class NoiseSchedule:
             alpha_bar = signal**2
         return alpha_bar
 
-    def _straight(self, t: Any) -> tuple[Any, Any]:
-        """1 - s and s of the straight path at timesteps."""
-        return (self.steps - 1 - t) / self.steps, (t + 1) / self.steps
+    def _straight(self, t: Any) -> Level:
+        """1 - s and s of the straight path at timesteps, scaled to a level."""
+        signal, noise = (self.steps - 1 - t) / self.steps, (t + 1) / self.steps
+        size = (signal**2 + noise**2) ** 0.5
+        return Level(signal / size, noise / size)
 
     # ------------------------------------------------------------------------------------------
     # Levels
@@ -236,25 +238,30 @@ class NoiseSchedule:
             t: whole or fractional timesteps from 0 to T - 1, or CLEAN. In between, log(sigma) is
                 interpolated linearly, so that every sigma has its timestep (see `timestep`); of
                 flow, the formula holds.
+
+        Raises:
+            InputError: a timestep beyond these; on a GPU it is PyTorch that fails, later.
         """
-        if self.kind == "flow":
-            signal, noise = self._straight(t.to(dtype))
-            size = torch.hypot(signal, noise)
-            return Level(signal / size, noise / size)
-        signal, noise = _tables(self, t.device, dtype)
-        low = t.floor().long() if t.is_floating_point() else t.long()
-        exact = Level(signal[low], noise[low])
+        low = t.floor().long()
+        known = _table(self, t.device, dtype)
+        try:
+            exact = Level(*F.embedding(low - CLEAN, known).unbind(-1))
+        except IndexError as error:
+            raise InputError(
+                f"a timestep is beyond this noise schedule, whose {self.steps} are 0 to "
+                f"{self.steps - 1}; {CLEAN} is the image without noise"
+            ) from error
         if not t.is_floating_point():
             return exact
-        low = low.clamp(0, self.steps - 2)
-        log_sigma = (noise[:-1] / signal[:-1]).log()
-        share = t.to(dtype) - low
-        sigma = (log_sigma[low] + share * (log_sigma[low + 1] - log_sigma[low])).exp()
-        whole = t == t.floor()
-        return Level(
-            torch.where(whole, exact.signal, (1 + sigma**2) ** -0.5),
-            torch.where(whole, exact.noise, (1 + sigma**-2) ** -0.5),
-        )
+        if self.kind == "flow":
+            between = self._straight(t.to(dtype))
+        else:
+            start = low.clamp(0, self.steps - 2)
+            log_sigma = (known[1:, 1] / known[1:, 0]).log()
+            share = t.to(dtype) - start
+            sigma = (log_sigma[start] + share * (log_sigma[start + 1] - log_sigma[start])).exp()
+            between = Level((1 + sigma**2) ** -0.5, (1 + sigma**-2) ** -0.5)
+        return Level(*(torch.where(t == low, *pair) for pair in zip(exact, between, strict=True)))
 
     def level(self, t: float) -> Level:
         """The noise level of one timestep, as two floats."""
@@ -397,16 +404,16 @@ class NoiseSchedule:
 
 @functools.lru_cache(maxsize=64)
 @torch.inference_mode(False)
-def _tables(
-    schedule: NoiseSchedule, device: torch.device, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Signal and noise of every timestep and, last, where index CLEAN points, of a clean image.
+def _table(schedule: NoiseSchedule, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Signal and noise of a clean image and then of every timestep, (1 + T, 2).
 
-    Kept, as copying them to a GPU waits for it.
+    Kept, as copying it to a GPU waits for it.
     """
-    signal = torch.cat([schedule.signal, torch.ones(1)])
-    noise = torch.cat([schedule.noise, torch.zeros(1)])
-    return signal.to(device, dtype), noise.to(device, dtype)
+    levels = schedule.signal, schedule.noise
+    if schedule.kind == "flow":  # more exact than by the variance
+        levels = schedule._straight(torch.arange(schedule.steps, dtype=torch.float64))
+    clean = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
+    return torch.cat([clean, torch.stack(levels, 1)]).to(device, dtype)
 
 
 def _ratios(values: np.ndarray) -> np.ndarray:

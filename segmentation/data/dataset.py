@@ -46,6 +46,7 @@ class SegmentationData:
     Attributes:
         slices: number of slices of a stack that are the channels of an image, each with channels of
             its own.
+        rare: the training images of each rare class (`ClassTable.rare`) that any of them has.
         notes: what was found and decided about the masks and images, one sentence each.
     """
 
@@ -94,12 +95,18 @@ class SegmentationData:
         self._cache: dict[int, tuple[NDArray[np.float32], NDArray[np.uint8]]] = {}
         self._objects: dict[int, NDArray[np.int32]] = {}
         self._free = cache_bytes
+        rare: dict[int, list[int]] = {k: [] for k in (() if self.instances else self.table.rare)}
         for index, pair in enumerate(self.pairs):
             mask = self._prepared(index, images.take(index))[1]
+            if index in self.train:
+                for k, holding in rare.items():
+                    if (mask == k).any():
+                        holding.append(index)
             if index in self.synthetic and (mask == IGNORE).all():
                 raise InputError(
                     f"{pair.where}: no pixel of this synthetic mask has a label: leave it out"
                 )
+        self.rare = {k: holding for k, holding in rare.items() if holding}
 
     def load(self, index: int) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
         """Normalised image (C, H, W) and class indices (H, W), both read-only."""
@@ -111,7 +118,7 @@ class SegmentationData:
         """What `load` gives for the image as it is stored; kept where there is room."""
         pair = self.pairs[index]
         image = self.normalisation(stored, pair.info.nodata)
-        mask = self._labels.encode(pair, stored, self.normalisation.nodata)
+        mask = self._labels.encode(pair, stored, self.nodata(index))
         image.flags.writeable = mask.flags.writeable = False
         if image.nbytes + mask.nbytes <= self._free:
             self._free -= image.nbytes + mask.nbytes
@@ -136,8 +143,7 @@ class SegmentationData:
 
     def nodata(self, index: int) -> float | None:
         """The value of an image's pixels where nothing was measured, if there is one."""
-        declared = self.pairs[index].info.nodata
-        return self.normalisation.nodata if declared is None else declared
+        return self.normalisation.nodata_of(self.pairs[index].info.nodata)
 
     def describe(self, *, names: bool = True) -> str:
         """A printable description: images, sizes, channels, bit depth, classes, split.
@@ -151,9 +157,9 @@ class SegmentationData:
         lines = [f"{counted(len(infos), 'image')} of {size}, {kind(infos[0])}", *self.table.lines()]
         if greys := sum(pair.reading.rgb for pair in self.pairs):
             lines.append(f"{counted(greys, 'grey image')} among them, as RGB")
-        if turned := {str(pair.mask) for pair in self.pairs if any(pair.turned)}:
+        if flipped := {str(pair.mask) for pair in self.pairs if any(pair.flipped)}:
             lines.append(
-                f"{counted(len(turned), 'mask')} reoriented to match the image, by the positions "
+                f"{counted(len(flipped), 'mask')} reoriented to match the image, by the positions "
                 "in the body that both files give"
             )
         if alphas := sum(info.has_alpha for info in infos):

@@ -27,15 +27,16 @@ class Inputs:
     Attributes:
         files: images in natural order; volumes where there is no image.
         root: the folder in or below which they lie; None: a single file, which was named itself.
-        masks: folders of masks, whose images lie beside or above them, and masks beside their
-            images, all of which are left out.
+        mask_folders: folders of masks, whose images lie beside or above them, which are left out.
+        mask_files: masks beside their images, which are left out.
         left: files that are left out as masks or predictions.
         ours: folders that are left out because this project wrote them.
     """
 
     files: Sequence[Path]
     root: Path | None = None
-    masks: Sequence[Path] = ()
+    mask_folders: Sequence[Path] = ()
+    mask_files: Sequence[Path] = ()
     left: Sequence[Path] = ()
     ours: Sequence[Path] = ()
 
@@ -51,13 +52,12 @@ class Inputs:
     @property
     def remark(self) -> str:
         """A sentence about the files that are left out; empty if there are none."""
-        masks = set(self.masks)
+        masks = {*self.mask_folders, *self.mask_files}
         predicted = [file for file in self.left if masks.isdisjoint([file, *file.parents])]
-        files = masks & set(self.left)
         return left_out(
             {
-                "folder of masks": [*masks - files],
-                "file of masks": [*files],
+                "folder of masks": self.mask_folders,
+                "file of masks": self.mask_files,
                 "file of predictions": predicted,
                 OURS: self.ours,
             }
@@ -91,14 +91,14 @@ def find_inputs(source: Path, out: Path | None = None) -> Inputs:
         place = folder / out.resolve().relative_to(folder.resolve())
         made |= {f for f in every if f.is_relative_to(place) and PREDICTED.search(f.stem)}
     kept = [[f for f in files if f not in made] for files in (images, volumes)]
-    masks = mask_folders((file.parent for files in kept for file in files), folder)
-    masks += mask_files(file for files in kept for file in files)
-    beside = set(masks)
+    folders = mask_folders((file.parent for files in kept for file in files), folder)
+    beside = mask_files(file for files in kept for file in files)
+    masks = {*folders, *beside}
     for files in kept:
-        if meant := [file for file in files if beside.isdisjoint([file, *file.parents])]:
+        if meant := [file for file in files if masks.isdisjoint([file, *file.parents])]:
             read = set(meant)
             left = [file for file in images or volumes if file not in read]
-            return Inputs(meant, folder, masks, left, ours)
+            return Inputs(meant, folder, folders, beside, left, ours)
     raise InputError(
         f"{str(folder)!r}: nothing but masks and predictions is in it: name the folder of the "
         "images, or one of these files by itself"

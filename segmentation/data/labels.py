@@ -66,7 +66,7 @@ class Labels:
         """Class indices (H, W) of a mask, IGNORE where it or the image (H, W, C) says so.
 
         Args:
-            nodata: value of the image where nothing was measured, if its file declares none.
+            nodata: value of the image where nothing was measured; None: what its file declares.
         """
         mask, unknown = pair.read_mask(), _unmeasured(pair, image, nodata)
         if self.instances:
@@ -190,7 +190,7 @@ def _index_of(colour: tuple[int, ...], palette: bytes, pairs: Sequence[Pair]) ->
 
 def _unmeasured(pair: Pair, image: Array, nodata: float | None = None) -> NDArray[np.bool_]:
     """Where (H, W) an image holds no data, by its file's value, or else by this one."""
-    return missing(shown(pair, image), nodata if pair.info.nodata is None else pair.info.nodata)
+    return missing(shown(pair, image), pair.info.nodata if nodata is None else nodata)
 
 
 def _survey(pairs: Sequence[Pair], read: Callable[[int], Array]) -> tuple[Survey, set[Value]]:

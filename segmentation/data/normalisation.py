@@ -129,7 +129,7 @@ class Normalisation:
         scaled = rearrange(image, "h w c -> c h w").astype(np.float32, order="C", copy=True)
         scaled -= mean[:, None, None]  # in place: tiles of many channels are large
         scaled /= std[:, None, None]
-        unknown = missing(image, self.nodata if nodata is None else nodata)
+        unknown = missing(image, self.nodata_of(nodata))
         unit = self.low is not None and self.high is not None and 0 <= self.low <= self.high <= 1
         if unit and self.dtype == "float32" and _beyond_unit(image[~unknown]):
             raise InputError(
@@ -139,6 +139,12 @@ class Normalisation:
         if unknown.any():
             scaled[:, unknown] = 0
         return scaled
+
+    def nodata_of(self, declared: float | None) -> float | None:
+        """The value of an image's pixels where nothing was measured: what its file declares, else
+        that of the training images; None: there is none.
+        """
+        return self.nodata if declared is None else declared
 
     def for_images(self, channels: int, dtype: str) -> Normalisation:
         """The same scaling of images of another depth, or of grey as colour and the reverse.

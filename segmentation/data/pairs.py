@@ -21,7 +21,7 @@ from unet.errors import InputError
 from unet.files.images import image_info, read_image, read_mask
 from unet.files.mask_values import MaskCleaning, check_colours, joint_palette
 from unet.files.pages import AS_STORED, Array, ImageInfo, Reading
-from unet.files.volumes import turned
+from unet.files.volumes import flipped_axes
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -34,7 +34,7 @@ class Pair:
         info: of the image.
         page: index of the slice in the stacks, from 0.
         stack: the stack or volume that it is a slice of.
-        turned: whether slices, rows and columns of the mask's volume run the other way.
+        flipped: whether slices, rows and columns of the mask's volume run the other way.
         around: the slices that are the image's channels in turn, of which it is the middle one.
         window: rows and columns of a part of the image.
         part: "train" or "val" where the folder says it.
@@ -54,7 +54,7 @@ class Pair:
     info: ImageInfo
     page: int | None = None
     stack: str = ""
-    turned: tuple[bool, bool, bool] = (False, False, False)
+    flipped: tuple[bool, bool, bool] = (False, False, False)
     around: tuple[Pair, ...] = ()
     window: tuple[slice, slice] | None = None
     part: str = ""
@@ -92,8 +92,10 @@ class Pair:
         elif isinstance(self.mask, Path):
             page, lossy = self._mask_page, bool(self.cleaning)
             mask = read_mask(self.mask, page, colours=self.colours, lossy=lossy)
-            if any(self.turned):
-                mask = np.flip(mask, tuple(axis for axis in (0, 1) if self.turned[1 + axis])).copy()
+            if any(self.flipped):
+                mask = np.flip(
+                    mask, tuple(axis for axis in (0, 1) if self.flipped[1 + axis])
+                ).copy()
         else:
             mask = self.mask
         try:
@@ -142,7 +144,7 @@ class Pair:
 
     @property
     def _mask_page(self) -> int | None:
-        if self.page is None or not self.turned[0]:
+        if self.page is None or not self.flipped[0]:
             return self.page
         return self.info.pages - 1 - self.page
 
@@ -228,7 +230,9 @@ def find_pairs(
             image=match.image[0] if len(match.image) == 1 else files,
             mask=match.mask[0] if not _of_objects(layout.instances, match) else match.mask,
             info=info,
-            turned=turned(match.image[0], match.mask[0]) if len(match.mask) == 1 else (False,) * 3,
+            flipped=flipped_axes(match.image[0], match.mask[0])
+            if len(match.mask) == 1
+            else (False,) * 3,
             part=match.part,
             reading=reading,
             cleaning=cleaning,

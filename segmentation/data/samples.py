@@ -24,9 +24,9 @@ class CropSamples:
     Each crop of a partly labelled image contains a labelled pixel, at a random place, and an epoch
     has as many crops as its labelled pixels would fill. If there are synthetic images, an epoch
     also has crops of them, as many as their share requires; the images are taken in turn from epoch
-    to epoch. If classes are rare (`ClassTable.rare`), so are crops that each contain a pixel of
-    one, which take turns as well: a third of the crops of real images, the share that nnU-Net cuts
-    for its foreground (doi 10.1038/s41592-020-01008-z).
+    to epoch. If classes are rare (`SegmentationData.rare`), so are crops that each contain a pixel
+    of one, which take turns as well: a third of the crops of real images, the share that nnU-Net
+    cuts for its foreground (doi 10.1038/s41592-020-01008-z).
 
     Args:
         size: height and width of a crop.
@@ -53,13 +53,8 @@ class CropSamples:
         self.size, self.target_size, self.border = size, target_size, border
         self.cells = cells
         labelled: dict[int, float] = {}
-        rare: dict[int, list[int]] = {k: [] for k in (() if data.instances else data.table.rare)}
         for i in (*data.train, *data.synthetic):
-            mask = data.load(i)[1]
-            labelled[i] = float((mask != IGNORE).mean())
-            for k, images in rare.items():
-                if i in data.train and (mask == k).any():
-                    images.append(i)
+            labelled[i] = float((data.load(i)[1] != IGNORE).mean())
         # The images with pixels that are ignored.
         self.partly = {i for i, part in labelled.items() if part < 1}
         self.images: list[int] = []
@@ -70,7 +65,7 @@ class CropSamples:
         self.others = 0
         if data.synthetic:
             self.others = max(1, round(len(self.images) * share / (1 - share)))
-        self.rare = [(k, images) for k, images in rare.items() if images]
+        self.rare = list(data.rare.items())
         more = RARE_CROPS / (1 - RARE_CROPS) if self.rare else 0
         self.rare_crops = math.ceil(len(self.images) * more)
         self._weights: dict[int, Tensor] = {}

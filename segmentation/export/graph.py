@@ -24,7 +24,7 @@ class PixelsToProbabilities(nn.Module):
     """All of a prediction but the tiles: what `Predictor` gives for an image that fits into one.
 
     Args:
-        model: in evaluation mode. A copy of it predicts, without batch normalisation.
+        model: a copy of it predicts, without batch normalisation.
     """
 
     def __init__(self, model: SegmentationUNet) -> None:

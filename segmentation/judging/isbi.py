@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -177,7 +177,6 @@ def splits_and_mergers(warped: BoolArray, prediction: BoolArray, radius: int = 2
 class SliceScores(NamedTuple):
     """What `IsbiMetrics` keeps of one slice; the first axis of the arrays is the threshold."""
 
-    name: str
     size: int  # pixels
     scores: FloatArray  # (T, 2, 3) V_Rand and V_Info: F, precision, recall; NaN without true cells
     counts: NDArray[np.int64]  # (T, 2, 3) pixel pairs and cell pixels: both, truth, prediction
@@ -245,7 +244,7 @@ class IsbiMetrics:
         # The watershed, most of the work, lets other threads run.
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
             rows = zip(*pool.map(score, self.thresholds), strict=True)
-        self.slices.append(SliceScores(name, p.size, *map(np.array, rows)))
+        self.slices.append(SliceScores(p.size, *map(np.array, rows)))
 
     def merge(self, other: IsbiMetrics) -> None:
         """Append the slices of another accumulator: as if they had been added here."""
@@ -261,23 +260,26 @@ class IsbiMetrics:
         """
         if not self.slices:
             raise InputError("there are no slices to score; add at least one")
-        return _curves(self.slices)
+        scores = np.stack([s.scores for s in self.slices])  # (N, T, 2, 3)
+        curves = {
+            f"{score}{part}": np.array([mean_known(column) for column in scores[:, :, i, k].T])
+            for i, score in enumerate(("v_rand", "v_info"))
+            for k, part in enumerate(("", "_precision", "_recall"))
+        }
+        counts = np.sum([s.counts for s in self.slices], axis=0)
+        both, truth, prediction = np.moveaxis(counts, 2, 0)
+        errors = 1 - ratio(2 * both, truth + prediction, 1)
+        curves |= {"rand_error": errors[:, 0], "pixel_error": errors[:, 1]}
+        pixels = sum(s.size for s in self.slices)
+        warping = np.sum([s.warping for s in self.slices], axis=0) / pixels
+        return curves if np.isnan(warping).all() else {**curves, "warping_error": warping}
 
     def at(self, threshold: float) -> dict[str, float]:
         """Every score at one of the thresholds."""
-        i = self._index(threshold)
-        return {key: float(values[i]) for key, values in self.curves().items()}
-
-    def per_slice(self, threshold: float) -> list[dict[str, Any]]:
-        """Name and scores of each slice at one of the thresholds, in the order of adding."""
-        i = self._index(threshold)
-        rows = ((s.name, _curves([s])) for s in self.slices)
-        return [{"name": name, **{k: float(v[i]) for k, v in c.items()}} for name, c in rows]
-
-    def _index(self, threshold: float) -> int:
         if threshold not in self.thresholds:
             raise InputError(f"threshold {threshold} is not one of {list(self.thresholds)}")
-        return self.thresholds.index(threshold)
+        i = self.thresholds.index(threshold)
+        return {key: float(values[i]) for key, values in self.curves().items()}
 
     def result(self) -> dict[str, float]:
         """The challenge's figures: each score at its own best threshold, which is given with it.
@@ -293,17 +295,3 @@ class IsbiMetrics:
             i = int(np.nan_to_num(goodness, nan=-math.inf).argmax())
             best |= {key: float(values[i]), f"{score}_threshold": self.thresholds[i]}
         return best
-
-
-def _curves(slices: Sequence[SliceScores]) -> dict[str, FloatArray]:
-    scores = np.stack([s.scores for s in slices])  # (N, T, 2, 3)
-    curves = {
-        f"{score}{part}": np.array([mean_known(column) for column in scores[:, :, i, k].T])
-        for i, score in enumerate(("v_rand", "v_info"))
-        for k, part in enumerate(("", "_precision", "_recall"))
-    }
-    both, truth, prediction = np.moveaxis(np.sum([s.counts for s in slices], axis=0), 2, 0)
-    errors = 1 - ratio(2 * both, truth + prediction, 1)
-    curves |= {"rand_error": errors[:, 0], "pixel_error": errors[:, 1]}
-    warping = np.sum([s.warping for s in slices], axis=0) / sum(s.size for s in slices)
-    return curves if np.isnan(warping).all() else {**curves, "warping_error": warping}

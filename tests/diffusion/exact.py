@@ -38,8 +38,9 @@ class Wavy:
     prediction: PredictionName
 
     def __call__(self, x: Tensor, t: Tensor, **conditioning: Tensor) -> Tensor:
-        x0, eps, _ = GaussianDenoiser(self.schedule)(x, t)
-        signal, sigma = self.schedule.rates(t, x)
+        at = t.clamp(0, self.schedule.steps - 1)  # edm's argument is no timestep
+        x0, eps, _ = GaussianDenoiser(self.schedule)(x, at)
+        signal, sigma = self.schedule.rates(at, x)
         output = PREDICTIONS[self.prediction].target(x0, eps, signal, sigma)
         for value in conditioning.values():
             output = output + 0.3 * value.to(x).view(-1, 1, 1, 1)

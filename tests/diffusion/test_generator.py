@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -153,6 +155,7 @@ def test_a_word_that_the_model_does_not_know_is_a_warning(
         ("plain", {"eta": 0.5}, "^eta 0.5 is for sampler ddim, not dpmpp-2m-sde"),
         ("classes", {"classes": "cow"}, "class 'cow' is none of the model's, which knows cat, dog"),
         ("classes", {"classes": 2}, "class 2 is none of the model's"),
+        ("classes", {"classes": 1.0}, "class 1.0 is none of the model's"),
         (
             "classes",
             {"classes": [0, 1, 0], "count": 2},
@@ -169,6 +172,17 @@ def test_a_mistake_is_one_sentence(
 ) -> None:
     with pytest.raises(ValueError, match=told):
         generators[kind](**call)
+
+
+def test_weights_of_any_precision_and_other_processes_make_the_same(
+    generators: dict[str, ImageGenerator],
+) -> None:
+    generator = generators["classes"]
+    wanted = generator(2, steps=2)
+    assert np.array_equal(pickle.loads(pickle.dumps(generator))(2, steps=2), wanted)
+    for dtype in (torch.float64, torch.bfloat16):
+        found = ImageGenerator(copy.deepcopy(generator.model).to(dtype))(2, steps=2)
+        assert np.abs(found.astype(int) - wanted).mean() < 1
 
 
 def test_loading_refuses_what_is_no_diffusion_model(tmp_path: Path) -> None:

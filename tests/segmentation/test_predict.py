@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 from dataclasses import replace
@@ -247,6 +248,24 @@ def test_half_precision_is_asked_for_and_gives_nearly_the_same():
     assert 0 < abs(rounded - exact).max() < 0.02
     with torch.autocast("cpu", torch.bfloat16):  # as an evaluation in training has it
         assert np.array_equal(Predictor([model])(source), rounded)
+    for dtype in (torch.float64, torch.bfloat16):  # of the weights
+        found = Predictor([copy.deepcopy(model).to(dtype)])(source)
+        assert found.dtype == np.float32
+        assert abs(found - exact).max() < 0.02
+
+
+def test_a_model_in_training_predicts_as_in_evaluation_and_goes_on_training():
+    model, source = network(replace(SAME, dropout=0.5)), TensorSource(torch.randn(1, 40, 40))
+    wanted = Predictor([model])(source)
+    assert np.array_equal(Predictor([model.train()])(source), wanted)
+    assert all(module.training for module in model.modules())
+
+
+def test_no_model_and_an_unknown_precision_are_refused():
+    with pytest.raises(InputError, match="takes one model or more, and none is given"):
+        Predictor([])
+    with pytest.raises(InputError, match="precision 'fp8' is unknown: choose from auto, fp32"):
+        Predictor([network(SAME)], precision="fp8")
 
 
 def test_an_ensemble_is_the_mean_of_its_models():

@@ -13,9 +13,12 @@ from segmentation.model import SegmentationUNet
 from unet import PRESETS, InputError, UNetConfig
 
 
-def test_a_trunk_that_needs_a_timestep_is_refused():
-    with pytest.raises(InputError, match="no timestep, class or context"):
-        SegmentationUNet(PRESETS["ddpm-cifar10"].config, 1)
+@pytest.mark.parametrize(
+    "config", [PRESETS["ddpm-cifar10"].config, UNetConfig(block="res", vector_channels=3)]
+)
+def test_a_trunk_that_needs_more_than_an_image_is_refused(config):
+    with pytest.raises(InputError, match="no timestep, class, vector or context"):
+        SegmentationUNet(config, 1)
 
 
 def test_a_residual_trunk_is_normalised_and_activated_before_the_head():

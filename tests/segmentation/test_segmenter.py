@@ -309,6 +309,7 @@ def test_an_image_that_does_not_fit_is_one_sentence(
     ("settings", "told"),
     [
         ({"tile": 0}, "tile=0 must be at least 1"),
+        ({"precision": "fp8"}, "^precision 'fp8' is unknown: choose from auto, fp32, bf16, fp16"),
         ({"overlap": -1}, "overlap=-1 must be at least 0"),
         ({"min_size": -1}, "min_size=-1 must be at least 0"),
         ({"threshold": 1.5}, "threshold=1.5 must be from 0 to 1"),

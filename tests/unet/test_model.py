@@ -413,12 +413,33 @@ GOOD = {"x": X, "t": T, "context": TOKENS, "classes": torch.zeros(2, dtype=torch
         (PLAIN, {"x": X[:, :1], "mask": T.bool()}, "pass a context too"),
         (TEXT, GOOD | {"mask": torch.ones(2, 4).bool()}, r"shape \(2, 4\) .* needs \(2, 5\)"),
         (TEXT, GOOD | {"mask": torch.ones(2, 5)}, r"type torch.float32, .* torch.bool"),
+        (TEXT, GOOD | {"x": X.numpy()}, "x is a ndarray, .* torch.as_tensor"),
+        (TEXT, GOOD | {"x": X.byte()}, "image holds torch.uint8, .* floating-point"),
+        (TEXT, GOOD | {"t": 3}, "t is a int, .* torch.as_tensor"),
+        (TEXT, GOOD | {"classes": [0, 1]}, "classes is a list, .* torch.as_tensor"),
+        (TEXT, GOOD | {"classes": T}, r"classes hold torch.float32, .* classes.long\(\)"),
+        (TEXT, GOOD | {"classes": torch.tensor([0, 3])}, "beyond those of this network, 0 to 2"),
     ],
 )
 def test_wrong_arguments_are_named(config: UNetConfig, given: dict[str, Any], message: str) -> None:
     trunk = UNet(config)
     with pytest.raises(InputError, match=message):
         trunk(**given)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"tokens": torch.zeros(2, 5).long()}, "no text encoder for tokens: give a context"),
+        ({"picture": X[:, :, :4]}, r"picture has shape \(2, 2, 4, 8\), .* image \(2, 2, 8, 8\)"),
+        ({"picture": X[:1]}, "picture has shape .* for each image"),
+    ],
+)
+def test_wrong_arguments_of_a_diffusion_model_are_named(
+    given: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        DiffusionUNet(TEXT, 2)(**GOOD | given)
 
 
 def test_right_arguments_are_taken() -> None:

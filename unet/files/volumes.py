@@ -88,14 +88,14 @@ def open_volume(path: Path) -> Iterator[Volume]:
         yield volume
 
 
-def turned(image: Path, mask: Path) -> tuple[bool, bool, bool]:
+def flipped_axes(image: Path, mask: Path) -> tuple[bool, bool, bool]:
     """Which of slices, rows and columns run the other way in a mask than in its image, of one size.
 
     Both files say it by their positions in the body, as DICOM and NIfTI do. If one of them does
-    not, or both run the same way, nothing is turned.
+    not, or both run the same way, none is flipped.
 
     Raises:
-        InputError: they run otherwise, and no turn of these axes brings the voxels together.
+        InputError: they run otherwise, and no flip of these axes brings the voxels together.
     """
     asked = []
     for path in (image, mask):

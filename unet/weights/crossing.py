@@ -76,7 +76,7 @@ def without_conditioning(
 
     Raises:
         InputError: cross-attention to tokens that differ, which is no constant; a network that
-            takes a vector.
+            takes a vector; a class that it does not have.
     """
     if config.vector_channels:
         raise InputError(
@@ -224,6 +224,11 @@ def _embedding(
         if "time_embedding" in parts:
             terms.append(parts["time_embedding"](torch.tensor([t]))[0])
         if "class_embedding" in parts:
+            if not -config.classes <= class_index < config.classes:
+                raise InputError(
+                    f"class_index={class_index} is beyond the {config.classes} classes of the "
+                    f"network: choose from 0 to {config.classes - 1}, or -1 for the last"
+                )
             terms.append(parts["class_embedding"].weight[class_index])
         return trunk.act(sum(terms))
 

@@ -125,20 +125,35 @@ class FolderModel(nn.Module, ABC):
         return None
 
     def write(self, folder: Path, state: Mapping[str, Tensor], weights: str = WEIGHTS) -> None:
-        """Writes a state dict as the file `weights`, and config.json and the card beside it."""
+        """Writes a state dict as the file `weights`, and config.json and the card beside it.
+
+        Raises:
+            InputError: `info` holds what JSON cannot; nothing is written then.
+        """
+        self._described(folder)
         save_weights(state, folder / weights)
         self.save_info(folder)
 
     def save_info(self, folder: Path) -> None:
         """Writes config.json and the card to a folder that holds the weights already."""
+        write_text(folder / CONFIG, self._described(folder))
+        write_card(folder, self.card(pictured=(folder / SAMPLES).is_file()))
+
+    def _described(self, folder: Path) -> str:
+        """The text of config.json."""
         described = {
             "task": self.task,
             "out_channels": self.out_channels,
             "unet": self.config.to_dict(),
             "info": self.noted(self.info, folder),
         }
-        write_text(folder / CONFIG, json.dumps(described, indent=2) + "\n")
-        write_card(folder, self.card(pictured=(folder / SAMPLES).is_file()))
+        try:
+            return json.dumps(described, indent=2) + "\n"
+        except TypeError as error:
+            raise InputError(
+                f"the model's info cannot be saved ({said(error)}): let it hold numbers, texts, "
+                "and lists and dictionaries of them"
+            ) from error
 
     def push_to_hub(self, repo_id: str, **hub: Any) -> str:
         """Uploads the model to a repository on the Hugging Face Hub, which is made if need be.

@@ -87,6 +87,10 @@ def test_one_row_of_conditioning_serves_all_images() -> None:
     assert_close(one, denoiser(x, 50, classes=torch.tensor([2, 2, 2])), rtol=0, atol=0)
     with pytest.raises(InputError, match="classes has 2 rows for 3 images"):
         denoiser(x, 50, classes=torch.tensor([2, 1]))
+    given: Any
+    for given in (2, [2, 1, 0], torch.tensor(2)):
+        with pytest.raises(InputError, match=r"classes is .*: give a tensor of one row per image"):
+            denoiser(x, 50, classes=given)
 
 
 def test_a_unet_with_everything_is_denoised_by_name() -> None:
@@ -157,6 +161,8 @@ def test_dynamic_thresholding_is_that_of_imagen() -> None:
 
     clipped = Clipped(Fixed(S), "dynamic")(torch.zeros_like(x0), 500)
     s = np.quantile(x0[1].abs().numpy(), 0.995).item()
+    single = Clipped(GaussianDenoiser(S), "dynamic")(torch.full((1, 1, 1, 1), 3.0), 500).x0
+    assert single.abs() <= 1
     assert 3.9 < s < 4
     assert_close(clipped.x0[0], x0[0])
     assert_close(clipped.x0[1], x0[1].clamp(-s, s) / s, atol=1e-5, rtol=1e-5)

@@ -49,7 +49,7 @@ class ExactJumps:
         signal, sigma = self.schedule.rates(t, seen)
         x = seen / rule.scaled_input(torch.ones_like(seen), signal, sigma)
         at = torch.zeros_like(t) if jump is None else jump.to(x)
-        to = t - at
+        to = (t - at).clamp(min=CLEAN)  # not below it by rounding
         end_signal, end_sigma = self.schedule.rates(to, seen)
         before, after = (
             torch.sqrt((s * self.std) ** 2 + n**2)

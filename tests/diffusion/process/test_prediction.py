@@ -119,6 +119,15 @@ def test_the_loss_is_the_mean_squared_error_of_each_image(name: PredictionName) 
     assert_close(loss, ((output - target) ** 2).mean((1, 2, 3)))
 
 
+@pytest.mark.parametrize(
+    ("t", "noises"), [(torch.tensor(5), 4), (5, 4), (torch.tensor([5]), 4), (torch.arange(4), 1)]
+)
+def test_a_loss_broadcasts_neither_noise_nor_timesteps(t: Any, noises: int) -> None:
+    x0, _, noise = batch()
+    with pytest.raises(InputError, match=r"do not fit together: .* timesteps \(4,\)"):
+        diffusion_loss(Wavy(S, "eps"), S, "eps", x0, t, noise[:noises])
+
+
 @every_prediction
 def test_a_perfect_network_has_no_loss(name: PredictionName) -> None:
     x0, t, noise = batch()

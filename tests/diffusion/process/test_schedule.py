@@ -150,6 +150,18 @@ def test_fractions_before_a_timestep_without_signal_are_numbers() -> None:
     assert level.noise[-1] == 1
 
 
+@pytest.mark.parametrize("kind", get_args(Kind))
+def test_timesteps_beyond_the_schedule_are_refused(kind: Any) -> None:
+    s = NoiseSchedule(kind=kind, steps=100)
+    signal, noise = s.levels(torch.tensor([CLEAN, 0, 99]))
+    assert_close(signal, torch.tensor([1.0, *s.signal[[0, 99]]]).double())
+    assert_close(noise, torch.tensor([0.0, *s.noise[[0, 99]]]).double())
+    for t in (100, 100.0, -2, -1.5, math.nan):
+        for wrong in (torch.tensor([5, t]), torch.tensor(t)):
+            with pytest.raises(InputError, match=r"beyond this noise schedule, .* 0 to 99"):
+                s.levels(wrong)
+
+
 # ----------------------------------------------------------------------------------------------
 # Posterior
 
@@ -276,6 +288,7 @@ def test_noise_of_an_image_depends_on_its_seed_alone() -> None:
     draws = NoiseSource(range(4)).draw((1, 200, 200)).flatten(1)
     assert_close(torch.corrcoef(draws), torch.eye(4), atol=0.02, rtol=0)
     assert not NoiseSource([1]).draw((3,)).equal(NoiseSource([2]).draw((3,)))
+    assert_close(NoiseSource(np.arange(5, 8)).draw((9,)), NoiseSource([5, 6, 7]).draw((9,)))
     with pytest.raises(InputError, match=f"seed {2**32 + 1} must be from 0 to {2**32 - 1}"):
         NoiseSource([1, 2**32 + 1])
 

@@ -51,7 +51,7 @@ def test_a_third_of_the_crops_show_rare_classes() -> None:
     masks[3, 80:85, 5:10] = 3
     pairs = pairs_from_arrays(images, masks)
     data = SegmentationData(pairs[:4], pairs[4:])
-    assert data.table.rare == (2, 3)
+    assert data.rare == {2: [1, 3], 3: [3]}
     samples = CropSamples(data, FLIPS, (32, 32), (32, 32))
     assert len(samples) == 4 * 9 + 18
     assert [samples.name(i) for i in range(36)] == [str(i // 9) for i in range(36)]
@@ -60,8 +60,10 @@ def test_a_third_of_the_crops_show_rare_classes() -> None:
     for epoch in range(2):
         for i in range(36, 54):
             assert (samples[epoch, i]["mask"] == samples._cut(epoch, i)[1]).any()
-    whole = SegmentationData(pairs[:1], pairs[4:])
-    assert len(CropSamples(whole, FLIPS, (32, 32), (32, 32))) == 9
+    for held_out in (pairs[4:], pairs[3:4]):  # what is held out is not cut
+        whole = SegmentationData(pairs[:1], held_out)
+        assert whole.rare == {}
+        assert len(CropSamples(whole, FLIPS, (32, 32), (32, 32))) == 9
 
 
 def test_synthetic_images_have_their_share_and_are_in_nothing_else(data):

@@ -60,7 +60,7 @@ def test_a_turned_mask_is_read_as_its_image_lies(tmp_path: Path) -> None:
         )
         pairs = find_pairs(images=image, masks=file)
         assert np.array_equal(masks(pairs), MASK)
-        assert pairs[0].turned == tuple(sign < 0 for sign in signs[::-1])
+        assert pairs[0].flipped == tuple(sign < 0 for sign in signs[::-1])
         told = SegmentationData(pairs, ()).describe()
         assert ("1 mask reoriented to match the image" in told) == (min(signs) < 0)
     assert pairs[0].where.endswith("mask.nii.gz' page 2")

@@ -489,9 +489,7 @@ def test_result_is_the_mean_over_slices_and_then_the_best_threshold() -> None:
     result = metrics.result()
     assert result["v_rand"] == pytest.approx(table.mean(0).max(), abs=1e-12)
     assert result["v_rand_threshold"] == THRESHOLDS[table.mean(0).argmax()]
-    rows = metrics.per_slice(0.5)
-    assert [row["name"] for row in rows] == ["0.png", "1.png", "2.png", "3.png"]
-    assert [row["v_rand"] for row in rows] == pytest.approx(table[:, 5].tolist(), abs=1e-12)
+    assert metrics.at(0.5)["v_rand"] == pytest.approx(table[:, 5].mean(), abs=1e-12)
 
 
 def test_cells_of_class_0_are_scored_as_those_of_class_1() -> None:
@@ -558,10 +556,10 @@ def test_a_slice_without_cells_is_left_out_of_the_means() -> None:
     expected = metrics.result()
     metrics.add(np.zeros((8, 8)), np.zeros((8, 8), int), "empty")
     assert metrics.result()["v_rand"] == expected["v_rand"]
-    assert math.isnan(metrics.per_slice(0.5)[-1]["v_info"])
     only = IsbiMetrics()
     only.add(np.zeros((8, 8)), np.zeros((8, 8), int))
     assert math.isnan(only.result()["v_rand"])
+    assert math.isnan(only.at(0.5)["v_info"])
 
 
 @pytest.mark.parametrize(
@@ -587,7 +585,7 @@ def test_isbi_metrics_explain_misuse() -> None:
     with pytest.raises(InputError, match="no slices"):
         IsbiMetrics().result()
     with pytest.raises(InputError, match="not one of"):
-        filled(range(1)).per_slice(0.55)
+        filled(range(1)).at(0.55)
     with pytest.raises(InputError, match="merge"):
         IsbiMetrics().merge(IsbiMetrics(warping=True))
     for thresholds in ((), (0.5, 1.5)):

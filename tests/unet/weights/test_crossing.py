@@ -214,5 +214,8 @@ def test_what_cannot_cross_is_refused() -> None:
     classic = PRESETS["segmentation"].config
     with pytest.raises(InputError, match="residual blocks"):
         with_time(classic, {})
+    config = replace(PLAIN, classes=4)
+    with pytest.raises(InputError, match=r"class_index=4 is beyond the 4 classes .* 0 to 3"):
+        without_conditioning(config, UNet(config).state_dict(), class_index=4)
     with pytest.raises(InputError, match="4 channels cannot become one for 3"):
         with_channels(replace(PLAIN, in_channels=4), {}, 3)

@@ -121,6 +121,15 @@ def test_a_failed_save_leaves_the_previous_model(
     assert {f.name: f.read_bytes() for f in folder.iterdir()} == before
 
 
+def test_info_that_json_cannot_hold_is_refused_before_anything_is_written(folder: Path) -> None:
+    before = {f.name: f.read_bytes() for f in folder.iterdir()}
+    model = segmentation()
+    model.info["mean"] = torch.zeros(1)
+    with pytest.raises(InputError, match=r"cannot be saved \(.*Tensor.*\): let it hold numbers"):
+        model.save_pretrained(folder)
+    assert {f.name: f.read_bytes() for f in folder.iterdir()} == before
+
+
 # --- refusals -----------------------------------------------------------------------------------
 
 
