@@ -20,6 +20,7 @@ from diffusion.initial import (
     image_channels,
     is_lora,
     noise_of,
+    their_unet,
 )
 from diffusion.model import DiffusionUNet
 from diffusion.networks import automatic_config
@@ -169,6 +170,14 @@ def check_start(options: DiffusionOptions, start: Start) -> None:
             f"--init {options.init} is of Stable Diffusion XL, which txt2img runs but which "
             "cannot be trained here: give a model of version 1 or 2, or one of your own"
         )
+    theirs = their_unet(str(options.init))
+    if not options.latents and (
+        "autoencoder" in start.info or (theirs and image_channels(start) == 4)
+    ):
+        raise InputError(
+            f"--init {options.init} works on latents of an autoencoder, not on pixels: give the "
+            "pipeline that this belongs to with --latents, or another model"
+        )
     reads = options.network == "auto" and start.config.context_channels is not None
     if reads and not options.captions:
         raise InputError(f"--init {options.init} reads text: give --captions, or another model")
@@ -265,9 +274,11 @@ def check_classes(options: DiffusionOptions, start: Start, data: Data) -> None:
     """Raises an InputError where a model that is used unchanged has other classes."""
     theirs, ours = start.info.get("classes", []), list(data.classes) if options.classes else []
     if (as_it_is := _as_it_is(options)) and theirs != ours:
+        trained = f"--init {options.init} was trained on the classes {theirs}"
+        if not options.classes:
+            raise InputError(f"{trained}: {as_it_is} needs --classes, and data of these")
         raise InputError(
-            f"--init {options.init} was trained on the classes {theirs}, but these data have "
-            f"{ours}: {as_it_is} needs the same classes"
+            f"{trained}, but these data have {ours}: {as_it_is} needs the same classes"
         )
 
 

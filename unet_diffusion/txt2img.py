@@ -63,7 +63,8 @@ class Txt2ImgOptions:
     """Seed of the first picture, the next one's is one higher; none given: 0."""
 
     size: str | None = None
-    """WIDTHxHEIGHT in pixels, such as 512x768; none given: what the model was trained for."""
+    """WIDTHxHEIGHT in pixels, such as 512x768, or one number for both; none given: what the model
+    was trained for."""
 
     original_size: str | None = None
     """XL: WIDTHxHEIGHT of an image from which the picture is to look as if cropped; none given: its

@@ -85,13 +85,16 @@ def read_captions(
 
 def _no_caption(lacking: Sequence[str], count: int, tables: Sequence[Path], others: str) -> str:
     """The message for images without a caption; `others` is a file that a table names instead."""
+    beside = f"a file '{_beside(lacking[0])}' with its caption"
+    if tables:
+        what, needed = f"line in {tables[0].name}", f"one, or {beside}"
+    else:
+        what, needed = "caption file", beside
     have = "has" if len(lacking) == 1 else "have"
-    where = f"no line in {tables[0].name}" if tables else "no caption file"
-    said = f", which names files that are not there, such as {others!r}" if others else ""
-    return (
-        f"{len(lacking):,} of {counted(count, 'image')} {have} {where}{said}: '{lacking[0]}' needs "
-        f"its caption there, or a file '{_beside(lacking[0])}' with it"
-    )
+    said = f"{len(lacking):,} of {counted(count, 'image')} {have} no {what}"
+    if others:
+        said += f", which names files that are not there, such as {others!r}"
+    return f"{said}: '{lacking[0]}' needs {needed}"
 
 
 def _rows(table: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:

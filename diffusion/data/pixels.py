@@ -254,15 +254,6 @@ def resized(pixels: Pixels, size: tuple[int, int], *, alpha: bool = False) -> Pi
     height, width = pixels.shape[:2]
     if (height, width) == size:
         return pixels
-    if alpha:
-        cover = pixels[..., -1:].astype(np.float32)
-        weights = resized(np.concatenate([pixels[..., :-1] * (cover / 255), cover], axis=-1), size)
-        plain = resized(pixels, size)
-        share = weights[..., -1:] / 255
-        colours = weights[..., :-1] / np.maximum(share, 1e-6)
-        colours = np.where(share > 1 / 255, colours.clip(0, 255), plain[..., :-1])
-        found = np.concatenate([colours, plain[..., -1:]], axis=-1)
-        return np.rint(found).astype(np.uint8) if pixels.dtype == np.uint8 else found
     scale = min(height / size[0], width / size[1])
     top, left = (height - scale * size[0]) / 2, (width - scale * size[1]) / 2
     box = (left, top, width - left, height - top)
@@ -273,10 +264,21 @@ def resized(pixels: Pixels, size: tuple[int, int], *, alpha: bool = False) -> Pi
         found = picture.resize(size[::-1], Image.Resampling.LANCZOS, box, reducing_gap=3.0)
         return np.asarray(found)
 
+    def each(planes: Pixels) -> Pixels:
+        return np.stack([smaller(planes[..., c]) for c in range(planes.shape[2])], axis=-1)
+
     if pixels.shape[2] == 3 and pixels.dtype == np.uint8:
         return smaller(pixels)
-    found = np.stack([smaller(pixels[..., c]) for c in range(pixels.shape[2])], axis=-1)
-    return found.clip(0, 255)  # beyond which Lanczos leads at edges, where it does not round
+    # Beyond 0 and 255 Lanczos leads at edges, where it does not round.
+    found = each(pixels).clip(0, 255)
+    if alpha:
+        cover = pixels[..., -1:].astype(np.float32) / 255
+        weighted = each(np.concatenate([pixels[..., :-1] * cover, cover], axis=-1))
+        share = weighted[..., -1:]
+        colours = (weighted[..., :-1] / np.maximum(share, 1e-6)).clip(0, 255)
+        colours = colours.round() if pixels.dtype == np.uint8 else colours
+        found[..., :-1] = np.where(share > 1 / 255, colours, found[..., :-1])
+    return found
 
 
 def as_tensor(pixels: Pixels) -> Tensor:

@@ -41,6 +41,11 @@ DRAWN = 20_000  # pictures of shapes
 # Images and labels in an .npz, of these the first that is there: ours, those of MedMNIST and Keras.
 _ARRAYS = (("images", "labels"), ("train_images", "train_labels"), ("x_train", "y_train"))
 _SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")  # no classes
+# Of pictures that are not read; cameras and phones mix some of them with JPEG.
+_UNREAD = (
+    *(".heic", ".heif", ".avif", ".jxl", ".jp2", ".ppm", ".pgm", ".tga", ".psd", ".svg"),
+    *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2"),
+)
 ARCHIVE_BYTES = 2**32  # an .npz is unpacked into memory as a whole
 
 
@@ -307,6 +312,7 @@ def _walk(root: Path) -> tuple[list[str], list[str], list[Path], str]:
     images: list[tuple[Any, str, tuple[str, ...]]] = []
     tables: list[Path] = []
     ours: list[Path] = []
+    unread: list[str] = []
     for folder, names in walk(root, ours):
         parts = Path(folder).relative_to(root).parts
         inside = [natural_key(part) for part in parts]
@@ -316,6 +322,8 @@ def _walk(root: Path) -> tuple[list[str], list[str], list[Path], str]:
                 tables.append(Path(folder, name))
             elif name.lower().endswith(SUFFIXES):
                 images.append(([*inside, natural_key(name)], os.path.join(start, name), parts))
+            elif name.lower().endswith(_UNREAD):
+                unread.append(os.path.join(start, name))
     predicted: set[str] = set()
     if any("_probability." in path for _, path, _ in images):
         predicted = set(map(str, predictions([Path(path) for _, path, _ in images])))
@@ -338,12 +346,16 @@ def _walk(root: Path) -> tuple[list[str], list[str], list[Path], str]:
     # Not of a class of that name: all images are in such folders, or none is in a split's.
     split = all(parts and parts[0].lower() in _SPLITS for _, _, parts in images)
     tops = ["".join(parts[split : split + 1]) for _, _, parts in images]
-    left = left_out(
-        {
-            "folder of masks": masks,
-            "file of masks": files,
-            "file of predictions": [*predicted],
-            OURS: ours,
-        }
+    notes = (
+        left_out(
+            {
+                "folder of masks": masks,
+                "file of masks": files,
+                "file of predictions": [*predicted],
+                OURS: ours,
+            }
+        ),
+        left_out({"picture of a format that is not read": unread}, "save these as PNG or JPEG"),
     )
+    left = "\n".join(filter(None, notes))
     return [path for _, path, _ in images], tops, tables, left

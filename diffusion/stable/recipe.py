@@ -44,7 +44,7 @@ class PictureSettings:
     sampler: TextSampler = "dpmpp-2m"
     guidance: float = 7.5  # scale of classifier-free guidance; 1: none
     seed: int = 0  # of the first picture; that of the next is one higher
-    size: str | None = None  # WIDTHxHEIGHT in pixels; None: what the model was trained for
+    size: str | None = None  # WIDTHxHEIGHT in pixels, or a side; None: what it was trained for
     original_size: str | None = None  # XL: WIDTHxHEIGHT it shall look cut from; None: its size
     crop: str | None = None  # XL: LEFTxTOP of the cut; None: 0x0
     strength: float | None = None  # share of a run from an image; None: 0.8, in a mask 1
@@ -65,8 +65,8 @@ class PictureSettings:
             raise InputError(f"strength {self.strength} must be above 0 and at most 1")
         if self.size is not None and self.pixels is None:
             raise InputError(
-                f"size {self.size!r} must be WIDTHxHEIGHT in pixels, such as 512x768, of at most "
-                f"{LARGEST} a side"
+                f"size {self.size!r} must be WIDTHxHEIGHT in pixels, such as 512x768, or one "
+                f"number for both, of at most {LARGEST} a side"
             )
 
         if self.original_size is not None and _numbers(self.original_size, 1) is None:
@@ -88,7 +88,8 @@ class PictureSettings:
     @property
     def pixels(self) -> tuple[int, int] | None:
         """(height, width), where a size is given."""
-        found = _numbers(self.size or "", 1)
+        size = self.size or ""
+        found = _numbers(size if "x" in size else f"{size}x{size}", 1)
         return None if found is None else (found[1], found[0])
 
 

@@ -404,6 +404,7 @@ def test_few_steps_are_learnt_from_a_model_and_sampled_by_default(
     for arguments, error in (
         ((*data[:2], *learnt), "guides by a class or a text"),
         ((*words, *few, 1, "--init", teacher), "differ in --captions"),
+        ((*data[:2], "--few-steps", 1, "--init", teacher), "--few-steps needs --classes, and data"),
         ((*data, *few, 1, "--noise", "flow"), "leave out --noise"),
         ((*data, *few, 1, "--weighting", "min-snr"), "leave out --weighting"),
     ):

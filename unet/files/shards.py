@@ -117,6 +117,9 @@ def find_shards(data: Path) -> list[Path]:
     if (data / "dataset_dict.json").is_file():
         return [file for path in shown if path.is_dir() for file in find_shards(path)]
     files = [path for path in shown if path.name.lower().endswith((*ENDINGS, *_COMPRESSED))]
+    below = [path for path in shown if path.is_dir()]
+    if [path.name for path in below] == ["data"] and not files:  # as data sets lie on the Hub
+        return [] if any(p.name.lower().endswith(SUFFIXES) for p in shown) else find_shards(*below)
     if any(p.is_dir() or p.name.lower().endswith(SUFFIXES) for p in shown):
         return []
     # Beside each tar img2dataset writes a table of what is in it.

@@ -286,6 +286,11 @@ def read_config(folder: Path, weights: str = WEIGHTS) -> dict[str, Any]:
                 raise InputError(
                     f"{folder} is no model folder, but the folder of a run: give {folder / 'model'}"
                 )
+            if (folder / "model_index.json").is_file():
+                raise InputError(
+                    f"{folder} is no model folder, but a pipeline of diffusers: txt2img makes "
+                    "pictures with it, and train-ddpm takes it as --init and --latents"
+                )
             raise InputError(
                 f"{folder} is no model folder, {name} is missing: a model folder holds {CONFIG} "
                 f"and {weights}, as training writes them to RUN/model"

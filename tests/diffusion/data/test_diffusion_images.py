@@ -227,6 +227,17 @@ def test_bad_metadata_is_named(tmp_path: Path, text: str | bytes, message: str) 
 # -- sizes, colours, damage
 
 
+def test_pictures_of_formats_that_are_not_read_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(tmp_path, 5)
+    for name in ("IMG_1.HEIC", "b.avif", "notes.md"):
+        (tmp_path / name).touch()
+    assert len(everything(DiffusionData(tmp_path))) == 5
+    told = f"left out: 2 pictures of a format that is not read, such as {tmp_path / 'IMG_1.HEIC'}; "
+    assert told + "save these as PNG or JPEG" in capsys.readouterr().err
+
+
 def test_mixed_sizes_need_a_size(tmp_path: Path) -> None:
     save(tmp_path)
     write_image(tmp_path / "wide.png", np.zeros((12, 17, 3), np.uint8))

@@ -665,6 +665,7 @@ def test_the_mask_that_clip_is_given_is_its_tokenizer_s(pipeline: Path) -> None:
         (("--trained", "lora", "--init", "{}", "--rank", 0), "--rank 0 must be at least 1"),
         (("--trained", "lora", "--init", "{}", "--width", 8), "leave out --network, --width"),
         (("--latents", "{}", "--init", "{}"), "reads text: give --captions"),
+        (("--init", "{}", "--captions"), "works on latents of an autoencoder, not on pixels: give"),
     ],
 )
 def test_mistakes_are_told_in_a_sentence_before_anything_is_encoded(

@@ -526,7 +526,7 @@ def test_numbers_that_are_not_finite_are_no_black_picture(model) -> None:
         ({"steps": True}, "steps cannot be True"),
         ({"guidance": float("nan")}, "guidance nan"),
         ({"seed": -1}, "seed -1"),
-        ({"size": "512"}, "must be WIDTHxHEIGHT"),
+        ({"size": "512x"}, "must be WIDTHxHEIGHT"),
         ({"size": "99999x8"}, "at most 16384"),
         ({"strength": 0.0, "init": "a"}, "strength 0.0"),
         ({"strength": 0.5}, "--init or --inpaint"),
@@ -538,6 +538,11 @@ def test_numbers_that_are_not_finite_are_no_black_picture(model) -> None:
 def test_a_bad_recipe_is_one_sentence(values: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         Recipe(**({"prompt": "a", "model": "sd"} | values))
+
+
+def test_a_size_of_one_number_is_both_sides() -> None:
+    sizes = [Recipe(prompt="a", model="sd", size=size).pixels for size in ("512", "512x768")]
+    assert sizes == [(512, 512), (768, 512)]
 
 
 @pytest.mark.parametrize(

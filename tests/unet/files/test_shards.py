@@ -203,6 +203,16 @@ def test_tables_beside_tars_of_their_names_are_no_shards(tmp_path: Path) -> None
     assert find_shards(tmp_path) == [tar]
 
 
+def test_shards_in_the_folder_data_of_a_copied_repository_are_found(tmp_path: Path) -> None:
+    (tmp_path / "README.md").touch()
+    tar = save_tar(tmp_path / "data/train-0.tar", sample(0))
+    assert find_shards(tmp_path) == [tar]
+    (tmp_path / "sample.png").write_bytes(encoded(IMAGES[0]))
+    assert find_shards(tmp_path) == []
+    (tmp_path / "sample.png").rename(tmp_path / "data/sample.png")
+    assert find_shards(tmp_path) == []
+
+
 def test_a_packed_data_folder_gives_no_masks_as_images(tmp_path: Path) -> None:
     members = {f"set/{of}/{i}.png": encoded(IMAGES[i]) for of in ("label", "image") for i in (0, 1)}
     path = save_tar(tmp_path / "x.tar", members)

@@ -140,10 +140,13 @@ def test_a_missing_file_is_named(folder: Path, name: str) -> None:
         SegmentationUNet.from_pretrained(folder)
 
 
-def test_the_folder_of_a_run_is_told_from_that_of_its_model(tmp_path: Path) -> None:
+def test_folders_around_models_are_told(tmp_path: Path) -> None:
     segmentation().save_pretrained(tmp_path / "run/model")
     with pytest.raises(InputError, match=r"run is .* the folder of a run: give .*run.model$"):
         SegmentationUNet.from_pretrained(tmp_path / "run")
+    (tmp_path / "model_index.json").touch()
+    with pytest.raises(InputError, match="a pipeline of diffusers: txt2img makes pictures"):
+        SegmentationUNet.from_pretrained(tmp_path)
 
 
 def test_no_folder(tmp_path: Path) -> None:
