@@ -18,7 +18,7 @@ from torch import Tensor
 from segmentation.data.classes import IGNORE, ClassTable
 from segmentation.data.depths import Depth, objects_from_depth
 from segmentation.data.instances import INSTANCE_NAMES, instances_from_classes, without_small
-from segmentation.data.normalisation import Normalisation
+from segmentation.data.normalisation import Normalisation, known_normalisation
 from segmentation.data.regions import known_regions
 from segmentation.data.slices import Layers, known_slices, near_page
 from segmentation.export.bioimage import write_package
@@ -102,7 +102,7 @@ def load_models(
                 raise InputError(
                     f"{folder} lacks '{name}' in its config.json: it was not saved by train-seg"
                 )
-        dtypes.append(Normalisation.from_dict(model.info["normalisation"]).dtype)
+        dtypes.append(known_normalisation(model.info).dtype)
         tables.append(ClassTable.from_dict(model.info["classes"]))
         threshold = model.info["threshold"]
         if type(threshold) not in (int, float) or not 0 <= threshold <= 1:
@@ -178,7 +178,7 @@ class RasterSource:
         return h, w
 
     def read(self, rows: slice, columns: slice, model: SegmentationUNet) -> Tensor:
-        normalisation = Normalisation.from_dict(model.info["normalisation"])
+        normalisation = known_normalisation(model.info)
         return torch.from_numpy(normalisation(np.asarray(self.pixels[rows, columns]), self.nodata))
 
     def missing(self, normalisation: Normalisation, rows: slice = ALL) -> NDArray[np.bool_]:
@@ -460,7 +460,7 @@ class Segmenter:
 
     @property
     def _normalisation(self) -> Normalisation:
-        return Normalisation.from_dict(self.predict.models[0].info["normalisation"])
+        return known_normalisation(self.predict.models[0].info)
 
     @property
     def reading(self) -> Reading:

@@ -184,6 +184,20 @@ class Normalisation:
         return cls(mean, std, saved["dtype"], nodata, low, high)
 
 
+def known_normalisation(info: Mapping[str, Any]) -> Normalisation:
+    """The statistics of a model's training images, from its `info`.
+
+    Raises:
+        InputError: it has none; a damaged model.
+    """
+    if "normalisation" not in info:
+        raise InputError(
+            "the model's info has no 'normalisation', so its images cannot be scaled: put in what "
+            "Normalisation.to_dict gives of the training images"
+        )
+    return Normalisation.from_dict(info["normalisation"])
+
+
 def find_normalisation(
     pairs: Sequence[Pair],
     read: Callable[[int], Array],

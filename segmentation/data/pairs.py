@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from segmentation.data.classes import DTYPES
 from segmentation.data.layouts import Match, find_layout
@@ -259,8 +260,8 @@ def find_pairs(
 
 
 def pairs_from_arrays(
-    images: Array,
-    masks: Array,
+    images: ArrayLike,
+    masks: ArrayLike,
     *,
     channels: Sequence[str] = (),
     classes: Sequence[str] = (),
@@ -270,6 +271,7 @@ def pairs_from_arrays(
     Args:
         channels, classes: their names, of the mask values 0, 1, ...
     """
+    images, masks = np.asarray(images), np.asarray(masks)
     count = images.shape[3] if images.ndim == 4 else 1
     known = count > 0 and len(channels) in (0, count) and images.dtype.name in DTYPES
     if images.ndim not in (3, 4) or images.shape[:3] != masks.shape or not known:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from segmentation.data.classes import ClassTable
-from segmentation.data.normalisation import Normalisation
+from segmentation.data.normalisation import known_normalisation
 from segmentation.data.regions import known_regions
 from segmentation.data.slices import known_slices, middle
 from segmentation.export.graph import channels_of, exportable, metadata
@@ -113,7 +113,7 @@ def _described(
             "sha256": hashlib.sha256((folder / name).read_bytes()).hexdigest(),
         }
 
-    saved = Normalisation.from_dict(model.info["normalisation"])
+    saved = known_normalisation(model.info)
     table = ClassTable.from_dict(model.info["classes"])
     regions = known_regions(model.info, table)
     kind = "region" if regions else "class"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from segmentation.data.classes import ClassTable
-from segmentation.data.normalisation import Normalisation
+from segmentation.data.normalisation import known_normalisation
 from segmentation.data.regions import known_regions
 from segmentation.data.slices import channel_names, known_slices
 from segmentation.model import SegmentationUNet
@@ -31,7 +31,7 @@ class PixelsToProbabilities(nn.Module):
         super().__init__()
         network = folded(model).cpu().float().requires_grad_(False)
         self.network = network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-        saved = Normalisation.from_dict(model.info["normalisation"])
+        saved = known_normalisation(model.info)
         self.nodata, self.floats = saved.nodata, saved.dtype == "float32"
         self.mean: Tensor
         self.std: Tensor
@@ -110,7 +110,7 @@ def metadata(model: SegmentationUNet) -> dict[str, str]:
     """What using the file needs, as texts; lists are JSON."""
     table = ClassTable.from_dict(model.info["classes"])
     regions = known_regions(model.info, table)
-    saved = Normalisation.from_dict(model.info["normalisation"])
+    saved = known_normalisation(model.info)
     training = model.info.get("training")
     run = training.get("run", []) if isinstance(training, dict) else []
     pairs = zip(saved.mean, saved.std, strict=True)

@@ -9,12 +9,23 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
+from unet.errors import InputError
+
 Masks = NDArray[np.bool_]  # (N, H, W), where the class is
 
 
 def ious(first: Masks, second: Masks) -> NDArray[np.float64]:
-    """IoU (N, M) of each mask of a set with each of another."""
-    a, b = (masks.reshape(len(masks), -1).astype(np.float64) for masks in (first, second))
+    """IoU (N, M) of each mask of a set with each of another; what is not 0 is inside.
+
+    Raises:
+        InputError: masks of two sizes.
+    """
+    if first.shape[1:] != second.shape[1:]:
+        raise InputError(
+            f"masks {first.shape} and {second.shape} are not of one size: compare those of one "
+            "image"
+        )
+    a, b = ((m.reshape(len(m), -1) != 0).astype(np.float64) for m in (first, second))
     both = a @ b.T
     either = a.sum(1)[:, None] + b.sum(1)[None] - both
     return np.where(either > 0, both / np.maximum(either, 1), 1.0)

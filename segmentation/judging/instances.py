@@ -46,7 +46,7 @@ class Overlaps:
     def of(cls, found: Numbers, true: Numbers) -> Overlaps:
         """Those of one image: objects that were found, and true ones, (H, W) each.
 
-        Pixels below 0 in the truth count for no object.
+        Pixels below 0 in the truth do not count; what was found below 0 is no object.
 
         Raises:
             InputError: other shapes.
@@ -58,7 +58,7 @@ class Overlaps:
             )
         kept = true >= 0
         _, a = np.unique(np.append(true[kept], 0), return_inverse=True)
-        _, b = np.unique(np.append(found[kept], 0), return_inverse=True)
+        _, b = np.unique(np.append(np.maximum(found[kept], 0), 0), return_inverse=True)
         a, b = a[:-1], b[:-1]  # 0 is background, whether a pixel is or not
         columns = int(b.max(initial=0)) + 1
         pairs, pixels = np.unique(a * columns + b, return_counts=True)

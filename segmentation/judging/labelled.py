@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from segmentation.data.classes import ClassTable
 from segmentation.data.dataset import SegmentationData
 from segmentation.data.instances import INSTANCE_NAMES
-from segmentation.data.normalisation import Normalisation
+from segmentation.data.normalisation import known_normalisation
 from segmentation.data.pairs import Pair, as_rgb
 from segmentation.data.regions import known_regions
 from segmentation.data.splits import split_pairs
@@ -41,7 +41,7 @@ def labelled_data(
         pairs = [as_rgb(pair) for pair in pairs]
     info = pairs[0].info
     for model in models:
-        normalisation = Normalisation.from_dict(model.info["normalisation"])
+        normalisation = known_normalisation(model.info)
         channels, dtype = len(normalisation.mean), normalisation.dtype
         if (info.channels, info.dtype) != (channels, dtype):
             raise InputError(

@@ -26,6 +26,7 @@ from segmentation.data.dataset import SegmentationData
 from segmentation.data.layouts import stem_of
 from segmentation.judging.evaluation import Evaluation, ImageScores
 from segmentation.judging.metrics import mean_known
+from unet.errors import InputError
 from unet.files.pages import CHANNELS, naming
 from unet.files.volumes import is_volume, open_volume
 from unet.words import counted
@@ -39,9 +40,18 @@ def surface_distances(
     """From each pixel of one surface to the nearest of the other: of what was found, what is true.
 
     Args:
-        found, true: of equal shape, neither empty.
+        found, true: of equal shape, neither empty; what is not 0 is inside.
         spacing: of the pixels along each axis.
+
+    Raises:
+        InputError: other shapes.
     """
+    found, true = np.asarray(found, bool), np.asarray(true, bool)
+    if found.shape != true.shape:
+        raise InputError(
+            f"what was found {found.shape} and what is true {true.shape} differ in shape: score "
+            "every image against its own mask"
+        )
     box = ndimage.find_objects((found | true).astype(np.uint8))[0]
     surfaces = []
     for mask in (found[box], true[box]):

@@ -13,8 +13,10 @@ import tifffile
 import torch
 
 from segmentation import Segmenter, load
+from segmentation.data.classes import ClassTable
 from segmentation.data.instances import INSTANCE_NAMES, OBJECT_NAMES
 from segmentation.model import SegmentationUNet
+from segmentation.predict import Predictor
 from segmentation.segmenter import load_models
 from unet import InputError, UNetConfig
 from unet.files.images import read_image, read_mask, write_image
@@ -320,6 +322,13 @@ def test_an_image_that_does_not_fit_is_one_sentence(
 def test_settings_out_of_range(folder: str, settings: dict[str, Any], told: str) -> None:
     with pytest.raises(ValueError, match=told):
         load(folder, **settings)
+
+
+def test_a_model_of_your_own_needs_a_normalisation() -> None:
+    model = SegmentationUNet(UNetConfig(channels=4, multipliers=(1, 2)), 1)
+    segmenter = Segmenter(Predictor([model]), ClassTable.from_dict(table([0, 255])), 0.5)
+    with pytest.raises(InputError, match=r"no 'normalisation', .* Normalisation\.to_dict gives"):
+        segmenter(np.zeros((8, 8), np.uint8))
 
 
 def test_no_model_and_models_that_do_not_go_together(folder: str, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tifffile
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -518,10 +519,14 @@ def test_a_damaged_normalisation_is_refused(saved: Any) -> None:
 # -- the whole
 
 
-@pytest.mark.parametrize("source", ["files", "stacks", "arrays"])
+@pytest.mark.parametrize("source", ["files", "stacks", "arrays", "lists", "tensors"])
 def test_files_stacks_and_arrays_load_alike(tmp_path: Path, source: str) -> None:
     if source == "arrays":
         pairs = pairs_from_arrays(IMAGES, MASKS)
+    elif source == "lists":
+        pairs = pairs_from_arrays(list(IMAGES), list(MASKS))
+    elif source == "tensors":
+        pairs = pairs_from_arrays(torch.from_numpy(IMAGES), torch.from_numpy(MASKS))
     elif source == "files":
         save_set(tmp_path, "images", "masks")
         pairs = find_pairs(tmp_path)

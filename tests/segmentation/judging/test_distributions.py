@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from segmentation.judging.distributions import energy_distance, ious, matched_iou
+from unet.errors import InputError
 
 
 def iou(a, b):
@@ -21,6 +22,10 @@ def test_both_distances_are_those_of_brute_force(seed):
     samples, masks = rng.random((4, 5, 6)) < 0.4, rng.random((2, 5, 6)) < 0.6
     samples[0] = masks[0] = False  # IoU 1 by definition
     assert ious(samples, masks)[1, 1] == pytest.approx(iou(samples[1], masks[1]))
+    bytes_ = (samples.astype(np.uint8) * 255, masks.astype(np.uint8) * 255)
+    assert np.array_equal(ious(*bytes_), ious(samples, masks))
+    with pytest.raises(InputError, match=r"\(4, 5, 6\) and \(2, 5, 5\) are not of one size"):
+        ious(samples, masks[..., 1:])
 
     def mean(a, b):
         return np.mean([1 - iou(x, y) for x, y in itertools.product(a, b)])

@@ -188,6 +188,12 @@ def test_pixels_that_do_not_count_are_as_if_cut_away(
     assert same(ours, scores(found[kept][None], true[kept][None]))
 
 
+def test_what_was_found_below_0_is_no_object() -> None:
+    true = np.array([[0, 1, 1], [2, 2, 0]])
+    found = np.where(true == 0, -1, true)
+    assert scores(found, true) == scores(true, true)
+
+
 def test_images_of_other_sizes_are_refused() -> None:
     with pytest.raises(InputError, match=r"found \(2, 2\) and true \(2, 3\) differ"):
         Overlaps.of(np.zeros((2, 2), int), np.zeros((2, 3), int))

@@ -9,6 +9,7 @@ import pytest
 from scipy.spatial.distance import cdist
 
 from segmentation.judging.surface import surface_scores
+from unet.errors import InputError
 
 SPACINGS = ((1.0, 1.0), (0.5, 2.0), (3.0, 0.5, 0.7))
 
@@ -67,3 +68,9 @@ def test_what_is_right_moved_missed_or_absent():
     assert surface_scores(np.roll(true, 3, 1), true, 6, (1, 2))[1] == 1
     assert surface_scores(true & False, true, 1, (1, 1)) == (50, 0)
     assert all(map(math.isnan, surface_scores(true, true & False, 1, (1, 1))))
+    moved = np.roll(true, 3, 1)
+    for white in (1, 255):
+        bytes_ = (moved.astype(np.uint8) * white, true.astype(np.uint8) * white)
+        assert surface_scores(*bytes_, 1, (1, 1)) == surface_scores(moved, true, 1, (1, 1))
+    with pytest.raises(InputError, match=r"found \(30, 39\) and what is true \(30, 40\) differ"):
+        surface_scores(true[:, 1:], true, 1, (1, 1))
