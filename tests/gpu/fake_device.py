@@ -43,7 +43,7 @@ def shortest(config: UNetConfig) -> UNetConfig:
     return replace(
         config,
         multipliers=config.multipliers[:2],
-        decoder_multipliers=decoder and decoder[:2],
+        decoder_multipliers=decoder and decoder[:1],
         attention_levels=(1,) if config.attention_levels else (),
     )
 

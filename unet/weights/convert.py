@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, get_args
 
 import torch
@@ -97,11 +98,17 @@ def _check_tensors(state: Mapping[str, Any]) -> None:
             )
 
 
+@lru_cache(maxsize=4)  # as the network takes longer to build than its weights to rename
+def _meta_trunk(config: UNetConfig) -> dict[str, Tensor]:
+    with torch.device("meta"):
+        return {f"trunk.{key}": value for key, value in UNet(config).state_dict().items()}
+
+
 def _meta_state(config: UNetConfig, layout: Layout, out_bias: Tensor | None) -> dict[str, Tensor]:
     """Our state dict without memory, with as many output channels as the given one has."""
     with torch.device("meta"):
         out_channels = len(out_bias) if out_bias is not None and out_bias.ndim else 1
-        state = {f"trunk.{key}": value for key, value in UNet(config).state_dict().items()}
+        state = dict(_meta_trunk(config))
         if layout != "classic":
             for kind in ("weight", "bias"):
                 state[f"head.norm.{kind}"] = torch.empty(config.out_channels)

@@ -428,7 +428,7 @@ def test_an_exact_denoiser_of_a_gaussian_returns_its_mean_and_variance(
 ) -> None:
     denoiser = GaussianDenoiser(schedule, mean=0.3, std=0.5)
     noise = NoiseSource([0])
-    x = noise.draw((1, 120, 120))
+    x = noise.draw((1, 200, 200))
     run = sample(denoiser, x, schedule.timesteps(200), sampler, noise=noise, **options)
     x = finish(run)
     # First order in the size of the steps, in the variance too: to 5 % at 200 steps.

@@ -69,8 +69,9 @@ def log_of(steps: int, evaluations: int = 3, loss: float = 1.0) -> list[dict[str
 
 
 def texts_of(figure: Figure) -> list[Text]:
-    """Every text that is drawn."""
+    """Every text that is drawn, wherever it lies."""
     drawn: list[Text] = []
+    figure.set_layout_engine("none")  # which takes longer than all else
     with mock.patch.object(Text, "draw", lambda text, renderer: drawn.append(text)):
         figure.draw_without_rendering()
     return [text for text in drawn if text.get_visible() and text.get_text().strip()]
@@ -78,6 +79,8 @@ def texts_of(figure: Figure) -> list[Text]:
 
 def check_layout(figure: Figure) -> None:
     """All text is inside of the page, and no two texts lie on each other."""
+    if engine := figure.get_layout_engine():
+        engine.execute(figure)
     page, seen = figure.bbox, []
     for text in texts_of(figure):
         box = text.get_window_extent()
