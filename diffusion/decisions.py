@@ -55,6 +55,7 @@ from unet.words import counted
 _OWN_NOISE = ("flow", "edm")  # predictions that have noise of their own
 # Mean and deviation of log(sigma): EDM's (table 1), and the logit-normal one of arXiv 2403.03206.
 _LOG_SIGMA = (-1.2, 1.2), (0.0, 1.0)
+_OF_TEXT = 6.0, (0.0, 1.5)  # shift and log(sigma) of flow with captions
 TEXT_CHANNELS = 128  # of a token of our own text encoder
 
 
@@ -123,6 +124,7 @@ def decide(options: DiffusionOptions, data: Data) -> DiffusionPlan:
             width=width,
             prediction=prediction,
             shift=levels.shift,
+            log_sigma=levels.log_sigma,
         ),
         decisions=decisions,
         fit=fit,
@@ -457,13 +459,18 @@ def chosen_levels(
     """The noise levels that are trained on, with a decision unless all timesteps are equally
     likely.
 
+    Where things are, which a text may say, is decided at the noisiest levels (docs/experiments.md).
+
     Raises:
         InputError: a mean for levels that are uniform.
     """
-    shift = (3.0 if options.captions else 1.0) if options.shift is None else options.shift
+    flow = schedule.kind == "flow"
+    usual = (3.0 if options.captions else 1.0), _LOG_SIGMA[flow]
+    shift, log_sigma = _OF_TEXT if flow and options.captions else usual
+    shift = shift if options.shift is None else options.shift
     levels = options.levels
     if levels is None:
-        normal = options.log_sigma is not None or prediction == "edm" or schedule.kind == "flow"
+        normal = options.log_sigma is not None or prediction == "edm" or flow
         levels = "log-normal" if normal else "uniform"
     if levels == "uniform":
         if options.log_sigma is not None:
@@ -471,9 +478,10 @@ def chosen_levels(
                 f"--log-sigma {options.log_sigma} is for --levels log-normal, not uniform"
             )
         return TrainingLevels(schedule, shift), []
-    mean, std = log_sigma = options.log_sigma or _LOG_SIGMA[schedule.kind == "flow"]
+    mean, std = log_sigma = options.log_sigma or log_sigma
     why = AS_ASKED if options.levels or options.log_sigma else f"the default for {prediction}"
-    told_levels = Decision("levels", f"log(sigma) {mean:g} +- {std:g}", why)
+    more = "" if shift == 1 else f", sigma {shift:g} times as large"
+    told_levels = Decision("levels", f"log(sigma) {mean:g} +- {std:g}{more}", why)
     return TrainingLevels(schedule, shift, log_sigma), [told_levels]
 
 

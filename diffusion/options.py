@@ -164,7 +164,8 @@ class DiffusionOptions(MaskOptions, FitOptions):
     """Weight of the noise levels in the loss."""
 
     shift: float | None = None
-    """Above 1, noisy levels are trained on more often; none given: 1, with captions 3."""
+    """Above 1, noisy levels are trained on more often; none given: 1, with captions 3, with
+    captions and flow noise 6."""
 
     levels: Literal["uniform", "log-normal"] | None = None
     """How noise levels are drawn: uniform over the timesteps, or with a normal log(sigma), where
@@ -173,7 +174,7 @@ class DiffusionOptions(MaskOptions, FitOptions):
 
     log_sigma: tuple[float, float] | None = None
     """With log-normal levels: mean and standard deviation of log(sigma); none given: 0 1 with
-    flow noise, else -1.2 1.2."""
+    flow noise, 0 1.5 with captions as well, else -1.2 1.2."""
 
     coupling: Literal["independent", "ot"] = "independent"
     """ot: among the images that go through the network together, or those of one class among them,

@@ -388,7 +388,9 @@ def test_text_is_learned_by_an_optimizer_and_a_start_of_its_own() -> None:
         data = DiffusionData("shapes", captions=asked.captions)
         plan = decide(asked, data)
         model = make_model(plan)
-        assert plan.levels.shift == plan.options.shift == (3.0 if asked.captions else 1.0)
+        expected = (6.0, (0.0, 1.5)) if asked.captions else (1.0, (0.0, 1.0))
+        assert (plan.levels.shift, plan.levels.log_sigma) == expected
+        assert (plan.options.shift, plan.options.log_sigma) == expected
         assert model.config.zero_init is starts_at_zero
         assert bool(model.head.conv.weight.any()) is not starts_at_zero
 
