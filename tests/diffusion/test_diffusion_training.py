@@ -71,7 +71,7 @@ def network(data: DiffusionData, **values: Any) -> DiffusionUNet:
         ({"prediction": "edm"}, "edm", "edm", (-1.2, 1.2)),
         ({"zero_snr": True}, "cosine", "v", None),
         ({"learn_variance": True}, "cosine", "v", None),
-        ({"captions": True}, "flow", "flow", (0.0, 1.0)),
+        ({"captions": True}, "flow", "flow", (0.0, 1.5)),
     ],
 )
 def test_images_alone_are_learnt_by_flow_matching(

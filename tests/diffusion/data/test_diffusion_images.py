@@ -918,7 +918,7 @@ def test_captions_lie_in_text_files_beside_images(tmp_path: Path) -> None:
     assert f"; 1 image with an empty one, such as '{tmp_path / '1.png'}'" in described
     for name in ("2.txt", "3.txt"):
         (tmp_path / name).unlink()
-    message = r"2 of 4 images have no caption file: '.*2\.png' needs .* or a file '.*2\.txt'"
+    message = r"2 of 4 images have no caption file: '.*2\.png' needs a file '.*2\.txt'"
     with pytest.raises(InputError, match=message):
         DiffusionData(tmp_path, captions=True)
 
