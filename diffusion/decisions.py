@@ -479,8 +479,9 @@ def chosen_levels(
             )
         return TrainingLevels(schedule, shift), []
     mean, std = log_sigma = options.log_sigma or log_sigma
-    why = AS_ASKED if options.levels or options.log_sigma else f"the default for {prediction}"
-    more = "" if shift == 1 else f", sigma {shift:g} times as large"
+    usual_for = prediction + " with captions" * (flow and options.captions)
+    why = AS_ASKED if options.levels or options.log_sigma else f"the default for {usual_for}"
+    more = "" if shift == 1 else f", shift {shift:g}"
     told_levels = Decision("levels", f"log(sigma) {mean:g} +- {std:g}{more}", why)
     return TrainingLevels(schedule, shift, log_sigma), [told_levels]
 
