@@ -45,6 +45,7 @@ from unet.training.plan import (
     choose_optimizer,
     filled,
     plan_fit,
+    remembered,
     told,
     told_budget,
 )
@@ -113,6 +114,7 @@ def decide(options: DiffusionOptions, data: Data) -> DiffusionPlan:
         told_budget(options),
         *([] if data.val else [Decision("kept weights", "the last ones", "nothing is held out")]),
     )
+    decisions = remembered(decisions, fit)
     info["training"] = {"data": data.describe().splitlines(), "run": told(decisions)}
     # Also the width of an automatic network, which a resumed run must not choose anew.
     width = network.channels if options.network == "auto" and not options.init else options.width

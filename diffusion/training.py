@@ -56,7 +56,6 @@ from unet.files.pictures import composite
 from unet.training.batches import Key, sample_rng
 from unet.training.config_file import keep_config
 from unet.training.fit import fit
-from unet.training.plan import remembered
 from unet.training.resuming import resumed
 from unet.training.run import RunFolder, check_first, is_main_process, run_folder, upload
 from unet.training.task import Batch, Processes, Task
@@ -86,7 +85,6 @@ def train(options: DiffusionOptions) -> dict[str, float]:
     data = load_data(options)
     prior = load_prior(options, data)
     plan = decide(options, data)
-    plan = replace(plan, decisions=remembered(plan.decisions, plan.fit))
     model = make_model(plan)
     if is_main_process():
         print("\n".join([data.describe(), *plan.lines()]))

@@ -35,6 +35,7 @@ from unet.training.plan import (
     filled,
     given_budget,
     plan_fit,
+    remembered,
     told,
     told_budget,
 )
@@ -156,6 +157,7 @@ def decide(
         *part,
         *balance,
     )
+    decisions = remembered(decisions, fit)
     found = data.describe(names=False).splitlines()
     info["training"] = {"data": found, "run": told(decisions)}
     return SegmentationPlan(

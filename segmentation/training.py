@@ -48,7 +48,6 @@ from unet.files.pages import AS_STORED, ImageInfo, Reading
 from unet.files.pictures import panel
 from unet.files.volumes import is_volume
 from unet.training.fit import fit
-from unet.training.plan import remembered
 from unet.training.resuming import resumed
 from unet.training.run import RunFolder, check_first, is_main_process, run_folder, upload
 from unet.training.task import Batch, Processes, Task
@@ -89,7 +88,6 @@ def train(
     check_options(options, start)
     data = load_data(options, start, also)
     plan = decide(options, data, start)
-    plan = replace(plan, decisions=remembered(plan.decisions, plan.fit))
     model = make_model(plan)
     say_left_out(options, data.pairs)
     if is_main_process():

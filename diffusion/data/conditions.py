@@ -543,10 +543,10 @@ def partners(
             f"{itself!r} would be its own {what}: give --data the folder of the images alone"
         )
     if alone:
-        for of_image, of_file in product(readings(of_images), readings(ends)):
-            if set(of_image) == set(of_file):
-                by_name = dict(zip(of_file, files, strict=True))
-                return [by_name[name] for name in of_image]
+        by_name = [dict(zip(names, files, strict=True)) for names in readings(ends)]
+        for of_image, of_file in product(map(dict.fromkeys, readings(of_images)), by_name):
+            if of_image.keys() == of_file.keys():
+                return [of_file[name] for name in of_image]
         raise InputError(
             f"{str(folder)!r} has no {what} for {counted(len(alone), 'image')}, such as "
             f"{alone[0]!r}: give each {what} its image's name, in folders like those of the images"

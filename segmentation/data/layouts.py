@@ -668,11 +668,15 @@ def _matched(
         return [_pair(images[0], masks[0])]
     # Each mask by itself: with an ending of its own.
     free = {stem_of(mask): mask for mask in masks}
+    begun: defaultdict[str, list[str]] = defaultdict(list)  # by what stands before a _ or -
+    for stem in free:
+        for at in re.finditer("[_-]", stem):
+            begun[stem[: at.start()]].append(stem)
     alone = []
     for image in images:
         stems = (stem_of(image), stem_of(image).removesuffix("_0000"))
         hit = next((s for s in stems if s in free), None)
-        ends = [s for s in free if s.startswith((f"{stem_of(image)}_", f"{stem_of(image)}-"))]
+        ends = [s for s in begun.get(stem_of(image), ()) if s in free]
         if hit is None and len(ends) == 1:
             hit = ends[0]
         if hit is None:
