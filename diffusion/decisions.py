@@ -525,7 +525,7 @@ def chosen_text(
     if _as_it_is(options) and start and "text" in start.info:
         taken = Decision("text", "encoder and vocabulary", f"that of {options.init}")
         return {"text": start.info["text"]}, [taken]
-    captions = (data.caption(i) for i in (*data.train, *data.val))
+    captions = (text for i in (*data.train, *data.val) for text in data.captions(i))
     words = WordEncoder.from_captions(captions, width=network.context_channels)
     found = f"{counted(len(words.vocabulary), 'word')}, {words.longest - 1} in the longest caption"
     told_words = Decision("text", found, "the text encoder is trained as well")

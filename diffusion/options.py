@@ -58,7 +58,7 @@ class DiffusionOptions(MaskOptions, FitOptions):
 
     caption_key: str | None = None
     """Key of the captions in a metadata.jsonl, or column of a metadata.csv; none given: text,
-    caption or prompt."""
+    caption, prompt, captions or comment."""
 
     crops: bool = False
     """Cut random squares of --size out of large images, instead of resizing them."""

@@ -18,6 +18,7 @@ from einops import rearrange
 from numpy.typing import NDArray
 from torch import Tensor
 
+from diffusion.data.captions import Captions
 from diffusion.data.conditions import Asked, Condition
 from diffusion.data.masks import Coding
 from diffusion.data.pixels import Pixels, ValueRange, as_bytes, as_tensor
@@ -41,8 +42,8 @@ class DiffusionData:
 
     Args:
         data: a folder of images, searched with its subfolders: these are the classes where every
-            image lies in one of two or more, and text files beside the images, a `metadata.jsonl`
-            or a `metadata.csv` give captions (`diffusion.data.captions`); an .npz with `images`
+            image lies in one of two or more, and text files beside the images or a table such as
+            `metadata.jsonl` give captions (`diffusion.data.captions`); an .npz with `images`
             (N, H, W) or (N, H, W, C) and perhaps `labels` (N,); a TIFF or NPY stack; "shapes":
             drawn (`diffusion.data.shapes`).
         size: side in pixels to which images are resized (the shorter side) and cropped (at the
@@ -179,15 +180,15 @@ class DiffusionData:
         return torch.stack(images), torch.tensor(labels)
 
     def conditions(self, indices: Sequence[int]) -> list[Asked]:
-        """The caption of each image where captions were asked for, else its class, or None; with a
-        condition its picture (K, H, W), the same at each call.
+        """The first caption of each image where captions were asked for, else its class, or None;
+        with a condition its picture (K, H, W), the same at each call.
         """
         found = []
         for index in indices:
             used, pixels = self.load(index)
             shown = None if self.labels is None else int(self.labels[used])
             picture = self._parted(pixels, np.random.default_rng(index))[1]
-            found.append(Asked(self.caption(used) if self.captioned else shown, picture))
+            found.append(Asked(self.captions(used)[0] if self.captioned else shown, picture))
         return found
 
     def images(self, indices: Sequence[int]) -> NDArray[np.uint8]:
@@ -197,9 +198,10 @@ class DiffusionData:
         found = np.stack([as_bytes(self.load(i)[1][..., : self.channels]) for i in indices])
         return found if self.masks is None else self.masks.shown(self.masks.decode(found))
 
-    def caption(self, index: int) -> str:
-        """The caption of an image, where captions were asked for."""
-        return self.source.caption(int(self._places[index, 0]))
+    def captions(self, index: int) -> Captions:
+        """The captions of an image, where these were asked for."""
+        assert self.source.captions is not None
+        return self.source.captions(int(self._places[index, 0]))
 
     def name(self, index: int) -> str:
         """Where an image comes from."""
@@ -258,7 +260,7 @@ class DiffusionData:
         elif self.source.below:
             lines.append(f"of these in folders below: {listed(self.source.below)}")
         if self.source.captioned:
-            like = f"such as {self.caption(self.train[0])!r}" if self.captioned else "not used"
+            like = f"such as {self.captions(self.train[0])[0]!r}" if self.captioned else "not used"
             lines.append(f"captions, {like}{self.source.note}")
         unit = "crop" if self.crops else "image"
         mirrored = "mirrored at random" if self.flips else "not mirrored"

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from diffusion.data.captions import Captions
 from unet.training.batches import Key, sample_rng
 
 
@@ -21,7 +22,7 @@ class Drawable(Protocol):
 
     def draw(self, index: int, rng: np.random.Generator) -> tuple[int, Tensor, Tensor | None]: ...
 
-    def caption(self, index: int) -> str: ...
+    def captions(self, index: int) -> Captions: ...
 
     def name(self, index: int) -> str: ...
 
@@ -29,7 +30,8 @@ class Drawable(Protocol):
 class TrainingSamples:
     """`samples[epoch, index]`: "image" (C, H, W), of pixels in [-1, 1] or of latents; "picture"
     (K, H, W), the condition, where there is one; "label" () where there are classes; "caption"
-    (str) where captions were asked for. See `unet.training.batches.Samples`.
+    (str) where captions were asked for, of several another one in each epoch. See
+    `unet.training.batches.Samples`.
     """
 
     def __init__(self, data: Drawable, seed: int) -> None:
@@ -46,7 +48,8 @@ class TrainingSamples:
         if self.data.labels is not None:
             sample["label"] = torch.tensor(int(self.data.labels[used]))
         if self.data.captioned:
-            sample["caption"] = self.data.caption(used)
+            texts = self.data.captions(used)
+            sample["caption"] = texts[sum(key) % len(texts)]
         return sample
 
     def name(self, index: int) -> str:

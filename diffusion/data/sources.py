@@ -14,7 +14,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from diffusion.data.captions import TABLES, has_text_files, read_captions
+from diffusion.data.captions import (
+    Captions,
+    is_table,
+    read_captions,
+    tables_above,
+    text_file,
+    text_key,
+)
 from diffusion.data.shapes import HELD_OUT, SIDE, example, example_caption
 from unet.errors import InputError, not_there
 from unet.files.folders import mask_files, mask_folders
@@ -56,7 +63,7 @@ class HowToRead:
     Attributes:
         reading: their axes, the chosen channels, and the value of no data.
         background: the colour under transparent pixels; None: alpha is a channel of its own.
-        caption_key: of lines of metadata.jsonl and columns of metadata.csv.
+        caption_key: of the captions in tables, JSON and shards.
     """
 
     reading: Reading = AS_STORED
@@ -102,7 +109,7 @@ class Source:
     classes: tuple[str, ...] = ()
     labels: NDArray[np.int64] | None = None
     captioned: bool = False
-    caption: Callable[[int], str] = str
+    captions: Callable[[int], Captions] | None = None  # of an image, where they were asked for
     note: str = ""
 
     def info(self, image: int) -> ImageInfo:
@@ -150,9 +157,13 @@ def _drawn(side: int, seed: int) -> Source:
         read=partial(_draw, seed, side),
         kind=ImageInfo(height=side, width=side, channels=3, dtype="uint8"),
         captioned=True,
-        caption=partial(example_caption, seed),
+        captions=partial(_drawn_captions, seed),
         note=f"; left for evaluation: {never}",
     )
+
+
+def _drawn_captions(seed: int, image: int) -> Captions:
+    return (example_caption(seed, image),)
 
 
 def _draw(seed: int, side: int, image: int) -> Array:
@@ -228,7 +239,8 @@ def _in_files(path: Path, captions: bool, how: HowToRead) -> Source:
     Of a million files no more is kept than their names, as strings.
     """
     alone = is_volume(path) or not path.is_dir()
-    files, folders, tables, left = ([str(path)], [""], [], "") if alone else _walk(path)
+    found = _alone(str(path)) if alone else _walk(path)
+    files, folders = found.files, found.folders
     stacks = {}  # file -> its pages, where it has several
     for file in files:
         if alone or file.lower().endswith((".tif", ".tiff", ".npy")):
@@ -248,18 +260,22 @@ def _in_files(path: Path, captions: bool, how: HowToRead) -> Source:
             file if page is None else f"{file} page {page}"
             for file, page in zip(files, pages, strict=True)
         ]
+    tables, texts = found.tables, found.texts
+    captioned = bool(tables) or any(text_file(file, texts) for file in files)
+    if captions and not captioned and not alone:
+        captioned = bool(tables := tables_above(path))
     source = Source(
         names=names,
         read=partial(_read_page, files, pages, how),
         files=files,
         root=path.parent if alone else path,
-        left=left,
+        left=found.left,
         how=how,
-        captioned=bool(tables) or has_text_files(files),
+        captioned=captioned,
     )
-    if captions and source.captioned:
-        texts, note = read_captions(files, tables, how.caption_key)
-        source = replace(source, caption=texts.__getitem__, note=note)
+    if captions and captioned:
+        each, note = read_captions(files, tables, texts, how.caption_key)
+        source = replace(source, captions=each.__getitem__, note=note)
     if "" in folders:
         return replace(source, below=Counter(filter(None, folders)))
     if len(set(folders)) < 2:
@@ -288,8 +304,8 @@ def _in_shards(shards: Sequence[Path], captions: bool, how: HowToRead) -> Source
         captioned=found.caption is not None,
     )
     if captions and found.caption is not None:
-        texts = [found.caption.of(image) for image in found.images]
-        source = replace(source, caption=texts.__getitem__)
+        each = [found.caption.all_of(image) for image in found.images]
+        source = replace(source, captions=each.__getitem__)
     if found.label is None:
         return source
     labels: list[Any] = [found.label.of(image) for image in found.images]
@@ -304,13 +320,41 @@ def _read_page(
     return how.image(Path(files[image]), pages[image] if pages else None)
 
 
-def _walk(root: Path) -> tuple[list[str], list[str], list[Path], str]:
-    """Images in natural order, in a folder and below, without hidden ones, folders of masks and
-    what this project wrote; the subfolder of each, "" for none or a part of a split such as train/;
-    every table of captions; and a note on what is left out.
+@dataclass(frozen=True, kw_only=True)
+class _Walked:
+    """What is in a folder and below.
+
+    Attributes:
+        files: images in natural order.
+        folders: the subfolder of each, "" for none or a part of a split such as train/.
+        tables: every table of captions.
+        texts: what may be caption files, by `text_key`.
+        left: a note on what is left out.
+    """
+
+    files: list[str]
+    folders: list[str]
+    tables: list[Path] = field(default_factory=list)
+    texts: dict[str, str] = field(default_factory=dict)
+    left: str = ""
+
+
+def _alone(file: str) -> _Walked:
+    texts = {}
+    folder = os.path.dirname(file)
+    with suppress(OSError):  # a folder that may not be listed
+        beside = [os.path.join(folder, name) for name in os.listdir(folder or ".")]
+        texts = {key: path for path in beside if (key := text_key(path))}
+    return _Walked(files=[file], folders=[""], texts=texts)
+
+
+def _walk(root: Path) -> _Walked:
+    """What is in a folder and below, without hidden files, folders of masks and what this project
+    wrote.
     """
     images: list[tuple[Any, str, tuple[str, ...]]] = []
     tables: list[Path] = []
+    texts: dict[str, str] = {}
     ours: list[Path] = []
     unread: list[str] = []
     for folder, names in walk(root, ours):
@@ -318,12 +362,15 @@ def _walk(root: Path) -> tuple[list[str], list[str], list[Path], str]:
         inside = [natural_key(part) for part in parts]
         start = "" if folder == "." else folder
         for name in names:
-            if name in TABLES:
-                tables.append(Path(folder, name))
-            elif name.lower().endswith(SUFFIXES):
-                images.append(([*inside, natural_key(name)], os.path.join(start, name), parts))
+            path = os.path.join(start, name)
+            if name.lower().endswith(SUFFIXES):
+                images.append(([*inside, natural_key(name)], path, parts))
+            elif is_table(Path(path)):
+                tables.append(Path(path))
+            elif key := text_key(path):
+                texts[key] = path
             elif name.lower().endswith(_UNREAD):
-                unread.append(os.path.join(start, name))
+                unread.append(path)
     predicted: set[str] = set()
     if any("_probability." in path for _, path, _ in images):
         predicted = set(map(str, predictions([Path(path) for _, path, _ in images])))
@@ -332,9 +379,9 @@ def _walk(root: Path) -> tuple[list[str], list[str], list[Path], str]:
     if masks:
         below = [folder.relative_to(root).parts for folder in masks]
         images = [i for i in images if not any(i[2][: len(of)] == of for of in below)]
-    files = mask_files(Path(path) for _, path, _ in images)
-    if files:
-        dropped = set(map(str, files))
+    beside = mask_files(Path(path) for _, path, _ in images)
+    if beside:
+        dropped = set(map(str, beside))
         images = [image for image in images if str(Path(image[1])) not in dropped]
     if predicted and not images:
         raise InputError(
@@ -350,7 +397,7 @@ def _walk(root: Path) -> tuple[list[str], list[str], list[Path], str]:
         left_out(
             {
                 "folder of masks": masks,
-                "file of masks": files,
+                "file of masks": beside,
                 "file of predictions": [*predicted],
                 OURS: ours,
             }
@@ -358,4 +405,5 @@ def _walk(root: Path) -> tuple[list[str], list[str], list[Path], str]:
         left_out({"picture of a format that is not read": unread}, "save these as PNG or JPEG"),
     )
     left = "\n".join(filter(None, notes))
-    return [path for _, path, _ in images], tops, tables, left
+    files = [path for _, path, _ in images]
+    return _Walked(files=files, folders=tops, tables=tables, texts=texts, left=left)

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from diffusion.data.captions import Captions
 from diffusion.data.conditions import Asked
 from diffusion.data.images import DiffusionData
 from diffusion.data.pixels import as_tensor
@@ -242,18 +243,18 @@ class LatentData:
         return torch.stack(latents), torch.tensor(labels)
 
     def conditions(self, indices: Sequence[int]) -> list[Asked]:
-        """The caption of each image where captions were asked for, else its class, or None."""
+        """The first caption of each image where these were asked for, else its class, or None."""
         used = [self.used(i) for i in indices]
         if self.captioned:
-            return [Asked(self.caption(i)) for i in used]
+            return [Asked(self.captions(i)[0]) for i in used]
         return [Asked(None if self.labels is None else int(self.labels[i])) for i in used]
 
     def images(self, indices: Sequence[int]) -> NDArray[np.uint8]:
         """The images themselves, as bytes (N, H, W, C)."""
         return self.source.images(indices)
 
-    def caption(self, index: int) -> str:
-        return self.source.caption(index)
+    def captions(self, index: int) -> Captions:
+        return self.source.captions(index)
 
     def name(self, index: int) -> str:
         return self.source.name(index)

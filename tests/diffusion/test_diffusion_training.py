@@ -193,7 +193,7 @@ def test_captions_are_dropped_as_often_as_asked_for_and_padded_to_one_length() -
         tokens = samples[0, i]["tokens"]
         assert len(tokens) == model.text.longest
         words = tokens[tokens != PADDING]
-        whole = model.text.tokenize([data.caption(data.train[i])])[0]
+        whole = model.text.tokenize([data.captions(data.train[i])[0]])[0]
         assert torch.equal(words, whole) or torch.equal(words, empty)
         dropped += len(words) == 1
     assert dropped / 300 == pytest.approx(0.3, abs=0.08)

@@ -147,6 +147,10 @@ NPZ = [
 ]
 NAMES = [f"{i}.png" for i in range(4)] + [f"x.{kind}" for kind in IMAGES]
 CAPTIONS = "".join(json.dumps({"file_name": name, "text": "ä"}) + "\n" for name in NAMES)
+COCO_CAPTIONS = {
+    "images": [{"id": i, "file_name": f"{i}.png"} for i in range(4)],
+    "annotations": [{"image_id": i, "caption": "a red ä"} for i in range(4)],
+}
 CSV = "file_name,text\n" + "".join(f'{name},"ä, red"\n' for name in NAMES)
 NNUNET = {
     "channel_names": {"0": "DAPI"},
@@ -499,6 +503,8 @@ def _readers() -> Iterator[tuple[str, Reader]]:
     captioned = lambda f: _diffusion(f.parent, captions=True)  # noqa: E731
     yield "jsonl: captions", Reader("metadata.jsonl", captioned, write_images)
     yield "csv: captions", Reader("metadata.csv", captioned, write_csv, [CSV.encode()])
+    listed = [json.dumps(COCO_CAPTIONS).encode()]
+    yield "json: captions", Reader("captions.json", captioned, write_csv, listed)
     yield "txt: captions", Reader("0.txt", captioned, write_texts)
     yield "json: latents", Reader("latents/encoded.json", _latents, write_latents)
 

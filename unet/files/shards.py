@@ -53,6 +53,17 @@ class Field:
         Raises:
             InputError: the part or key is missing, or is no text or number.
         """
+        return self._texts(image, several=False)[0]
+
+    def all_of(self, image: str) -> tuple[str, ...]:
+        """The same, of a list each entry.
+
+        Raises:
+            InputError: as `of`; an empty list.
+        """
+        return self._texts(image, several=True)
+
+    def _texts(self, image: str, *, several: bool) -> tuple[str, ...]:
         where = beside(image, self.part)
         try:
             value = _read(Path(where))
@@ -62,9 +73,11 @@ class Field:
                 value = value.decode("utf-8-sig")
             if self.key:
                 value = json.loads(value)[self.key]
-            if isinstance(value, bool) or not isinstance(value, str | int):
-                raise TypeError(f"{value!r} is no text or whole number")
-            return " ".join(str(value).split())
+            values = value if several and isinstance(value, list) and value else [value]
+            for one in values:
+                if isinstance(one, bool) or not isinstance(one, str | int):
+                    raise TypeError(f"{one!r} is no text or whole number")
+            return tuple(" ".join(str(one).split()) for one in values)
         except InputError as error:
             raise InputError(f"{where!r}: {error}") from error
         except (KeyError, TypeError, ValueError, RecursionError) as error:

@@ -202,7 +202,7 @@ def test_metadata_of_subfolders_names_files_beside_it(tmp_path: Path) -> None:
     for name in ("a", "b"):
         captioned(tmp_path / name, 5)
     data = DiffusionData(tmp_path, captions=True, classes=True)
-    assert {data.caption(i) for i in everything(data)} == {f"picture {i}" for i in range(5)}
+    assert {data.captions(i)[0] for i in everything(data)} == {f"picture {i}" for i in range(5)}
 
 
 @pytest.mark.parametrize(
@@ -649,7 +649,7 @@ def test_shapes_need_no_files() -> None:
     sample = data.samples(0)[0, 5]
     assert sample["image"].shape == (3, 16, 16)
     assert sample["caption"] == example_caption(3, data.train[5])
-    assert not any(held_out(parse(data.caption(i))) for i in range(200))
+    assert not any(held_out(parse(data.captions(i)[0])) for i in range(200))
     assert "left for evaluation: green circle" in data.describe()
 
 
@@ -902,17 +902,25 @@ def test_channels_of_any_number_are_learnt_and_chosen(tmp_path: Path) -> None:
 
 # -- captions as people keep them
 
+COCO_CAPTIONS = {
+    "images": [{"id": 7, "file_name": "0.png"}, {"id": 9, "file_name": "1.png"}],
+    "annotations": [
+        {"id": 1, "image_id": 9, "caption": "c"},
+        {"id": 2, "image_id": 7, "caption": "a, b"},
+    ],
+}
+
 
 def test_captions_lie_in_text_files_beside_images(tmp_path: Path) -> None:
     save(tmp_path, 4, "{}.png", COLOUR)
     for i in range(4):
         (tmp_path / f"{i}.txt").write_bytes(b"\xef\xbb\xbfa blob\r\n number " + str(i).encode())
     data = DiffusionData(tmp_path, captions=True)
-    assert data.caption(index_of(data, 2)) == "a blob number 2"
-    for name in ("0.caption", "0.png.txt"):
-        next(tmp_path.glob("0*t*")).rename(tmp_path / name)
+    assert data.captions(index_of(data, 2))[0] == "a blob number 2"
+    for name in ("0.caption", "0.png.txt", "0.TXT"):
+        next(path for path in tmp_path.glob("0.*") if path.name != "0.png").rename(tmp_path / name)
         found = DiffusionData(tmp_path, captions=True)
-        assert found.caption(index_of(found, 0)) == "a blob number 0"
+        assert found.captions(index_of(found, 0))[0] == "a blob number 0"
     (tmp_path / "1.txt").write_text("")
     described = DiffusionData(tmp_path, captions=True).describe()
     assert f"; 1 image with an empty one, such as '{tmp_path / '1.png'}'" in described
@@ -935,7 +943,7 @@ def test_captions_of_files_that_are_not_there_are_told(tmp_path: Path) -> None:
     folder = captioned(tmp_path, 3)
     (folder / "1.png").unlink()
     described = DiffusionData(folder, captions=True).describe()
-    assert "; 1 caption is of a file that is not among the images, such as '1.png'" in described
+    assert "; 1 image with captions not among these, such as '1.png'" in described
     (folder / "2.png").rename(folder / "3.png")
     message = r"1 of 2 images has no line in metadata\.jsonl, which names .* such as '1\.png': "
     with pytest.raises(InputError, match=message):
@@ -963,6 +971,14 @@ def test_captions_of_files_that_are_not_there_are_told(tmp_path: Path) -> None:
             '\ufeff{"file_name": "sub/0.png", "text": "a, b"}\n'
             '{"file_name": "1.png", "text": "c"}\n',
         ),
+        ("captions.txt", 'image,caption\n0.png, "a, b"\n1.png,c\n'),
+        ("results.csv", "image_name| comment_number| comment\n0.png| 0| a, b\n1.png| 0| c\n"),
+        (
+            "captions.json",
+            '[{"image": "0.png", "caption": "a, b"}, {"image": "1.png", "text": "c"}]',
+        ),
+        ("captions.json", '{"sub/0.png": "a, b", "sub/1.png": ["c"]}'),
+        ("annotations/captions_x.json", json.dumps(COCO_CAPTIONS)),
     ],
 )
 def test_tables_of_captions_are_read_as_they_are_meant(
@@ -970,19 +986,53 @@ def test_tables_of_captions_are_read_as_they_are_meant(
 ) -> None:
     (tmp_path / "sub").mkdir()
     save(tmp_path / "sub", 2, "{}.png", COLOUR)
+    (tmp_path / table[0]).parent.mkdir(exist_ok=True)
     (tmp_path / table[0]).write_text(table[1], encoding="utf-8")
     data = DiffusionData(tmp_path, captions=True)
-    assert {" ".join(data.caption(i).split()) for i in range(2)} == {"a, b", "c"}
+    assert {data.captions(i) for i in range(2)} == {("a, b",), ("c",)}
+    if not table[0].startswith("sub/"):  # a table beside the folder of images
+        above = DiffusionData(tmp_path / "sub", captions=True)
+        assert [above.captions(i) for i in range(2)] == [data.captions(i) for i in range(2)]
+
+
+def test_several_captions_of_an_image_take_turns(tmp_path: Path) -> None:
+    save(tmp_path, 2, "{}.png", COLOUR)
+    rows = [("0.png", "a"), ("0.png", "b"), ("0.png", "a"), ("0.png", " "), ("1.png", ["c", "d"])]
+    lines = [json.dumps({"file_name": name, "text": text}) for name, text in rows]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    data = DiffusionData(tmp_path, captions=True, val=0)
+    assert [data.captions(index_of(data, i)) for i in range(2)] == [("a", "b"), ("c", "d")]
+    assert "; up to 2 of an image, which take turns" in data.describe()
+    samples = data.samples(0)
+    for i in range(2):
+        drawn = [samples[epoch, i]["caption"] for epoch in range(4)]
+        assert set(drawn[:2]) == set(data.captions(data.train[i]))
+        assert drawn[2:] == drawn[:2]
+
+
+def test_tables_that_leave_something_open_are_refused(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        save(tmp_path / name, 1, "{}.png", COLOUR)
+    table = tmp_path / "captions.csv"
+    table.write_text("image,text\n0.png,c\n")
+    with pytest.raises(
+        InputError, match=r"2 of 2 images have no line in captions\.csv, which names"
+    ):
+        DiffusionData(tmp_path, captions=True)
+    table.write_text("image,text\na/0.png,c, d\n")
+    with pytest.raises(InputError, match=r"line 2 of .* has more columns than the 2 of the header"):
+        DiffusionData(tmp_path, captions=True)
+    table.write_text("image,text\na/0.png,c\nb/0.png,d\n")
+    data = DiffusionData(tmp_path, captions=True)
+    assert {data.captions(i) for i in range(2)} == {("c",), ("d",)}
 
 
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
-        (
-            ["a", "b", "c"],
-            r"line 3 of .*metadata\.jsonl' gives 0\.png another caption than an earl",
-        ),
-        ([["a", "b"], "c"], r"line 1 of .*: the caption of 0\.png must be text, not \['a', 'b'\]"),
+        ([["a", 1], "c"], r"line 1 of .*: the caption of 0\.png must be text, not \['a', 1\]"),
+        ([[], "c"], r"line 1 of .*: the caption of 0\.png must be text, not \[\]"),
         (["", ""], r"all captions are empty, such as that of .*0\.png"),
     ],
 )
@@ -1003,4 +1053,4 @@ def test_another_key_of_the_captions_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="has file_name, de, but no text or caption or prompt"):
         DiffusionData(tmp_path, captions=True)
     data = DiffusionData(tmp_path, captions=True, how=HowToRead(caption_key="de"))
-    assert data.caption(0) == "eins"
+    assert data.captions(0)[0] == "eins"

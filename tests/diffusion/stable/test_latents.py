@@ -137,7 +137,7 @@ def test_latents_are_drawn_from_the_scaled_posterior_of_the_autoencoder(
     assert_close(data.autoencoder.decode(mean[None]), decoded, atol=1e-4, rtol=0)
     batch, _ = data.batch([index, data.val[0]])
     assert torch.equal(batch, data.batch([index, data.val[0]])[0])
-    assert samples[0, 3]["caption"] == data.conditions([index])[0].shown == data.caption(index)
+    assert samples[0, 3]["caption"] == data.conditions([index])[0].shown == data.captions(index)[0]
     assert samples.name(3) == data.name(index)
 
 
@@ -226,7 +226,7 @@ def test_an_unreadable_image_is_left_out_with_its_caption(
     again.encode()
     for key in ((0, i) for i in range(len(again.train))):
         sample, index = again.samples()[key], again.used(again.train[key[1]])
-        assert sample["caption"] == again.caption(index)
+        assert sample["caption"] == again.captions(index)[0]
     assert again.count == COUNT - 1
 
 

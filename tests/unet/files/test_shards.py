@@ -195,6 +195,25 @@ def test_of_several_pictures_that_named_image_or_mask_is_taken(tmp_path: Path) -
     assert (read.images, read.masks) == ([f"{path}/0.image.png"], [f"{path}/0.mask.png"])
 
 
+def test_a_list_in_json_holds_several_captions(tmp_path: Path) -> None:
+    said: tuple[Any, ...] = (
+        {"caption": ["a", " b"]},
+        {"caption": "c"},
+        {"caption": []},
+        {"caption": ["a", None]},
+    )
+    members = {f"{i:03d}.json": json.dumps(one).encode() for i, one in enumerate(said)}
+    for i in range(len(said)):
+        members |= sample(i)
+    read = found(save_tar(tmp_path / "x.tar", members))
+    assert [read.caption.all_of(image) for image in read.images[:2]] == [("a", "b"), ("c",)]
+    for image in read.images[2:]:
+        with pytest.raises(
+            InputError, match=r"x\.tar/00\d\.json' cannot be read as text with a 'c"
+        ):
+            read.caption.all_of(image)
+
+
 def test_tables_beside_tars_of_their_names_are_no_shards(tmp_path: Path) -> None:
     """img2dataset writes 00000.tar, 00000.parquet and 00000_stats.json."""
     tar = save_tar(tmp_path / "00000.tar", sample(0))
