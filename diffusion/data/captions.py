@@ -91,10 +91,11 @@ def read_captions(
     named: dict[str, str] = {}  # files as the tables name them
     places = _Places(files) if tables else None
     for table in tables:
+        folder = os.path.normpath(table.parent)
         for where, entry in _rows(table, key):
             name, found = _entry(entry, key, where)
             assert places is not None
-            file = places.meant(table.parent, name)
+            file = places.meant(folder, name)
             known[file].update(dict.fromkeys(found))
             named[file] = name
     captions: list[Captions] = []
@@ -233,9 +234,9 @@ class _Places:
         self.by_name: dict[str, list[str]] = defaultdict(list)
         for file in self.files:
             self.by_name[os.path.basename(file)].append(file)
-        self._apart = cache(self._is_apart)
+        self.meant, self._apart = cache(self._meant), cache(self._is_apart)
 
-    def meant(self, folder: Path, name: str) -> str:
+    def _meant(self, folder: str, name: str) -> str:
         """The path of the image that a table in this folder calls `name`.
 
         Backslashes separate folders, and leading folders that are not below the table's own are
@@ -248,15 +249,19 @@ class _Places:
             if path in self.files:
                 return path
         found = self.by_name.get(name, [])
-        below = [file for file in found if Path(file).is_relative_to(folder)]
+        below = [file for file in found if _is_below(file, folder)]
         if len(below) == 1:
             return below[0]
         if len(found) == 1 and self._apart(folder):
             return found[0]
         return os.path.normpath(os.path.join(folder, *parts))
 
-    def _is_apart(self, folder: Path) -> bool:
-        return not any(Path(file).is_relative_to(folder) for file in self.files)
+    def _is_apart(self, folder: str) -> bool:
+        return not any(_is_below(file, folder) for file in self.files)
+
+
+def _is_below(file: str, folder: str) -> bool:
+    return folder == "." or file.startswith(os.path.join(folder, ""))
 
 
 def _text(path: str) -> str:
