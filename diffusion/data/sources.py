@@ -261,7 +261,7 @@ def _in_files(path: Path, captions: bool, how: HowToRead) -> Source:
             for file, page in zip(files, pages, strict=True)
         ]
     tables, texts = found.tables, found.texts
-    captioned = bool(tables) or any(text_file(file, texts) for file in files)
+    captioned = bool(tables or (texts and any(text_file(file, texts) for file in files)))
     if captions and not captioned and not alone:
         captioned = bool(tables := tables_above(path))
     source = Source(
