@@ -444,15 +444,14 @@ def chosen_noise(
 
 
 def _own_noise(options: DiffusionOptions) -> Any:
-    """The kind of noise where neither an option nor a start gives one: flow for images alone, with
-    classes and with captions, where it was measured to be better (docs/experiments.md).
+    """The kind of noise where neither an option nor a start gives one: flow for images, where it
+    was measured to be at least as good (docs/experiments.md), alone or with a condition.
     """
     if options.prediction in _OWN_NOISE:
         return options.prediction
     of_betas = options.prediction or options.zero_snr or options.learn_variance
-    more = options.condition or options.joint or options.latents
-    masks = options.target == "mask"
-    return "cosine" if of_betas or more or masks else "flow"
+    more = options.joint or options.target == "mask" or options.latents
+    return "cosine" if of_betas or more else "flow"
 
 
 def chosen_levels(

@@ -144,7 +144,7 @@ class DiffusionOptions(MaskOptions, FitOptions):
     noise: Literal["cosine", "linear", "scaled-linear", "sigmoid", "flow", "edm"] | None = None
     """Noise schedule; none given: that of the model in --init, else that of --prediction flow or
     edm, else flow, the straight path of flow matching; but cosine with another --prediction,
-    --zero-snr, --learn-variance, --condition, --joint or --latents."""
+    --zero-snr, --learn-variance, --joint, --latents or --target mask."""
 
     timesteps: int | None = None
     """Noise levels T; none given: those of a pipeline's schedule, else 1000."""

@@ -16,7 +16,7 @@ from torch.testing import assert_close
 from torch.utils.data import default_collate
 
 from diffusion.data.images import DiffusionData
-from diffusion.decisions import chosen_fit, decide
+from diffusion.decisions import chosen_fit, chosen_levels, chosen_noise, decide
 from diffusion.judging.report import affordable, level_errors
 from diffusion.model import DiffusionUNet
 from diffusion.networks import automatic_config
@@ -72,14 +72,18 @@ def network(data: DiffusionData, **values: Any) -> DiffusionUNet:
         ({"zero_snr": True}, "cosine", "v", None),
         ({"learn_variance": True}, "cosine", "v", None),
         ({"captions": True}, "flow", "flow", (0.0, 1.5)),
+        ({"condition": "edges"}, "flow", "flow", (0.0, 1.0)),
+        ({"condition": "edges", "joint": "masks"}, "cosine", "v", None),
+        ({"condition": "edges", "target": "mask"}, "cosine", "v", None),
     ],
 )
-def test_images_alone_are_learnt_by_flow_matching(
-    archive: Path, given: dict[str, Any], kind: str, prediction: str, drawn: object
+def test_images_are_learnt_by_flow_matching(
+    given: dict[str, Any], kind: str, prediction: str, drawn: object
 ) -> None:
-    data = DiffusionData("shapes", captions=True) if "captions" in given else DiffusionData(archive)
-    plan = decide(options(archive, **given), data)
-    assert (plan.schedule.kind, plan.prediction, plan.levels.log_sigma) == (kind, prediction, drawn)
+    asked = DiffusionOptions(**given)
+    schedule, predicted, _ = chosen_noise(asked, None)
+    levels, _ = chosen_levels(asked, schedule, predicted)
+    assert (schedule.kind, predicted, levels.log_sigma) == (kind, prediction, drawn)
 
 
 def timesteps(
