@@ -25,7 +25,7 @@ from segmentation.export.bioimage import write_package
 from segmentation.export.graph import exportable
 from segmentation.model import SegmentationUNet
 from segmentation.pictures import grey_or_rgb
-from segmentation.predict import Precision, Predictor, Probability, Source, classes
+from segmentation.predict import Predictor, Probability, Source, classes
 from segmentation.uncertainty import disagreement_map, entropy_map
 from unet.device import pick_device
 from unet.errors import InputError, as_keywords
@@ -34,6 +34,7 @@ from unet.files.mask_values import Value
 from unet.files.pages import ALL, Array, ImageInfo, Reading, missing
 from unet.files.rasters import open_raster
 from unet.files.volumes import is_volume
+from unet.training.options import Precision
 from unet.weights.formats import Format
 from unet.words import counted
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 OptimizerName = Literal["adamw", "muon", "sgd", "rmsprop"]
 TrackerName = Literal["tensorboard", "wandb", "mlflow"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]  # as `unet.device` reads them
 BUDGETS = ("steps", "epochs", "max_minutes")  # options of which one is given
 
 
@@ -133,7 +134,7 @@ class FitOptions:
     these `unet ema` computes averages of any width after the run. Each is as large as the model;
     0: none."""
 
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    precision: Precision = "auto"
     """Arithmetic of the network; auto: bf16 where the processor computes in it, else fp32."""
 
     device: Literal["auto", "cpu"] = "auto"
