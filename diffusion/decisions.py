@@ -223,6 +223,8 @@ def data_info(options: DiffusionOptions, data: Data) -> dict[str, Any]:
         info["reading"] = reading
     if options.background != WHITE:
         info["background"] = list(options.background)
+    if images.channels - images.codes == 4:  # else the fourth is one of a satellite, say
+        info["alpha"] = options.colour == "rgba"
     if autoencoder := autoencoder_of(data):
         info["autoencoder"] = str(autoencoder.folder)
     if images.condition is not None:
