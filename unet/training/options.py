@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 from unet.errors import InputError, not_there
 
@@ -184,6 +185,9 @@ class FitOptions:
     over, with its card. It is made before training, for everybody to see, where there is none."""
 
     def __post_init__(self) -> None:
+        for name in _paths_of(type(self)):
+            if isinstance(value := getattr(self, name), str):  # from Python
+                object.__setattr__(self, name, Path(value))
         for name in BUDGETS:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -216,6 +220,13 @@ class FitOptions:
             raise InputError(f"--shard does not go with {other}: drop one of the two")
         if self.workers is not None and self.workers < 0:
             raise InputError(f"--workers {self.workers} must be 0 or more")
+
+
+@functools.cache
+def _paths_of(kind: type) -> list[str]:
+    """The fields of a dataclass that are one path, or may be None."""
+    hints = get_type_hints(kind)
+    return [name for name, hint in hints.items() if hint in (Path, Path | None)]
 
 
 def check_paths(options: Any, made: Sequence[str] = ("out",)) -> None:
