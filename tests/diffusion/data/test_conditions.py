@@ -79,7 +79,10 @@ def test_a_picture_lies_where_its_image_lies_or_has_its_name_alone(
 
 @pytest.mark.parametrize(
     ("images", "others"),
-    [("{}", "{}_edge"), ("x{0}/photo_{0}", "x{0}/sketch-{0}"), ("{}_rgb", "a_{}_ir")],
+    [
+        *(("{}", "{}_edge"), ("x{0}/photo_{0}", "x{0}/sketch-{0}"), ("{}_rgb", "a_{}_ir")),
+        ("im_{}_raw", "gt_{}_seg"),
+    ],
 )
 def test_names_may_share_an_ending_or_a_beginning(tmp_path: Path, images: str, others: str) -> None:
     files = [str(tmp_path / f"image/{images.format(i)}.png") for i in range(12)]
