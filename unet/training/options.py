@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import os
 from collections.abc import Sequence
@@ -222,7 +221,6 @@ class FitOptions:
             raise InputError(f"--workers {self.workers} must be 0 or more")
 
 
-@functools.cache
 def _paths_of(kind: type) -> list[str]:
     """The fields of a dataclass that are one path, or may be None."""
     hints = get_type_hints(kind)
