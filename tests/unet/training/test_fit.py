@@ -591,12 +591,13 @@ def test_other_peoples_temporary_files_are_left_alone(tmp_path):
         assert not ours.exists()
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_file(tmp_path):
+@pytest.mark.parametrize(("clip", "cure"), [(2, "a lower --clip than 2"), (0, "a --clip such as")])
+def test_a_loss_that_is_not_finite_stops_with_the_file(tmp_path, clip, cure):
     run = tmp_path / "run"
-    done = toy("--out", run, "--steps", 40, "--nan-at", 5)
+    done = toy("--out", run, "--steps", 40, "--nan-at", 5, "--clip", clip)
     assert done.returncode == 1
     message = done.stderr.strip()
-    assert re.search(r"error: the loss is nan at step [123],.*disc-5\.png.*--lr", message)
+    assert re.search(rf"error: the loss is nan at step [123],.*disc-5\.png.*--lr.*{cure}", message)
     assert "Traceback" not in message
     assert not (run / "model").exists()
 
