@@ -20,7 +20,7 @@ from diffusion.initial import (
     image_channels,
     is_lora,
     noise_of,
-    their_unet,
+    on_latents,
 )
 from diffusion.model import DiffusionUNet
 from diffusion.networks import automatic_config
@@ -174,10 +174,7 @@ def check_start(options: DiffusionOptions, start: Start) -> None:
             f"--init {options.init} is of Stable Diffusion XL, which txt2img runs but which "
             "cannot be trained here: give a model of version 1 or 2, or one of your own"
         )
-    theirs = their_unet(str(options.init))
-    if not options.latents and (
-        "autoencoder" in start.info or (theirs and image_channels(start) == 4)
-    ):
+    if not options.latents and on_latents(str(options.init), start):
         raise InputError(
             f"--init {options.init} works on latents of an autoencoder, not on pixels: give the "
             "pipeline that this belongs to with --latents, or another model"
@@ -223,6 +220,8 @@ def data_info(options: DiffusionOptions, data: Data) -> dict[str, Any]:
         info["reading"] = reading
     if options.background != WHITE:
         info["background"] = list(options.background)
+    if images.channels - images.codes == 4:  # else the fourth is one of a satellite, say
+        info["alpha"] = options.colour == "rgba"
     if autoencoder := autoencoder_of(data):
         info["autoencoder"] = str(autoencoder.folder)
     if images.condition is not None:

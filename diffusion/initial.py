@@ -115,6 +115,12 @@ def image_channels(start: Start) -> int:
     return start.config.in_channels - sum(_beside(start.info).values())
 
 
+def on_latents(path: str, start: Start) -> bool:
+    """Whether the start from this path makes latents of an autoencoder, not pixels: its training
+    noted one, or it is a diffusers U-Net of four channels, as are Stable Diffusion's."""
+    return "autoencoder" in start.info or (bool(their_unet(path)) and image_channels(start) == 4)
+
+
 def alike(info: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether two models read the same inputs behind the channels of an image, whatever its
     values."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from unet.errors import InputError
-from unet.training.options import FitOptions, MaskOptions, OptimizerName
+from unet.training.options import FitOptions, MaskOptions, OptimizerName, Precision
 
 Colour = Literal["grey", "rgb", "rgba"]
 CHANNELS = {"grey": 1, "rgb": 3, "rgba": 4}
@@ -361,7 +361,7 @@ class SamplingOptions:
     batch_size: int = 64
     """Images at a time."""
 
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    precision: Precision = "auto"
     """Arithmetic of the network; auto: bf16 on an NVIDIA GPU that supports it, else fp32."""
 
     device: str = "auto"

@@ -285,7 +285,7 @@ class ImageSampler:
     @property
     def background(self) -> Colour | None:
         """The colour under transparent pixels, as in training; None: alpha is a channel."""
-        if self._pictured == 4:
+        if self._pictured == 4 and self.model.info.get("alpha", True):
             return None
         try:
             return saved_colour(self.model.info.get("background")) or WHITE

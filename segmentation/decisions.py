@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -13,7 +13,6 @@ import torch
 from segmentation.data.augment import Augmentation
 from segmentation.data.dataset import SegmentationData
 from segmentation.data.instances import CELL, smallest_counted
-from segmentation.data.normalisation import Normalisation
 from segmentation.data.regions import parse_regions
 from segmentation.data.samples import image_shape
 from segmentation.data.slices import told_stacks
@@ -95,31 +94,7 @@ def decide(
     outputs = DEPTH_CHANNELS if data.instances else 1 if count == 2 else count
     outputs = len(data.regions.names) if data.regions else outputs
     network, why = chosen_network(options, data.channels, start)
-    info: dict[str, Any] = {
-        "classes": data.table.to_dict(),
-        "normalisation": data.normalisation.to_dict(),
-        "threshold": 0.5,
-    }
-    overlapping: list[Decision] = []
-    if data.regions:
-        info["regions"] = [[name, list(values)] for name, values in data.regions.values.items()]
-        how = "one sigmoid each; a label map shows the later region, by its first value"
-        overlapping = [Decision("regions", data.regions.lines(), how)]
-    first = data.pairs[0]
-    neighbours: list[Decision] = []
-    if data.slices > 1:
-        info["slices"] = data.slices
-        value = f"{data.slices} as channels"
-        neighbours = [Decision("slices", value, told_stacks(data.pairs))]
-    names = (first.around or [first])[0].info.names
-    info |= {"channel_names": list(names)} if names else {}
-    info |= {"reading": said} if (said := options.reading.to_dict()) else {}
-    if data.instances:
-        info["objects"] = DEPTH
-    if network.patch > 1:
-        info["refined"] = True
-    if options.deep_supervision:
-        info["deep_supervision"] = True
+    info = model_info(options, data, network)
     with torch.device("meta"):
         parameters = sum(p.numel() for p in SegmentationUNet(network, outputs, info).parameters())
     fit, optimizer = chosen_fit(options, start)
@@ -130,30 +105,23 @@ def decide(
     best_by, border = judgement.best_by, judgement.border
     if count == 2:
         info["cells"] = judgement.cells if judgement.isbi else None
-    smallest: list[Decision] = []
     if data.instances:
         info["smallest_object"] = smallest_counted(data.objects(i) for i in data.train)
-        value = counted(info["smallest_object"], "pixel")
-        reason = "1 % of the training objects are smaller"
-        smallest = [Decision("smallest object", value, reason)]
     scored, part = chosen_part(data, fit)
     loss, balance = chosen_loss(options, data, 1 if data.instances else outputs)
     decisions = (
         Decision("network", f"{parameters / 1e6:.2f} M parameters", why),
-        *neighbours,
-        *overlapping,
+        *_slices(data),
+        *_regions(data),
         Decision("crops", f"{crop[0]} x {crop[1]}, {fit.batch_size} per step", whole),
         *_rare(data),
         told_augmentation,
-        normalisation(
-            data.normalisation,
-            "that of the model in --init" if start else f"from {counted(len(data.train), 'image')}",
-        ),
+        told_normalisation(data, start),
         optimizer,
         told_part(options) if options.unlabelled else told_budget(options),
         *_synthetic(options, data),
         *judgement.decisions,
-        *smallest,
+        *_smallest(info),
         *part,
         *balance,
     )
@@ -185,6 +153,33 @@ def decide(
         scored=scored,
         start=start.for_channels(data.channels) if start else None,
     )
+
+
+def model_info(
+    options: SegmentationOptions, data: SegmentationData, network: UNetConfig
+) -> dict[str, Any]:
+    """The entries of a model's `info` on its classes, its images and its outputs."""
+    info: dict[str, Any] = {
+        "classes": data.table.to_dict(),
+        "normalisation": data.normalisation.to_dict(),
+        "threshold": 0.5,
+    }
+    if data.regions:
+        info["regions"] = [[name, list(values)] for name, values in data.regions.values.items()]
+    if data.slices > 1:
+        info["slices"] = data.slices
+    first = data.pairs[0]
+    if names := (first.around or [first])[0].info.names:
+        info["channel_names"] = list(names)
+    if reading := options.reading.to_dict():
+        info["reading"] = reading
+    if data.instances:
+        info["objects"] = DEPTH
+    if network.patch > 1:
+        info["refined"] = True
+    if options.deep_supervision:
+        info["deep_supervision"] = True
+    return info
 
 
 def check_options(options: SegmentationOptions, start: Start | None) -> None:
@@ -466,6 +461,29 @@ def chosen_loss(
     return RegionLoss(loss, data.regions.members) if data.regions else loss, balance
 
 
+def _slices(data: SegmentationData) -> list[Decision]:
+    """The slices that are taken together, if there are several."""
+    if data.slices == 1:
+        return []
+    return [Decision("slices", f"{data.slices} as channels", told_stacks(data.pairs))]
+
+
+def _regions(data: SegmentationData) -> list[Decision]:
+    """The regions that may overlap, if there are some."""
+    if not data.regions:
+        return []
+    how = "one sigmoid each; a label map shows the later region, by its first value"
+    return [Decision("regions", data.regions.lines(), how)]
+
+
+def _smallest(info: Mapping[str, Any]) -> list[Decision]:
+    """The size below which objects do not count, of a model that numbers objects."""
+    if "smallest_object" not in info:
+        return []
+    value = counted(info["smallest_object"], "pixel")
+    return [Decision("smallest object", value, "1 % of the training objects are smaller")]
+
+
 def _rare(data: SegmentationData) -> list[Decision]:
     """The classes that crops are cut for, if any are rare."""
     if not data.rare:
@@ -498,7 +516,9 @@ def _spread(indices: Sequence[int], count: int) -> list[int]:
     return [indices[(2 * k + 1) * len(indices) // (2 * count)] for k in range(count)]
 
 
-def normalisation(found: Normalisation, why: str) -> Decision:
+def told_normalisation(data: SegmentationData, start: Start | None) -> Decision:
     """The statistics that the images are scaled by."""
+    found = data.normalisation
+    why = "that of the model in --init" if start else f"from {counted(len(data.train), 'image')}"
     mean, std = (", ".join(f"{v:.4g}" for v in values) for values in (found.mean, found.std))
     return Decision("normalisation", f"mean {mean}, std {std}", why)

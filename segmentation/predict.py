@@ -11,7 +11,7 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -29,9 +29,9 @@ from unet.errors import InputError
 from unet.geometry import input_size, output_size, receptive_radius
 from unet.layers import ConvBlock
 from unet.memory import give_back, ran_out_of_memory
+from unet.training.options import Precision
 
 Probability = NDArray[np.float32]
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 
 class Source(Protocol):

@@ -18,14 +18,14 @@ from torch import Tensor
 from segmentation.data.classes import IGNORE, ClassTable
 from segmentation.data.depths import Depth, objects_from_depth
 from segmentation.data.instances import INSTANCE_NAMES, instances_from_classes, without_small
-from segmentation.data.normalisation import Normalisation, known_normalisation
+from segmentation.data.normalisation import Normalisation, joint_normalisation, known_normalisation
 from segmentation.data.regions import known_regions
 from segmentation.data.slices import Layers, known_slices, near_page
 from segmentation.export.bioimage import write_package
 from segmentation.export.graph import exportable
 from segmentation.model import SegmentationUNet
 from segmentation.pictures import grey_or_rgb
-from segmentation.predict import Precision, Predictor, Probability, Source, classes
+from segmentation.predict import Predictor, Probability, Source, classes
 from segmentation.uncertainty import disagreement_map, entropy_map
 from unet.device import pick_device
 from unet.errors import InputError, as_keywords
@@ -34,6 +34,7 @@ from unet.files.mask_values import Value
 from unet.files.pages import ALL, Array, ImageInfo, Reading, missing
 from unet.files.rasters import open_raster
 from unet.files.volumes import is_volume
+from unet.training.options import Precision
 from unet.weights.formats import Format
 from unet.words import counted
 
@@ -132,6 +133,7 @@ def load_models(
                 f"{folder} takes images of {dtypes[-1]}, but {folders[0]} of {dtypes[0]}: average "
                 "models for the same images"
             )
+    joint_normalisation(model.info for model in models)  # refuses different no-data values
     return models, tables[0], float(np.mean([float(m.info["threshold"]) for m in models]))
 
 
@@ -460,7 +462,7 @@ class Segmenter:
 
     @property
     def _normalisation(self) -> Normalisation:
-        return known_normalisation(self.predict.models[0].info)
+        return joint_normalisation(model.info for model in self.predict.models)
 
     @property
     def reading(self) -> Reading:

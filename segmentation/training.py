@@ -56,17 +56,8 @@ from unet.weights.start import Start, take_over
 from unet.words import left_out
 
 PHANTOM_SLICES, STAINED_SLICES, PHANTOM_SIZE = 30, 20, (256, 256)
-FIGURES = (
-    "loss",
-    "accuracy",
-    "dice",
-    "iou",
-    "v_rand",
-    "v_info",
-    "ap50",
-    "ap",
-    "pq",
-)  # of an evaluation
+FIGURES = ("loss", "accuracy", "dice", "iou", "v_rand", "v_info", "ap50", "ap", "pq")
+"""Of an evaluation, those of them that its masks give."""
 PICTURED = 4  # held-out images in the pictures of a run
 
 
@@ -91,12 +82,12 @@ def train(
     model = make_model(plan)
     say_left_out(options, data.pairs)
     if is_main_process():
-        cut = any(data.pairs[i].window for i in data.val)
-        parts = [
-            "only one image has labels, so a strip of it is held out: its parts count as images "
-            "from here on"
-        ]
-        print("\n".join([*(parts if cut else []), data.describe(), *plan.lines()]), flush=True)
+        if any(data.pairs[i].window for i in data.val):
+            print(
+                "only one image has labels, so a strip of it is held out: its parts count as "
+                "images from here on"
+            )
+        print("\n".join([data.describe(), *plan.lines()]), flush=True)
     samples = CropSamples(
         data,
         plan.augmentation,
@@ -375,7 +366,7 @@ class SegmentationTask:
                 cells=self.cells if isbi else None,
                 smallest=self.smallest,
             )
-            for _ in "12"
+            for _ in range(2)
         )
         predict = Predictor([model])
         with torch.autocast(next(model.parameters()).device.type, enabled=False):

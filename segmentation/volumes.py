@@ -9,6 +9,7 @@ import json
 import math
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
@@ -166,7 +167,8 @@ def predict_volumes(
     volumes = inputs.volumes
     folders = [out / inputs.place(path) for path in volumes]
     names = [place / volume_name(path) for place, path in zip(folders, volumes, strict=True)]
-    if twins := [path for path, name in zip(volumes, names, strict=True) if names.count(name) > 1]:
+    times = Counter(names)
+    if twins := [path for path, name in zip(volumes, names, strict=True) if times[name] > 1]:
         raise InputError(f"{twins[0]} and {twins[1]} would have results of one name: rename one")
     marks, masks = ([Path(f"{n}_{end}") for n in names] for end in ("progress", "mask.zarr"))
     begun, made = ([file.exists() for file in files] for files in (marks, masks))

@@ -10,6 +10,8 @@ import torch
 
 from unet.errors import InputError, RunError
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # but for auto
+
 
 def pick_device(name: str) -> torch.device:
     """The device of that name; auto: a GPU where there is one, of several processes each its own.
@@ -78,12 +80,11 @@ def trained_precision(name: str, device: torch.device) -> torch.dtype | None:
     Raises:
         InputError: an unknown name.
     """
-    if name not in ("auto", "fp32", "bf16", "fp16"):
-        raise InputError(f"--precision {name!r} is unknown: choose from auto, fp32, bf16, fp16")
+    if name not in (known := ("auto", *DTYPES)):
+        raise InputError(f"--precision {name!r} is unknown: choose from {', '.join(known)}")
     if name == "auto" and device.type != "cuda":
         return None
-    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    return kinds.get(pick_precision(name, device))
+    return DTYPES.get(pick_precision(name, device))
 
 
 def computing_in(

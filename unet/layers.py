@@ -171,7 +171,11 @@ class Stem(nn.Module):
         if self.patch > 1:
             down, right = -x.shape[-2] % self.patch, -x.shape[-1] % self.patch
             x = F.pad(x, (0, right, 0, down), mode="replicate")
-            x = F.pixel_unshuffle(x, self.patch)  # (B, C p p, H / p, W / p)
+            if 0 in x.shape:  # which pixel_unshuffle leaves as it is
+                height, width = (n // self.patch for n in x.shape[-2:])
+                x = x.reshape(0, self.conv.in_channels, height, width)
+            else:
+                x = F.pixel_unshuffle(x, self.patch)  # (B, C p p, H / p, W / p)
         return self.conv(x)
 
 
@@ -179,6 +183,8 @@ def unpatch(x: Tensor, patch: int, size: tuple[int, ...]) -> Tensor:
     """A head's (B, C p p, H / p, W / p) as the (B, C, H, W) of the given size: Stem's inverse."""
     if patch == 1:
         return x
+    if 0 in x.shape:  # which pixel_shuffle leaves as it is
+        return x.reshape(0, x.shape[1] // patch**2, *size)
     return F.pixel_shuffle(x, patch)[..., : size[0], : size[1]]
 
 

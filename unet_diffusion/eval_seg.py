@@ -12,7 +12,7 @@ from segmentation.options import LabelOptions, SegmentationOptions
 from unet.errors import InputError
 from unet.training.cli import run_script, say_next
 from unet.training.config_file import load_config
-from unet.training.options import check_paths
+from unet.training.options import Precision, check_paths
 from unet.words import counted
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class EvalOptions(LabelOptions):
     json: bool = False
     """Print scores.json instead of a table."""
 
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    precision: Precision = "auto"
     """Arithmetic of the network; auto: bf16 on an NVIDIA GPU that supports it, else fp32."""
 
     device: str = "auto"

@@ -6,11 +6,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from unet.errors import InputError
 from unet.training.cli import run_script, say_next
-from unet.training.options import ReadingOptions, check_paths
+from unet.training.options import Precision, ReadingOptions, check_paths
 
 if TYPE_CHECKING:
     from segmentation.data.inputs import Inputs
@@ -70,7 +70,7 @@ class PredictOptions(ReadingOptions):
     overlap: int = 128
     """Pixels that neighbouring tiles share."""
 
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    precision: Precision = "auto"
     """Arithmetic of the network; auto: bf16 on an NVIDIA GPU that supports it, else fp32."""
 
     device: str = "auto"

@@ -409,10 +409,16 @@ def picture(path: Path, sampler: ImageSampler) -> Tensor:
 
     reading = sampler.reading
     pixels = HowToRead(reading=reading, background=sampler.background).image(path)
-    values = known_ranges(sampler.model.info).get(pixels.dtype.name)
-    size, nodata = (sampler.height, sampler.width), image_info(path, reading).nodata
     with naming(path):
-        found = fitted(pixels, size, sampler.channels, values, nodata, fine=sampler.pixels.fine)
+        found = fitted(
+            pixels,
+            (sampler.height, sampler.width),
+            sampler.channels,
+            known_ranges(sampler.model.info).get(pixels.dtype.name),
+            image_info(path, reading).nodata,
+            fine=sampler.pixels.fine,
+            alpha=sampler.background is None,
+        )
     return found[None].to(sampler.device)
 
 

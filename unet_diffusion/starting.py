@@ -18,6 +18,7 @@ from diffusion.initial import (
     image_channels,
     is_lora,
     noise_of,
+    on_latents,
     their_unet,
 )
 from diffusion.model import DiffusionUNet
@@ -68,8 +69,7 @@ def segmentation_start(path: str | None, timestep: float = TIMESTEP) -> Start | 
     """
     if path is None:
         return None
-    unet = their_unet(path)
-    start = find_start(path) if unet or is_lora(path) else read_start(path)
+    start = find_start(path) if their_unet(path) or is_lora(path) else read_start(path)
     if not start.config.time:
         return start
     schedule, prediction = noise_of(path, start) or (NoiseSchedule(kind="linear"), PREDICTION)
@@ -81,12 +81,12 @@ def segmentation_start(path: str | None, timestep: float = TIMESTEP) -> Start | 
             "images: give one without --target mask and --joint"
         )
     channels = image_channels(start)
-    start = fitting(start, channels, {})
-    if "autoencoder" in start.info or (unet and channels == 4):
+    if on_latents(path, start):
         raise InputError(
             f"--init {path} works on latents of {counted(channels, 'channel')}, not on pixels: "
             "start from a diffusion model of images"
         )
+    start = fitting(start, channels, {})
     t = round(timestep * (schedule.steps - 1))
     if schedule.kind not in _BY_BETAS:
         cosine = NoiseSchedule(kind="cosine", steps=schedule.steps)

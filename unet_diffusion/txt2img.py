@@ -8,11 +8,12 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from diffusion.stable.recipe import Recipe, TextSampler, merged, write_picture
 from unet.errors import InputError, not_there
 from unet.training.cli import run_script, say_next
+from unet.training.options import Precision
 from unet.words import counted
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ class Txt2ImgOptions:
     """Take the U-Net from this single file (.safetensors or .ckpt) or index of shards
     (.index.json), the rest from --model."""
 
-    precision: Literal["auto", "fp32", "bf16", "fp16"] | None = None
+    precision: Precision | None = None
     """Numbers that the U-Net and the text model compute with; none given: auto, which is fp16 on
     CUDA and fp32 elsewhere."""
 
@@ -191,11 +192,10 @@ def main(options: Txt2ImgOptions) -> None:
 
 
 def chosen_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
-    import torch
+    from unet.device import DTYPES
 
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     auto = "fp16" if device.type == "cuda" else "fp32"
-    return dtypes[auto if recipe.precision == "auto" else recipe.precision]
+    return DTYPES[auto if recipe.precision == "auto" else recipe.precision]
 
 
 def picture(

@@ -110,9 +110,13 @@ class ImageKind:
         known = self.ranges.get(pixels.dtype.name)
         return as_levels(pixels, channels, known, nodata, fine=self.fine)
 
-    def resized(self, pixels: Pixels) -> Pixels:
-        """Pixels (H, W, C) cut and resized to the size of the images, if they have one."""
-        return pixels if self.size is None else resized(pixels, self.size)
+    def resized(self, pixels: Pixels, *, alpha: bool = False) -> Pixels:
+        """Pixels (H, W, C) cut and resized to the size of the images, if they have one.
+
+        Args:
+            alpha: see `diffusion.data.pixels.resized`.
+        """
+        return pixels if self.size is None else resized(pixels, self.size, alpha=alpha)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,13 +281,14 @@ class Condition:
             said = str(error)
             raise InputError(said if str(file) in said else f"{str(file)!r}: {said}") from error
         if self.kind != "lowres":
-            return as_tensor(images.resized(pixels))
+            return as_tensor(images.resized(pixels, alpha=over is None))
         if images.size is None:
             height, width = (round(n * self.amount) for n in pixels.shape[:2])
             return self._enlarged(pixels, (height, width))
         small = [max(1, round(n / self.amount)) for n in images.size]
         if pixels.shape[0] > small[0] + 1 or pixels.shape[1] > small[1] + 1:
-            return self.make(as_tensor(images.resized(pixels)), np.random.default_rng(0))
+            whole = as_tensor(images.resized(pixels, alpha=over is None))
+            return self.make(whole, np.random.default_rng(0))
         return self._enlarged(pixels, images.size)
 
     def unread(self, file: Path, images: ImageKind) -> Unread:
@@ -355,11 +360,11 @@ def _around_hole(file: Path, images: ImageKind) -> Tensor:
     pixels, nodata = _read(file, images.nodata, None)
     if not image_info(file).has_alpha:
         raise InputError("no pixel of it is transparent, and transparency marks the hole")
-    cover = images.resized(as_levels(pixels[..., -1:], 1))
+    cover = as_levels(pixels[..., -1:], 1)
     seen = images.levels(pixels[..., :-1], images.channels, nodata)
-    image = as_tensor(images.resized(seen))
-    hole = torch.from_numpy(cover[..., 0] < 128).float()[None]
-    return torch.cat([image * (1 - hole), hole])
+    pixels = images.resized(np.dstack([seen, cover]), alpha=True)
+    hole = torch.from_numpy(pixels[..., -1] < 128).float()[None]
+    return torch.cat([as_tensor(pixels[..., :-1]) * (1 - hole), hole])
 
 
 def _read(

@@ -177,6 +177,7 @@ def fitted(
     nodata: float | None = None,
     *,
     fine: bool = False,
+    alpha: bool = False,
 ) -> Tensor:
     """One image (H, W, C) of any depth as (channels, *size) in [-1, 1], resized and cropped.
 
@@ -184,11 +185,13 @@ def fitted(
         values: the range of the training images, where these had the same type; None: the type's.
         nodata: see `as_levels`.
         fine: whether these had more than 8 bits.
+        alpha: see `resized`.
 
     Raises:
         InputError: float pixels outside [0, 1] where no range is known; other channels.
     """
-    return as_tensor(resized(as_levels(pixels, channels, values, nodata, fine=fine), size))
+    levels = as_levels(pixels, channels, values, nodata, fine=fine)
+    return as_tensor(resized(levels, size, alpha=alpha))
 
 
 def as_levels(

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from unet.errors import InputError, said
 from unet.files.writing import replacing
+from unet.training.options import Precision
 
 TextSampler = Literal["ddim", "dpmpp-2m", "euler"]
 
@@ -100,7 +101,7 @@ class Recipe(PictureSettings):
     model: str  # pipeline folder
     checkpoint: str | None = None  # single-file checkpoint of the U-Net
     lora: tuple[str, ...] | None = None  # LoRA files, each perhaps with :WEIGHT
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    precision: Precision = "auto"
     init: str | None = None  # image file to start from
     inpaint: str | None = None  # image file of which a part is made anew
     mask: str | None = None  # image file that says which

@@ -198,6 +198,22 @@ def known_normalisation(info: Mapping[str, Any]) -> Normalisation:
     return Normalisation.from_dict(info["normalisation"])
 
 
+def joint_normalisation(infos: Iterable[Mapping[str, Any]]) -> Normalisation:
+    """The statistics of the first of several models, with the no-data value that any of them knows.
+
+    Raises:
+        InputError: no-data values that differ; as `known_normalisation`.
+    """
+    found = [known_normalisation(info) for info in infos]
+    values = {f"{one.nodata:g}": one.nodata for one in found if one.nodata is not None}
+    if len(values) > 1:
+        raise InputError(
+            f"the models take different values for no data, {' and '.join(values)}: average models "
+            "for the same images"
+        )
+    return replace(found[0], nodata=next(iter(values.values()), None))
+
+
 def find_normalisation(
     pairs: Sequence[Pair],
     read: Callable[[int], Array],

@@ -131,7 +131,7 @@ def calibrate(model: SegmentationUNet, data: SegmentationData, indices: Sequence
     most = max(1, MOST_PIXELS // len(indices))
     for i in indices:
         pair, mask = data.pairs[i], data.load(i)[1]
-        p = full(predict(RasterSource(pair.read_image(), pair.info.nodata)))
+        p = full(predict(RasterSource(pair.read_image(), data.nodata(i))))
         places = np.flatnonzero(mask != IGNORE)
         places = places[:: -(-len(places) // most) or 1]
         chosen.append(p.reshape(len(p), -1)[:, places])

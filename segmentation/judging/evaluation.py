@@ -465,7 +465,7 @@ def evaluate(
     known = fitted_on(predict.models)
     for i in tqdm(indices, unit="image", desc="scoring", leave=False, disable=None):
         image = data.pairs[i].read_image()
-        probability, depth = predict.found(RasterSource(image, data.pairs[i].info.nodata))
+        probability, depth = predict.found(RasterSource(image, data.nodata(i)))
         objects = data.objects(i) if data.instances else None
         fitted = bool(known) and fingerprint(image) in known
         name, mask = data.pairs[i].name, data.load(i)[1]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from segmentation.data.classes import ClassTable
 from segmentation.data.dataset import SegmentationData
 from segmentation.data.instances import INSTANCE_NAMES
-from segmentation.data.normalisation import known_normalisation
+from segmentation.data.normalisation import joint_normalisation, known_normalisation
 from segmentation.data.pairs import Pair, as_rgb
 from segmentation.data.regions import known_regions
 from segmentation.data.splits import split_pairs
@@ -32,7 +32,7 @@ def labelled_data(
 
     Raises:
         InputError: images with other channels or another bit depth than those that a model was
-            trained on; a mask with another value than the classes.
+            trained on; a mask with another value than the classes; as `joint_normalisation`.
     """
     if models[0].config.in_channels == 3 and (pairs[0].info.channels, pairs[0].info.names) == (
         1,
@@ -56,7 +56,7 @@ def labelled_data(
         (),
         pairs,
         table=table,
-        normalisation=normalisation,
+        normalisation=joint_normalisation(model.info for model in models),
         ignore_value=ignore_value,
         instances=numbered,
         regions=regions.values if regions else None,

@@ -179,6 +179,22 @@ def test_what_is_made_is_of_the_kind_of_what_was_learnt(
     assert "--bits is for models of 8-bit images" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+def test_a_given_icon_is_resized_as_those_of_training_were(tmp_path: Path, dtype: str) -> None:
+    """Colours below transparent pixels are not seen."""
+    icons = np.zeros((4, 24, 24, 4), dtype)
+    icons[:, 5:19, 7:16] = np.iinfo(dtype).max * np.array([1.0, 0.2, 0, 1])
+    data = folder(tmp_path / "data", icons)
+    sampler = ImageSampler(untrained(data, colour="rgba", size=15), SamplingOptions())
+    seen = DiffusionData(data, size=15, channels=4)
+    given = sample_ddpm.picture(data / "2.tif", sampler)
+    assert torch.equal(given, seen.batch([index_of(seen, 2)])[0])
+    four = ImageSampler(untrained(data, size=15), SamplingOptions())  # such as of a satellite
+    seen = DiffusionData(data, size=15, how=HowToRead())
+    given = sample_ddpm.picture(data / "2.tif", four)
+    assert torch.equal(given, seen.batch([index_of(seen, 2)])[0])
+
+
 @pytest.mark.parametrize("dtype", TYPES)
 def test_images_are_edited_in_their_own_values(tmp_path: Path, dtype: str) -> None:
     """An image file is to sampling what it was to training; what is not made anew is kept."""

@@ -403,7 +403,8 @@ def _diagnosis(cls: type, argv: list[str], box: str) -> str:
         option = f"--{name.replace('_', '-')}"
         given = _values(argv, option)
         if given is not None and re.search(rf"(^|[\s']){option}($|[\s':])", text):
-            return f"{option} must be {expected(hint)}, not '{' '.join(given)}'"
+            found = f"not '{' '.join(given)}'" if given else "and nothing is given"
+            return f"{option} must be {expected(hint, typed=True)}, {found}"
     return f"{text} (--help lists the options)"
 
 

@@ -170,24 +170,28 @@ def _decode(value: Any, hint: Any) -> Any:
     raise ValueError
 
 
-def expected(hint: Any) -> str:
-    """What `_decode` accepts, in words."""
+def expected(hint: Any, *, typed: bool = False) -> str:
+    """What `_decode` accepts, in words; typed: what a command line takes for it."""
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
-        return " or ".join(expected(option) for option in args)
+        options = (option for option in args if not (typed and option is types.NoneType))
+        return " or ".join(expected(option, typed=typed) for option in options)
     if origin is Literal:
-        return "one of " + ", ".join(str(choice) for choice in args)
+        return ("one of " if len(args) > 1 else "") + ", ".join(str(choice) for choice in args)
     if origin is list or args[1:] == (...,):
-        return f"a list with each item {expected(args[0])}"
+        each = "one value or more, each" if typed else "a list with each item"
+        return f"{each} {expected(args[0], typed=typed)}"
     if origin is tuple:
-        return f"a list of {len(args)}: {', '.join(expected(arg) for arg in args)}"
+        items = list(dict.fromkeys(expected(arg, typed=typed) for arg in args))
+        count = f"{len(args)} values" if typed else f"a list of {len(args)}"
+        return f"{count}, each {items[0]}" if len(items) == 1 else f"{count}: {', '.join(items)}"
     if isinstance(hint, type) and issubclass(hint, enum.Enum):
         return "one of " + ", ".join(hint.__members__)
     words = {
-        bool: "true or false",
+        bool: "True or False" if typed else "true or false",
         int: "a whole number",
         float: "a number",
-        str: "text (in quotes, if it looks like something else)",
+        str: "text" if typed else "text (in quotes, if it looks like something else)",
         Path: "a path",
         types.NoneType: "None (in YAML: null)",
     }

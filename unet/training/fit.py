@@ -127,10 +127,12 @@ class Trainer:
     def run(self) -> dict[str, float]:
         progress, plan = self.progress, self.plan
         self.keys.start_step = progress.step
-        on_gpu = self.device.type == "cuda"
-        workers = plan.workers if plan.workers is not None else (4 if on_gpu else 0)
         batches = make_batches(
-            self.task.samples, self.keys, workers, pin=on_gpu, finish=self.task.finish
+            self.task.samples,
+            self.keys,
+            plan.workers,
+            pin=self.device.type == "cuda",
+            finish=self.task.finish,
         )
         self.started = time.monotonic() - progress.seconds
         with signals_caught() as caught, closing(batches), self._bar() as bar:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 from unet.errors import InputError, not_there
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 OptimizerName = Literal["adamw", "muon", "sgd", "rmsprop"]
 TrackerName = Literal["tensorboard", "wandb", "mlflow"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]  # as `unet.device` reads them
 BUDGETS = ("steps", "epochs", "max_minutes")  # options of which one is given
 
 
@@ -133,7 +134,7 @@ class FitOptions:
     these `unet ema` computes averages of any width after the run. Each is as large as the model;
     0: none."""
 
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    precision: Precision = "auto"
     """Arithmetic of the network; auto: bf16 where the processor computes in it, else fp32."""
 
     device: Literal["auto", "cpu"] = "auto"
@@ -183,6 +184,9 @@ class FitOptions:
     over, with its card. It is made before training, for everybody to see, where there is none."""
 
     def __post_init__(self) -> None:
+        for name in _paths_of(type(self)):
+            if isinstance(value := getattr(self, name), str):  # from Python
+                object.__setattr__(self, name, Path(value))
         for name in BUDGETS:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -215,6 +219,12 @@ class FitOptions:
             raise InputError(f"--shard does not go with {other}: drop one of the two")
         if self.workers is not None and self.workers < 0:
             raise InputError(f"--workers {self.workers} must be 0 or more")
+
+
+def _paths_of(kind: type) -> list[str]:
+    """The fields of a dataclass that are one path, or may be None."""
+    hints = get_type_hints(kind)
+    return [name for name, hint in hints.items() if hint in (Path, Path | None)]
 
 
 def check_paths(options: Any, made: Sequence[str] = ("out",)) -> None:

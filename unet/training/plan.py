@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 from unet.config import UNetConfig
 from unet.device import pick_device
-from unet.training.options import FitOptions, OptimizerName, TrackerName
+from unet.training.options import FitOptions, OptimizerName, Precision, TrackerName
 from unet.weights.start import Start
 from unet.words import counted
 
@@ -59,7 +59,7 @@ class FitPlan:
     clip: float
     ema: float
     snapshots: int
-    precision: Literal["auto", "fp32", "bf16", "fp16"]
+    precision: Precision
     device: Literal["auto", "cpu"]
     checkpointing: bool
     shard: bool

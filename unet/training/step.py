@@ -30,7 +30,7 @@ class Stepper:
         say: prints a sentence, in the main process.
 
     Attributes:
-        loss, gradient_norm: of the last step, the latter before clipping.
+        gradient_norm: of the last step, before it was clipped.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Stepper:
         self.model, self.optimizer, self.processes = model, optimizer, processes
         self.plain = accelerator.unwrap_model(model)  # without the wrapper of several processes
         self.say = say
-        self.loss = self.gradient_norm = 0.0
+        self.gradient_norm = 0.0
         self.skipped_in_row = 0
 
     def __call__(self, parts: list[Batch], progress: Progress) -> float | None:
@@ -75,7 +75,7 @@ class Stepper:
     def _optimize(self, parts: list[Batch], progress: Progress) -> float | None:
         """Losses and gradient are read once, at the end of the last part: a GPU waits for that."""
         accelerator, losses = self.accelerator, []
-        kept = False
+        mean: float | None = None
         for batch in parts:
             inputs = {
                 k: v.to(accelerator.device, non_blocking=True)
@@ -88,19 +88,22 @@ class Stepper:
                 losses.append(loss.detach())
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
-                    kept = self._is_finite(losses, parts, progress)
-                    if kept or accelerator.scaler:  # which leaves out such a step by itself
+                    mean = self._clip(losses, parts, progress)
+                    if (
+                        mean is not None or accelerator.scaler
+                    ):  # which leaves out such a step by itself
                         self.optimizer.step()
                 self.optimizer.zero_grad()
-        if not kept:
+        if mean is None:
             progress.skipped += 1
             self.skipped_in_row += 1
             return None
         self.skipped_in_row = 0
-        return self.loss
+        return mean
 
-    def _is_finite(self, losses: list[Tensor], parts: list[Batch], progress: Progress) -> bool:
-        """Clips the gradient, and reads it and the losses of all parts."""
+    def _clip(self, losses: list[Tensor], parts: list[Batch], progress: Progress) -> float | None:
+        """Clips the gradient, and gives the mean loss of all parts; None: it or the gradient is not
+        finite."""
         accelerator, limit = self.accelerator, self.plan.clip or math.inf
         norm: Any = accelerator.clip_grad_norm_(self.model.parameters(), limit)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of shared weights
@@ -109,13 +112,13 @@ class Stepper:
         for value, part in zip(found, parts, strict=True):
             if not math.isfinite(value):
                 self._not_finite("loss", value, [part], progress)
-                return False
+                return None
         # With fp16 an overflow is normal.
         if not math.isfinite(gradient) and accelerator.scaler is None:
             self._not_finite("gradient", gradient, parts, progress)
-            return False
-        self.loss, self.gradient_norm = sum(found) / len(found), gradient
-        return True
+            return None
+        self.gradient_norm = gradient
+        return float(sum(found) / len(found))
 
     def _not_finite(self, what: str, value: float, parts: list[Batch], progress: Progress) -> None:
         """Reports the step that is left out, and stops if it may not be."""
@@ -127,10 +130,11 @@ class Stepper:
         if skip and self.skipped_in_row + 1 < MOST_SKIPPED:
             self.say(f"left out: {text}")
             return
+        clip = f"a lower --clip than {self.plan.clip:g}" if self.plan.clip else "a --clip such as 1"
         again = f"{self.skipped_in_row} steps in a row were left out, and " if skip else ""
         raise RunError(
-            f"{again}{text}: look at these files, or try a lower --lr than {self.plan.lr}, "
-            f"a lower --clip than {self.plan.clip}, or --precision fp32"
+            f"{again}{text}: look at these files, or try a lower --lr than {self.plan.lr:g}, "
+            f"{clip}, or --precision fp32"
         )
 
     def _too_large(self, batch: Batch, progress: Progress) -> str:

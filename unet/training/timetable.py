@@ -57,6 +57,9 @@ class Timetable:
         return 0.5 * (1 + math.cos(math.pi * min(1.0, (share - warmup) / (1 - warmup))))
 
     def evaluation_due(self, progress: Progress) -> bool:
+        """Whether one of the plan's evaluations is due; by the clock so seldom that they take at
+        most EVALUATION_SHARE of the time.
+        """
         count = self.plan.evaluations
         if self.steps:
             done = count * progress.step // self.steps

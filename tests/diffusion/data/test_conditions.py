@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -78,7 +79,10 @@ def test_a_picture_lies_where_its_image_lies_or_has_its_name_alone(
 
 @pytest.mark.parametrize(
     ("images", "others"),
-    [("{}", "{}_edge"), ("x{0}/photo_{0}", "x{0}/sketch-{0}"), ("{}_rgb", "a_{}_ir")],
+    [
+        *(("{}", "{}_edge"), ("x{0}/photo_{0}", "x{0}/sketch-{0}"), ("{}_rgb", "a_{}_ir")),
+        ("im_{}_raw", "gt_{}_seg"),
+    ],
 )
 def test_names_may_share_an_ending_or_a_beginning(tmp_path: Path, images: str, others: str) -> None:
     files = [str(tmp_path / f"image/{images.format(i)}.png") for i in range(12)]
@@ -151,11 +155,14 @@ def test_a_small_picture_is_given_as_it_was_learnt(tmp_path: Path) -> None:
 
 def test_a_transparent_hole_is_the_hole(tmp_path: Path) -> None:
     rgba = np.full((16, 16, 4), 200, np.uint8)
-    rgba[4:8, 4:8, 3], rgba[..., 3][rgba[..., 3] == 200] = 0, 255
+    rgba[..., 3], rgba[4:8, 4:8] = 255, 0
     write_image(tmp_path / "x.png", rgba)
     found = find_condition("hole", 3).given(tmp_path / "x.png", COLOUR)
     assert found[3].sum() == 16
     assert not found[:3, 4:8, 4:8].any()
+    small = find_condition("hole", 3).given(tmp_path / "x.png", replace(COLOUR, size=(6, 6)))
+    around = small[:3, small[3] == 0]  # the black below the hole is in none of these
+    torch.testing.assert_close(around, torch.full_like(around, 200 / 127.5 - 1))
     write_image(tmp_path / "y.png", rgba[..., :3])
     with pytest.raises(InputError, match="no pixel of it is transparent"):
         find_condition("hole", 3).given(tmp_path / "y.png", COLOUR)

@@ -74,6 +74,7 @@ WHOLE = {  # where the images and masks of a folder lie
     "numbers": ("images/image{}.png", "masks/mask{}.png"),
     "numbers side by side": ("image{}.png", "mask{}.png"),
     "words side by side": ("img_{}.png", "label_{}.png"),
+    "both ends": ("images/im_{}_raw.png", "masks/gt_{}_seg.png"),
     "composed and decomposed": ("images/\u00e4{}.png", "masks/a\u0308{}.png"),
     "Cityscapes": ("leftImg8bit/a_{}_leftImg8bit.png", "gtFine/a_{}_gtFine_labelIds.png"),
 }

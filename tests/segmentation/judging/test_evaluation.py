@@ -426,6 +426,23 @@ def test_data_unlike_the_models_are_refused(change: Callable[[list[Pair]], list[
         labelled_data([model_of(data)], change(data.pairs), data.table)
 
 
+def test_the_order_of_an_ensemble_makes_no_difference():
+    """Of which one model alone knows the value of pixels where nothing was measured."""
+    data = data_of(2)
+    value = float(data.pairs[0].read_image()[0, 0, 0])
+    models = [model_of(data, 0, nodata=value), model_of(data, 1, mean=[99.0])]
+    found, masks = [], []
+    for order in (models, models[::-1]):
+        labelled = labelled_data(order, data.pairs, data.table)
+        found.append(evaluate(Predictor(order), labelled, labelled.val).scores())
+        masks.append(labelled.load(0)[1])
+    assert found[0] == pytest.approx(found[1])
+    assert np.array_equal(*masks)
+    assert ((masks[0] == IGNORE) == (data.pairs[0].read_image()[..., 0] == value)).all()
+    with pytest.raises(InputError, match=f"different values for no data, {value:g} and -1:"):
+        labelled_data([models[0], model_of(data, nodata=-1)], data.pairs, data.table)
+
+
 def test_held_out_are_images_that_no_run_saw(tmp_path):
     pairs = data_of(2, 6).pairs
     folds = [SegmentationOptions(out=tmp_path, fold=f"{k}/3") for k in (1, 2)]

@@ -12,7 +12,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -21,13 +21,16 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
 
+from diffusion.options import DiffusionOptions
 from segmentation.model import SegmentationUNet
+from segmentation.options import SegmentationOptions
 from tests.forks import run_forked
 from tests.unet.training.toy_training import ToyOptions, toy_task
 from unet import InputError, UNetConfig
 from unet.device import training_format
 from unet.errors import RunError
 from unet.training.batches import BatchKeys, Draw, sample_rng
+from unet.training.config_file import field_types
 from unet.training.ema import EMA, KEPT, PowerEMA, Profile, exponent, put_together
 from unet.training.fit import fit
 from unet.training.options import FitOptions
@@ -259,6 +262,18 @@ def test_evaluations_are_spread_over_the_steps_and_over_those_of_a_larger_budget
 def test_impossible_options_are_refused(wrong, message):
     with pytest.raises(InputError, match=message):
         FitOptions(out=Path("x"), **wrong)
+
+
+@pytest.mark.parametrize("kind", [FitOptions, SegmentationOptions, DiffusionOptions])
+def test_each_path_may_be_a_string(kind: type[FitOptions]) -> None:
+    needed = {"images": "masks", "masks": "images", "text_encoder": "captions"}
+    names = [name for name, hint in field_types(kind).items() if Path in (hint, *get_args(hint))]
+    assert "out" in names
+    for name in names:
+        strings = dict.fromkeys({"out", name, needed.get(name, name)}, "a/b")
+        paths = {key: Path(value) for key, value in strings.items() if key != "captions"}
+        assert kind(**strings) == kind(**{**strings, **paths})
+        assert getattr(kind(**strings), name) == Path("a/b")
 
 
 # -- whole runs -----------------------------------------------------------------------------------
@@ -576,12 +591,13 @@ def test_other_peoples_temporary_files_are_left_alone(tmp_path):
         assert not ours.exists()
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_file(tmp_path):
+@pytest.mark.parametrize(("clip", "cure"), [(2, "a lower --clip than 2"), (0, "a --clip such as")])
+def test_a_loss_that_is_not_finite_stops_with_the_file(tmp_path, clip, cure):
     run = tmp_path / "run"
-    done = toy("--out", run, "--steps", 40, "--nan-at", 5)
+    done = toy("--out", run, "--steps", 40, "--nan-at", 5, "--clip", clip)
     assert done.returncode == 1
     message = done.stderr.strip()
-    assert re.search(r"error: the loss is nan at step [123],.*disc-5\.png.*--lr", message)
+    assert re.search(rf"error: the loss is nan at step [123],.*disc-5\.png.*--lr.*{cure}", message)
     assert "Traceback" not in message
     assert not (run / "model").exists()
 
