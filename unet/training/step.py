@@ -89,9 +89,8 @@ class Stepper:
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     mean = self._clip(losses, parts, progress)
-                    if (
-                        mean is not None or accelerator.scaler
-                    ):  # which leaves out such a step by itself
+                    # A scaler leaves out such a step by itself.
+                    if mean is not None or accelerator.scaler:
                         self.optimizer.step()
                 self.optimizer.zero_grad()
         if mean is None:
