@@ -15,6 +15,7 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -55,10 +56,10 @@ def tables_above(folder: Path) -> list[Path]:
     above = Path(os.path.normpath(folder / ".."))
     found = []
     for place in (above, above / "annotations"):
-        if place.is_dir():
+        with suppress(OSError):  # not there, or not to be listed
             found += [path for path in sorted(place.iterdir()) if is_table(path)]
     name = Path(os.path.abspath(folder)).name
-    return [path for path in found if name in path.name] or found
+    return [path for path in found if name in path.stem.partition("_")[2]] or found
 
 
 def text_file(image: str, texts: Mapping[str, str]) -> str | None:

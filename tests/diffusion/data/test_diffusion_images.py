@@ -995,6 +995,23 @@ def test_tables_of_captions_are_read_as_they_are_meant(
         assert [above.captions(i) for i in range(2)] == [data.captions(i) for i in range(2)]
 
 
+def test_of_tables_beside_a_folder_that_of_its_name_is_read(tmp_path: Path) -> None:
+    for name in ("train2017", "val2017"):
+        (tmp_path / name).mkdir()
+        save(tmp_path / name, 2, "{}.png", COLOUR)
+        (tmp_path / "annotations").mkdir(exist_ok=True)
+        table = tmp_path / f"annotations/captions_{name}.json"
+        table.write_text(json.dumps({f"{i}.png": name for i in range(2)}))
+    for name in ("train2017", "val2017"):
+        data = DiffusionData(tmp_path / name, captions=True)
+        assert {data.captions(i) for i in range(2)} == {(name,)}
+    for name in ("metadata.csv", "captions.csv"):  # none of which is data's
+        (tmp_path / name).write_text(f"image,text\n0.png,{name}\n1.png,{name}\n")
+    (tmp_path / "val2017").rename(tmp_path / "data")
+    data = DiffusionData(tmp_path / "data", captions=True)
+    assert set(data.captions(0)) == {"metadata.csv", "captions.csv", "train2017", "val2017"}
+
+
 def test_several_captions_of_an_image_take_turns(tmp_path: Path) -> None:
     save(tmp_path, 2, "{}.png", COLOUR)
     rows = [("0.png", "a"), ("0.png", "b"), ("0.png", "a"), ("0.png", " "), ("1.png", ["c", "d"])]
