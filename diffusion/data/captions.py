@@ -21,6 +21,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from unet.errors import InputError
+from unet.files.writing import read_any_json
 from unet.words import counted
 
 _TABLES = re.compile(r"(metadata|captions)\.(jsonl|csv)|captions\.(tsv|json)|captions_.+\.json")
@@ -30,6 +31,7 @@ _TEXT_KEYS = ("text", "caption", "prompt", "captions", "comment")
 _DELIMITERS = ",;\t|"
 _ENDINGS = (".txt", ".caption")  # of caption files
 _TEXT_BYTES = 2**16  # of one caption file, and of the header of a table
+_JSON_BYTES = 2**29  # of a table
 _LIKE = '{"file_name": "0.png", "text": "a red circle"}'
 
 Captions = tuple[str, ...]  # of one image
@@ -45,7 +47,7 @@ def is_table(path: Path) -> bool:
             header = file.readline(_TEXT_BYTES).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError):
         return False
-    columns = {column.strip() for column in header.split(_delimiter(header))}
+    columns = {column.strip().strip('"') for column in header.split(_delimiter(header))}
     return all(columns.intersection(keys) for keys in (_FILE_KEYS, _TEXT_KEYS))
 
 
@@ -90,12 +92,11 @@ def read_captions(
     """
     known: dict[str, dict[str, None]] = defaultdict(dict)  # of each file, in order
     named: dict[str, str] = {}  # files as the tables name them
-    places = _Places(files) if tables else None
+    places = _Places(files if tables else ())
     for table in tables:
         folder = os.path.normpath(table.parent)
         for where, entry in _rows(table, key):
             name, found = _entry(entry, key, where)
-            assert places is not None
             file = places.meant(folder, name)
             known[file].update(dict.fromkeys(found))
             named[file] = name
@@ -143,51 +144,47 @@ def _no_caption(lacking: Sequence[str], count: int, tables: Sequence[Path], othe
 
 def _rows(table: Path, key: str | None) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """The rows of a table, and where each stands."""
+    if table.suffix.lower() == ".json":
+        yield from _json_rows(table, key)
+        return
     try:
         content = table.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"'{table}' cannot be read as UTF-8 text") from error
-    match table.suffix.lower():
-        case ".jsonl":
-            for number, line in enumerate(content.split("\n"), start=1):  # not at U+2028
-                if line.strip():
-                    where = f"line {number} of '{table}'"
-                    yield where, _object(line, f"{where} must be an object such as {_LIKE}")
-        case ".json":
-            yield from _json_rows(table, content, key)
-        case _:
-            header = content.partition("\n")[0]
-            try:
-                rows = csv.DictReader(
-                    io.StringIO(content, newline=""),
-                    delimiter=_delimiter(header),
-                    skipinitialspace=True,
-                )
-                for row in rows:
-                    where = f"line {rows.line_num} of '{table}'"
-                    if None in row:
-                        raise InputError(
-                            f"{where} has more columns than the {len(row) - 1} of the header: put "
-                            f"captions that hold a {_delimiter(header)!r} in double quotes"
-                        )
-                    yield where, {str(k).strip(): v for k, v in row.items()}
-            except csv.Error as error:
-                raise InputError(f"'{table}' cannot be read as CSV: {error}") from error
-
-
-def _json_rows(
-    table: Path, content: str, key: str | None
-) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Of a list of objects, of COCO's `images` and `annotations`, or of captions by file name."""
+    if table.suffix.lower() == ".jsonl":
+        for number, line in enumerate(content.split("\n"), start=1):  # not at U+2028
+            if line.strip():
+                where = f"line {number} of '{table}'"
+                yield where, _object(line, f"{where} must be an object such as {_LIKE}")
+        return
+    delimiter = _delimiter(content.partition("\n")[0])
     try:
-        held = json.loads(content)
+        rows = csv.DictReader(
+            io.StringIO(content, newline=""), delimiter=delimiter, skipinitialspace=True
+        )
+        for row in rows:
+            where = f"line {rows.line_num} of '{table}'"
+            if any(row.pop(None, ())):
+                raise InputError(
+                    f"{where} has more columns than the {len(row)} of the header: put captions "
+                    f"that hold a {delimiter!r} in double quotes"
+                )
+            yield where, {name.strip(): value for name, value in row.items()}
+    except csv.Error as error:
+        raise InputError(f"'{table}' cannot be read as CSV: {error}") from error
+
+
+def _json_rows(table: Path, key: str | None) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Of a list of objects, of COCO's `images` and `annotations`, or of captions by file name."""
+    held = read_any_json(table, _JSON_BYTES)
+    try:
         if isinstance(held, dict) and "annotations" in held:
             files = {image["id"]: image["file_name"] for image in held["images"]}
             held = [{**one, "file_name": files[one["image_id"]]} for one in held["annotations"]]
         elif isinstance(held, dict):
             held = [{"file_name": name, key or _TEXT_KEYS[0]: text} for name, text in held.items()]
         rows = [dict(row) for row in held]
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(
             f"'{table}' must hold a list of objects such as {_LIKE}, an object of captions by file "
             "name, or `images` and `annotations` as COCO's do"

@@ -64,7 +64,22 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_json(file: Path, most: int = JSON_BYTES) -> dict[str, Any]:
-    """The object in a JSON file in UTF-8; only regular files are read, no devices.
+    """The object in a JSON file, as `read_any_json`.
+
+    Raises:
+        InputError: as `read_any_json`; no object.
+    """
+    values = read_any_json(file, most)
+    if not isinstance(values, dict):
+        raise InputError(
+            f"{file} cannot be read as JSON: it must hold one JSON object, not a "
+            f"{type(values).__name__}"
+        )
+    return values
+
+
+def read_any_json(file: Path, most: int = JSON_BYTES) -> Any:
+    """What a JSON file in UTF-8 holds; only regular files are read, no devices.
 
     Args:
         most: bytes; an eighth as many values are read.
@@ -81,12 +96,9 @@ def read_json(file: Path, most: int = JSON_BYTES) -> dict[str, Any]:
             raise ValueError(f"it has more than {most:,} bytes")
         if data.count(b",") + data.count(b"[") + data.count(b"{") > most // 8:
             raise ValueError(f"it has more than {most // 8:,} values")
-        values = json.loads(data.decode("utf-8-sig"))
-        if not isinstance(values, dict):
-            raise ValueError(f"it must hold one JSON object, not a {type(values).__name__}")
+        return json.loads(data.decode("utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{file} cannot be read as JSON: {error}") from error
-    return values
 
 
 def _flush_folder(folder: Path) -> None:

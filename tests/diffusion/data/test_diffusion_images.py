@@ -972,6 +972,7 @@ def test_captions_of_files_that_are_not_there_are_told(tmp_path: Path) -> None:
             '{"file_name": "1.png", "text": "c"}\n',
         ),
         ("captions.txt", 'image,caption\n0.png, "a, b"\n1.png,c\n'),
+        ("captions.txt", '"image","caption"\n"0.png","a, b"\n"1.png","c",\n'),
         ("results.csv", "image_name| comment_number| comment\n0.png| 0| a, b\n1.png| 0| c\n"),
         (
             "captions.json",
